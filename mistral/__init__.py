@@ -1,0 +1,27 @@
+"""Mistral-7B, written by hand in plain PyTorch."""
+
+from mistral.checkpoints.load import load
+from mistral.config import Config
+from mistral.decoder import Decoder
+from mistral.errors import CheckpointError, MistralError, NotEnoughMemory
+from mistral.generation import Token, generate, generate_batch, generate_naive, generate_text
+from mistral.model import Mistral
+from mistral.sampling import Sampling
+from mistral.tokenizer import Tokenizer
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "Decoder",
+    "Mistral",
+    "MistralError",
+    "NotEnoughMemory",
+    "Sampling",
+    "Token",
+    "Tokenizer",
+    "generate",
+    "generate_batch",
+    "generate_naive",
+    "generate_text",
+    "load",
+]

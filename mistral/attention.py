@@ -1,0 +1,79 @@
+"""Grouped-query attention in a sliding window.
+
+Sources: Attention Is All You Need, equation 1, https://arxiv.org/abs/1706.03762 (attention);
+GQA, section 2.2, https://arxiv.org/abs/2305.13245 (G query heads share one key/value head);
+Mistral 7B, section 2, https://arxiv.org/abs/2310.06825 (the window).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mistral.cache import LayerCache
+from mistral.config import Config
+from mistral.rotary import rotate
+
+
+class Attention(nn.Module):
+    """Attention of one block. Query head n reads key/value head n // G."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, D]
+        rotary: tuple[Tensor, Tensor],  # cosines and sines, [B, 1, T, H] each
+        mask: Tensor | None,  # [B, 1, T, keys], True where a query may look; None: see `attend`
+        cache: LayerCache | None,
+    ) -> Tensor:  # [B, T, D]
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, N, T, H]
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, H]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, H]
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(k, v)  # [B, K, keys, H]: what is remembered, and the new
+        y = attend(q, k, v, mask)  # [B, N, T, H]
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(H)) v, spelled out: the version to learn from. Shapes as in `attend`.
+
+    It computes what `attend` computes, and a test holds the two together; it keeps all T x keys scores in memory.
+    """
+    T, keys, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(G, dim=1)  # [B, N, keys, H]
+    v = v.repeat_interleave(G, dim=1)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # [B, N, T, keys]
+    if mask is None and T > 1:
+        mask = torch.ones(T, keys, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        # The lowest finite number and not -inf: a row with nothing to see would be 0/0.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return weights @ v  # [B, N, T, H]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same by PyTorch's fused kernels: the version that runs.
+
+    q [B, N, T, H]; k, v [B, K, keys, H]; mask [B, 1, T, keys], True where a query may look. Returns [B, N, T, H].
+    Without a mask, T > 1 means plain causal attention over T keys, and T = 1 a query that sees every key.
+    """
+    B, N, T, H = q.shape
+    G = N // k.shape[1]
+    if mask is None and H <= 256:  # the fused kernels share heads among themselves up to this size
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+    if T == 1:
+        # One query: its G heads lie down on the query axis, so that nothing needs to be repeated.
+        return F.scaled_dot_product_attention(q.view(B, N // G, G, H), k, v, attn_mask=mask).view(B, N, 1, H)
+    k = k.repeat_interleave(G, dim=1)  # [B, N, keys, H]
+    v = v.repeat_interleave(G, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

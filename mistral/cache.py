@@ -1,0 +1,220 @@
+"""The rolling key/value cache: memory that stops growing at the window.
+
+Source: Mistral 7B, section 2 and figure 2, https://arxiv.org/abs/2310.06825
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral.config import Config
+
+
+def window_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Who may look at whom. Positions [B, T] and [B, keys] (-1: empty) -> bool [B, 1, T, keys].
+
+    A query at position i sees the keys i - W < j <= i: W of them, itself included (Mistral 7B, section 2).
+    """
+    q, k = queries[:, :, None], keys[:, None, :]
+    visible = (k >= 0) & (k <= q)
+    if window is not None:
+        visible &= k > q - window
+    return visible[:, None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one forward reads and writes, the same in every layer."""
+
+    positions: Tensor  # [B, T]: where the new tokens stand
+    mask: Tensor | None  # [B, 1, T, keys]
+    slots: Tensor  # [B, T]: where their keys go
+    used: int  # slots worth reading
+    write_first: bool  # write, then read the ring alone; else read ring and chunk, then write
+    slot_positions: Tensor  # [B, S + 1]: the table after this forward
+    lengths: Tensor  # [B]: tokens a row holds after this forward
+    at_most: list[int]  # the same two as the host knows them
+    peaks: list[int]
+    exact: bool
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's share of a RollingCache during one forward."""
+
+    keys: Tensor  # [B, K, S + 1, H]
+    values: Tensor
+    plan: Plan
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new k and v [B, K, T, H]; returns the keys and values to attend to, [B, K, keys, H] each."""
+        plan = self.plan
+        if plan.write_first:
+            self._write(k, v)
+            return self.keys[:, :, : plan.used], self.values[:, :, : plan.used]
+        all_keys, all_values = k, v
+        if plan.used:
+            all_keys = torch.cat((self.keys[:, :, : plan.used], k), dim=2)
+            all_values = torch.cat((self.values[:, :, : plan.used], v), dim=2)
+        self._write(k, v)
+        return all_keys, all_values
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1], beside slots [B, T]
+        self.keys[rows, :, self.plan.slots] = k.transpose(1, 2)  # indexed: [B, T, K, H]
+        self.values[rows, :, self.plan.slots] = v.transpose(1, 2)
+
+
+class RollingCache:
+    """Keys and values of the last S tokens of each of B rows, in every layer. Position p lives in slot p mod S.
+
+    S = min(window + slack, max_tokens). Each slot knows the absolute position that it holds (-1: empty), and the mask
+    is made from those, so the order of the slots does not matter. Keys are stored rotated by their absolute position.
+
+    One forward: `plan` works out positions, slots and mask from the state before it; every layer reads and writes by
+    the plan; `commit` makes the plan the new state. An example with window 3, no slack and one row (S = 3):
+
+        read tokens 0 1 2 3 4   slots  [3 4 2]   five at once: each attends to the chunk itself; then 0 and 1 are
+                                                 not written at all, since 3 and 4 belong in their slots
+        read token 5            slots  [3 4 5]   one token: written first (it evicts 2, which lies outside the window
+                                                 of 5), then attends to the three slots: 3 4 5
+        read tokens 6 7         slots  [6 7 5]   6 sees 4 5 6, so slot 1 must not be overwritten yet: attend to
+                                                 ring and chunk together [3 4 5 6 7] by the mask
+                                                     6:   . x x x .
+                                                     7:   . . x x x      and then write
+
+    With slack 2 (S = 5) the last two may be taken back, because what they evicted was already out of sight:
+
+        tokens 0 .. 7           slots  [5 6 7 3 4]
+        rewind(2)               slots  [5 . . 3 4]   the next token is 6 again; it sees 4 5 6
+
+    In a ragged batch a row may read fewer tokens than the others, or none (right-padded, `lengths`). Pads are written
+    to one more slot, number S, that nobody reads. The host keeps upper bounds of the rows' lengths, so that slicing
+    and overflow checks never wait for the device; they are exact as long as `lengths` comes from the host.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch_size: int,
+        *,
+        max_tokens: int | None,
+        slack: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        """Raises ValueError for sizes below 1 (slack: 0), and without a window for max_tokens None."""
+        window = config.sliding_window
+        if batch_size < 1 or (max_tokens is not None and max_tokens < 1) or slack < 0:
+            raise ValueError(f"impossible cache: batch_size {batch_size}, max_tokens {max_tokens}, slack {slack}")
+        if window is None and max_tokens is None:
+            raise ValueError("this model has no sliding window, so its cache needs max_tokens")
+        self.window, self.slack, self.batch_size = window, slack, batch_size
+        self.num_slots = cache_slots(window, max_tokens, slack)
+        self.wraps = window is not None and self.num_slots == window + slack
+        # Zeros, not empty memory: a masked slot has weight 0, and 0 * nan would be nan.
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, self.num_slots + 1, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.slot_positions = torch.full((batch_size, self.num_slots + 1), -1, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.at_most = [0] * batch_size  # upper bounds of lengths
+        self.peaks = [0] * batch_size  # upper bounds of what lengths ever were: later writes evict by these
+        self.exact = True  # whether the two lists are more than bounds
+
+    def plan(self, num_tokens: int, lengths: Tensor | Sequence[int] | None = None) -> Plan:
+        """The next forward, of [B, num_tokens] tokens of which `lengths` [B] are real (None: all).
+
+        Raises ValueError for impossible lengths and for tokens that do not fit; the cache is as before then.
+        """
+        counts, lengths, exact = self._counts(num_tokens, lengths)
+        at_most = [n + c for n, c in zip(self.at_most, counts)]
+        peaks = [max(p, n) if exact else p + c for p, n, c in zip(self.peaks, at_most, counts)]
+        self._check_room(at_most, lengths)
+
+        S, W = self.num_slots, self.window
+        positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # [B, T]
+        ends = self.lengths + lengths  # [B]
+        # Pads go to the bin, and so do tokens whose slot a later token of the same chunk takes.
+        kept = (positions < ends[:, None]) & (positions >= ends[:, None] - S)
+        slots = torch.where(kept, positions % S, S)  # [B, T]
+        table = self.slot_positions.scatter(1, slots, positions)  # [B, S + 1]
+
+        fresh = max(self.peaks) == 0
+        # Written first, a chunk may only evict what even its first token no longer sees.
+        evicts_too_early = max(peaks) > S and (W is None or num_tokens > S - W + 1)
+        write_first = not fresh and not evicts_too_early
+        used = min(S, max(peaks if write_first else self.peaks))
+        if fresh:
+            # Nothing remembered: the chunk attends to itself, pads included (causality hides them, they come last).
+            mask = None if W is None or num_tokens < W else window_mask(positions, positions, W)
+        elif write_first:
+            sees_all = exact and num_tokens == 1 and min(counts) == 1 and (W is None or used <= W)
+            full_rows = at_most == peaks and min(at_most) == max(at_most)  # as long as each other, nothing taken back
+            mask = None if sees_all and full_rows else window_mask(positions, table[:, :used], W)
+        else:
+            mask = window_mask(positions, torch.cat((self.slot_positions[:, :used], positions), dim=1), W)
+        return Plan(positions, mask, slots, used, write_first, table, ends, at_most, peaks, exact)
+
+    def layer(self, index: int, plan: Plan) -> LayerCache:
+        """Layer `index` as the attention of one forward sees it."""
+        return LayerCache(self.keys[index], self.values[index], plan)
+
+    def commit(self, plan: Plan) -> None:
+        """Make the plan the state, after every layer has written."""
+        self.slot_positions.copy_(plan.slot_positions)
+        self.lengths.copy_(plan.lengths)
+        self.at_most, self.peaks, self.exact = plan.at_most, plan.peaks, plan.exact
+
+    def rewind(self, n: int | Tensor | Sequence[int]) -> None:
+        """Forget the last n tokens of every row (or n[b] of row b). Reads n on the host.
+
+        Exact up to `slack` tokens behind the furthest point reached, and without limit while nothing was evicted.
+        Raises ValueError beyond that; the cache is as before then.
+        """
+        counts = [n] * self.batch_size if isinstance(n, int) else [int(c) for c in n]
+        if len(counts) != self.batch_size or min(counts) < 0:
+            raise ValueError(f"rewind takes one count of 0 or more for each of {self.batch_size} rows, not {counts}")
+        if not self.exact:
+            self.at_most = self.lengths.tolist()
+        after = [length - c for length, c in zip(self.at_most, counts)]
+        for length, count, peak in zip(after, counts, self.peaks):
+            if length < 0:
+                raise ValueError(f"cannot forget {count} tokens of a row that holds {length + count}")
+            if count and peak > self.num_slots and peak - length > self.slack:
+                raise ValueError(
+                    f"cannot forget {count} tokens: {peak - length} behind the furthest point, and the slack is "
+                    f"{self.slack}; what they evicted is gone"
+                )
+        self.at_most = after
+        self.lengths -= torch.tensor(counts, device=self.lengths.device)
+        self.slot_positions.masked_fill_(self.slot_positions >= self.lengths[:, None], -1)
+
+    def _counts(self, T: int, lengths: Tensor | Sequence[int] | None) -> tuple[list[int], Tensor, bool]:
+        """Host counts, the same on the device, and whether the host's bounds stay exact."""
+        device = self.lengths.device
+        if lengths is None:
+            return [T] * self.batch_size, torch.full_like(self.lengths, T), self.exact
+        if len(lengths) != self.batch_size:
+            raise ValueError(f"lengths has {len(lengths)} entries for {self.batch_size} rows")
+        if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
+            return [T] * self.batch_size, lengths.to(device), False
+        counts = [int(c) for c in lengths]
+        if min(counts) < 0 or max(counts) > T:
+            raise ValueError(f"lengths must lie between 0 and {T}, not {counts}")
+        return counts, torch.tensor(counts).to(device, non_blocking=True), self.exact
+
+    def _check_room(self, at_most: list[int], lengths: Tensor) -> None:
+        if self.wraps or max(at_most) <= self.num_slots:
+            return
+        # The one place that may wait for the device, and only when a bound, not a known length, has hit the end.
+        longest = max(at_most) if self.exact else int((self.lengths + lengths).max())
+        if longest > self.num_slots:
+            raise ValueError(f"{longest} tokens do not fit into a cache made for max_tokens={self.num_slots}")
+
+
+def cache_slots(window: int | None, max_tokens: int | None, slack: int = 0) -> int:
+    """S, the slots a row needs: min(window + slack, max_tokens)."""
+    return min(n for n in (window and window + slack, max_tokens) if n is not None)

@@ -1,0 +1,245 @@
+"""Hugging Face's layout: config.json, safetensors, tokenizer.model.
+
+The files are untrusted: everything is checked before a weight is read.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral.checkpoints.json_files import read_json, write_json
+from mistral.checkpoints.safetensors_files import WEIGHTS, StoredTensor, stored_tensors
+from mistral.config import Config
+from mistral.errors import CheckpointError
+from mistral.memory import format_bytes, require_memory
+from mistral.model import Mistral
+from mistral.tokenizer import Tokenizer
+
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, sliding_window: int | None | Literal["auto"]
+) -> tuple[Mistral, Tokenizer]:
+    """What `mistral.load` does for a folder in this layout."""
+    config = read_config(folder, sliding_window)
+    tokenizer = read_tokenizer(folder, config)
+    return load_model(folder, config, device, dtype), tokenizer
+
+
+def read_config(folder: Path, sliding_window: int | None | Literal["auto"] = "auto") -> Config:
+    """config.json and generation_config.json, as transformers 4 or 5 wrote them. CheckpointError where they are bad.
+
+    Two keys may be absent, as in transformers: head_dim (then hidden_size / num_attention_heads) and
+    tie_word_embeddings (then false). An absent sliding_window is transformers' default of 4096, with a warning; one
+    that is null means none. The stop tokens are those of generation_config.json if it names any.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    _check_kind(path, raw)
+    if sliding_window == "auto" and "sliding_window" not in raw:
+        warnings.warn(
+            f"{path} has no sliding_window; taking 4096, transformers' default (sliding_window=None: attend to all)",
+            stacklevel=4,
+        )
+    stop = _optional_json(folder / "generation_config.json").get("eos_token_id") or raw.get("eos_token_id")
+    try:
+        heads, hidden_size = _required(raw, "num_attention_heads"), _required(raw, "hidden_size")
+        return Config(
+            vocab_size=_required(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=_required(raw, "intermediate_size"),
+            num_hidden_layers=_required(raw, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_required(raw, "num_key_value_heads"),
+            head_dim=raw.get("head_dim") or hidden_size // heads,
+            rms_norm_eps=_required(raw, "rms_norm_eps"),
+            rope_theta=_rope_theta(raw),
+            sliding_window=raw.get("sliding_window", 4096) if sliding_window == "auto" else sliding_window,
+            max_position_embeddings=_required(raw, "max_position_embeddings"),
+            tie_word_embeddings=raw.get("tie_word_embeddings") is True,
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_id=tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,),
+        )
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """tokenizer.model with the added tokens of added_tokens.json and tokenizer_config.json.
+
+    CheckpointError where a file is missing or bad, or has more tokens than the model.
+    """
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        other = " (tokenizer.json alone is not read)" if (folder / "tokenizer.json").exists() else ""
+        raise CheckpointError(f"{folder} has no tokenizer.model{other}; copy it from the checkpoint's base model")
+    try:
+        tokenizer = Tokenizer(path.read_bytes(), _added_tokens(folder), config.eos_token_id or None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: with its added tokens the tokenizer has {tokenizer.vocab_size} ids, and the model's vocabulary "
+            f"is {config.vocab_size}; they belong to different checkpoints"
+        )
+    return tokenizer
+
+
+def load_model(folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None) -> Mistral:
+    """The weights of a folder, in `dtype` on `device` as in `mistral.load`; no tokenizer is needed."""
+    stored = stored_tensors(folder)
+    model = _checked_skeleton(folder, config, stored)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else stored[EMBEDDING].dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, not {dtype}")
+    require_memory(
+        config.num_parameters * dtype.itemsize,
+        device,
+        f"{folder.resolve().name} in {dtype_name(dtype)}",
+        lambda free: _what_fits(config.num_parameters, free),
+    )
+
+    state: dict[str, Tensor] = {}
+    wanted = [stored[name] for name in model.state_dict() if name in stored]
+    total = sum(tensor.num_bytes for tensor in wanted)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=None) as bar:
+        for tensor in wanted:
+            state[tensor.name] = tensor.read().to(device=device, dtype=dtype, copy=True)
+            bar.update(tensor.num_bytes)
+    if config.tie_word_embeddings:
+        if OUTPUT in state and not state[OUTPUT].equal(state[EMBEDDING]):
+            raise CheckpointError(f"{folder}: tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}")
+        state[OUTPUT] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # one parameter again, not two that share memory
+    return model
+
+
+def save(model: Mistral, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a checkpoint that `mistral.load`, transformers and llama.cpp's converter read. `folder` is made."""
+    config = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "torch_dtype": dtype_name(model.lm_head.weight.dtype),
+        **{name: value for name, value in vars(config).items() if name != "eos_token_id"},
+        "eos_token_id": config.eos_token_id[0] if len(config.eos_token_id) == 1 else list(config.eos_token_id) or None,
+    }
+    write_json(folder / "config.json", values)
+    special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": True,
+            "added_tokens_decoder": {str(id): {"content": text, **special} for id, text in tokenizer.added.items()},
+        },
+    )
+    (folder / "tokenizer.model").write_bytes(tokenizer.model_proto)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del state[OUTPUT]
+    unfinished = folder / (WEIGHTS + ".unfinished")
+    save_file(state, unfinished, metadata={"format": "pt"})
+    unfinished.replace(folder / WEIGHTS)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> 'bfloat16', as config.json spells it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_kind(path: Path, raw: dict[str, Any]) -> None:
+    if raw.get("model_type") != "mistral":
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, and 'mistral' is read here")
+    if raw.get("hidden_act") not in (None, "silu"):
+        raise CheckpointError(f"{path}: hidden_act is {raw['hidden_act']!r}; Mistral's MLP uses silu")
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{path}: the weights are quantised (quantization_config); use the original checkpoint")
+
+
+def _required(raw: dict[str, Any], name: str) -> Any:
+    if raw.get(name) is None:
+        raise ValueError(f"{name} is missing, and a number of the architecture is not guessed")
+    return raw[name]
+
+
+def _rope_theta(raw: dict[str, Any]) -> float:
+    """transformers 4 wrote rope_theta and rope_scaling, transformers 5 both inside rope_parameters."""
+    inner = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    if not isinstance(inner, dict) or not isinstance(scaling, dict):
+        raise ValueError("rope_parameters and rope_scaling must be objects or null")
+    kinds = {part.get(key) for part in (inner, scaling) for key in ("rope_type", "type")} - {None, "default"}
+    if kinds or (scaling and not {"rope_type", "type"} & scaling.keys()):
+        raise ValueError(f"rotary scaling {kinds or scaling} is not supported; no Mistral-7B uses any")
+    return _required({"rope_theta": inner.get("rope_theta", raw.get("rope_theta"))}, "rope_theta")
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    added: dict[int, str] = {}
+    for text, id in _optional_json(folder / "added_tokens.json").items():
+        if not isinstance(id, int):
+            raise CheckpointError(f"{folder / 'added_tokens.json'}: {text!r} has the id {id!r}")
+        added[id] = text
+    path = folder / "tokenizer_config.json"
+    described = _optional_json(path).get("added_tokens_decoder") or {}
+    if not isinstance(described, dict):
+        raise CheckpointError(f"{path}: added_tokens_decoder is not an object")
+    for id, token in described.items():
+        text = token.get("content") if isinstance(token, dict) else None
+        if not id.isdecimal() or len(id) > 9 or not isinstance(text, str):
+            raise CheckpointError(f"{path}: added token {id!r} is not an id with a content")
+        if added.setdefault(int(id), text) != text:
+            raise CheckpointError(f"{path} and added_tokens.json disagree about id {id}")
+    return added
+
+
+def _checked_skeleton(folder: Path, config: Config, stored: dict[str, StoredTensor]) -> Mistral:
+    """The model without memory, after its names and shapes were found to be those on disk."""
+    # Before the model is built: a forged number of layers must not make us build them.
+    layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:
+        raise CheckpointError(
+            f"{folder}: the weights have {len(layers)} layers, config.json {config.num_hidden_layers}"
+        )
+    with torch.device("meta"):
+        model = Mistral(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Old checkpoints store the rotary frequencies; they follow from rope_theta.
+    found = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
+    optional = {OUTPUT} if config.tie_word_embeddings else set()
+    wrong = [f"{name} is missing" for name in sorted(expected.keys() - found - optional)]
+    wrong += [f"{name} is not part of a Mistral" for name in sorted(found - expected.keys())]
+    wrong += [
+        f"{name} is {list(stored[name].shape)} in the file and {list(shape)} by config.json"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{folder}: {'; '.join(wrong[:3])}{more}")
+    return model
+
+
+def _what_fits(num_parameters: int, free: int) -> str:
+    for dtype in (torch.float32, torch.bfloat16):
+        if num_parameters * dtype.itemsize <= free:
+            return f"in {dtype_name(dtype)} ({format_bytes(num_parameters * dtype.itemsize)}) it would fit"
+    return f"at 2 bytes a weight {free // 2 / 1e9:.2f} billion weights would fit, and it has {num_parameters / 1e9:.2f}"

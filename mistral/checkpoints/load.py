@@ -1,0 +1,52 @@
+"""The one door from files to a model."""
+
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mistral.checkpoints import hugging_face
+from mistral.errors import CheckpointError
+from mistral.model import Mistral
+from mistral.tokenizer import Tokenizer
+
+
+def load(
+    source: str | PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    sliding_window: int | None | Literal["auto"] = "auto",
+) -> tuple[Mistral, Tokenizer]:
+    """Load a checkpoint: (model, tokenizer).
+
+    source          a folder in Hugging Face's layout: config.json, model.safetensors or shards with an index,
+                    tokenizer.model
+    device          None: CUDA where there is one, else the CPU
+    dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint
+    sliding_window  "auto": what config.json says. A number or None (attend to everything) overrides it.
+
+    Weights go straight to the device, tensor by tensor, after every name and shape was checked; a terminal sees a
+    progress bar. Raises CheckpointError for files that are missing, damaged or contradict each other, ValueError for
+    arguments that make no sense, NotEnoughMemory before anything is taken.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        kind = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{source} {kind}; name the folder that holds config.json, the weights and the tokenizer")
+    return hugging_face.load(folder, _device(device), dtype, sliding_window)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is not one that PyTorch knows; try 'cuda' or 'cpu'") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: PyTorch {torch.__version__} finds no CUDA GPU; try device 'cpu'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+    return chosen

@@ -1,0 +1,61 @@
+"""The numbers that define one checkpoint."""
+
+import math
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shape and constants of one Mistral model, under Hugging Face's field names.
+
+    No field has a default: a number of the architecture is read from the checkpoint or it is an error.
+    Raises ValueError for values that no Mistral can have.
+    Source: Mistral 7B, table 1, https://arxiv.org/abs/2310.06825
+    """
+
+    vocab_size: int  # V: rows of the embedding; may exceed the tokens that the tokenizer knows
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int
+    num_attention_heads: int  # N
+    num_key_value_heads: int  # K; each serves G = N/K query heads
+    head_dim: int  # H; not D/N in every checkpoint
+    rms_norm_eps: float
+    rope_theta: float  # 1e4 in v0.1 and Hermes-2-Pro, 1e6 in v0.2 and v0.3
+    sliding_window: int | None  # W: keys that a query sees, its own included; None: all before it
+    max_position_embeddings: int  # the longest text that the checkpoint was made for, in tokens
+    tie_word_embeddings: bool  # True: the output matrix is the embedding
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]  # generation stops at any of these
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int or (field.type == int | None and value is not None):
+                least = 0 if field.name == "bos_token_id" else 1
+                if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+                    raise ValueError(f"{field.name} must be a whole number of at least {least}, not {value!r}")
+            if field.type is float and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"{field.name} must be a positive number, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary pairs, not {self.head_dim}")
+        for token in (self.bos_token_id, *self.eos_token_id):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"token id {token} lies outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model; a tied output matrix counts once."""
+        attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * self.hidden_size
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+
+    def cache_bytes(self, num_slots: int, itemsize: int) -> int:
+        """Bytes of keys and values for `num_slots` positions of one row, at `itemsize` bytes a number."""
+        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * num_slots * itemsize

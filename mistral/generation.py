@@ -1,0 +1,238 @@
+"""Prompt to continuation: the naive loop, and the loops over a decoder's four methods."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mistral.decoder import Decoder, Engine
+from mistral.model import Mistral
+from mistral.sampling import Sampling, next_ids, random_numbers
+from mistral.tokenizer import Tokenizer
+
+
+class Token(NamedTuple):
+    """A generated id, with the log-probability that the model itself gave it (before penalties and warpers)."""
+
+    id: int
+    logprob: float
+
+
+class Constraint(Protocol):
+    """Says which ids may come next; a grammar, for example."""
+
+    def mask(self) -> Tensor | None:
+        """bool [V], True where an id is allowed; None: all are."""
+
+    def accept(self, id: int) -> None:
+        """Take note of the id that was chosen."""
+
+
+@torch.inference_mode()
+def generate_naive(
+    model: Mistral,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+) -> Iterator[int]:
+    """Generation with nothing clever: every step reads the whole text again. The loop to learn from.
+
+    `generate` gives the same tokens with a fraction of the work, and a test holds the two together.
+    """
+    stop_tokens = model.config.eos_token_id if stop_tokens is None else stop_tokens
+    device = model.lm_head.weight.device
+    generator = random_numbers(sampling, device)
+    ids = torch.tensor([list(prompt_ids)], device=device)  # [1, T]
+    for _ in range(max_new_tokens):
+        logits = model(ids, last_only=True)  # [1, V]
+        lengths = torch.tensor([ids.shape[1]], device=device)
+        new = next_ids(logits, sampling, ids, lengths, None, generator)  # [1]
+        ids = torch.cat((ids, new[:, None]), dim=1)
+        yield new.item()
+        if new.item() in stop_tokens:
+            return
+
+
+def generate(
+    model_or_decoder: Mistral | Engine,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+    constraint: Constraint | None = None,
+    logprobs: bool = False,
+) -> Iterator[int] | Iterator[Token]:
+    """Continue one prompt; yields each id as it is chosen, the stop token included.
+
+    model_or_decoder  a decoder goes on behind what it has read already, and keeps what is generated
+    stop_tokens       None: the checkpoint's; (): none
+    constraint        a mask for every step, one host synchronisation a token
+    logprobs          yield Token(id, logprob) instead of ids
+
+    Raises ValueError, at the call, for an empty prompt and for more tokens than the model has positions for.
+    """
+    constraints = None if constraint is None else [constraint]
+    decoder = _decoder_for(model_or_decoder, [prompt_ids], max_new_tokens)
+    steps = _steps(decoder, [prompt_ids], sampling, max_new_tokens, stop_tokens, constraints, logprobs)
+    return (row[0] for row in steps)
+
+
+def generate_batch(
+    model_or_decoder: Mistral | Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None = None,
+    constraints: Sequence[Constraint] | None = None,
+    logprobs: bool = False,
+) -> list[list[int]] | list[list[Token]]:
+    """Continue several prompts of any lengths at once; each row ends at its own stop token (included).
+
+    The other arguments and errors are those of `generate`; `constraints` has one for each row.
+    """
+    decoder = _decoder_for(model_or_decoder, prompts, max_new_tokens)
+    rows: list[list] = [[] for _ in prompts]
+    for step in _steps(decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs):
+        for row, token in zip(rows, step):
+            if token is not None:
+                row.append(token)
+    return rows
+
+
+def generate_text(
+    model_or_decoder: Mistral | Engine,
+    tokenizer: Tokenizer,
+    text: str,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
+    constraint: Constraint | None = None,
+    bos: bool = True,
+    special: bool = False,
+) -> Iterator[str]:
+    """Continue `text`; yields the new text in pieces, each final.
+
+    stop     strings at which the text ends; they are not part of it, wherever the tokens' borders fall
+    bos      begin with the begin-of-text token; False to go on behind what a decoder has read
+    special  parse control tokens that are spelled in `text`
+
+    The other arguments and errors are those of `generate`. A decoder holds every token that was generated, those
+    that spell the stop string included.
+    """
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")
+    ids = generate(
+        model_or_decoder,
+        tokenizer.encode(text, bos=bos, special=special),
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        constraint=_KnownTokens(tokenizer, model_or_decoder.config.vocab_size, constraint),
+    )
+    return _text_until(ids, tokenizer, stop)
+
+
+def _steps(
+    decoder: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None,
+    constraints: Sequence[Constraint] | None,
+    logprobs: bool,
+) -> Iterator[list]:
+    """One list a step: each row's id (or Token), None for a row that has ended."""
+    stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
+    decoder.read(prompts)
+    running = [True] * len(prompts)
+    for _ in range(max_new_tokens):
+        mask = None if constraints is None else _stack_masks(constraints, running, decoder.config.vocab_size)
+        log_p = decoder.logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
+        ids = decoder.step(sampling, mask)  # [B]
+        chosen: list = ids.tolist()
+        ended = [id in stop for id in chosen]
+        for b, constraint in enumerate(constraints or ()):
+            if running[b] and not ended[b]:
+                constraint.accept(chosen[b])
+        if log_p is not None:
+            chosen = [Token(id, p) for id, p in zip(chosen, log_p.gather(1, ids[:, None])[:, 0].tolist())]
+        yield [token if alive else None for token, alive in zip(chosen, running)]
+        running = [alive and not end for alive, end in zip(running, ended)]
+        if not any(running):
+            return
+
+
+def _decoder_for(model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Engine:
+    """The decoder itself, or a new one with just enough room; raises what the callers' docstrings say."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    if not prompts:
+        raise ValueError("there is no prompt")
+    if not isinstance(model_or_decoder, Mistral):
+        return model_or_decoder
+    if not all(map(len, prompts)):
+        raise ValueError("the prompt is empty: it needs one token at least, the begin-of-text token for example")
+    longest, limit = max(map(len, prompts)), model_or_decoder.config.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones make {longest + max_new_tokens}, and the "
+            f"checkpoint was made for {limit} (max_position_embeddings): shorten the prompt or lower max_new_tokens"
+        )
+    return Decoder(model_or_decoder, len(prompts), longest + max_new_tokens, slack=0)
+
+
+def _stack_masks(constraints: Sequence[Constraint], running: list[bool], vocab_size: int) -> Tensor | None:
+    """The rows' masks as one bool [B, V]; None where every row allows everything."""
+    masks = [constraint.mask() if alive else None for constraint, alive in zip(constraints, running)]
+    if all(mask is None for mask in masks):
+        return None
+    for mask in masks:
+        if mask is not None and not mask.any():
+            raise ValueError("the constraint allows no token at all")
+    everything = torch.ones(vocab_size, dtype=torch.bool)
+    return torch.stack([everything if mask is None else mask.cpu() for mask in masks])
+
+
+class _KnownTokens:
+    """Keeps rows of the embedding that have no token from being drawn, on top of another constraint if there is one."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, inner: Constraint | None):
+        padded = tokenizer.vocab_size < vocab_size
+        self._known = torch.arange(vocab_size) < tokenizer.vocab_size if padded else None
+        self._inner = inner
+
+    def mask(self) -> Tensor | None:
+        inner = None if self._inner is None else self._inner.mask()
+        if inner is None or self._known is None:
+            return self._known if inner is None else inner
+        return inner.cpu() & self._known
+
+    def accept(self, id: int) -> None:
+        if self._inner is not None:
+            self._inner.accept(id)
+
+
+def _text_until(ids: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
+    """Decode a stream of ids up to the first stop string, holding back what could be the beginning of one."""
+    stream, held = tokenizer.stream(), ""
+    for id in ids:
+        held += stream.feed(id)
+        found = [at for at in (held.find(s) for s in stop) if at >= 0]
+        if found:
+            if min(found):
+                yield held[: min(found)]
+            return
+        # The longest end of the text that a stop string could begin with
+        open_end = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        if len(held) > open_end:
+            yield held[: len(held) - open_end]
+            held = held[len(held) - open_end :]
+    if held + (rest := stream.finish()):
+        yield held + rest

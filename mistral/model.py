@@ -1,0 +1,143 @@
+"""Mistral: embedding, a stack of blocks, a norm, and scores for the next token.
+
+Source: Mistral 7B, section 2, https://arxiv.org/abs/2310.06825
+
+Letters at line ends, here and in every file:
+
+    B  rows of the batch             D  hidden size            N  query heads
+    T  tokens in this call           F  MLP size               K  key/value heads
+    S  slots a row has in the cache  H  size of a head         G  query heads that share a key/value head, N/K
+    W  window                        V  vocabulary
+
+The modules bear the names of Hugging Face's checkpoints, so `state_dict()` has theirs:
+`model.layers.0.self_attn.q_proj.weight`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mistral.attention import Attention
+from mistral.cache import LayerCache, RollingCache, cache_slots, window_mask
+from mistral.config import Config
+from mistral.memory import require_memory
+from mistral.mlp import MLP
+from mistral.rms_norm import RMSNorm
+from mistral.rotary import rotary_tables
+
+
+class Block(nn.Module):
+    """One layer: attention, then the MLP, each on a normalised copy and added back."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:  # [B, T, D] -> [B, T, D]
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything before the output matrix: tokens to hidden states."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, tokens: Tensor, cache: RollingCache | None, lengths: Tensor | Sequence[int] | None
+    ) -> Tensor:  # [B, T] -> [B, T, D]
+        T, W = tokens.shape[1], self.config.sliding_window
+        if cache is None:
+            plan = None
+            positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
+            # Shorter than the window, plain causal attention is the same, and PyTorch has a faster kernel for it.
+            mask = None if W is None or T < W else window_mask(positions, positions, W)
+        else:
+            plan = cache.plan(T, lengths)
+            positions, mask = plan.positions, plan.mask
+        x = self.embed_tokens(tokens)  # [B, T, D]
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, mask, None if cache is None else cache.layer(i, plan))
+        if cache is not None:
+            cache.commit(plan)
+        return self.norm(x)
+
+
+class Mistral(nn.Module):
+    """The language model: tokens to logits."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: RollingCache | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of the token after each position, in the model's dtype.
+
+        tokens     int64 [B, T] with T >= 1
+        cache      from `new_cache`: each row goes on where it stands there, and the tokens are added to it.
+                   None: the rows begin here.
+        lengths    [B]: how many of a row's T tokens are real; the rest, on the right, are pads whose logits mean
+                   nothing. A list or a CPU tensor is checked; a tensor on an accelerator is never waited for.
+        last_only  return only each row's last real position, [B, V], instead of [B, T, V]. The row of a sequence
+                   with no real token means nothing.
+
+        Raises ValueError for tokens of another shape, and where the cache has no room.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [B, T] with T >= 1, not {list(tokens.shape)}")
+        if cache is not None and cache.batch_size != tokens.shape[0]:
+            raise ValueError(f"the cache has {cache.batch_size} rows, the tokens {tokens.shape[0]}")
+        if lengths is not None and cache is None and not last_only:
+            raise ValueError("lengths says what a cache keeps or which position is last; here is neither")
+        x = self.model(tokens, cache, lengths)  # [B, T, D]
+        if last_only and lengths is None:
+            x = x[:, -1]  # [B, D]
+        elif last_only:
+            last = torch.as_tensor(lengths).to(x.device, non_blocking=True).sub(1).clamp(min=0)
+            x = x[torch.arange(x.shape[0], device=x.device), last]  # [B, D]
+        return self.lm_head(x)
+
+    def new_cache(self, batch_size: int, max_tokens: int | None = None, slack: int = 0) -> RollingCache:
+        """An empty cache in the model's dtype and on its device.
+
+        max_tokens  no row will hold more. Required without a window (32,768 tokens of a 7B take 4.3 GB a row); with
+                    one it saves memory where it is below the window.
+        slack       how many tokens `rewind` must be able to take back once the cache has begun to roll
+
+        Raises ValueError for impossible sizes, NotEnoughMemory where it does not fit.
+        """
+        weight = self.model.norm.weight
+        if batch_size >= 1 and (self.config.sliding_window or max_tokens):
+            slots = cache_slots(self.config.sliding_window, max_tokens, slack)
+            row = self.config.cache_bytes(slots, weight.dtype.itemsize)
+            require_memory(
+                batch_size * row,
+                weight.device,
+                f"a key/value cache of {slots} positions for {batch_size} row{'s' * (batch_size > 1)}",
+                lambda free: f"{free // (row // slots * batch_size)} positions, or {free // row} rows, would fit",
+            )
+        return RollingCache(
+            self.config, batch_size, max_tokens=max_tokens, slack=slack, dtype=weight.dtype, device=weight.device
+        )

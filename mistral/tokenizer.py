@@ -1,0 +1,150 @@
+"""Text to token ids and back, with the sentencepiece model that a checkpoint carries.
+
+Control tokens (`<s>`, `</s>`, `<|im_start|>`, ...) are kept apart from text in both directions: text that spells one
+stays text unless the caller asks otherwise, and decoding leaves them out unless asked. Every stretch of text between
+control tokens gets sentencepiece's leading space of its own; Mistral's own and Hermes' training data were split so
+(Hugging Face calls it `legacy`).
+"""
+
+import codecs
+import re
+from collections.abc import Iterable, Mapping
+
+from sentencepiece import SentencePieceProcessor
+
+from mistral.errors import CheckpointError
+
+SPACE = "\u2581"  # how sentencepiece writes a space inside a piece: ▁
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    model_proto  the bytes of a `tokenizer.model`
+    added        id -> text of the tokens that stand outside of it. All of them are control tokens.
+    stop_ids     ids at which generation ends; the first is `eos_id`. None: the sentencepiece model's end token.
+
+    Raises CheckpointError for bytes that are no sentencepiece model, and for added tokens that contradict it.
+    """
+
+    def __init__(self, model_proto: bytes, added: Mapping[int, str] = {}, stop_ids: Iterable[int] | None = None):
+        self._pieces = SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model_proto)
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(f"not a sentencepiece model ({len(model_proto)} bytes)") from error
+        size = len(self._pieces)
+        if size == 0:
+            raise CheckpointError("the sentencepiece model has no pieces")
+        self.model_proto = model_proto
+        self.added = {id: text for id, text in added.items() if id >= size}
+        for id, text in added.items():
+            if not text or id < 0:
+                raise CheckpointError(f"added token {id} ({text!r}) needs a text and an id of 0 or more")
+            if id < size and self._pieces.IdToPiece(id) != text:
+                raise CheckpointError(f"added token {text!r} claims id {id}, which is {self._pieces.IdToPiece(id)!r}")
+
+        unknown = self._pieces.unk_id()
+        self._control = {id: self._pieces.IdToPiece(id) for id in range(size) if self._pieces.IsControl(id)}
+        self._control |= self.added
+        self.control_ids = frozenset(self._control)
+        self.vocab_size = max(size, *(id + 1 for id in self._control)) if self._control else size
+        self.bos_id: int | None = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
+        self.stop_ids = tuple(stop_ids) if stop_ids is not None else (self._pieces.eos_id(),)
+        self.eos_id: int | None = self.stop_ids[0] if self.stop_ids else None
+
+        self._bytes: list[bytes | None] = [self._piece_bytes(id) for id in range(size)]
+        spelled = {text: id for id, text in self._control.items()} | {self._pieces.IdToPiece(unknown): unknown}
+        self._ids_of_spelling = spelled
+        longest_first = sorted(spelled, key=len, reverse=True)
+        self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._adds_space = self._pieces.encode("a", out_type=str)[0].startswith(SPACE)
+        # A newline belongs to no piece but its own, so text behind one is split as if nothing stood before it.
+        self._newline = self._pieces.encode("\n")
+
+    def encode(self, text: str, bos: bool = True, special: bool = False, prefix_space: bool = True) -> list[int]:
+        """Ids of `text`.
+
+        bos           begin with the begin-of-text token
+        special       parse control tokens that are spelled in the text. False: they stay text, and no text can
+                      produce a control id.
+        prefix_space  give each stretch of text the leading space that words have inside a sentence; False where the
+                      text goes on right behind other text
+
+        Raises ValueError for text that is not valid Unicode, and for `bos` where the model has no such token.
+        """
+        text.encode("utf-8")  # a lone surrogate: UnicodeEncodeError, which is a ValueError
+        if bos and self.bos_id is None:
+            raise ValueError("this tokenizer has no begin-of-text token; encode with bos=False")
+        ids = [self.bos_id] if bos else []
+        # Split at the control tokens, the odd parts are the control tokens themselves.
+        for i, part in enumerate(self._special.split(text) if special else [text]):
+            if i % 2:
+                ids.append(self._ids_of_spelling[part])
+            elif part and prefix_space:
+                ids += self._pieces.encode(part)
+            elif part:
+                ids += self._pieces.encode("\n" + part)[len(self._newline) :]
+        return ids
+
+    def decode(self, ids: Iterable[int], control: bool = False) -> str:
+        """Text of `ids`; the inverse of `encode`, for text without U+2581.
+
+        Control tokens are left out, or with `control` spelled. Bytes that are no UTF-8 become U+FFFD, one for each
+        longest run that could have begun a character, as Unicode recommends.
+        """
+        stream = TextStream(self, start=True, control=control)
+        return "".join([stream.feed(id) for id in ids] + [stream.finish()])
+
+    def stream(self, start: bool = False, control: bool = False) -> "TextStream":
+        """A decoder that is fed one id at a time.
+
+        start  the ids begin a text, so that its first leading space is not part of it; False for ids that a model
+               generates behind a prompt.
+        """
+        return TextStream(self, start=start, control=control)
+
+    def token_bytes(self, id: int) -> bytes | None:
+        """The UTF-8 bytes (perhaps a part of a character) that a token stands for; None if it stands for no text."""
+        return self._bytes[id] if 0 <= id < len(self._bytes) else None
+
+    def control_text(self, id: int) -> str | None:
+        """How a control token is spelled; None for every other id."""
+        return self._control.get(id)
+
+    def _piece_bytes(self, id: int) -> bytes | None:
+        if self._pieces.IsControl(id) or self._pieces.IsUnknown(id) or self._pieces.IsUnused(id):
+            return None
+        piece = self._pieces.IdToPiece(id)
+        if self._pieces.IsByte(id):
+            return bytes([int(piece[3:-1], 16)])  # <0x0A>
+        return piece.replace(SPACE, " ").encode("utf-8")
+
+    def _begins_with_space(self, id: int) -> bool:
+        return self._adds_space and (self.token_bytes(id) or b"").startswith(b" ") and not self._pieces.IsByte(id)
+
+
+class TextStream:
+    """Ids to text, piece by piece: what is returned is final, and a character that is not complete yet is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, start: bool, control: bool):
+        self._tokenizer, self._at_start, self._control = tokenizer, start, control
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, id: int) -> str:
+        """The text that is certain after one more id; often "" inside a character of several bytes."""
+        piece = self._tokenizer.token_bytes(id)
+        if piece is None:  # a control token, or an id without a token: the text before it has ended
+            text = self.finish()
+            self._at_start = id in self._tokenizer.control_ids
+            return text + (self._tokenizer.control_text(id) or "" if self._control else "")
+        if self._at_start and self._tokenizer._begins_with_space(id):
+            piece = piece[1:]
+        self._at_start = False
+        return self._utf8.decode(piece)
+
+    def finish(self) -> str:
+        """The text still held back: U+FFFD for the beginning of a character that never came."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
