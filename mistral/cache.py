@@ -35,8 +35,9 @@ class Plan:
     write_first: bool  # write, then read the ring alone; else read ring and chunk, then write
     slot_positions: Tensor  # [B, S + 1]: the table after this forward
     lengths: Tensor  # [B]: tokens a row holds after this forward
-    at_most: list[int]  # the same two as the host knows them
-    peaks: list[int]
+    peaks: Tensor  # [B]: the most it ever held
+    lengths_at_most: list[int]  # the same two as the host knows them
+    peaks_at_most: list[int]
     exact: bool
 
 
@@ -120,8 +121,9 @@ class RollingCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.slot_positions = torch.full((batch_size, self.num_slots + 1), -1, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.at_most = [0] * batch_size  # upper bounds of lengths
-        self.peaks = [0] * batch_size  # upper bounds of what lengths ever were: later writes evict by these
+        self.peaks = torch.zeros_like(self.lengths)  # the most that a row ever held: what was evicted follows from it
+        self.lengths_at_most = [0] * batch_size
+        self.peaks_at_most = [0] * batch_size
         self.exact = True  # whether the two lists are more than bounds
 
     def plan(self, num_tokens: int, lengths: Tensor | Sequence[int] | None = None) -> Plan:
@@ -130,8 +132,8 @@ class RollingCache:
         Raises ValueError for impossible lengths and for tokens that do not fit; the cache is as before then.
         """
         counts, lengths, exact = self._counts(num_tokens, lengths)
-        at_most = [n + c for n, c in zip(self.at_most, counts)]
-        peaks = [max(p, n) if exact else p + c for p, n, c in zip(self.peaks, at_most, counts)]
+        at_most = [n + c for n, c in zip(self.lengths_at_most, counts)]
+        peaks = [max(p, n) for p, n in zip(self.peaks_at_most, at_most)]
         self._check_room(at_most, lengths)
 
         S, W = self.num_slots, self.window
@@ -142,11 +144,11 @@ class RollingCache:
         slots = torch.where(kept, positions % S, S)  # [B, T]
         table = self.slot_positions.scatter(1, slots, positions)  # [B, S + 1]
 
-        fresh = max(self.peaks) == 0
+        fresh = max(self.peaks_at_most) == 0
         # Written first, a chunk may only evict what even its first token no longer sees.
         evicts_too_early = max(peaks) > S and (W is None or num_tokens > S - W + 1)
         write_first = not fresh and not evicts_too_early
-        used = min(S, max(peaks if write_first else self.peaks))
+        used = min(S, max(peaks if write_first else self.peaks_at_most))
         if fresh:
             # Nothing remembered: the chunk attends to itself, pads included (causality hides them, they come last).
             mask = None if W is None or num_tokens < W else window_mask(positions, positions, W)
@@ -156,7 +158,19 @@ class RollingCache:
             mask = None if sees_all and full_rows else window_mask(positions, table[:, :used], W)
         else:
             mask = window_mask(positions, torch.cat((self.slot_positions[:, :used], positions), dim=1), W)
-        return Plan(positions, mask, slots, used, write_first, table, ends, at_most, peaks, exact)
+        return Plan(
+            positions,
+            mask,
+            slots,
+            used,
+            write_first,
+            slot_positions=table,
+            lengths=ends,
+            peaks=torch.maximum(self.peaks, ends),
+            lengths_at_most=at_most,
+            peaks_at_most=peaks,
+            exact=exact,
+        )
 
     def layer(self, index: int, plan: Plan) -> LayerCache:
         """Layer `index` as the attention of one forward sees it."""
@@ -166,7 +180,8 @@ class RollingCache:
         """Make the plan the state, after every layer has written."""
         self.slot_positions.copy_(plan.slot_positions)
         self.lengths.copy_(plan.lengths)
-        self.at_most, self.peaks, self.exact = plan.at_most, plan.peaks, plan.exact
+        self.peaks.copy_(plan.peaks)
+        self.lengths_at_most, self.peaks_at_most, self.exact = plan.lengths_at_most, plan.peaks_at_most, plan.exact
 
     def rewind(self, n: int | Tensor | Sequence[int]) -> None:
         """Forget the last n tokens of every row (or n[b] of row b). Reads n on the host.
@@ -178,9 +193,10 @@ class RollingCache:
         if len(counts) != self.batch_size or min(counts) < 0:
             raise ValueError(f"rewind takes one count of 0 or more for each of {self.batch_size} rows, not {counts}")
         if not self.exact:
-            self.at_most = self.lengths.tolist()
-        after = [length - c for length, c in zip(self.at_most, counts)]
-        for length, count, peak in zip(after, counts, self.peaks):
+            self.lengths_at_most, self.peaks_at_most = self.lengths.tolist(), self.peaks.tolist()
+            self.exact = True
+        after = [length - c for length, c in zip(self.lengths_at_most, counts)]
+        for length, count, peak in zip(after, counts, self.peaks_at_most):
             if length < 0:
                 raise ValueError(f"cannot forget {count} tokens of a row that holds {length + count}")
             if count and peak > self.num_slots and peak - length > self.slack:
@@ -188,7 +204,7 @@ class RollingCache:
                     f"cannot forget {count} tokens: {peak - length} behind the furthest point, and the slack is "
                     f"{self.slack}; what they evicted is gone"
                 )
-        self.at_most = after
+        self.lengths_at_most = after
         self.lengths -= torch.tensor(counts, device=self.lengths.device)
         self.slot_positions.masked_fill_(self.slot_positions >= self.lengths[:, None], -1)
 

@@ -53,8 +53,8 @@ class Decoder:
         """[B, V] in the model's dtype: what the next step samples from. ValueError while a row is empty."""
         if any(self._unread):
             self.read([[]] * self.batch_size)
-        if 0 in self._cache.at_most:
-            raise ValueError(f"row {self._cache.at_most.index(0)} is empty: read a prompt first")
+        if 0 in self._cache.lengths_at_most:
+            raise ValueError(f"row {self._cache.lengths_at_most.index(0)} is empty: read a prompt first")
         return self._logits
 
     @torch.inference_mode()
@@ -100,7 +100,7 @@ class Decoder:
         counts = [n] * self.batch_size if isinstance(n, int) else list(n)
         if len(counts) != self.batch_size or min(counts) < 0:
             raise ValueError(f"rewind takes one count of 0 or more for each of {self.batch_size} rows, not {counts}")
-        held = self._cache.at_most
+        held = self._cache.lengths_at_most
         stay = [h + len(unread) - c for h, unread, c in zip(held, self._unread, counts)]
         if min(stay) < 0:
             raise ValueError(f"cannot forget {counts} tokens of rows that hold {[s + c for s, c in zip(stay, counts)]}")
@@ -115,7 +115,7 @@ class Decoder:
 
     def _forward(self, tokens: Tensor, lengths: list[int] | None) -> None:
         B, T = tokens.shape
-        needed = max(self._cache.at_most) + T
+        needed = max(self._cache.lengths_at_most) + T
         if needed > self._history.shape[1]:
             more = max(needed, 2 * self._history.shape[1]) - self._history.shape[1]
             self._history = F.pad(self._history, (0, more), value=-1)
@@ -130,7 +130,7 @@ class Decoder:
         self._logits = logits
 
     def _check_room(self, counts: list[int]) -> None:
-        longest = max(n + c for n, c in zip(self._cache.at_most, counts))
+        longest = max(n + c for n, c in zip(self._cache.lengths_at_most, counts))
         limit = self.config.max_position_embeddings
         if not self._cache.wraps:
             limit = min(limit, self._cache.num_slots)

@@ -24,7 +24,7 @@ from mistral.config import Config
 from mistral.memory import require_memory
 from mistral.mlp import MLP
 from mistral.rms_norm import RMSNorm
-from mistral.rotary import rotary_tables
+from mistral.rotary import Rotary
 
 
 class Block(nn.Module):
@@ -53,6 +53,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_dim, config.rope_theta)
 
     def forward(
         self, tokens: Tensor, cache: RollingCache | None, lengths: Tensor | Sequence[int] | None
@@ -67,7 +68,7 @@ class Trunk(nn.Module):
             plan = cache.plan(T, lengths)
             positions, mask = plan.positions, plan.mask
         x = self.embed_tokens(tokens)  # [B, T, D]
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        rotary = self.rotary(positions, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, None if cache is None else cache.layer(i, plan))
         if cache is not None:

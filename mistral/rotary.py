@@ -11,28 +11,35 @@ This is Hugging Face's pairing. The paper, Mistral's own files and GGUF pair nei
 differ by a fixed permutation of the rows of the Q and K matrices.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-@lru_cache
-def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """theta^(-2i/H) for i < H/2: float32 [H/2] on `device`."""
-    # Worked out on the CPU, so that every device turns by the same angles to the last bit, and kept (the function is
-    # pure), so that a forward on a GPU copies nothing.
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    return (1.0 / theta**exponents).to(device)
+class Rotary(nn.Module):
+    """Positions to the cosines and sines of their angles."""
 
+    def __init__(self, head_dim: int, theta: float):
+        super().__init__()
+        # Worked out on the CPU, so that every device turns by the same angles to the last bit.
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+        self.register_buffer("frequencies", 1.0 / theta**exponents, persistent=False)  # [H/2]: theta^(-2i/H)
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `positions` [B, T] int64: two tensors [B, 1, T, H] of `dtype`."""
-    # Angles are float32 in every dtype, as in the models' training. In bfloat16 position 100 would be off by 0.1 rad.
-    # At position 32,767 the float32 cosine is off by up to 5e-4, and the weights were trained with just that.
-    angles = positions[..., None].float() * inverse_frequencies(head_dim, theta, positions.device)  # [B, T, H/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, H]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For positions [B, T] int64: cosines and sines, [B, 1, T, H] of `dtype` each."""
+        # Angles are float32 in every dtype, as they were in training. In bfloat16 position 100 would be off by 0.1 rad;
+        # in float64 the angles would be better, and not those that the weights were trained with.
+        angles = positions[..., None].float() * self.frequencies  # [B, T, H/2]
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, H]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        # model.to(bfloat16) must move the frequencies and not round them.
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def load_model(folder: Path, config: Config, device: torch.device, dtype: torch.
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # one parameter again, not two that share memory
-    return model
+    return model.to(device)  # what is no weight: the rotary frequencies
 
 
 def save(model: Mistral, tokenizer: Tokenizer, folder: Path) -> None:

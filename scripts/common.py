@@ -1,0 +1,88 @@
+"""What the scripts share: the model's arguments, and ending in one clear line instead of a traceback."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import mistral
+from mistral.memory import format_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def parser(description: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose --help ends with an example."""
+    return argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_model_arguments(to: argparse.ArgumentParser) -> None:
+    """MODEL, --device, --dtype, --window."""
+    to.add_argument("model", nargs="?", help="folder of a checkpoint; none: a small random one is made")
+    to.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
+    to.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's")
+    to.add_argument(
+        "--window",
+        type=window,
+        default="auto",
+        help="sliding window: a number of tokens, none, or auto: what the checkpoint says (default)",
+    )
+
+
+def window(text: str) -> int | None | str:
+    """'auto', 'none' or a number, for argparse."""
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, none, or a number of tokens")
+    return int(text)
+
+
+def load(arguments: argparse.Namespace, source: str | Path) -> tuple[mistral.Mistral, mistral.Tokenizer]:
+    """`mistral.load` with the arguments of `add_model_arguments`."""
+    dtype = DTYPES.get(arguments.dtype)
+    return mistral.load(source, device=arguments.device, dtype=dtype, sliding_window=arguments.window)
+
+
+def note(text: str) -> None:
+    """One line for the person, on stderr, so that stdout holds nothing but the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that was in use: of the GPU's by PyTorch, else of the process."""
+    if device.type == "cuda":
+        return format_bytes(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return format_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's main function and exit with its code; expected errors become one line and exit code 1."""
+    warnings.showwarning = lambda message, *_: note(f"note: {message}")
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+        note("\nstopped")
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except torch.OutOfMemoryError as error:
+        code = 1
+        note(f"error: {str(error).splitlines()[0]} A shorter text or --dtype bfloat16 needs less.")
+    except (mistral.MistralError, ValueError, OSError) as error:
+        code = 1
+        note(f"error: {' '.join(str(error).split())}")
+    sys.exit(code)

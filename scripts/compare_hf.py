@@ -1,0 +1,97 @@
+"""Compare a checkpoint's numbers with transformers', layer by layer; exit code 1 where they differ."""
+
+import argparse
+
+import common
+import torch
+from random_checkpoint import checkpoint
+from torch import Tensor, nn
+
+TEXT = (
+    "Mistral 7B leverages grouped-query attention for faster inference, coupled with sliding window attention to "
+    "handle sequences of arbitrary length with a reduced inference cost.\n\n```python\ndef window(i, W):\n"
+    "    return range(max(0, i - W + 1), i + 1)  # naïve — 滑动窗口 🪟\n```\n"
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__, "python scripts/compare_hf.py ~/Mistral-7B-v0.1 --dtype bfloat16 --tokens 5000")
+    common.add_model_arguments(parser)
+    parser.add_argument("--prompt", default=TEXT, help="the text to compare on (default: a built-in one)")
+    parser.add_argument("--tokens", type=int, help="repeat or cut the text to this many tokens")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="largest allowed difference (default: 0, none)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("transformers is not installed: pip install transformers") from None
+    transformers.utils.logging.disable_progress_bar()
+    if args.tokens is not None and args.tokens < 1:
+        raise ValueError(f"--tokens must be 1 or more, not {args.tokens}")
+
+    with checkpoint(args.model) as folder:
+        ours, tokenizer = common.load(args, folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.sliding_window = ours.config.sliding_window
+        weight = ours.lm_head.weight
+        theirs = transformers.MistralForCausalLM.from_pretrained(
+            folder, config=config, dtype=weight.dtype, attn_implementation="sdpa"
+        )
+        theirs = theirs.eval().to(weight.device)
+
+    ids = tokenizer.encode(args.prompt)
+    if args.tokens is not None:
+        ids = (ids * (args.tokens // len(ids) + 1))[: args.tokens]
+    tokens = torch.tensor([ids], device=weight.device)
+    mine, reference = record(ours, lambda: ours(tokens)), record(theirs, lambda: theirs(tokens, use_cache=False).logits)
+    return report(mine, reference, ours.config.sliding_window, len(ids), args.tolerance)
+
+
+@torch.inference_mode()
+def record(model: nn.Module, forward) -> dict[str, Tensor]:
+    """What each part of the model put out in one forward. Both models use Hugging Face's names for their parts."""
+    outputs: dict[str, Tensor] = {}
+    parts = {"embedding": model.model.embed_tokens}
+    parts |= {f"layer {i}": layer for i, layer in enumerate(model.model.layers)}
+    parts |= {"final norm": model.model.norm}
+
+    def hook(name: str):
+        return lambda _module, _inputs, output: outputs.update({name: output})
+
+    handles = [part.register_forward_hook(hook(name)) for name, part in parts.items()]
+    outputs["logits"] = forward()
+    for handle in handles:
+        handle.remove()
+    return outputs | {"logits": outputs.pop("logits")}  # logits last
+
+
+def report(ours: dict[str, Tensor], theirs: dict[str, Tensor], window: int | None, T: int, tolerance: float) -> int:
+    logits = theirs["logits"]
+    reach = "no window" if window is None else f"window {window}, {'reached' if window <= T else 'not reached'}"
+    print(f"{T} tokens, {reach}, {str(logits.dtype).removeprefix('torch.')} on {logits.device}\n")
+    print(f"{'':<12}{'max |d|':>12}{'mean |d|':>12}{'max |theirs|':>14}")
+    worst = 0.0
+    for name in theirs:
+        difference = (ours[name].double() - theirs[name].double()).abs()
+        largest = difference.max().item()
+        worst = max(worst, largest) if largest == largest else float("nan")
+        print(f"{name:<12}{largest:>12.2e}{difference.mean().item():>12.2e}{theirs[name].abs().max().item():>14.3f}")
+        if worst != worst:
+            break
+    agree = (ours["logits"].argmax(-1) == logits.argmax(-1)).float().mean().item()
+    print(f"\nmost probable next token: the same at {agree:.2%} of the positions")
+    if worst == 0:
+        print("bit-identical")
+    elif worst <= tolerance:
+        print(f"within the tolerance of {tolerance:g}")
+    else:
+        print(f"DIFFERENT: {worst:.2e}, and the tolerance is {tolerance:g}")
+    return 0 if worst <= tolerance else 1
+
+
+if __name__ == "__main__":
+    common.run(main)

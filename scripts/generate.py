@@ -1,0 +1,101 @@
+"""Continue a text with a Mistral checkpoint, streamed to stdout; speed and memory go to stderr."""
+
+import argparse
+import sys
+import time
+
+import common
+from random_checkpoint import checkpoint
+
+import mistral
+
+
+class Clock:
+    """Allows every token and notes when it came."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.times: list[float] = []
+
+    def mask(self) -> None:
+        return None
+
+    def accept(self, id: int) -> None:
+        self.times.append(time.perf_counter() - self.start)
+
+
+def arguments() -> argparse.Namespace:
+    parser = common.parser(
+        __doc__, 'python scripts/generate.py ~/Mistral-7B-v0.1 --prompt "The capital of France is" --temperature 0'
+    )
+    common.add_model_arguments(parser)
+    parser.add_argument("--prompt", help="the text to continue; none: what is piped in")
+    parser.add_argument(
+        "--special", action="store_true", help="parse control tokens such as <|im_start|> in the prompt"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
+    parser.add_argument("--top-k", type=int, default=0, help="0: off (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="0: off (default)")
+    parser.add_argument("--typical-p", type=float, default=1.0, help="1: off (default)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off (default)")
+    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, help="0: off (default)")
+    parser.add_argument("--seed", type=int, help="none: another text every time")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.prompt is None and sys.stdin.isatty():
+        raise ValueError('there is no prompt: give --prompt "some text", or pipe a text in')
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    names = (
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "seed",
+    )
+    sampling = mistral.Sampling(**{name: getattr(args, name) for name in names})
+    with checkpoint(args.model) as folder:
+        model, tokenizer = common.load(args, folder)
+
+    clock = Clock()
+    pieces = mistral.generate_text(
+        model,
+        tokenizer,
+        prompt,
+        sampling,
+        max_new_tokens=args.max_new_tokens,
+        stop=args.stop,
+        constraint=clock,
+        special=args.special,
+    )
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+        report(clock, len(tokenizer.encode(prompt, special=args.special)), model.lm_head.weight.device)
+
+
+def report(clock: Clock, prompt_tokens: int, device) -> None:
+    """What it took, in one line."""
+    times = clock.times
+    if not times:
+        common.note(f"[no token was generated | peak memory {common.peak_memory(device)}]")
+        return
+    rate = f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
+    common.note(
+        f"[prompt {prompt_tokens} tokens | first token after {times[0]:.2f} s | then {rate} | "
+        f"{len(times)} new tokens | peak memory {common.peak_memory(device)}]"
+    )
+
+
+if __name__ == "__main__":
+    common.run(main)

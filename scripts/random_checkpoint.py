@@ -1,0 +1,111 @@
+"""Write a small Mistral with random weights, in Hugging Face's layout: to try the scripts without a download."""
+
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import common
+import sentencepiece
+import torch
+
+import mistral
+from mistral.checkpoints.hugging_face import save
+
+CHATML = ("<|im_end|>", "<|im_start|>")
+
+
+def train_tokenizer(num_pieces: int) -> bytes:
+    """A sentencepiece model with the settings of Mistral's own, learned from this package's source."""
+    model = io.BytesIO()
+    sources = sorted(Path(mistral.__file__).parent.rglob("*.py"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for source in sources for line in source.read_text().splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=num_pieces,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_random_checkpoint(
+    folder: Path,
+    *,
+    tokenizer_model: bytes | None = None,
+    hidden_size: int = 256,
+    num_layers: int = 4,
+    window: int | None = 128,
+    seed: int = 0,
+) -> None:
+    """Fill `folder` with a checkpoint: 4 times as many query heads as key/value heads, ChatML's tokens added."""
+    proto = tokenizer_model or train_tokenizer(768)
+    size = mistral.Tokenizer(proto).vocab_size
+    added = {size + i: text for i, text in enumerate(CHATML)}
+    tokenizer = mistral.Tokenizer(proto, added, [size])
+    config = mistral.Config(
+        vocab_size=size + 32,  # padded as in Hermes-2-Pro, whose embedding has 30 rows without a token
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 7 // 2,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 128,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        sliding_window=window,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=tokenizer.stop_ids,
+    )
+    torch.manual_seed(seed)
+    save(mistral.Mistral(config).to(torch.bfloat16), tokenizer, folder)
+
+
+@contextmanager
+def checkpoint(model: str | None) -> Iterator[Path]:
+    """The folder that was named, or a random checkpoint that lives as long as the context."""
+    if model is not None:
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        common.note(
+            "No model was named: this is a small random one, and what it writes is noise. Name a checkpoint's folder."
+        )
+        write_random_checkpoint(Path(folder))
+        yield Path(folder)
+
+
+def main() -> None:
+    arguments = common.parser(__doc__, "python scripts/random_checkpoint.py /tmp/small --hidden-size 512")
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("--tokenizer", type=Path, help="a tokenizer.model to use; none: a small one is trained")
+    arguments.add_argument("--hidden-size", type=int, default=256, help="a multiple of 128 (default: 256)")
+    arguments.add_argument("--layers", type=int, default=4, help="default: 4")
+    arguments.add_argument("--window", type=common.window, default=128, help="tokens, or none (default: 128)")
+    arguments.add_argument("--seed", type=int, default=0)
+    args = arguments.parse_args()
+    if args.hidden_size < 128 or args.hidden_size % 128:
+        raise ValueError(f"--hidden-size must be a multiple of 128, not {args.hidden_size}")
+    if args.folder.exists() and any(args.folder.iterdir()):
+        raise ValueError(f"{args.folder} is not empty; name a new folder")
+    write_random_checkpoint(
+        args.folder,
+        tokenizer_model=args.tokenizer.read_bytes() if args.tokenizer else None,
+        hidden_size=args.hidden_size,
+        num_layers=args.layers,
+        window=None if args.window == "auto" else args.window,
+        seed=args.seed,
+    )
+    common.note(f"wrote {args.folder}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,76 @@
+"""Small models with unequal sizes for the tests, and where the test data is."""
+
+from pathlib import Path
+
+import mistral_common
+import torch
+
+import mistral
+
+DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
+TRUE_TOKENIZERS = Path(mistral_common.__file__).parent / "data"
+
+# No two sizes are equal, and the head size is not hidden_size / heads: a swapped axis cannot hide.
+SIZES = dict(
+    vocab_size=101,
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=10,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    sliding_window=4,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=(2,),
+)
+
+
+def config(**changes) -> mistral.Config:
+    return mistral.Config(**{**SIZES, **changes})
+
+
+def model(dtype=torch.float64, seed=0, **changes) -> mistral.Mistral:
+    """A random model whose logits are spread well apart."""
+    torch.manual_seed(seed)
+    made = mistral.Mistral(config(**changes))
+    for name, parameter in made.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return made.to(dtype).requires_grad_(False)
+
+
+def tokens(*shape: int, seed=0, vocab_size=SIZES["vocab_size"]) -> torch.Tensor:
+    return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def true_tokenizer(**kwargs) -> mistral.Tokenizer:
+    """Mistral's own 32,000-piece tokenizer, with Hermes-2-Pro's two tokens."""
+    proto = (TRUE_TOKENIZERS / "tokenizer.model.v1").read_bytes()
+    return mistral.Tokenizer(proto, **{"added": {32000: "<|im_end|>", 32001: "<|im_start|>"}, **kwargs})
+
+
+def save_hf(folder: Path, dtype=torch.float32, seed=0, **changes) -> Path:
+    """A random checkpoint written by transformers itself."""
+    import transformers
+
+    sizes = {**SIZES, "initializer_range": 0.3, **changes}
+    sizes["eos_token_id"] = list(sizes["eos_token_id"])
+    sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    torch.manual_seed(seed)
+    transformers.MistralForCausalLM(transformers.MistralConfig(**sizes)).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load_pair(folder: Path, dtype: torch.dtype, attention="sdpa"):
+    """(ours, transformers') of one checkpoint."""
+    import transformers
+
+    from mistral.checkpoints import hugging_face
+
+    ours = hugging_face.load_model(folder, hugging_face.read_config(folder), torch.device("cpu"), dtype)
+    theirs = transformers.MistralForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    return ours.requires_grad_(False), theirs.eval().requires_grad_(False)

@@ -1,0 +1,275 @@
+"""The rolling cache: whatever the chunks, the logits are those of one pass over the whole text."""
+
+import random
+
+import pytest
+import small
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mistral.cache import RollingCache
+
+LONG = 60  # tokens a row; 15 windows
+
+
+def read_chunks(model, cache, tokens, chunks, at=None):
+    """Read rows of `tokens` in ragged chunks; yields (row, position, logits) for every real token."""
+    at = at if at is not None else [0] * tokens.shape[0]
+    for counts in chunks:
+        T = max(max(counts), 1)
+        piece = torch.zeros(len(counts), T, dtype=torch.int64)
+        for b, n in enumerate(counts):
+            piece[b, :n] = tokens[b, at[b] : at[b] + n]
+        logits = model(piece, cache, lengths=counts)
+        for b, n in enumerate(counts):
+            for t in range(n):
+                yield b, at[b] + t, logits[b, t]
+            at[b] += n
+
+
+def random_chunks(generator, rows, length):
+    """Ragged chunks, empty rows and chunks longer than window and ring among them, until every row has `length`."""
+    left = [length] * rows
+    while max(left):
+        counts = [min(n, generator.choice([0, 0, 1, 1, 1, 2, 3, 5, 9, 17])) for n in left]
+        left = [n - c for n, c in zip(left, counts)]
+        yield counts
+
+
+@pytest.mark.parametrize("slack", [0, 1, 3, 40])
+@pytest.mark.parametrize("window", [1, 4, None])
+@pytest.mark.parametrize("seed", range(6))
+def test_any_chunking_equals_the_whole_pass(seed, window, slack):
+    model, tokens = small.model(sliding_window=window, seed=seed), small.tokens(3, LONG, seed=seed)
+    whole = model(tokens)
+    cache = model.new_cache(3, max_tokens=LONG if window is None else None, slack=slack)
+    seen = 0
+    for b, p, logits in read_chunks(model, cache, tokens, random_chunks(random.Random(seed), 3, LONG)):
+        assert (logits - whole[b, p]).abs().max() < 1e-12
+        seen += 1
+    assert seen == 3 * LONG
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 11, 60])
+def test_even_chunks_without_lengths_equal_the_whole_pass(chunk):
+    model, tokens = small.model(), small.tokens(3, LONG)
+    whole, cache = model(tokens), model.new_cache(3)
+    parts = [model(piece, cache) for piece in tokens.split(chunk, dim=1)]
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-12
+    assert cache.lengths.tolist() == [LONG] * 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rewinding_within_the_slack_leaves_no_trace(seed):
+    generator = random.Random(seed)
+    slack = generator.choice([1, 2, 5])
+    model, tokens = small.model(seed=seed), small.tokens(2, LONG, seed=seed)
+    whole, cache, at = model(tokens), model.new_cache(2, slack=slack), [0, 0]
+    for _ in range(60):
+        left = min(LONG - n for n in at)
+        if left < 1:
+            break
+        # What is taken back is replaced by other tokens first: nothing of them may stay behind.
+        wrong = min(generator.randint(0, slack), left)
+        if wrong:
+            model(small.tokens(2, wrong, seed=generator.randrange(10**6)), cache)
+            cache.rewind(wrong)
+        count = [generator.randint(0, min(left, 6)) for _ in at]
+        for b, p, logits in read_chunks(model, cache, tokens, [count], at):
+            assert (logits - whole[b, p]).abs().max() < 1e-12
+
+
+def test_rows_rewind_by_their_own_counts():
+    model, tokens = small.model(), small.tokens(3, 30)
+    whole, cache = model(tokens), model.new_cache(3, slack=6)
+    model(tokens[:, :20], cache)
+    cache.rewind([0, 2, 6])
+    assert cache.lengths.tolist() == [20, 18, 14]
+    for b, p, logits in read_chunks(model, cache, tokens, [[10, 3, 1], [0, 5, 12]], at=[20, 18, 14]):
+        assert (logits - whole[b, p]).abs().max() < 1e-12
+
+
+def test_rewinds_add_up_against_the_slack():
+    model, cache = small.model(), None
+    cache = model.new_cache(1, slack=3)
+    model(small.tokens(1, 20), cache)
+    cache.rewind(2)
+    with pytest.raises(ValueError, match="the slack is 3"):
+        cache.rewind(2)
+    assert cache.lengths.tolist() == [18]
+    cache.rewind(1)
+    model(small.tokens(1, 3), cache)
+    cache.rewind(3)
+
+
+def test_before_the_first_eviction_everything_can_be_taken_back():
+    model, tokens = small.model(), small.tokens(1, 8)
+    cache = model.new_cache(1)
+    model(tokens[:, :4], cache)
+    cache.rewind(4)
+    assert (model(tokens, cache) - model(tokens)).abs().max() < 1e-12
+    with pytest.raises(ValueError, match="cannot forget 9"):
+        cache.rewind(9)
+
+
+def slots(cache):
+    return cache.slot_positions[0, : cache.num_slots].tolist()
+
+
+def test_the_example_in_the_docstring():
+    model, tokens = small.model(sliding_window=3), small.tokens(1, 8)
+    cache = model.new_cache(1)
+    model(tokens[:, :5], cache)
+    assert slots(cache) == [3, 4, 2]
+    model(tokens[:, 5:6], cache)
+    assert slots(cache) == [3, 4, 5]
+    plan = cache.plan(2)
+    assert plan.mask.int().tolist() == [[[[0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]]
+    model(tokens[:, 6:8], cache)
+    assert slots(cache) == [6, 7, 5]
+
+    cache = model.new_cache(1, slack=2)
+    model(tokens, cache)
+    assert slots(cache) == [5, 6, 7, 3, 4]
+    cache.rewind(2)
+    assert slots(cache) == [5, -1, -1, 3, 4]
+    plan = cache.plan(1)
+    visible = plan.slot_positions[0, : plan.used][plan.mask[0, 0, 0]]
+    assert sorted(visible.tolist()) == [4, 5, 6]
+    for text in ("[3 4 2]", "[3 4 5]", "[6 7 5]", "[5 6 7 3 4]", "[5 . . 3 4]"):
+        assert text in RollingCache.__doc__
+
+
+def test_memory_is_that_of_the_window():
+    model = small.model()
+    assert model.new_cache(2, slack=3).num_slots == 7
+    assert model.new_cache(2, max_tokens=3).num_slots == 3
+    assert small.model(sliding_window=None).new_cache(2, max_tokens=50, slack=9).num_slots == 50
+
+
+def test_a_cache_that_is_too_small_refuses_before_it_changes():
+    model, tokens = small.model(sliding_window=None), small.tokens(2, 9)
+    cache = model.new_cache(2, max_tokens=8)
+    model(tokens[:, :6], cache, lengths=[6, 2])
+    with pytest.raises(ValueError, match="9 tokens do not fit into a cache made for max_tokens=8"):
+        model(tokens[:, :3], cache)
+    assert cache.lengths.tolist() == [6, 2]
+    model(tokens[:, :6], cache, lengths=[2, 6])
+
+
+@pytest.mark.parametrize("arguments", [(0,), (1, 0), (1, None, -1)])
+def test_impossible_sizes_are_refused(arguments):
+    with pytest.raises(ValueError, match="impossible cache"):
+        small.model().new_cache(*arguments)
+
+
+def test_without_a_window_max_tokens_is_required():
+    with pytest.raises(ValueError, match="needs max_tokens"):
+        small.model(sliding_window=None).new_cache(1)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 4], [-1, 2]])
+def test_impossible_lengths_are_refused(lengths):
+    model = small.model()
+    with pytest.raises(ValueError, match="lengths"):
+        model(small.tokens(2, 3), model.new_cache(2), lengths=lengths)
+
+
+def test_pads_never_reach_a_real_token():
+    model, tokens = small.model(), small.tokens(2, 20)
+    outcomes = []
+    for pad in (0, 7):
+        cache = model.new_cache(2)
+        padded = tokens.clone()
+        padded[1, 2:] = pad
+        outcomes.append(model(padded, cache, lengths=[20, 2])[1, :2])
+        padded = torch.full((2, 5), pad)
+        padded[1] = tokens[1, 2:7]
+        outcomes.append(model(padded, cache, lengths=[0, 5])[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+    assert torch.equal(outcomes[1], outcomes[3])
+
+
+def test_a_row_that_holds_nothing_does_not_poison_its_neighbours():
+    model, tokens = small.model(), small.tokens(2, 9)
+    cache = model.new_cache(2)
+    model(tokens[:, :3], cache, lengths=[3, 0])
+    model(tokens[:, 3:5], cache, lengths=[2, 0])
+    logits = model(torch.stack((tokens[0, 5:], tokens[1, :4])), cache)
+    assert (logits[0] - model(tokens)[0, 5:]).abs().max() < 1e-12
+    assert (logits[1] - model(tokens[:, :4])[1]).abs().max() < 1e-12
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on operations that would make the host wait for a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        assert name not in self.WAITING, f"{name} reads from the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean index waits for its size"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_forward_never_waits_for_the_device():
+    model, tokens = small.model(), small.tokens(2, 30)
+    cache = model.new_cache(2, slack=2)
+    with NoHostReads():
+        for piece in tokens.split([9, 1, 1, 5, 1, 2, 11], dim=1):
+            model(piece, cache)
+        model(tokens[:, :3], cache, lengths=[3, 1], last_only=True)
+    with pytest.raises(AssertionError, match="reads from the device"), NoHostReads():
+        cache.lengths[0].item()
+
+
+def test_lengths_on_a_device_are_never_read():
+    # The meta device has shapes and no numbers: anything that read a length would fail.
+    model, cache_of = small.model().to("meta"), small.model().to("meta").new_cache
+    cache = cache_of(2, slack=2)
+    for T in (5, 1, 3):
+        logits = model(torch.zeros(2, T, dtype=torch.int64, device="meta"), cache, torch.ones(2, device="meta").long())
+        assert logits.shape == (2, T, 101)
+    assert cache.lengths_at_most == [9, 9]
+    assert not cache.exact
+
+
+def test_bounds_instead_of_lengths_give_the_same_logits():
+    class DeviceLengths(torch.Tensor):
+        """A CPU tensor that says it is somewhere else, as lengths that a kernel wrote would be."""
+
+        @property
+        def device(self):
+            return torch.device("cuda")
+
+        def to(self, *args, **kwargs):
+            return self.as_subclass(torch.Tensor)
+
+    model, tokens = small.model(), small.tokens(2, 40)
+    whole, cache, at = model(tokens), model.new_cache(2, slack=2), [0, 0]
+    generator = random.Random(1)
+    while max(at) < 30:
+        counts = [generator.randint(0, 5) for _ in at]
+        piece = torch.stack([tokens[b, at[b] : at[b] + 5] for b in range(2)])
+        logits = model(piece, cache, torch.tensor(counts).as_subclass(DeviceLengths))
+        for b, n in enumerate(counts):
+            assert n == 0 or (logits[b, :n] - whole[b, at[b] : at[b] + n]).abs().max() < 1e-12
+            at[b] += n
+    cache.rewind(1)
+    assert cache.lengths_at_most == [at[0] - 1, at[1] - 1]
+
+
+@pytest.mark.gpu
+def test_a_forward_on_a_gpu_never_waits():
+    model = small.model(torch.float32).cuda()
+    tokens, cache = small.tokens(2, 30).cuda(), model.new_cache(2, slack=2)
+    model(tokens, model.new_cache(2))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for piece in tokens.split([9, 1, 1, 5, 1, 2, 11], dim=1):
+            model(piece, cache)
+        model(tokens[:, :3], cache, lengths=[3, 1], last_only=True)
+        model(tokens[:, :3], cache, lengths=torch.tensor([3, 1], device="cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

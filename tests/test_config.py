@@ -1,0 +1,130 @@
+import dataclasses
+import json
+
+import pytest
+import small
+import torch
+
+import mistral
+from mistral.checkpoints.hugging_face import read_config
+
+PUBLISHED = {  # window, theta, vocabulary, stop token
+    "v0.1": (4096, 1e4, 32000, 2),
+    "v0.2": (None, 1e6, 32000, 2),
+    "v0.3": (None, 1e6, 32768, 2),
+    "instruct-v0.2": (None, 1e6, 32000, 2),
+    "hermes-2-pro": (4096, 1e4, 32032, 32000),
+}
+
+
+def write_config(folder, **changes):
+    """The v0.1 config with changes; a value of ... removes the key."""
+    raw = json.loads((small.DATA / "configs/v0.1.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+    return folder
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints_give_their_numbers(name, tmp_path):
+    (tmp_path / "config.json").write_bytes((small.DATA / f"configs/{name}.json").read_bytes())
+    config = read_config(tmp_path)
+    window, theta, vocab_size, eos = PUBLISHED[name]
+    assert (config.sliding_window, config.rope_theta, config.vocab_size) == (window, theta, vocab_size)
+    assert (config.head_dim, config.rms_norm_eps, config.eos_token_id) == (128, 1e-5, (eos,))
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (32, 8, 14336)
+
+
+def test_parameter_count_and_cache_size_of_the_7b(tmp_path):
+    config = read_config(write_config(tmp_path))
+    assert config.num_parameters == 7_241_732_096
+    assert config.cache_bytes(4096, itemsize=2) == 536_870_912
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+def test_parameter_count_is_that_of_the_modules(changes):
+    model = small.model(**changes)
+    assert model.config.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": None, "tie_word_embeddings": True, "rope_theta": 1e6}])
+def test_configs_of_transformers_5_are_read(changes, tmp_path):
+    small.save_hf(tmp_path, **changes)
+    assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
+    assert read_config(tmp_path) == small.config(**changes)
+
+
+def test_stop_tokens_come_from_generation_config_where_it_names_some(tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 31999]}')
+    assert read_config(tmp_path).eos_token_id == (2, 31999)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true}')
+    assert read_config(tmp_path).eos_token_id == (2,)
+
+
+def test_absent_window_is_transformers_default_and_said(tmp_path):
+    write_config(tmp_path, sliding_window=...)
+    with pytest.warns(UserWarning, match="no sliding_window"):
+        assert read_config(tmp_path).sliding_window == 4096
+    assert read_config(tmp_path, sliding_window=None).sliding_window is None
+    assert read_config(tmp_path, sliding_window=17).sliding_window == 17
+
+
+def test_head_size_may_be_null_or_absent_or_its_own(tmp_path):
+    for given, expected in ((None, 128), (..., 128), (64, 64)):
+        assert read_config(write_config(tmp_path, head_dim=given)).head_dim == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_theta": ...}, "rope_theta is missing"),
+        ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
+        ({"num_key_value_heads": ...}, "num_key_value_heads is missing"),
+        ({"hidden_size": "4096"}, "hidden_size|unsupported"),
+        ({"hidden_size": 10**12}, "hidden_size must be"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_attention_heads": 30}, "multiple of"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be"),
+        ({"head_dim": 127}, "even"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be"),
+        ({"rope_theta": -1.0}, "rope_theta must be"),
+        ({"sliding_window": 0}, "sliding_window must be"),
+        ({"sliding_window": [4096]}, "sliding_window must be"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rotary scaling"),
+        ({"rope_scaling": {"factor": 4.0}}, "rotary scaling"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rotary scaling"),
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"eos_token_id": 32000}, "outside the vocabulary"),
+        ({"eos_token_id": "x"}, "config.json"),
+        ({"bos_token_id": -1}, "bos_token_id"),
+    ],
+)
+def test_bad_configs_are_refused_by_name(changes, message, tmp_path):
+    with pytest.raises(mistral.CheckpointError, match=message):
+        read_config(write_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000, '{"model_type": "mistral"}'])
+def test_config_files_that_are_no_config_are_refused(text, tmp_path):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(mistral.CheckpointError):
+        read_config(tmp_path)
+
+
+def test_no_field_has_a_default():
+    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(mistral.Config))
+
+
+def test_transformers_reads_what_save_writes(tmp_path):
+    from transformers import AutoConfig
+
+    from mistral.checkpoints.hugging_face import save
+
+    config = small.config(vocab_size=32010, eos_token_id=(32000, 2), rope_theta=5e5)
+    save(mistral.Mistral(config).to(torch.bfloat16), small.true_tokenizer(), tmp_path)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.rope_parameters["rope_theta"] == 5e5
+    assert (theirs.head_dim, theirs.sliding_window, theirs.eos_token_id) == (10, 4, [32000, 2])
+    assert read_config(tmp_path) == config
