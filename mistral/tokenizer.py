@@ -44,19 +44,18 @@ class Tokenizer:
             if id < size and self._pieces.IdToPiece(id) != text:
                 raise CheckpointError(f"added token {text!r} claims id {id}, which is {self._pieces.IdToPiece(id)!r}")
 
-        unknown = self._pieces.unk_id()
-        self._control = {id: self._pieces.IdToPiece(id) for id in range(size) if self._pieces.IsControl(id)}
-        self._control |= self.added
+        # The unknown token is one of them: it stands for no text, and byte pieces leave nothing unknown.
+        silent = [id for id in range(size) if self._pieces.IsControl(id) or self._pieces.IsUnknown(id)]
+        self._control = {id: self._pieces.IdToPiece(id) for id in silent} | self.added
         self.control_ids = frozenset(self._control)
-        self.vocab_size = max(size, *(id + 1 for id in self._control)) if self._control else size
+        self.vocab_size = max(size, *(id + 1 for id in self.added)) if self.added else size
         self.bos_id: int | None = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
         self.stop_ids = tuple(stop_ids) if stop_ids is not None else (self._pieces.eos_id(),)
         self.eos_id: int | None = self.stop_ids[0] if self.stop_ids else None
 
         self._bytes: list[bytes | None] = [self._piece_bytes(id) for id in range(size)]
-        spelled = {text: id for id, text in self._control.items()} | {self._pieces.IdToPiece(unknown): unknown}
-        self._ids_of_spelling = spelled
-        longest_first = sorted(spelled, key=len, reverse=True)
+        self._control_id = {text: id for id, text in self._control.items()}
+        longest_first = sorted(self._control_id, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._adds_space = self._pieces.encode("a", out_type=str)[0].startswith(SPACE)
         # A newline belongs to no piece but its own, so text behind one is split as if nothing stood before it.
@@ -80,7 +79,7 @@ class Tokenizer:
         # Split at the control tokens, the odd parts are the control tokens themselves.
         for i, part in enumerate(self._special.split(text) if special else [text]):
             if i % 2:
-                ids.append(self._ids_of_spelling[part])
+                ids.append(self._control_id[part])
             elif part and prefix_space:
                 ids += self._pieces.encode(part)
             elif part:
@@ -113,7 +112,7 @@ class Tokenizer:
         return self._control.get(id)
 
     def _piece_bytes(self, id: int) -> bytes | None:
-        if self._pieces.IsControl(id) or self._pieces.IsUnknown(id) or self._pieces.IsUnused(id):
+        if id in self._control or self._pieces.IsUnused(id):
             return None
         piece = self._pieces.IdToPiece(id)
         if self._pieces.IsByte(id):

@@ -1,0 +1,310 @@
+import random
+
+import pytest
+import small
+import torch
+
+import mistral
+from mistral import Decoder, Sampling, generate, generate_batch, generate_naive, generate_text
+from mistral.checkpoints.hugging_face import save
+
+GREEDY = Sampling(temperature=0.0)
+RICH = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, no_repeat_ngram_size=3, seed=5)
+
+
+def prompt(n, seed=0):
+    return small.tokens(n, seed=seed).tolist()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RICH, Sampling(seed=3)], ids=["greedy", "rich", "plain"])
+@pytest.mark.parametrize("window", [4, None])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 23])
+def test_the_cached_loop_equals_the_naive_one_far_beyond_the_window(length, window, sampling):
+    model = small.model(sliding_window=window)
+    arguments = dict(max_new_tokens=60, stop_tokens=())
+    naive = list(generate_naive(model, prompt(length), sampling, **arguments))
+    assert list(generate(model, prompt(length), sampling, **arguments)) == naive
+    assert len(naive) == 60
+
+
+def test_a_generated_text_scores_as_its_own_log_probabilities():
+    # The re-scoring test of mistral-src: generate with the cache, then read everything in one pass.
+    model, start = small.model(), prompt(7)
+    tokens = list(generate(model, start, Sampling(seed=1), max_new_tokens=40, stop_tokens=(), logprobs=True))
+    text = torch.tensor([start + [token.id for token in tokens]])
+    log_p = model(text).float().log_softmax(-1)[0]
+    for i, token in enumerate(tokens):
+        assert token.logprob == pytest.approx(log_p[len(start) + i - 1, token.id].item(), abs=1e-5)
+
+
+def test_a_prompt_is_read_in_chunks_of_the_window():
+    model, chunks = small.model(), []
+    model.model.register_forward_pre_hook(lambda _, inputs: chunks.append(inputs[0].shape[1]))
+    decoder = Decoder(model)
+    decoder.read([prompt(11)])
+    assert chunks == [4, 4, 3]
+    assert torch.allclose(decoder.logits, model(torch.tensor([prompt(11)]))[:, -1], atol=1e-12)
+
+
+def test_stop_tokens_end_the_text_and_are_its_last():
+    model = small.model()
+    free = list(generate(model, prompt(5), GREEDY, max_new_tokens=30, stop_tokens=()))
+    stop = free[9]
+    first = free.index(stop)
+    assert list(generate(model, prompt(5), GREEDY, max_new_tokens=30, stop_tokens=[stop])) == free[: first + 1]
+    assert list(generate_naive(model, prompt(5), GREEDY, max_new_tokens=30, stop_tokens=[stop])) == free[: first + 1]
+    own = small.model(eos_token_id=(stop,))
+    assert list(generate(own, prompt(5), GREEDY, max_new_tokens=30)) == free[: first + 1]
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_a_ragged_batch_gives_each_prompts_own_continuation(window):
+    model = small.model(sliding_window=window)
+    prompts = [prompt(n, seed=n) for n in (1, 13, 4, 6)]
+    alone = [list(generate(model, p, GREEDY, max_new_tokens=25, stop_tokens=())) for p in prompts]
+    assert generate_batch(model, prompts, GREEDY, max_new_tokens=25, stop_tokens=()) == alone
+    stop = [alone[0][3], alone[1][8]]
+    expected = [list(generate(model, p, GREEDY, max_new_tokens=25, stop_tokens=stop)) for p in prompts]
+    assert generate_batch(model, prompts, GREEDY, max_new_tokens=25, stop_tokens=stop) == expected
+    assert len({len(row) for row in expected}) > 1
+
+
+def test_batch_log_probabilities_belong_to_their_rows():
+    model, prompts = small.model(), [prompt(n, seed=n) for n in (2, 7)]
+    alone = [list(generate(model, p, GREEDY, max_new_tokens=9, stop_tokens=(), logprobs=True)) for p in prompts]
+    together = generate_batch(model, prompts, GREEDY, max_new_tokens=9, stop_tokens=(), logprobs=True)
+    for row, expected in zip(together, alone):
+        assert [token.id for token in row] == [token.id for token in expected]
+        assert [token.logprob for token in row] == pytest.approx([token.logprob for token in expected], abs=1e-6)
+
+
+def test_a_seed_repeats_a_text_and_goes_on_inside_a_decoder():
+    model = small.model()
+    once, again = (list(generate(model, prompt(3), Sampling(seed=7), max_new_tokens=20)) for _ in range(2))
+    assert once == again
+    assert once != list(generate(model, prompt(3), Sampling(seed=8), max_new_tokens=20))
+    decoder = Decoder(model)
+    first = list(generate(decoder, prompt(3), Sampling(seed=7), max_new_tokens=8))
+    more = list(generate(decoder, [], Sampling(seed=7), max_new_tokens=12))
+    assert first + more == once
+
+
+def test_no_seed_means_pytorchs_generator():
+    model = small.model()
+    torch.manual_seed(7)
+    texts = [list(generate(model, prompt(3), Sampling(), max_new_tokens=20)) for _ in range(2)]
+    assert texts[0] == list(generate(model, prompt(3), Sampling(seed=7), max_new_tokens=20))
+    assert texts[1] != texts[0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
+    generator, model = random.Random(seed), small.model(seed=seed)
+    decoder, rows = Decoder(model, 3, slack=5), [[], [], []]
+    for _ in range(40):
+        action = generator.choice(["read", "step", "rewind", "logits"])
+        if action == "read" or not all(rows):
+            news = [prompt(generator.choice([0, 1, 2, 7]), seed=generator.randrange(999)) for _ in rows]
+            decoder.read(news)
+            rows = [row + new for row, new in zip(rows, news)]
+        elif action == "step":
+            sampling = Sampling(seed=seed, repetition_penalty=1.3, no_repeat_ngram_size=2)
+            rows = [row + [id] for row, id in zip(rows, decoder.step(sampling).tolist())]
+        elif action == "rewind":
+            counts = [min(generator.choice([0, 1, 2]), len(row) - 1) for row in rows]
+            try:
+                decoder.rewind(counts)
+            except ValueError as error:
+                assert "slack" in str(error)
+                counts = [0, 0, 0]
+            rows = [row[: len(row) - n] for row, n in zip(rows, counts)]
+        if all(rows) and generator.random() < 0.6:
+            for b, row in enumerate(rows):
+                assert torch.allclose(decoder.logits[b], model(torch.tensor([row]))[0, -1], atol=1e-11)
+                assert decoder._history[b, : len(row)].tolist() == row
+                assert (decoder._history[b, len(row) :] == -1).all()
+
+
+def test_everything_can_be_taken_back_and_begun_anew():
+    model = small.model()
+    decoder = Decoder(model, max_tokens=50)
+    decoder.read([prompt(4)])
+    decoder.rewind(4)
+    with pytest.raises(ValueError, match="row 0 is empty"):
+        decoder.step(GREEDY)
+    decoder.read([prompt(3, seed=2)])
+    assert torch.allclose(decoder.logits, model(torch.tensor([prompt(3, seed=2)]))[:, -1], atol=1e-12)
+
+
+def test_a_step_never_waits_for_the_device():
+    from test_cache import NoHostReads
+
+    decoder = Decoder(small.model(), 2)
+    decoder.read([prompt(5), prompt(2)])
+    with NoHostReads():
+        for _ in range(8):
+            decoder.step(RICH, mask=torch.ones(101, dtype=torch.bool))
+
+
+class OnlyEven:
+    def __init__(self):
+        self.accepted = []
+
+    def mask(self):
+        return torch.arange(101) % 2 == 0
+
+    def accept(self, id):
+        self.accepted.append(id)
+
+
+def test_a_constraint_is_asked_and_told():
+    constraint = OnlyEven()
+    ids = list(generate(small.model(), prompt(3), Sampling(seed=0), max_new_tokens=30, constraint=constraint))
+    assert all(id % 2 == 0 for id in ids)
+    assert constraint.accepted == [id for id in ids if id != 2]
+    constraints = [OnlyEven(), OnlyEven()]
+    rows = generate_batch(
+        small.model(), [prompt(3), prompt(5)], GREEDY, max_new_tokens=9, stop_tokens=(), constraints=constraints
+    )
+    assert [constraint.accepted for constraint in constraints] == rows
+
+
+def test_a_constraint_that_allows_nothing_is_an_error():
+    constraint = OnlyEven()
+    constraint.mask = lambda: torch.zeros(101, dtype=torch.bool)
+    with pytest.raises(ValueError, match="allows no token"):
+        list(generate(small.model(), prompt(3), GREEDY, max_new_tokens=3, constraint=constraint))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(prompt_ids=[]), "prompt is empty"),
+        (dict(prompt_ids=[101]), "outside the vocabulary"),
+        (dict(prompt_ids=[-1]), "outside the vocabulary"),
+        (dict(max_new_tokens=-1), "max_new_tokens"),
+        (dict(max_new_tokens=510), "3 tokens and 510 new ones make 513, .* made for 512"),
+    ],
+    ids=str,
+)
+def test_impossible_requests_are_refused(arguments, message):
+    values = dict(prompt_ids=prompt(3), sampling=GREEDY, max_new_tokens=3) | arguments
+    with pytest.raises(ValueError, match=message):
+        list(generate(small.model(), **values))
+
+
+def test_most_errors_come_at_the_call_and_not_at_the_first_token():
+    with pytest.raises(ValueError, match="empty"):
+        generate(small.model(), [], GREEDY, max_new_tokens=3)
+    with pytest.raises(ValueError, match="empty"):
+        generate_batch(small.model(), [[1], []], GREEDY, max_new_tokens=3)
+    with pytest.raises(ValueError, match="no prompt"):
+        generate_batch(small.model(), [], GREEDY, max_new_tokens=3)
+
+
+def test_no_new_tokens_is_an_empty_text():
+    assert list(generate(small.model(), prompt(3), GREEDY, max_new_tokens=0)) == []
+    assert generate_batch(small.model(), [prompt(3)], GREEDY, max_new_tokens=0) == [[]]
+
+
+def test_a_full_decoder_refuses_and_stays_as_it_was():
+    model = small.model(sliding_window=None)
+    decoder = Decoder(model, max_tokens=6)
+    decoder.read([prompt(5)])
+    before = decoder.logits.clone()
+    with pytest.raises(ValueError, match="7 tokens in a row, and the limit here is 6"):
+        decoder.read([[5, 6]])
+    assert torch.equal(decoder.logits, before)
+    decoder.step(GREEDY)
+    with pytest.raises(ValueError, match="limit here is 6"):
+        decoder.step(GREEDY)
+
+
+def test_a_decoder_refuses_another_number_of_rows():
+    decoder = Decoder(small.model(), 2)
+    with pytest.raises(ValueError, match="1 rows for a decoder of 2"):
+        decoder.read([[5]])
+    with pytest.raises(ValueError, match="one count"):
+        decoder.rewind([1])
+
+
+@pytest.fixture(scope="module")
+def with_true_tokenizer(tmp_path_factory):
+    """A random model with Mistral's own vocabulary, padded as Hermes-2-Pro's is."""
+    folder = tmp_path_factory.mktemp("true")
+    model = small.model(torch.float32, vocab_size=32032, eos_token_id=(32000,), sliding_window=16)
+    save(model, small.true_tokenizer(stop_ids=[32000]), folder)
+    return mistral.load(folder, device="cpu")
+
+
+def pieces_of(loaded, text="The quick brown fox", **arguments):
+    values = dict(sampling=Sampling(temperature=1.5, seed=4), max_new_tokens=60, stop_tokens=()) | arguments
+    return list(generate_text(*loaded, text, **values))
+
+
+def test_text_comes_in_pieces_that_are_the_decoded_ids(with_true_tokenizer):
+    model, tokenizer = with_true_tokenizer
+    pieces = pieces_of(with_true_tokenizer)
+    # Both draw without the 30 rows that have no token, so the ids are the same.
+    known = OnlyEven()
+    known.mask = lambda: torch.arange(32032) < 32002
+    ids = list(
+        generate(
+            model,
+            tokenizer.encode("The quick brown fox"),
+            Sampling(temperature=1.5, seed=4),
+            max_new_tokens=60,
+            stop_tokens=(),
+            constraint=known,
+        )
+    )
+    stream = tokenizer.stream()
+    assert "".join(pieces) == "".join(stream.feed(id) for id in ids) + stream.finish()
+    assert len(pieces) > 30
+
+
+def test_rows_of_the_model_without_a_token_are_never_drawn(with_true_tokenizer):
+    model, tokenizer = with_true_tokenizer
+    seen = OnlyEven()
+    seen.mask = lambda: None
+    with torch.no_grad():
+        saved = model.lm_head.weight.clone()
+        model.lm_head.weight[32002:] *= 50  # the rows without a token would win almost always
+    try:
+        text = pieces_of(with_true_tokenizer, constraint=seen)
+    finally:
+        model.lm_head.weight.data.copy_(saved)
+    assert text
+    assert max(seen.accepted) < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("cut", range(3, 40, 3))
+def test_a_stop_string_ends_the_text_wherever_the_tokens_break(with_true_tokenizer, cut):
+    whole = "".join(pieces_of(with_true_tokenizer))
+    stop = whole[cut : cut + 5]
+    expected = whole[: whole.index(stop)]
+    assert "".join(pieces_of(with_true_tokenizer, stop=[stop])) == expected
+    assert "".join(pieces_of(with_true_tokenizer, stop=["never seen, this", stop, stop + "x"])) == expected
+    # A beginning of it that goes on differently is released.
+    assert "".join(pieces_of(with_true_tokenizer, stop=[stop + "\u0000 no"])) == whole
+
+
+def test_empty_stop_strings_are_refused(with_true_tokenizer):
+    for stop in ([""], "text"):
+        with pytest.raises(ValueError, match="stop takes"):
+            pieces_of(with_true_tokenizer, stop=stop)
+
+
+def test_control_tokens_in_a_prompt_are_text_unless_asked(with_true_tokenizer):
+    model, tokenizer = with_true_tokenizer
+    read = []
+    handle = model.model.register_forward_pre_hook(lambda _, inputs: read.extend(inputs[0][0].tolist()))
+    try:
+        assert pieces_of(with_true_tokenizer, "<|im_start|>user\n", max_new_tokens=0) == []
+        assert read == tokenizer.encode("<|im_start|>user\n")
+        assert 32001 not in read
+        read.clear()
+        pieces_of(with_true_tokenizer, "<|im_start|>user\n", max_new_tokens=0, special=True)
+        assert read == [1, 32001, 2188, 13]
+    finally:
+        handle.remove()

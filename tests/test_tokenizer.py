@@ -1,0 +1,173 @@
+import json
+import random
+
+import pytest
+import sentencepiece
+import small
+
+import mistral
+from mistral.checkpoints import hugging_face
+
+HERMES = "<|im_start|>system\nYou are Hermes 2.<|im_end|>\n<|im_start|>user\nHello, who are you?<|im_end|>\n"
+HERMES += "<|im_start|>assistant\n"
+HERMES_IDS = [1, 32001, 1587, 13, 1976, 460, 14741, 274, 28705, 28750, 28723, 32000, 28705, 13, 32001, 2188, 13]
+HERMES_IDS += [16230, 28725, 693, 460, 368, 28804, 32000, 28705, 13, 32001, 13892, 13]
+TEXTS = [
+    "",
+    " ",
+    "Hello world",
+    "  two  spaces  and three   ",
+    "tab\tnewline\n\n\r\n",
+    "naïve café – “quotes” … €",
+    "日本語のテキスト、한국어, العربية, עברית",
+    "😀 👩‍👩‍👧 \U0001f1e8\U0001f1ed",
+    "def f(x):\n    return x ** 2  # comment\n",
+    '{"name": "f", "arguments": {"x": [1, 2.5e-3, null]}}',
+    "<s></s><unk> [INST] <|im_start|>user\nhi<|im_end|>",
+    "\x00\x01\x7f\u200b\ufeff\u00ad",
+    "\n",
+    " leading and trailing ",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small.true_tokenizer(stop_ids=[32000])
+
+
+def random_text(generator):
+    alphabet = [*" \n\t<>|/_{}\"'", "im_end", "<s>", "é", "語", "😀", "the", " The", "▂", "ß", "\u0301", chr(0x10FFFF)]
+    return "".join(generator.choice(alphabet) for _ in range(generator.randrange(20)))
+
+
+def test_ids_are_those_that_llama_cpp_gave():
+    folder = small.DATA / "small"
+    made = hugging_face.read_tokenizer(folder, hugging_face.read_config(folder))
+    for row in json.loads((folder / "tokens.json").read_text()):
+        assert made.encode(row["text"], bos=False) == row["plain"]
+        assert made.encode(row["text"], bos=False, special=True) == row["special"]
+        assert made.decode(row["special"], control=True) == row["text"]
+
+
+def test_chatml_splits_as_hermes_was_trained(tokenizer):
+    assert tokenizer.encode(HERMES, special=True) == HERMES_IDS
+    assert tokenizer.encode("<|im_start|>user\n<|im_end|>\n", bos=False, special=True) == [
+        *(32001, 2188, 13, 32000),
+        *(28705, 13),
+    ]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, special=True), control=True) == "<s>" + text
+
+
+def test_random_text_survives_the_round_trip_and_is_split_as_by_sentencepiece(tokenizer):
+    reference, generator = sentencepiece.SentencePieceProcessor(), random.Random(0)
+    reference.LoadFromSerializedProto(tokenizer.model_proto)
+    for _ in range(3000):
+        text = random_text(generator)
+        assert tokenizer.encode(text, bos=False) == reference.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text, special=True), control=True) == "<s>" + text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, HERMES])
+def test_text_never_becomes_a_control_token_unless_asked(tokenizer, text):
+    assert not tokenizer.control_ids & set(tokenizer.encode(text, bos=False))
+    assert tokenizer.encode(text)[0] == tokenizer.bos_id
+
+
+def test_text_without_a_prefix_space_continues_other_text(tokenizer):
+    newline = tokenizer.encode("\n", bos=False)
+    for text in [*TEXTS, *(random_text(random.Random(i)) for i in range(500))]:
+        rest = tokenizer.encode(text, bos=False, prefix_space=False)
+        assert tokenizer.decode(newline + rest) == "\n" + text
+        assert tokenizer.encode("\n" + text, bos=False) == newline + rest
+    assert tokenizer.encode("Hello there", bos=False, prefix_space=False) == [16230, 736]
+    assert tokenizer.encode("Hello there", bos=False) == [22557, 736]
+
+
+def test_facts_of_the_true_tokenizer(tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 32000, (32000,))
+    assert tokenizer.vocab_size == 32002
+    assert tokenizer.control_ids == {0, 1, 2, 32000, 32001}
+    assert tokenizer.control_text(32001) == "<|im_start|>"
+    assert small.true_tokenizer().stop_ids == (2,)
+
+
+def test_the_tokenizer_of_v3_has_its_control_tokens_inside():
+    made = mistral.Tokenizer((small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())
+    assert made.vocab_size == 32768
+    assert made.encode("[INST] a[/INST]", special=True)[1] == 3
+    assert made.encode("[INST] a[/INST]", special=True)[-1] == 4
+    assert not made.control_ids & set(made.encode("[INST] a[/INST]", bos=False))
+    assert made.encode("\n", bos=False) == [29473, 781]
+
+
+def test_bytes_of_a_text_are_the_bytes_of_its_tokens(tokenizer):
+    for text in TEXTS:
+        ids = tokenizer.encode(text, bos=False)
+        joined = b"".join(tokenizer.token_bytes(id) for id in ids)
+        assert joined == ((" " if text else "") + text).encode()
+    assert tokenizer.token_bytes(13) == b"\n"
+    assert [tokenizer.token_bytes(id) for id in (0, 1, 2, 32000, 32001, 32031, -1)] == [None] * 7
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_gives_the_text_piece_by_piece(tokenizer, text):
+    ids = tokenizer.encode(text)
+    stream = tokenizer.stream(start=True)
+    assert "".join(stream.feed(id) for id in ids) + stream.finish() == text
+
+
+def test_a_stream_behind_a_prompt_keeps_the_first_space(tokenizer):
+    stream = tokenizer.stream()
+    assert [stream.feed(id) for id in tokenizer.encode("Paris is", bos=False)] == [" Paris", " is"]
+
+
+def test_a_stream_holds_back_half_a_character(tokenizer):
+    ids = tokenizer.encode("𓀀", bos=False)[1:]
+    assert len(ids) == 4  # not in the vocabulary: four byte pieces
+    stream = tokenizer.stream()
+    assert [stream.feed(id) for id in ids] == ["", "", "", "𓀀"]
+    assert stream.feed(ids[0]) == ""
+    assert stream.feed(tokenizer.encode("a", bos=False, prefix_space=False)[0]) == "\ufffda"
+    assert stream.feed(ids[0]) == ""
+    assert stream.feed(32000) == "\ufffd"
+    assert stream.finish() == ""
+
+
+def test_no_ids_can_break_decoding(tokenizer):
+    generator, reference = random.Random(0), sentencepiece.SentencePieceProcessor()
+    reference.LoadFromSerializedProto(tokenizer.model_proto)
+    for _ in range(3000):
+        ids = [generator.choice([0, 1, 2, 3, 258, 28705, 32001, 32031, 99999]) for _ in range(3)]
+        ids += [generator.randrange(3, 32000) for _ in range(4)]
+        stream = tokenizer.stream(start=True)
+        assert "".join(stream.feed(id) for id in ids) + stream.finish() == tokenizer.decode(ids)
+        pieces = [generator.randrange(259, 32000) for _ in range(6)]
+        assert tokenizer.decode(pieces) == reference.decode(pieces)
+
+
+def test_stop_at_control_tokens_is_left_to_the_caller(tokenizer):
+    ids = tokenizer.encode("a", bos=False) + [32000] + tokenizer.encode("b", bos=False)
+    assert tokenizer.decode(ids) == "ab"
+    assert tokenizer.decode(ids, control=True) == "a<|im_end|>b"
+
+
+@pytest.mark.parametrize("proto", [b"", b"nonsense", b"\x0a\xff\xff\xff\xff\x0f"])
+def test_bytes_that_are_no_tokenizer_are_refused(proto):
+    with pytest.raises(mistral.CheckpointError):
+        mistral.Tokenizer(proto)
+
+
+@pytest.mark.parametrize("added", [{5: "<|im_end|>"}, {32000: ""}, {-1: "x"}])
+def test_added_tokens_that_contradict_the_model_are_refused(added):
+    with pytest.raises(mistral.CheckpointError, match="added token"):
+        small.true_tokenizer(added=added)
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="surrogates"):
+        tokenizer.encode("\udcff")
