@@ -28,36 +28,33 @@ class Tokenizer:
     """
 
     def __init__(self, model_proto: bytes, added: Mapping[int, str] = {}, stop_ids: Iterable[int] | None = None):
+        self.model_proto = model_proto
         self._pieces = SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model_proto)
-        except (RuntimeError, TypeError) as error:
+            pieces = [self._pieces.IdToPiece(id) for id in range(len(self._pieces))]
+        except (RuntimeError, TypeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"not a sentencepiece model ({len(model_proto)} bytes)") from error
-        size = len(self._pieces)
-        if size == 0:
+        if not pieces:
             raise CheckpointError("the sentencepiece model has no pieces")
-        self.model_proto = model_proto
-        self.added = {id: text for id, text in added.items() if id >= size}
-        for id, text in added.items():
-            if not text or id < 0:
-                raise CheckpointError(f"added token {id} ({text!r}) needs a text and an id of 0 or more")
-            if id < size and self._pieces.IdToPiece(id) != text:
-                raise CheckpointError(f"added token {text!r} claims id {id}, which is {self._pieces.IdToPiece(id)!r}")
+        _check_added(added, pieces)
+        self.added = {id: text for id, text in added.items() if id >= len(pieces)}
 
-        # The unknown token is one of them: it stands for no text, and byte pieces leave nothing unknown.
-        silent = [id for id in range(size) if self._pieces.IsControl(id) or self._pieces.IsUnknown(id)]
-        self._control = {id: self._pieces.IdToPiece(id) for id in silent} | self.added
+        # The unknown token is one of the control tokens: it stands for no text, and byte pieces leave nothing unknown.
+        silent = [id for id in range(len(pieces)) if self._pieces.IsControl(id) or self._pieces.IsUnknown(id)]
+        self._control = {id: pieces[id] for id in silent} | self.added
         self.control_ids = frozenset(self._control)
-        self.vocab_size = max(size, *(id + 1 for id in self.added)) if self.added else size
+        self.vocab_size = max(len(pieces), *(id + 1 for id in self.added)) if self.added else len(pieces)
         self.bos_id: int | None = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
-        self.stop_ids = tuple(stop_ids) if stop_ids is not None else (self._pieces.eos_id(),)
+        own_end = (self._pieces.eos_id(),) if self._pieces.eos_id() >= 0 else ()
+        self.stop_ids = own_end if stop_ids is None else tuple(stop_ids)
         self.eos_id: int | None = self.stop_ids[0] if self.stop_ids else None
 
-        self._bytes: list[bytes | None] = [self._piece_bytes(id) for id in range(size)]
+        self._bytes = [self._piece_bytes(id, piece) for id, piece in enumerate(pieces)]
         self._control_id = {text: id for id, text in self._control.items()}
         longest_first = sorted(self._control_id, key=len, reverse=True)
-        self._special = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self._adds_space = self._pieces.encode("a", out_type=str)[0].startswith(SPACE)
+        self._special = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        self._adds_space = "".join(self._pieces.encode("a", out_type=str)).startswith(SPACE)
         # A newline belongs to no piece but its own, so text behind one is split as if nothing stood before it.
         self._newline = self._pieces.encode("\n")
 
@@ -111,10 +108,9 @@ class Tokenizer:
         """How a control token is spelled; None for every other id."""
         return self._control.get(id)
 
-    def _piece_bytes(self, id: int) -> bytes | None:
+    def _piece_bytes(self, id: int, piece: str) -> bytes | None:
         if id in self._control or self._pieces.IsUnused(id):
             return None
-        piece = self._pieces.IdToPiece(id)
         if self._pieces.IsByte(id):
             return bytes([int(piece[3:-1], 16)])  # <0x0A>
         return piece.replace(SPACE, " ").encode("utf-8")
@@ -147,3 +143,11 @@ class TextStream:
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
+
+
+def _check_added(added: Mapping[int, str], pieces: list[str]) -> None:
+    for id, text in added.items():
+        if not text or id < 0:
+            raise CheckpointError(f"added token {id} ({text!r}) needs a text and an id of 0 or more")
+        if id < len(pieces) and pieces[id] != text:
+            raise CheckpointError(f"added token {text!r} claims id {id}, which is {pieces[id]!r}")

@@ -193,21 +193,19 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 
 def _added_tokens(folder: Path) -> dict[int, str]:
-    added: dict[int, str] = {}
-    for text, id in _optional_json(folder / "added_tokens.json").items():
-        if not isinstance(id, int):
-            raise CheckpointError(f"{folder / 'added_tokens.json'}: {text!r} has the id {id!r}")
-        added[id] = text
-    path = folder / "tokenizer_config.json"
-    described = _optional_json(path).get("added_tokens_decoder") or {}
+    listed = [(id, text) for text, id in _optional_json(folder / "added_tokens.json").items()]
+    described = _optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     if not isinstance(described, dict):
-        raise CheckpointError(f"{path}: added_tokens_decoder is not an object")
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is not an object")
     for id, token in described.items():
-        text = token.get("content") if isinstance(token, dict) else None
-        if not id.isdecimal() or len(id) > 9 or not isinstance(text, str):
-            raise CheckpointError(f"{path}: added token {id!r} is not an id with a content")
-        if added.setdefault(int(id), text) != text:
-            raise CheckpointError(f"{path} and added_tokens.json disagree about id {id}")
+        plausible = id.isdecimal() and len(id) < 10
+        listed.append((int(id) if plausible else id, token.get("content") if isinstance(token, dict) else None))
+    added: dict[int, str] = {}
+    for id, text in listed:
+        if not isinstance(id, int) or not isinstance(text, str):
+            raise CheckpointError(f"{folder}: added token {text!r} with the id {id!r} is not a text with a number")
+        if added.setdefault(id, text) != text:
+            raise CheckpointError(f"{folder}: two added tokens, {added[id]!r} and {text!r}, have the id {id}")
     return added
 
 
