@@ -51,6 +51,8 @@ def main() -> None:
     if args.prompt is None and sys.stdin.isatty():
         raise ValueError('there is no prompt: give --prompt "some text", or pipe a text in')
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    if not prompt:
+        raise ValueError("the prompt is empty; give it at least one character to continue")
     names = (
         "temperature",
         "top_k",

@@ -48,7 +48,7 @@ def test_rotation_is_complex_multiplication_of_the_pairs():
     H, positions = 10, torch.tensor([[0, 1, 2, 77, 4095]])
     x = torch.randn(1, 3, 5, H, dtype=torch.float64)
     pairs = torch.complex(x[..., : H // 2], x[..., H // 2 :])
-    angles = positions[0, :, None].float() * 1e4 ** (-torch.arange(0, H, 2) / H)
+    angles = positions[0, :, None].float() * (1 / 1e4 ** (torch.arange(0, H, 2) / H))
     turned = pairs * torch.polar(torch.ones(5, H // 2, dtype=torch.float64), angles.double())
     result = rotate(x, *Rotary(H, 1e4)(positions, torch.float64))
     assert torch.allclose(result, torch.cat((turned.real, turned.imag), dim=-1), atol=1e-6)

@@ -1,0 +1,81 @@
+"""Rules of the house that a reader can rely on."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import small
+
+PACKAGE = sorted((small.ROOT / "mistral").rglob("*.py"))
+MODEL_FILES = ("attention", "cache", "mlp", "model", "rms_norm", "rotary")
+
+
+def imported(path):
+    """Every module that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_the_package_never_imports_transformers_kernels_or_scripts():
+    assert PACKAGE
+    for path in PACKAGE:
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert not roots & {"transformers", "tokenizers", "mistral_kernels", "kernels", "scripts", "common"}, path
+
+
+def test_the_model_knows_nothing_of_files_text_or_generation():
+    for name in MODEL_FILES:
+        for module in imported(small.ROOT / f"mistral/{name}.py"):
+            assert not module.startswith(("mistral.checkpoints", "mistral.generation", "mistral.decoder"))
+            assert not module.startswith(("mistral.tokenizer", "mistral.sampling"))
+
+
+def test_the_model_is_short():
+    lines = [len((small.ROOT / f"mistral/{name}.py").read_text().splitlines()) for name in MODEL_FILES]
+    assert sum(lines) < 600
+    assert all(len(path.read_text().splitlines()) <= 300 for path in PACKAGE)
+
+
+def test_importing_needs_no_gpu_and_no_transformers():
+    code = "import sys, mistral; print([m for m in ('transformers', 'tokenizers', 'triton') if m in sys.modules])"
+    code = "import torch; torch.cuda.init = torch.cuda._lazy_init = None; " + code
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_thing_has_a_docstring():
+    for path in PACKAGE + sorted((small.ROOT / "scripts").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        if path.parts[-2] == "scripts":
+            continue
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_every_package_is_installed():
+    project = tomllib.loads((small.ROOT / "pyproject.toml").read_text())
+    folders = {path.parent.relative_to(small.ROOT) for path in PACKAGE}
+    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(folder.parts) for folder in folders}
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((small.ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [need for extra in project["optional-dependencies"].values() for need in extra]
+    pinned = {line.split("==")[0] for line in (small.ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    for need in wanted:
+        assert need.split(">=")[0].replace("-", "_") in {name.replace("-", "_") for name in pinned}, need
+
+
+@pytest.mark.parametrize("name", ["load", "generate", "generate_batch", "generate_text", "Decoder", "Sampling"])
+def test_the_doors_are_open(name):
+    import mistral
+
+    assert name in mistral.__all__
+    assert getattr(mistral, name)

@@ -1,0 +1,65 @@
+"""The README says what is so: its commands run, its paths exist, and CI runs the command that it names."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import small
+
+README = (small.ROOT / "README.md").read_text()
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.S) for kind in ("bash", "python")}
+COMMANDS = [line for block in BLOCKS["bash"] for line in block.splitlines() if line.startswith((".venv", "python3"))]
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    ci = (small.ROOT / ".ci/run").read_text()
+    pattern = re.search(r"grep -E '(.*)' README.md", ci)[1]
+    found = [line for line in README.splitlines() if re.search(pattern, line)]
+    assert len(found) == 1
+    assert found[0].endswith('-e ".[test]" && .venv/bin/python -m pytest')
+    assert 'bash -euo pipefail -c "$command"' in ci
+    assert "pip install" not in ci
+    assert "ruff check ." in ci
+    assert "ruff format --check ." in ci
+
+
+def test_the_first_command_runs_and_says_what_it_is():
+    script = COMMANDS[0].split("&&")[-1].strip()
+    arguments = shlex.split(script)
+    assert arguments[0] == ".venv/bin/python"
+    result = subprocess.run([sys.executable, *arguments[1:]], cwd=small.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip()) > 20
+    assert "small random one" in result.stderr
+    assert "tokens/s" in result.stderr
+    assert "peak memory" in result.stderr
+
+
+def test_the_commands_install_with_the_pinned_versions():
+    assert all("-c constraints.txt" in command for command in COMMANDS if "pip install" in command)
+
+
+@pytest.mark.parametrize("script", sorted({m for c in COMMANDS for m in re.findall(r"scripts/\w+\.py", c)}))
+def test_every_option_in_the_readme_exists(script):
+    result = subprocess.run([sys.executable, script, "--help"], cwd=small.ROOT, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "example:" in result.stdout
+    for command in COMMANDS:
+        if script in command:
+            for option in re.findall(r"(?<=\s)--[\w-]+", command.split(script)[1]):
+                assert option in result.stdout
+
+
+@pytest.mark.parametrize("code", BLOCKS["python"])
+def test_the_python_examples_run(code, tmp_path):
+    (tmp_path / "Mistral-7B-v0.1").symlink_to(small.DATA / "small")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_every_path_that_is_mentioned_exists():
+    for path in re.findall(r"`((?:mistral|scripts|tests|docs)/[\w./]*)`", README):
+        assert (small.ROOT / path).exists(), path
