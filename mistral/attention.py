@@ -62,14 +62,16 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same by PyTorch's fused kernels: the version that runs.
+    """softmax(q k^T / sqrt(H)) v by PyTorch's fused kernels: the version that runs.
 
     q [B, N, T, H]; k, v [B, K, keys, H]; mask [B, 1, T, keys], True where a query may look. Returns [B, N, T, H].
     Without a mask, T > 1 means plain causal attention over T keys, and T = 1 a query that sees every key.
+
+    Which kernel runs shows in the last bits, so the three cases are those that transformers tells apart.
     """
     B, N, T, H = q.shape
     G = N // k.shape[1]
-    if mask is None and H <= 256:  # the fused kernels share heads among themselves up to this size
+    if mask is None and H <= 256:  # up to this size the kernels share heads themselves
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     if T == 1:
         # One query: its G heads lie down on the query axis, so that nothing needs to be repeated.

@@ -13,7 +13,7 @@ from mistral.config import Config
 
 
 def window_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Who may look at whom. Positions [B, T] and [B, keys] (-1: empty) -> bool [B, 1, T, keys].
+    """Who may look at whom: positions [B, T] and [B, keys] (-1: empty) -> bool [B, 1, T, keys].
 
     A query at position i sees the keys i - W < j <= i: W of them, itself included (Mistral 7B, section 2).
     """
@@ -30,7 +30,8 @@ class Plan:
 
     positions: Tensor  # [B, T]: where the new tokens stand
     mask: Tensor | None  # [B, 1, T, keys]
-    slots: Tensor  # [B, T]: where their keys go
+    rows: Tensor  # [B, 1]: 0 .. B-1, beside slots
+    slots: Tensor  # [B, T]: where the new keys go
     used: int  # slots worth reading
     write_first: bool  # write, then read the ring alone; else read ring and chunk, then write
     slot_positions: Tensor  # [B, S + 1]: the table after this forward
@@ -51,21 +52,20 @@ class LayerCache:
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v [B, K, T, H]; returns the keys and values to attend to, [B, K, keys, H] each."""
-        plan = self.plan
-        if plan.write_first:
+        used = self.plan.used
+        if self.plan.write_first:
             self._write(k, v)
-            return self.keys[:, :, : plan.used], self.values[:, :, : plan.used]
-        all_keys, all_values = k, v
-        if plan.used:
-            all_keys = torch.cat((self.keys[:, :, : plan.used], k), dim=2)
-            all_values = torch.cat((self.values[:, :, : plan.used], v), dim=2)
+            return self.keys[:, :, :used], self.values[:, :, :used]
+        if used:
+            all_keys = torch.cat((self.keys[:, :, :used], k), dim=2)
+            all_values = torch.cat((self.values[:, :, :used], v), dim=2)
         self._write(k, v)
-        return all_keys, all_values
+        return (all_keys, all_values) if used else (k, v)
 
     def _write(self, k: Tensor, v: Tensor) -> None:
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]  # [B, 1], beside slots [B, T]
-        self.keys[rows, :, self.plan.slots] = k.transpose(1, 2)  # indexed: [B, T, K, H]
-        self.values[rows, :, self.plan.slots] = v.transpose(1, 2)
+        plan = self.plan
+        self.keys[plan.rows, :, plan.slots] = k.detach().transpose(1, 2)  # indexed: [B, T, K, H]
+        self.values[plan.rows, :, plan.slots] = v.detach().transpose(1, 2)
 
 
 class RollingCache:
@@ -74,8 +74,11 @@ class RollingCache:
     S = min(window + slack, max_tokens). Each slot knows the absolute position that it holds (-1: empty), and the mask
     is made from those, so the order of the slots does not matter. Keys are stored rotated by their absolute position.
 
-    One forward: `plan` works out positions, slots and mask from the state before it; every layer reads and writes by
-    the plan; `commit` makes the plan the new state. An example with window 3, no slack and one row (S = 3):
+    One forward: `plan` works out positions, slots and mask from the state before it; after `begin` every layer reads
+    and writes by the plan; `commit` makes the plan the new state. A forward that is broken off in between counts as
+    one whose tokens were taken back. No gradient flows into what is remembered.
+
+    An example with window 3, no slack and one row (S = 3):
 
         read tokens 0 1 2 3 4   slots  [3 4 2]   five at once: each attends to the chunk itself; then 0 and 1 are
                                                  not written at all, since 3 and 4 belong in their slots
@@ -131,46 +134,42 @@ class RollingCache:
 
         Raises ValueError for impossible lengths and for tokens that do not fit; the cache is as before then.
         """
-        counts, lengths, exact = self._counts(num_tokens, lengths)
-        at_most = [n + c for n, c in zip(self.lengths_at_most, counts)]
-        peaks = [max(p, n) for p, n in zip(self.peaks_at_most, at_most)]
-        self._check_room(at_most, lengths)
-
-        S, W = self.num_slots, self.window
-        positions = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # [B, T]
+        counts = count_real(lengths, self.batch_size, num_tokens)
+        exact = self.exact and counts is not None
+        device = self.lengths.device
+        if lengths is None:
+            lengths = torch.full_like(self.lengths, num_tokens)
+        else:
+            lengths = torch.as_tensor(lengths).to(device, non_blocking=True)
         ends = self.lengths + lengths  # [B]
+        at_most = [n + c for n, c in zip(self.lengths_at_most, counts or [num_tokens] * self.batch_size)]
+        at_most = self._check_room(at_most, ends, exact)
+        peaks = [max(p, n) for p, n in zip(self.peaks_at_most, at_most)]
+
+        S = self.num_slots
+        positions = self.lengths[:, None] + torch.arange(num_tokens, device=device)  # [B, T]
         # Pads go to the bin, and so do tokens whose slot a later token of the same chunk takes.
         kept = (positions < ends[:, None]) & (positions >= ends[:, None] - S)
         slots = torch.where(kept, positions % S, S)  # [B, T]
         table = self.slot_positions.scatter(1, slots, positions)  # [B, S + 1]
 
-        fresh = max(self.peaks_at_most) == 0
-        # Written first, a chunk may only evict what even its first token no longer sees.
-        evicts_too_early = max(peaks) > S and (W is None or num_tokens > S - W + 1)
-        write_first = not fresh and not evicts_too_early
+        write_first = self._may_write_first(num_tokens, max(peaks))
         used = min(S, max(peaks if write_first else self.peaks_at_most))
-        if fresh:
-            # Nothing remembered: the chunk attends to itself, pads included (causality hides them, they come last).
-            mask = None if W is None or num_tokens < W else window_mask(positions, positions, W)
-        elif write_first:
-            sees_all = exact and num_tokens == 1 and min(counts) == 1 and (W is None or used <= W)
-            full_rows = at_most == peaks and min(at_most) == max(at_most)  # as long as each other, nothing taken back
-            mask = None if sees_all and full_rows else window_mask(positions, table[:, :used], W)
-        else:
-            mask = window_mask(positions, torch.cat((self.slot_positions[:, :used], positions), dim=1), W)
-        return Plan(
-            positions,
-            mask,
-            slots,
-            used,
-            write_first,
-            slot_positions=table,
-            lengths=ends,
-            peaks=torch.maximum(self.peaks, ends),
-            lengths_at_most=at_most,
-            peaks_at_most=peaks,
-            exact=exact,
+        # One token a row, all rows of one length, nothing taken back, no slot out of sight: every slot is seen.
+        sees_all = (
+            (exact and num_tokens == 1 and min(counts) == 1)
+            and (at_most == peaks and min(at_most) == max(at_most))
+            and (self.window is None or used <= self.window)
         )
+        mask = None if write_first and sees_all else self._mask(positions, table, used, write_first)
+        rows = torch.arange(self.batch_size, device=device)[:, None]
+        furthest = torch.maximum(self.peaks, ends)
+        return Plan(positions, mask, rows, slots, used, write_first, table, ends, furthest, at_most, peaks, exact)
+
+    def begin(self, plan: Plan) -> None:
+        """Slots are about to be overwritten: from here on, what they evict is gone."""
+        self.peaks.copy_(plan.peaks)
+        self.peaks_at_most = plan.peaks_at_most
 
     def layer(self, index: int, plan: Plan) -> LayerCache:
         """Layer `index` as the attention of one forward sees it."""
@@ -180,8 +179,7 @@ class RollingCache:
         """Make the plan the state, after every layer has written."""
         self.slot_positions.copy_(plan.slot_positions)
         self.lengths.copy_(plan.lengths)
-        self.peaks.copy_(plan.peaks)
-        self.lengths_at_most, self.peaks_at_most, self.exact = plan.lengths_at_most, plan.peaks_at_most, plan.exact
+        self.lengths_at_most, self.exact = plan.lengths_at_most, plan.exact
 
     def rewind(self, n: int | Tensor | Sequence[int]) -> None:
         """Forget the last n tokens of every row (or n[b] of row b). Reads n on the host.
@@ -208,27 +206,62 @@ class RollingCache:
         self.lengths -= torch.tensor(counts, device=self.lengths.device)
         self.slot_positions.masked_fill_(self.slot_positions >= self.lengths[:, None], -1)
 
-    def _counts(self, T: int, lengths: Tensor | Sequence[int] | None) -> tuple[list[int], Tensor, bool]:
-        """Host counts, the same on the device, and whether the host's bounds stay exact."""
-        device = self.lengths.device
-        if lengths is None:
-            return [T] * self.batch_size, torch.full_like(self.lengths, T), self.exact
-        if len(lengths) != self.batch_size:
-            raise ValueError(f"lengths has {len(lengths)} entries for {self.batch_size} rows")
-        if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
-            return [T] * self.batch_size, lengths.to(device), False
-        counts = [int(c) for c in lengths]
-        if min(counts) < 0 or max(counts) > T:
-            raise ValueError(f"lengths must lie between 0 and {T}, not {counts}")
-        return counts, torch.tensor(counts).to(device, non_blocking=True), self.exact
+    def _may_write_first(self, num_tokens: int, peak: int) -> bool:
+        """Whether the keys of a chunk can be written before its queries read the ring, which saves a copy of it.
 
-    def _check_room(self, at_most: list[int], lengths: Tensor) -> None:
-        if self.wraps or max(at_most) <= self.num_slots:
-            return
-        # The one place that may wait for the device, and only when a bound, not a known length, has hit the end.
-        longest = max(at_most) if self.exact else int((self.lengths + lengths).max())
-        if longest > self.num_slots:
-            raise ValueError(f"{longest} tokens do not fit into a cache made for max_tokens={self.num_slots}")
+        Token p of a chunk of T evicts position p - S, the last one p + T-1 - S. The chunk's first query, at p, still
+        sees positions above p - W. So T - 1 - S <= -W must hold, or T <= S - W + 1, or nothing is evicted at all.
+        """
+        if max(self.peaks_at_most) == 0:
+            return False  # nothing to read: the chunk attends to itself
+        if peak <= self.num_slots:
+            return True
+        return self.window is not None and num_tokens <= self.num_slots - self.window + 1
+
+    def _mask(self, positions: Tensor, table: Tensor, used: int, write_first: bool) -> Tensor | None:
+        """Who sees whom in the next forward; None for plain causal attention of a chunk to itself."""
+        if write_first:
+            return window_mask(positions, table[:, :used], self.window)
+        if used:
+            return window_mask(positions, torch.cat((self.slot_positions[:, :used], positions), dim=1), self.window)
+        # Pads of a first chunk need no mask: they come last, so causality hides them.
+        return self_mask(positions, self.window)
+
+    def _check_room(self, at_most: list[int], ends: Tensor, exact: bool) -> list[int]:
+        """The bounds, tightened where they hit the end; ValueError where the cache is full or was left in pieces."""
+        for length, peak in zip(self.lengths_at_most, self.peaks_at_most):
+            if self.wraps and peak > self.num_slots and peak - length > self.slack:
+                raise ValueError("a forward was broken off and has overwritten what is still needed: start a new cache")
+        if not self.wraps and max(at_most) > self.num_slots:
+            # The one place that may wait for the device, and only when a bound, not a known length, has hit the end.
+            at_most = at_most if exact else ends.tolist()
+            if max(at_most) > self.num_slots:
+                raise ValueError(f"{max(at_most)} tokens do not fit into a cache made for max_tokens={self.num_slots}")
+        return at_most
+
+
+def self_mask(positions: Tensor, window: int | None) -> Tensor | None:
+    """The mask of tokens that attend to each other alone, positions [B, T].
+
+    None where the window is longer than they are: plain causal attention is the same, and has a faster kernel.
+    """
+    if window is None or positions.shape[1] < window:
+        return None
+    return window_mask(positions, positions, window)
+
+
+def count_real(lengths: Tensor | Sequence[int] | None, batch_size: int, num_tokens: int) -> list[int] | None:
+    """Each row's real tokens; None where only an accelerator knows them. ValueError for impossible ones."""
+    if lengths is None:
+        return [num_tokens] * batch_size
+    if len(lengths) != batch_size:
+        raise ValueError(f"lengths has {len(lengths)} entries for {batch_size} rows")
+    if isinstance(lengths, Tensor) and lengths.device.type != "cpu":
+        return None
+    counts = [int(count) for count in lengths]
+    if min(counts) < 0 or max(counts) > num_tokens:
+        raise ValueError(f"lengths must lie between 0 and {num_tokens}, not {counts}")
+    return counts
 
 
 def cache_slots(window: int | None, max_tokens: int | None, slack: int = 0) -> int:

@@ -1,7 +1,14 @@
 """The numbers that define one checkpoint."""
 
-import math
 from dataclasses import dataclass, fields
+from typing import Any
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """`value` itself. ValueError, naming it, where it is no whole number of at least `least`."""
+    if type(value) is not int or not least <= value < 2**31:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +32,17 @@ class Config:
     sliding_window: int | None  # W: keys that a query sees, its own included; None: all before it
     max_position_embeddings: int  # the longest text that the checkpoint was made for, in tokens
     tie_word_embeddings: bool  # True: the output matrix is the embedding
-    bos_token_id: int | None
     eos_token_id: tuple[int, ...]  # generation stops at any of these
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int or (field.type == int | None and value is not None):
-                least = 0 if field.name == "bos_token_id" else 1
-                if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-                    raise ValueError(f"{field.name} must be a whole number of at least {least}, not {value!r}")
-            if field.type is float and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                whole_number(field.name, value)
+            elif field.type is float and not (type(value) in (int, float) and 0 < value < 1e30):
                 raise ValueError(f"{field.name} must be a positive number, not {value!r}")
+            elif field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -44,9 +50,9 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary pairs, not {self.head_dim}")
-        for token in (self.bos_token_id, *self.eos_token_id):
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} lies outside the vocabulary of {self.vocab_size}")
+        for token in self.eos_token_id:
+            if whole_number("eos_token_id", token, least=0) >= self.vocab_size:
+                raise ValueError(f"eos_token_id {token} lies outside the vocabulary of {self.vocab_size}")
 
     @property
     def num_parameters(self) -> int:

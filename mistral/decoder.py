@@ -27,13 +27,13 @@ class Engine(Protocol):
 
 
 class Decoder:
-    """The reference engine: a model, its rolling cache, and the logits of the next token of each row.
+    """The reference engine: a model, its rolling cache, and the ids of each row.
 
-    max_tokens  no row will hold more; required for a model without a window
+    max_tokens  make room for so many tokens a row; required for a model without a window
     slack       how many tokens `rewind` can take back once the window has begun to roll
 
     A seed in `Sampling` starts the decoder's random numbers at the first step that brings it, and they go on from
-    there as long as the seed stays the same.
+    there, through any number of calls, as long as the seed stays the same.
     """
 
     def __init__(self, model: Mistral, batch_size: int = 1, max_tokens: int | None = None, *, slack: int = 16):
@@ -41,18 +41,19 @@ class Decoder:
         with torch.inference_mode():
             # One more than asked for: `rewind` reads the last token that stays again.
             self._cache = model.new_cache(batch_size, max_tokens, slack and slack + 1)
-            self._history = torch.full((batch_size, 64), -1, device=self._cache.lengths.device)
+            self._history = torch.full((batch_size, 64), -1, device=model.device)  # [B, room]: ids, -1 behind them
+        self._behind = [0] * batch_size  # how many of a row's last ids the cache has not read yet
         self._chunk = min(self.config.sliding_window or 2048, 2048)  # longer ones cost memory and gain no speed
-        self._unread: list[list[int]] = [[] for _ in range(batch_size)]
-        self._logits: Tensor | None = None
+        self._slack = slack
+        self._logits: Tensor | None = None  # [B, V]: behind the last id that the cache has read ...
+        self._stale = [False] * batch_size  # ... unless the cache was taken back since
         self._seed: int | None = None
         self._generator: torch.Generator | None = None
 
     @property
     def logits(self) -> Tensor:
         """[B, V] in the model's dtype: what the next step samples from. ValueError while a row is empty."""
-        if any(self._unread):
-            self.read([[]] * self.batch_size)
+        self._catch_up()
         if 0 in self._cache.lengths_at_most:
             raise ValueError(f"row {self._cache.lengths_at_most.index(0)} is empty: read a prompt first")
         return self._logits
@@ -68,30 +69,27 @@ class Decoder:
         for id in {id for row in rows for id in row}:
             if not 0 <= id < self.config.vocab_size:
                 raise ValueError(f"token id {id} lies outside the vocabulary of {self.config.vocab_size}")
-        rows = [unread + list(row) for unread, row in zip(self._unread, rows)]
-        self._check_room([len(row) for row in rows])
-        self._unread = [[] for _ in rows]
-        for start in range(0, max(map(len, rows)), self._chunk):
-            chunk = [row[start : start + self._chunk] for row in rows]
-            lengths = [len(row) for row in chunk]
-            T = max(lengths)
-            tokens = torch.tensor([row + [0] * (T - len(row)) for row in chunk])  # [B, T], right-padded
-            self._forward(tokens.to(self._history.device, non_blocking=True), None if min(lengths) == T else lengths)
+        counts = [len(row) for row in rows]
+        if max(counts):
+            padded = torch.tensor([list(row) + [-1] * (max(counts) - len(row)) for row in rows])  # [B, T]
+            self._append(padded.to(self.model.device, non_blocking=True), counts)
+            self._catch_up()
 
     @torch.inference_mode()
     def step(self, sampling: Sampling, mask: Tensor | None = None) -> Tensor:
-        """Sample an id for each row, append it, compute the logits of the one after. int64 [B] on the device.
+        """Sample an id for each row and append it: int64 [B] on the device.
 
         mask  bool [B, V] or [V]: True where an id is allowed
 
-        Nothing waits for the device. Raises ValueError while a row is empty and where there is no more room.
+        The logits behind it are worked out when they are asked for, at the latest by the next step: the ids are there
+        sooner, and the last step of a text costs no forward. Nothing waits for the device. Raises ValueError while a
+        row is empty and where there is no more room.
         """
         logits = self.logits
-        self._check_room([1] * self.batch_size)
         if self._generator is None or sampling.seed != self._seed:
             self._seed, self._generator = sampling.seed, random_numbers(sampling, logits.device)
         ids = next_ids(logits, sampling, self._history, self._cache.lengths, mask, self._generator)
-        self._forward(ids[:, None], None)
+        self._append(ids[:, None], [1] * self.batch_size)
         return ids
 
     @torch.inference_mode()
@@ -100,39 +98,54 @@ class Decoder:
         counts = [n] * self.batch_size if isinstance(n, int) else list(n)
         if len(counts) != self.batch_size or min(counts) < 0:
             raise ValueError(f"rewind takes one count of 0 or more for each of {self.batch_size} rows, not {counts}")
-        held = self._cache.lengths_at_most
-        stay = [h + len(unread) - c for h, unread, c in zip(held, self._unread, counts)]
+        cached, behind = self._cache.lengths_at_most, self._behind
+        stay = [c + b - n for c, b, n in zip(cached, behind, counts)]
         if min(stay) < 0:
-            raise ValueError(f"cannot forget {counts} tokens of rows that hold {[s + c for s, c in zip(stay, counts)]}")
-        # The logits behind the last token that stays are gone: that token leaves the cache too and is read again,
-        # alone if they are asked for, otherwise together with what comes next.
-        keep = [max(s - 1, 0) if c else h for h, s, c in zip(held, stay, counts)]
-        self._cache.rewind([h - k for h, k in zip(held, keep)])
-        for b, count in enumerate(counts):
-            if count:
-                self._unread[b] = self._history[b, keep[b] : stay[b]].tolist()
-                self._history[b, stay[b] :] = -1
+            raise ValueError(f"cannot forget {counts} tokens of rows that hold {[s + n for s, n in zip(stay, counts)]}")
+        # The logits behind the last token that stays are gone if the cache goes back. Then that token leaves it too,
+        # to be read again: alone if the logits are asked for, otherwise together with what comes next.
+        keep = [
+            c if n < b or (n == b and not stale) else max(s - 1, 0)
+            for c, b, n, s, stale in zip(cached, behind, counts, stay, self._stale)
+        ]
+        try:
+            self._cache.rewind([c - k for c, k in zip(cached, keep)])
+        except ValueError:
+            message = f"cannot forget {counts} tokens: once the window rolls, {self._slack} can be taken back in all"
+            raise ValueError(message) from None
+        self._stale = [stale or k < c for c, k, stale in zip(cached, keep, self._stale)]
+        self._behind = [s - k for s, k in zip(stay, keep)]
+        for b, length in enumerate(stay):
+            self._history[b, length:] = -1
 
-    def _forward(self, tokens: Tensor, lengths: list[int] | None) -> None:
-        B, T = tokens.shape
-        needed = max(self._cache.lengths_at_most) + T
-        if needed > self._history.shape[1]:
-            more = max(needed, 2 * self._history.shape[1]) - self._history.shape[1]
-            self._history = F.pad(self._history, (0, more), value=-1)
-        at = self._cache.lengths[:, None] + torch.arange(T, device=tokens.device)  # [B, T]
-        logits = self.model(tokens, self._cache, lengths, last_only=True)  # [B, V]
-        if lengths is not None:
-            read = torch.tensor(lengths).to(tokens.device, non_blocking=True)[:, None]  # [B, 1]
-            tokens = tokens.masked_fill(torch.arange(T, device=tokens.device) >= read, -1)
-            if self._logits is not None:
-                logits = torch.where(read > 0, logits, self._logits)
-        self._history.scatter_(1, at, tokens)
-        self._logits = logits
-
-    def _check_room(self, counts: list[int]) -> None:
-        longest = max(n + c for n, c in zip(self._cache.lengths_at_most, counts))
+    def _append(self, ids: Tensor, counts: list[int]) -> None:
+        """Write ids [B, T] (-1: none) behind what each row holds; the cache reads them later."""
+        lengths = [c + b + n for c, b, n in zip(self._cache.lengths_at_most, self._behind, counts)]
         limit = self.config.max_position_embeddings
         if not self._cache.wraps:
             limit = min(limit, self._cache.num_slots)
-        if longest > limit:
-            raise ValueError(f"{longest} tokens in a row, and the limit here is {limit}")
+        if max(lengths) > limit:
+            raise ValueError(f"{max(lengths)} tokens in a row, and the limit here is {limit}")
+        T, room = ids.shape[1], self._history.shape[1]
+        if max(lengths) + T > room:
+            self._history = F.pad(self._history, (0, max(max(lengths) + T, 2 * room) - room), value=-1)
+        start = self._cache.lengths + torch.tensor(self._behind).to(ids.device, non_blocking=True)  # [B]
+        at = start[:, None] + torch.arange(T, device=ids.device)  # [B, T]
+        self._history.scatter_(1, at, ids)
+        self._behind = [b + n for b, n in zip(self._behind, counts)]
+
+    @torch.inference_mode()
+    def _catch_up(self) -> None:
+        """Let the model read what the cache lacks, chunk by chunk."""
+        while T := min(max(self._behind), self._chunk):
+            counts = [min(b, T) for b in self._behind]
+            at = self._cache.lengths[:, None] + torch.arange(T, device=self.model.device)  # [B, T]
+            tokens = self._history.gather(1, at).clamp(min=0)
+            if min(counts) == T:
+                self._logits = self.model(tokens, self._cache, last_only=True)  # [B, V]
+            else:
+                logits = self.model(tokens, self._cache, counts, last_only=True)
+                read = torch.tensor(counts).to(logits.device, non_blocking=True)[:, None] > 0  # [B, 1]
+                self._logits = logits if self._logits is None else torch.where(read, logits, self._logits)
+            self._behind = [b - n for b, n in zip(self._behind, counts)]
+            self._stale = [stale and n == 0 for stale, n in zip(self._stale, counts)]

@@ -73,7 +73,9 @@ def generate(
     constraint        a mask for every step, one host synchronisation a token
     logprobs          yield Token(id, logprob) instead of ids
 
-    Raises ValueError, at the call, for an empty prompt and for more tokens than the model has positions for.
+    Raises ValueError for an empty prompt and for more tokens than there is room for: with a model at the call, with a
+    decoder when it comes to it. ValueError, too, where the constraint and the penalties together allow no id, and
+    where the logits are not numbers (float16 overflows in some fine-tunes).
     """
     constraints = None if constraint is None else [constraint]
     decoder = _decoder_for(model_or_decoder, [prompt_ids], max_new_tokens)
@@ -95,6 +97,8 @@ def generate_batch(
 
     The other arguments and errors are those of `generate`; `constraints` has one for each row.
     """
+    if constraints is not None and len(constraints) != len(prompts):
+        raise ValueError(f"{len(constraints)} constraints for {len(prompts)} prompts")
     decoder = _decoder_for(model_or_decoder, prompts, max_new_tokens)
     rows: list[list] = [[] for _ in prompts]
     for step in _steps(decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs):
@@ -115,26 +119,32 @@ def generate_text(
     stop_tokens: Sequence[int] | None = None,
     constraint: Constraint | None = None,
     bos: bool = True,
+    prefix_space: bool = True,
     special: bool = False,
 ) -> Iterator[str]:
     """Continue `text`; yields the new text in pieces, each final.
 
-    stop     strings at which the text ends; they are not part of it, wherever the tokens' borders fall
-    bos      begin with the begin-of-text token; False to go on behind what a decoder has read
-    special  parse control tokens that are spelled in `text`
+    stop          strings at which the text ends, wherever the tokens' borders fall; they are not part of it. The
+                  first to be complete counts. One that spells a control token means that token.
+    bos           begin with the begin-of-text token; False to go on behind what a decoder has read
+    prefix_space  give the text the leading space of a new word; False to go on inside one
+    special       parse control tokens that are spelled in `text`
 
     The other arguments and errors are those of `generate`. A decoder holds every token that was generated, those
     that spell the stop string included.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")
+    config = model_or_decoder.config
+    stop_tokens = config.eos_token_id if stop_tokens is None else stop_tokens
+    control = {tokenizer.control_id(s) for s in stop} - {None}
     ids = generate(
         model_or_decoder,
-        tokenizer.encode(text, bos=bos, special=special),
+        tokenizer.encode(text, bos=bos, special=special, prefix_space=prefix_space),
         sampling,
         max_new_tokens=max_new_tokens,
-        stop_tokens=stop_tokens,
-        constraint=_KnownTokens(tokenizer, model_or_decoder.config.vocab_size, constraint),
+        stop_tokens=(*stop_tokens, *control),
+        constraint=_KnownTokens(tokenizer.vocab_size, config.vocab_size, constraint),
     )
     return _text_until(ids, tokenizer, stop)
 
@@ -153,20 +163,34 @@ def _steps(
     decoder.read(prompts)
     running = [True] * len(prompts)
     for _ in range(max_new_tokens):
-        mask = None if constraints is None else _stack_masks(constraints, running, decoder.config.vocab_size)
-        log_p = decoder.logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
+        logits = decoder.logits  # [B, V]
+        mask = None if constraints is None else _stack_masks(constraints, running, logits)
+        log_p = logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
+        broken = logits.isnan().any(dim=-1)  # [B]
         ids = decoder.step(sampling, mask)  # [B]
-        chosen: list = ids.tolist()
+        forbidden = torch.zeros_like(broken) if mask is None else ~mask.gather(1, ids[:, None])[:, 0]
+        # One look at the device for everything that the host must know
+        chosen, *wrong = torch.stack((ids, broken.long(), forbidden.long())).tolist()
+        _check_step(*wrong, running)
         ended = [id in stop for id in chosen]
         for b, constraint in enumerate(constraints or ()):
             if running[b] and not ended[b]:
                 constraint.accept(chosen[b])
+        tokens: list = chosen
         if log_p is not None:
-            chosen = [Token(id, p) for id, p in zip(chosen, log_p.gather(1, ids[:, None])[:, 0].tolist())]
-        yield [token if alive else None for token, alive in zip(chosen, running)]
+            tokens = [Token(id, p) for id, p in zip(chosen, log_p.gather(1, ids[:, None])[:, 0].tolist())]
+        yield [token if alive else None for token, alive in zip(tokens, running)]
         running = [alive and not end for alive, end in zip(running, ended)]
         if not any(running):
             return
+
+
+def _check_step(broken: list[int], forbidden: list[int], running: list[bool]) -> None:
+    for b, alive in enumerate(running):
+        if alive and broken[b]:
+            raise ValueError(f"the logits of row {b} are not numbers; try float32 or bfloat16 instead of float16")
+        if alive and forbidden[b]:
+            raise ValueError(f"nothing is left to choose from in row {b}: constraint and penalties forbid every token")
 
 
 def _decoder_for(model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Engine:
@@ -188,31 +212,28 @@ def _decoder_for(model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[
     return Decoder(model_or_decoder, len(prompts), longest + max_new_tokens, slack=0)
 
 
-def _stack_masks(constraints: Sequence[Constraint], running: list[bool], vocab_size: int) -> Tensor | None:
-    """The rows' masks as one bool [B, V]; None where every row allows everything."""
+def _stack_masks(constraints: Sequence[Constraint], running: list[bool], logits: Tensor) -> Tensor | None:
+    """The rows' masks as one bool [B, V] beside the logits; None where every row allows everything."""
     masks = [constraint.mask() if alive else None for constraint, alive in zip(constraints, running)]
     if all(mask is None for mask in masks):
         return None
-    for mask in masks:
-        if mask is not None and not mask.any():
-            raise ValueError("the constraint allows no token at all")
-    everything = torch.ones(vocab_size, dtype=torch.bool)
-    return torch.stack([everything if mask is None else mask.cpu() for mask in masks])
+    everything = torch.ones(logits.shape[-1], dtype=torch.bool)
+    rows = [everything if mask is None else mask for mask in masks]
+    return torch.stack([row.to(logits.device, non_blocking=True) for row in rows])
 
 
 class _KnownTokens:
     """Keeps rows of the embedding that have no token from being drawn, on top of another constraint if there is one."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, inner: Constraint | None):
-        padded = tokenizer.vocab_size < vocab_size
-        self._known = torch.arange(vocab_size) < tokenizer.vocab_size if padded else None
+    def __init__(self, num_tokens: int, vocab_size: int, inner: Constraint | None):
+        self._known = torch.arange(vocab_size) < num_tokens if num_tokens < vocab_size else None
         self._inner = inner
 
     def mask(self) -> Tensor | None:
         inner = None if self._inner is None else self._inner.mask()
         if inner is None or self._known is None:
             return self._known if inner is None else inner
-        return inner.cpu() & self._known
+        return inner & self._known.to(inner.device, non_blocking=True)
 
     def accept(self, id: int) -> None:
         if self._inner is not None:
@@ -224,10 +245,11 @@ def _text_until(ids: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -
     stream, held = tokenizer.stream(), ""
     for id in ids:
         held += stream.feed(id)
-        found = [at for at in (held.find(s) for s in stop) if at >= 0]
+        # Which one ends first; of two that end together, the longer
+        found = [(held.find(s) + len(s), held.find(s)) for s in stop if s in held]
         if found:
-            if min(found):
-                yield held[: min(found)]
+            if text := held[: min(found)[1]]:
+                yield text
             return
         # The longest end of the text that a stop string could begin with
         open_end = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)

@@ -15,14 +15,31 @@ def available_memory(device: torch.device) -> int | None:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
     if device.type == "cpu":
-        try:
-            lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-            return int(lines["MemAvailable"].split()[0]) * 1024
-        except (OSError, KeyError, ValueError):  # not Linux: all there is, if the system tells
-            names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-            known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
-            return os.sysconf(names[0]) * os.sysconf(names[1]) if known else None
+        known = [free for free in (_system_memory(), _container_memory()) if free is not None]
+        return min(known, default=None)
     return None
+
+
+def _system_memory() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux: all there is, if the system tells
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
+        return os.sysconf(names[0]) * os.sysconf(names[1]) if known else None
+
+
+def _container_memory() -> int | None:
+    """What a container's limit (cgroup 2) leaves; None without one."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files count as used, and are given back when memory is short.
+        return None if limit == "max" else int(limit) - int(used) + int(fields["file"])
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def require_memory(needed: int, device: torch.device, what: str, fits: Callable[[int], str]) -> None:

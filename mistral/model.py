@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral.attention import Attention
-from mistral.cache import LayerCache, RollingCache, cache_slots, window_mask
+from mistral.cache import LayerCache, RollingCache, cache_slots, count_real, self_mask
 from mistral.config import Config
 from mistral.memory import require_memory
 from mistral.mlp import MLP
@@ -58,14 +58,13 @@ class Trunk(nn.Module):
     def forward(
         self, tokens: Tensor, cache: RollingCache | None, lengths: Tensor | Sequence[int] | None
     ) -> Tensor:  # [B, T] -> [B, T, D]
-        T, W = tokens.shape[1], self.config.sliding_window
         if cache is None:
             plan = None
-            positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
-            # Shorter than the window, plain causal attention is the same, and PyTorch has a faster kernel for it.
-            mask = None if W is None or T < W else window_mask(positions, positions, W)
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+            mask = self_mask(positions, self.config.sliding_window)
         else:
-            plan = cache.plan(T, lengths)
+            plan = cache.plan(tokens.shape[1], lengths)
+            cache.begin(plan)
             positions, mask = plan.positions, plan.mask
         x = self.embed_tokens(tokens)  # [B, T, D]
         rotary = self.rotary(positions, x.dtype)
@@ -87,6 +86,16 @@ class Mistral(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations, logits and cache."""
+        return self.model.norm.weight.dtype
+
     def forward(
         self,
         tokens: Tensor,
@@ -98,13 +107,13 @@ class Mistral(nn.Module):
 
         tokens     int64 [B, T] with T >= 1
         cache      from `new_cache`: each row goes on where it stands there, and the tokens are added to it.
-                   None: the rows begin here.
+                   None: the rows begin here. For generation; to train, leave it out.
         lengths    [B]: how many of a row's T tokens are real; the rest, on the right, are pads whose logits mean
                    nothing. A list or a CPU tensor is checked; a tensor on an accelerator is never waited for.
         last_only  return only each row's last real position, [B, V], instead of [B, T, V]. The row of a sequence
                    with no real token means nothing.
 
-        Raises ValueError for tokens of another shape, and where the cache has no room.
+        Raises ValueError for tokens or lengths of another shape, and where the cache has no room.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T >= 1, not {list(tokens.shape)}")
@@ -112,6 +121,7 @@ class Mistral(nn.Module):
             raise ValueError(f"the cache has {cache.batch_size} rows, the tokens {tokens.shape[0]}")
         if lengths is not None and cache is None and not last_only:
             raise ValueError("lengths says what a cache keeps or which position is last; here is neither")
+        count_real(lengths, *tokens.shape)
         x = self.model(tokens, cache, lengths)  # [B, T, D]
         if last_only and lengths is None:
             x = x[:, -1]  # [B, D]
@@ -123,22 +133,22 @@ class Mistral(nn.Module):
     def new_cache(self, batch_size: int, max_tokens: int | None = None, slack: int = 0) -> RollingCache:
         """An empty cache in the model's dtype and on its device.
 
-        max_tokens  no row will hold more. Required without a window (32,768 tokens of a 7B take 4.3 GB a row); with
-                    one it saves memory where it is below the window.
+        max_tokens  make room for so many tokens a row. Required without a window (32,768 tokens of a 7B take 4.3 GB
+                    a row). With a window the room for window + slack tokens is enough for any number, and max_tokens
+                    is a limit only below that, where it saves memory.
         slack       how many tokens `rewind` must be able to take back once the cache has begun to roll
 
         Raises ValueError for impossible sizes, NotEnoughMemory where it does not fit.
         """
-        weight = self.model.norm.weight
         if batch_size >= 1 and (self.config.sliding_window or max_tokens):
             slots = cache_slots(self.config.sliding_window, max_tokens, slack)
-            row = self.config.cache_bytes(slots, weight.dtype.itemsize)
+            row = self.config.cache_bytes(slots, self.dtype.itemsize)
             require_memory(
                 batch_size * row,
-                weight.device,
+                self.device,
                 f"a key/value cache of {slots} positions for {batch_size} row{'s' * (batch_size > 1)}",
                 lambda free: f"{free // (row // slots * batch_size)} positions, or {free // row} rows, would fit",
             )
         return RollingCache(
-            self.config, batch_size, max_tokens=max_tokens, slack=slack, dtype=weight.dtype, device=weight.device
+            self.config, batch_size, max_tokens=max_tokens, slack=slack, dtype=self.dtype, device=self.device
         )

@@ -30,6 +30,7 @@ class Sampling:
     no_repeat_ngram_size  never complete an n-gram that occurred before (prompt included); 0: off
     seed                  start of the random numbers; None: PyTorch's global generator. The rows of a batch share one
                           generator, as in Hugging Face's `generate`, so a row's text depends on its neighbours' number.
+                          A decoder that is used again goes on with its random numbers and does not start anew.
 
     Raises ValueError for values that make no sense.
     """
@@ -44,11 +45,14 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "temperature", "0 or more", self.temperature)
+        # Smaller positive values would make every score infinite.
+        sane = self.temperature == 0 or 1e-5 <= self.temperature < math.inf
+        _require(sane, "temperature", "0 (greedy) or 0.00001 or more", self.temperature)
         _require(0 <= self.top_p <= 1, "top_p", "between 0 and 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
         _require(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1", self.typical_p)
-        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0", self.repetition_penalty)
+        sane = 1e-5 <= self.repetition_penalty <= 1e5
+        _require(sane, "repetition_penalty", "between 0.00001 and 100000", self.repetition_penalty)
         for name in ("top_k", "no_repeat_ngram_size"):
             value = getattr(self, name)
             _require(isinstance(value, int) and value >= 0, name, "a whole number of 0 or more", value)
@@ -71,6 +75,8 @@ def next_ids(
     lengths    int64 [B]: how many they are
     mask       bool [B, V] or [V]: True where an id is allowed
     generator  of the logits' device; None: the global one
+
+    Where nothing is allowed, or the logits are not numbers, the result means nothing; `generate` looks for both.
     """
     scores = processed_scores(logits, sampling, history, lengths, mask)
     if sampling.temperature == 0:

@@ -61,7 +61,8 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True, special: bool = False, prefix_space: bool = True) -> list[int]:
         """Ids of `text`.
 
-        bos           begin with the begin-of-text token
+        bos           begin with the begin-of-text token, exactly one of them: where `special` finds it spelled at the
+                      beginning of the text, no other is added
         special       parse control tokens that are spelled in the text. False: they stay text, and no text can
                       produce a control id.
         prefix_space  give each stretch of text the leading space that words have inside a sentence; False where the
@@ -81,7 +82,7 @@ class Tokenizer:
                 ids += self._pieces.encode(part)
             elif part:
                 ids += self._pieces.encode("\n" + part)[len(self._newline) :]
-        return ids
+        return ids[1:] if bos and ids[1:2] == [self.bos_id] else ids
 
     def decode(self, ids: Iterable[int], control: bool = False) -> str:
         """Text of `ids`; the inverse of `encode`, for text without U+2581.
@@ -107,6 +108,10 @@ class Tokenizer:
     def control_text(self, id: int) -> str | None:
         """How a control token is spelled; None for every other id."""
         return self._control.get(id)
+
+    def control_id(self, text: str) -> int | None:
+        """The control token that is spelled so; None if none is."""
+        return self._control_id.get(text)
 
     def _piece_bytes(self, id: int, piece: str) -> bytes | None:
         if id in self._control or self._pieces.IsUnused(id):
@@ -146,6 +151,9 @@ class TextStream:
 
 
 def _check_added(added: Mapping[int, str], pieces: list[str]) -> None:
+    if len(set(added.values())) < len(added):
+        twice = next(text for text in added.values() if list(added.values()).count(text) > 1)
+        raise CheckpointError(f"added token {twice!r} has two ids")
     for id, text in added.items():
         if not text or id < 0:
             raise CheckpointError(f"added token {id} ({text!r}) needs a text and an id of 0 or more")

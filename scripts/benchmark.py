@@ -16,6 +16,7 @@ from random_checkpoint import train_tokenizer
 
 import mistral
 from mistral.checkpoints.hugging_face import load_model, save
+from mistral.checkpoints.load import choose_device
 from mistral.memory import format_bytes
 
 # 165 million parameters, cut like the 7B: 4 query heads a key/value head, an MLP of 3.5 times the width
@@ -46,7 +47,7 @@ def main() -> None:
     if min(args.threads, args.prompt_tokens, args.new_tokens, args.repeats) < 1:
         raise ValueError("--threads, --prompt-tokens, --new-tokens and --repeats must be 1 or more")
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device)
     dtype = common.DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
     ours, theirs = both_models(device, dtype)
 
@@ -84,7 +85,6 @@ def both_models(device: torch.device, dtype: torch.dtype):
         sliding_window=4096,
         max_position_embeddings=32768,
         tie_word_embeddings=False,
-        bos_token_id=1,
         eos_token_id=(2,),
     )
     torch.manual_seed(0)

@@ -2,22 +2,34 @@
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+# Ctrl-C in the seconds that the imports below take ends a script as quietly as later on; `run` restores the usual way.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import mistral
-from mistral.memory import format_bytes
+import torch  # noqa: E402
+
+import mistral  # noqa: E402
+from mistral.memory import format_bytes  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def parser(description: str, example: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line."""
+
+    def error(self, message: str) -> None:
+        """Say what is wrong with the arguments, and exit with 2."""
+        self.exit(2, f"error: {message}; --help lists the options\n")
+
+
+def parser(description: str, example: str) -> Parser:
     """A parser whose --help ends with an example."""
-    return argparse.ArgumentParser(
+    return Parser(
         description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
@@ -69,20 +81,24 @@ def peak_memory(device: torch.device) -> str:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main function and exit with its code; expected errors become one line and exit code 1."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: note(f"note: {message}")
     try:
         code = main() or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-        note("\nstopped")
+        note("stopped")
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except torch.OutOfMemoryError as error:
-        code = 1
-        note(f"error: {str(error).splitlines()[0]} A shorter text or --dtype bfloat16 needs less.")
-    except (mistral.MistralError, ValueError, OSError) as error:
+    except (mistral.MistralError, ValueError, OSError, OverflowError) as error:
         code = 1
         note(f"error: {' '.join(str(error).split())}")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        code = 1
+        wanted = str(error).splitlines()[0].split("DefaultCPUAllocator: ")[-1]
+        note(f"error: out of memory: {wanted}; a shorter text or a --dtype of fewer bytes needs less")
     sys.exit(code)

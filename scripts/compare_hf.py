@@ -1,11 +1,15 @@
 """Compare a checkpoint's numbers with transformers', layer by layer; exit code 1 where they differ."""
 
 import argparse
+from pathlib import Path
 
 import common
 import torch
 from random_checkpoint import checkpoint
 from torch import Tensor, nn
+
+import mistral
+from mistral.memory import require_memory
 
 TEXT = (
     "Mistral 7B leverages grouped-query attention for faster inference, coupled with sliding window attention to "
@@ -30,25 +34,37 @@ def main() -> int:
     except ImportError:
         raise ValueError("transformers is not installed: pip install transformers") from None
     transformers.utils.logging.disable_progress_bar()
-    if args.tokens is not None and args.tokens < 1:
-        raise ValueError(f"--tokens must be 1 or more, not {args.tokens}")
 
     with checkpoint(args.model) as folder:
         ours, tokenizer = common.load(args, folder)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        config.sliding_window = ours.config.sliding_window
-        weight = ours.lm_head.weight
-        theirs = transformers.MistralForCausalLM.from_pretrained(
-            folder, config=config, dtype=weight.dtype, attn_implementation="sdpa"
-        )
-        theirs = theirs.eval().to(weight.device)
-
-    ids = tokenizer.encode(args.prompt)
-    if args.tokens is not None:
-        ids = (ids * (args.tokens // len(ids) + 1))[: args.tokens]
-    tokens = torch.tensor([ids], device=weight.device)
+        tokens = tokens_to_compare(args, ours, tokenizer)
+        theirs = load_theirs(folder, ours)
     mine, reference = record(ours, lambda: ours(tokens)), record(theirs, lambda: theirs(tokens, use_cache=False).logits)
-    return report(mine, reference, ours.config.sliding_window, len(ids), args.tolerance)
+    return report(mine, reference, ours.config.sliding_window, args.tolerance)
+
+
+def tokens_to_compare(args: argparse.Namespace, model: mistral.Mistral, tokenizer: mistral.Tokenizer) -> Tensor:
+    """The prompt's ids, repeated or cut to --tokens: [1, T]."""
+    ids = tokenizer.encode(args.prompt)
+    limit = model.config.max_position_embeddings
+    length = len(ids) if args.tokens is None else args.tokens
+    if not 1 <= length <= limit:
+        raise ValueError(f"{length} tokens cannot be compared: this checkpoint takes 1 to {limit}")
+    return torch.tensor([(ids * (length // len(ids) + 1))[:length]], device=model.device)
+
+
+def load_theirs(folder: Path, ours: mistral.Mistral) -> nn.Module:
+    """The same checkpoint in transformers, with the window and dtype of ours."""
+    import transformers
+
+    size = ours.config.num_parameters * ours.dtype.itemsize
+    require_memory(size, ours.device, "the same model in transformers, beside ours,", lambda _: "try --dtype bfloat16")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.sliding_window = ours.config.sliding_window
+    theirs = transformers.MistralForCausalLM.from_pretrained(
+        folder, config=config, dtype=ours.dtype, attn_implementation="sdpa"
+    )
+    return theirs.eval().to(ours.device)
 
 
 @torch.inference_mode()
@@ -69,8 +85,9 @@ def record(model: nn.Module, forward) -> dict[str, Tensor]:
     return outputs | {"logits": outputs.pop("logits")}  # logits last
 
 
-def report(ours: dict[str, Tensor], theirs: dict[str, Tensor], window: int | None, T: int, tolerance: float) -> int:
+def report(ours: dict[str, Tensor], theirs: dict[str, Tensor], window: int | None, tolerance: float) -> int:
     logits = theirs["logits"]
+    T = logits.shape[1]
     reach = "no window" if window is None else f"window {window}, {'reached' if window <= T else 'not reached'}"
     print(f"{T} tokens, {reach}, {str(logits.dtype).removeprefix('torch.')} on {logits.device}\n")
     print(f"{'':<12}{'max |d|':>12}{'mean |d|':>12}{'max |theirs|':>14}")

@@ -48,11 +48,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.prompt is None and sys.stdin.isatty():
-        raise ValueError('there is no prompt: give --prompt "some text", or pipe a text in')
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
-    if not prompt:
-        raise ValueError("the prompt is empty; give it at least one character to continue")
+    prompt = prompt_text(args)
     names = (
         "temperature",
         "top_k",
@@ -66,7 +62,6 @@ def main() -> None:
     sampling = mistral.Sampling(**{name: getattr(args, name) for name in names})
     with checkpoint(args.model) as folder:
         model, tokenizer = common.load(args, folder)
-
     clock = Clock()
     pieces = mistral.generate_text(
         model,
@@ -78,12 +73,29 @@ def main() -> None:
         constraint=clock,
         special=args.special,
     )
+    interrupted = False
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-    finally:
-        print(flush=True)
-        report(clock, len(tokenizer.encode(prompt, special=args.special)), model.lm_head.weight.device)
+    except KeyboardInterrupt:
+        interrupted = True
+    print(flush=True)
+    report(clock, len(tokenizer.encode(prompt, special=args.special)), model.device)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def prompt_text(args: argparse.Namespace) -> str:
+    """--prompt, or what is piped in."""
+    if args.prompt is None and sys.stdin.isatty():
+        raise ValueError('there is no prompt: give --prompt "some text", or pipe a text in')
+    try:
+        prompt = sys.stdin.buffer.read().decode("utf-8") if args.prompt is None else args.prompt
+    except UnicodeDecodeError as error:
+        raise ValueError(f"what was piped in is not UTF-8: {error}") from None
+    if not prompt:
+        raise ValueError("the prompt is empty; give it at least one character to continue")
+    return prompt
 
 
 def report(clock: Clock, prompt_tokens: int, device) -> None:

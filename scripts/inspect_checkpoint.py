@@ -8,7 +8,8 @@ import torch
 from random_checkpoint import checkpoint
 
 from mistral.cache import cache_slots
-from mistral.checkpoints.hugging_face import dtype_name, read_config, read_tokenizer
+from mistral.checkpoints.assemble import dtype_name
+from mistral.checkpoints.hugging_face import checked_tensors, read_config, read_tokenizer
 from mistral.checkpoints.safetensors_files import StoredTensor, stored_tensors
 from mistral.config import Config
 from mistral.memory import format_bytes
@@ -26,11 +27,11 @@ def main() -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
         config = read_config(folder)
-        stored, tokenizer = stored_tensors(folder), read_tokenizer(folder, config)
         print_config(config)
-        print_tensors(stored, args.all)
+        print_tensors(stored_tensors(folder), args.all)
         print_memory(config)
-        print_tokenizer(tokenizer, config)
+        checked_tensors(folder, config)
+        print_tokenizer(read_tokenizer(folder, config), config)
 
 
 def print_config(config: Config) -> None:

@@ -62,7 +62,6 @@ def write_random_checkpoint(
         sliding_window=window,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        bos_token_id=1,
         eos_token_id=tokenizer.stop_ids,
     )
     torch.manual_seed(seed)
@@ -92,8 +91,12 @@ def main() -> None:
     arguments.add_argument("--window", type=common.window, default=128, help="tokens, or none (default: 128)")
     arguments.add_argument("--seed", type=int, default=0)
     args = arguments.parse_args()
+    if not 0 <= args.seed < 2**63 or args.layers < 1:
+        raise ValueError("--seed must be 0 or more (and below 2**63), --layers 1 or more")
     if args.hidden_size < 128 or args.hidden_size % 128:
         raise ValueError(f"--hidden-size must be a multiple of 128, not {args.hidden_size}")
+    if args.window == "auto":
+        raise ValueError("--window must be a number of tokens, or none: there is no checkpoint yet to tell it from")
     if args.folder.exists() and any(args.folder.iterdir()):
         raise ValueError(f"{args.folder} is not empty; name a new folder")
     write_random_checkpoint(
@@ -101,7 +104,7 @@ def main() -> None:
         tokenizer_model=args.tokenizer.read_bytes() if args.tokenizer else None,
         hidden_size=args.hidden_size,
         num_layers=args.layers,
-        window=None if args.window == "auto" else args.window,
+        window=args.window,
         seed=args.seed,
     )
     common.note(f"wrote {args.folder}")

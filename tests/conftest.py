@@ -4,6 +4,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(2)
 
@@ -19,3 +20,32 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def the_same_random_numbers_in_every_run():
     torch.manual_seed(0)
+
+
+WAITING_METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+@pytest.fixture
+def no_host_reads(monkeypatch):
+    """Make everything fail that would make the host wait for a GPU."""
+
+    def wait(*_, **__):
+        raise AssertionError("this reads from the device")
+
+    for name in WAITING_METHODS:
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    with NoHostReads():
+        yield
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on operations that would make the host wait for a GPU."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        assert name not in self.WAITING, f"{name} reads from the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean index waits for its size"
+        return function(*args, **(kwargs or {}))

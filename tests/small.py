@@ -25,7 +25,6 @@ SIZES = dict(
     sliding_window=4,
     max_position_embeddings=512,
     tie_word_embeddings=False,
-    bos_token_id=1,
     eos_token_id=(2,),
 )
 

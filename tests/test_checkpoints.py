@@ -159,7 +159,7 @@ DAMAGE = {
     "theta missing": (lambda f: edit_json(f / "config.json", rope_parameters=None), "rope_theta is missing"),
     "more layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=2**30),
-        "the weights have 2 layers, config.json 1073741824",
+        "the weights have 2 layers, the config says 1073741824",
     ),
     "a tensor missing": (
         lambda f: edit_tensors(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
@@ -171,7 +171,7 @@ DAMAGE = {
     ),
     "a tensor of another shape": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(255)})),
-        r"model.norm.weight is \[255\] in the file and \[256\] by config.json",
+        r"model.norm.weight is \[255\] in the file and \[256\] by the config",
     ),
     "another width in the config": (lambda f: edit_json(f / "config.json", head_dim=64), r"\(and 5 more\)"),
     "an integer tensor": (

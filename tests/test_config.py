@@ -80,9 +80,9 @@ def test_head_size_may_be_null_or_absent_or_its_own(tmp_path):
         ({"rope_theta": ...}, "rope_theta is missing"),
         ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
         ({"num_key_value_heads": ...}, "num_key_value_heads is missing"),
-        ({"hidden_size": "4096"}, "hidden_size|unsupported"),
+        ({"hidden_size": "4096"}, "hidden_size must be a whole number"),
         ({"hidden_size": 10**12}, "hidden_size must be"),
-        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be"),
         ({"num_attention_heads": 30}, "multiple of"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be"),
         ({"head_dim": 127}, "even"),
@@ -97,13 +97,38 @@ def test_head_size_may_be_null_or_absent_or_its_own(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"eos_token_id": 32000}, "outside the vocabulary"),
-        ({"eos_token_id": "x"}, "config.json"),
-        ({"bos_token_id": -1}, "bos_token_id"),
+        ({"eos_token_id": "x"}, "eos_token_id must be"),
+        ({"eos_token_id": {}}, "eos_token_id must be"),
+        ({"eos_token_id": [460.0]}, "eos_token_id must be"),
+        ({"eos_token_id": True}, "eos_token_id must be"),
+        ({"head_dim": 0}, "head_dim must be"),
+        ({"tie_word_embeddings": "true"}, "tie_word_embeddings must be true or false"),
+        ({"rope_theta": 10**400}, "rope_theta must be"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "rotary scaling"),
     ],
 )
 def test_bad_configs_are_refused_by_name(changes, message, tmp_path):
     with pytest.raises(mistral.CheckpointError, match=message):
         read_config(write_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**31 - 1, 2**31, 10**400, 1.5, True, "1", [], {}, float("inf")], ids=repr)
+def test_no_value_of_any_field_gets_past_the_checks(value, tmp_path):
+    # Read, then held against the weights of a small checkpoint: only a CheckpointError may come out, and soon.
+    original = json.loads((small.DATA / "small/config.json").read_text())
+    for file in (small.DATA / "small").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    for name in [*original, "rope_theta", "rope_scaling", "quantization_config"]:
+        if name in ("architectures", "dtype", "transformers_version", "pad_token_id", "initializer_range", "use_cache"):
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(original | {name: value}))
+        try:
+            model, _ = mistral.load(tmp_path, device="cpu")
+        except mistral.CheckpointError as error:
+            assert str(tmp_path) in str(error)
+        else:
+            assert model.config.num_parameters < 1_400_000
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000, '{"model_type": "mistral"}'])

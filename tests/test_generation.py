@@ -115,7 +115,7 @@ def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
             try:
                 decoder.rewind(counts)
             except ValueError as error:
-                assert "slack" in str(error)
+                assert "can be taken back" in str(error)
                 counts = [0, 0, 0]
             rows = [row[: len(row) - n] for row, n in zip(rows, counts)]
         if all(rows) and generator.random() < 0.6:
@@ -136,14 +136,64 @@ def test_everything_can_be_taken_back_and_begun_anew():
     assert torch.allclose(decoder.logits, model(torch.tensor([prompt(3, seed=2)]))[:, -1], atol=1e-12)
 
 
-def test_a_step_never_waits_for_the_device():
-    from test_cache import NoHostReads
-
+@pytest.fixture
+def a_decoder():
     decoder = Decoder(small.model(), 2)
     decoder.read([prompt(5), prompt(2)])
-    with NoHostReads():
+    return decoder
+
+
+def test_a_step_never_waits_for_the_device(a_decoder, no_host_reads):
+    for _ in range(8):
+        a_decoder.step(RICH, mask=torch.ones(101, dtype=torch.bool))
+        a_decoder.step(GREEDY)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_never_waits():
+    decoder = Decoder(small.model(torch.float32).cuda(), 2)
+    decoder.read([prompt(5), prompt(2)])
+    decoder.step(RICH)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         for _ in range(8):
-            decoder.step(RICH, mask=torch.ones(101, dtype=torch.bool))
+            decoder.step(RICH)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_greedy_text_of_the_cpu():
+    model = small.model(torch.float32)
+    expected = list(generate(model, prompt(9), GREEDY, max_new_tokens=60, stop_tokens=()))
+    assert list(generate(model.cuda(), prompt(9), GREEDY, max_new_tokens=60, stop_tokens=())) == expected
+
+
+def test_an_id_is_there_before_the_forward_behind_it():
+    model, forwards = small.model(), []
+    model.model.register_forward_hook(lambda *_: forwards.append(1))
+    ids = generate(model, prompt(3), GREEDY, max_new_tokens=3, stop_tokens=())
+    for expected in (1, 2, 3):
+        next(ids)
+        assert len(forwards) == expected
+    assert list(ids) == []
+    assert len(forwards) == 3
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_decoder_goes_on_after_ctrl_c(layer):
+    model = small.model()
+    decoder = Decoder(model)
+    decoder.read([prompt(3)])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[layer].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.read([[5, 6, 7]])
+    handle.remove()
+    assert torch.allclose(decoder.logits, model(torch.tensor([prompt(3) + [5, 6, 7]]))[:, -1], atol=1e-12)
 
 
 class OnlyEven:
@@ -169,10 +219,35 @@ def test_a_constraint_is_asked_and_told():
     assert [constraint.accepted for constraint in constraints] == rows
 
 
+def test_constraints_are_one_for_each_prompt():
+    for count in (1, 4):
+        with pytest.raises(ValueError, match=f"{count} constraints for 3 prompts"):
+            generate_batch(
+                small.model(), [prompt(2)] * 3, GREEDY, max_new_tokens=2, constraints=[OnlyEven() for _ in range(count)]
+            )
+
+
+def test_a_constraint_and_a_penalty_that_leave_nothing_are_an_error():
+    constraint = OnlyEven()
+    constraint.mask = lambda: torch.arange(101) == 8
+    sampling = Sampling(no_repeat_ngram_size=1, temperature=0.0)
+    ids = generate(small.model(), prompt(3), sampling, max_new_tokens=3, constraint=constraint)
+    assert next(ids) == 8
+    with pytest.raises(ValueError, match="nothing is left to choose from in row 0"):
+        next(ids)
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    model = small.model()
+    model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="not numbers"):
+        list(generate(model, prompt(3), GREEDY, max_new_tokens=3))
+
+
 def test_a_constraint_that_allows_nothing_is_an_error():
     constraint = OnlyEven()
     constraint.mask = lambda: torch.zeros(101, dtype=torch.bool)
-    with pytest.raises(ValueError, match="allows no token"):
+    with pytest.raises(ValueError, match="nothing is left to choose from in row 0"):
         list(generate(small.model(), prompt(3), GREEDY, max_new_tokens=3, constraint=constraint))
 
 
@@ -287,6 +362,58 @@ def test_a_stop_string_ends_the_text_wherever_the_tokens_break(with_true_tokeniz
     assert "".join(pieces_of(with_true_tokenizer, stop=["never seen, this", stop, stop + "x"])) == expected
     # A beginning of it that goes on differently is released.
     assert "".join(pieces_of(with_true_tokenizer, stop=[stop + "\u0000 no"])) == whole
+
+
+def test_the_stop_string_that_is_complete_first_counts_however_the_text_is_cut():
+    from mistral.generation import _text_until
+
+    class Pieces:
+        """A tokenizer whose ids are places in a list of pieces."""
+
+        def __init__(self, pieces):
+            self.pieces = pieces
+
+        def stream(self):
+            return self
+
+        def feed(self, id):
+            return self.pieces[id]
+
+        def finish(self):
+            return ""
+
+    generator = random.Random(0)
+    for _ in range(500):
+        text = "".join(generator.choice("abcX") for _ in range(12))
+        stop = ["".join(generator.choice("abcX") for _ in range(generator.randint(1, 4))) for _ in range(3)]
+        results = set()
+        for _ in range(6):
+            cuts = sorted(generator.sample(range(13), generator.randint(0, 8)))
+            pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12])]
+            results.add("".join(_text_until(iter(range(len(pieces))), Pieces(pieces), stop)))
+        ends = [text.find(s) + len(s) for s in stop if s in text]
+        expected = (
+            text
+            if not ends
+            else min(text[:end].removesuffix(s) for end in [min(ends)] for s in stop if text[:end].endswith(s))
+        )
+        assert results == {expected}
+
+
+def test_a_stop_string_may_be_a_control_token(with_true_tokenizer):
+    model, tokenizer = with_true_tokenizer
+    always = OnlyEven()
+    always.mask = lambda: torch.arange(32032) == 32001
+    assert pieces_of(with_true_tokenizer, constraint=always, stop=["<|im_start|>"]) == []
+    assert always.accepted == []
+
+
+def test_text_goes_on_inside_a_word(with_true_tokenizer):
+    model, tokenizer = with_true_tokenizer
+    decoder = Decoder(model)
+    decoder.read([tokenizer.encode("Hel")])
+    list(generate_text(decoder, tokenizer, "lo", GREEDY, max_new_tokens=0, bos=False, prefix_space=False))
+    assert tokenizer.decode(decoder._history[0][: sum(decoder._history[0] >= 0)].tolist()) == "Hello"
 
 
 def test_empty_stop_strings_are_refused(with_true_tokenizer):

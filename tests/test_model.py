@@ -88,6 +88,12 @@ def test_arguments_without_a_meaning_are_refused():
         model(tokens, model.new_cache(3))
 
 
+@pytest.mark.parametrize("lengths", [[4], [12, 1, 1], [-5, 1, 1]])
+def test_impossible_lengths_are_refused_without_a_cache_too(lengths):
+    with pytest.raises(ValueError, match="lengths"):
+        small.model()(small.tokens(3, 11), lengths=lengths, last_only=True)
+
+
 def test_a_cache_that_cannot_fit_is_refused_with_what_would():
     with pytest.raises(mistral.NotEnoughMemory, match=r"needs .* are free; \d+ positions, or \d+ rows, would fit"):
         small.model(sliding_window=None).new_cache(4, max_tokens=2**31)

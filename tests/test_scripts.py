@@ -1,10 +1,14 @@
 """The scripts as a person runs them: in a process of their own, with good and bad input."""
 
+import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
+import warnings
 
 import pytest
 import small
@@ -18,6 +22,21 @@ def run(script, *arguments, **options):
     result = subprocess.run(command, cwd=small.ROOT, capture_output=True, text=True, timeout=120, **options)
     assert "Traceback" not in result.stderr
     return result
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """The same inside this process, which has everything imported: (exit code, stdout, stderr)."""
+
+    def run_here(script, *arguments):
+        monkeypatch.syspath_prepend(str(small.ROOT / "scripts"))
+        monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(small.ROOT / f"scripts/{script}.py"), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which `run` replaces
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +95,14 @@ def test_compare_hf_finds_no_difference_and_exits_with_0(hermes):
     assert "layer 1" in result.stdout
 
 
-def test_compare_hf_finds_a_difference_and_exits_with_1(tmp_path, monkeypatch):
-    # Ours reads eps from config.json as a number; give transformers another one through a wrapper of its own.
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(SMALL, folder)
-    wrapper = tmp_path / "sitecustomize.py"
-    wrapper.write_text(
-        "import transformers.models.mistral.configuration_mistral as c\n"
-        "old = c.MistralConfig.__post_init__\n"
-        "def new(self, **kwargs):\n    old(self, **kwargs)\n    self.rms_norm_eps = 1e-3\n"
-        "c.MistralConfig.__post_init__ = new\n"
+def test_compare_hf_finds_a_difference_and_exits_with_1(tmp_path):
+    # A module that Python loads at the start changes one of our numbers behind the script's back.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import mistral.rms_norm as r\n"
+        "old = r.RMSNorm.__init__\n"
+        "r.RMSNorm.__init__ = lambda self, size, eps: old(self, size, 1e-3)\n"
     )
-    result = run("compare_hf", folder, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    result = run("compare_hf", SMALL, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 1
     assert "DIFFERENT" in result.stdout
 
@@ -112,43 +127,91 @@ def test_inspect_checkpoint_tells_the_facts(hermes):
         ("generate", ("no/such/folder", "--prompt", "hi"), "no/such/folder does not exist"),
         ("generate", (__file__, "--prompt", "hi"), "is a file, not a folder"),
         ("generate", (SMALL, "--prompt", ""), "the prompt is empty"),
-        ("generate", (SMALL, "--prompt", "hi", "--temperature", -1), "temperature must be 0 or more"),
+        ("generate", (SMALL, "--prompt", "hi", "--temperature", -1), "temperature must be 0 (greedy) or"),
         ("generate", (SMALL, "--prompt", "hi", "--max-new-tokens", 3000), "made for 2048"),
         ("generate", (SMALL, "--prompt", "hi", "--stop", ""), "non-empty strings"),
         ("generate", (SMALL, "--prompt", "hi", "--device", "gpu"), "device 'gpu'"),
+        ("generate", (SMALL, "--prompt", "hi", "--device", "meta"), "device 'meta'"),
+        ("benchmark", ("--device", "foo"), "device 'foo'"),
+        ("compare_hf", (SMALL, "--tokens", 3000), "takes 1 to 2048"),
+        ("random_checkpoint", ("/nowhere/x", "--window", "auto"), "--window must be"),
         ("generate", (SMALL, "--prompt", b"\xff".decode(errors="surrogateescape")), "surrogates"),
         ("inspect_checkpoint", ("no/such/folder",), "is not a folder"),
         ("compare_hf", ("no/such/folder",), "does not exist"),
-        ("compare_hf", (SMALL, "--tokens", 0), "--tokens must be"),
+        ("compare_hf", (SMALL, "--tokens", 0), "takes 1 to 2048"),
         ("random_checkpoint", (SMALL,), "is not empty"),
-        ("random_checkpoint", ("/tmp/x", "--hidden-size", 100), "multiple of 128"),
+        ("random_checkpoint", ("/nowhere/x", "--hidden-size", 100), "multiple of 128"),
         ("benchmark", ("--repeats", 0), "must be 1 or more"),
     ],
     ids=str,
 )
-def test_bad_input_is_one_line_and_a_code(script, arguments, message):
-    result = run(script, *arguments)
-    assert result.returncode == 1
-    lines = result.stderr.strip().splitlines()
+def test_bad_input_is_one_line_and_a_code(script, arguments, message, run_here):
+    code, _, err = run_here(script, *arguments)
+    assert code == 1
+    lines = err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert message in lines[0]
 
 
-def test_unknown_options_are_refused():
-    assert run("generate", SMALL, "--window", "-3").returncode == 2
-    assert run("generate", SMALL, "--dtype", "int8").returncode == 2
+@pytest.mark.parametrize("arguments", [("--window", "-3"), ("--dtype", "int8"), ("--no-such-option",)])
+def test_unknown_options_are_refused(arguments, run_here):
+    code, _, err = run_here("generate", SMALL, *arguments)
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path):
+def test_input_that_is_not_utf_8_is_said():
+    command = [sys.executable, "scripts/generate.py", SMALL]
+    result = subprocess.run(command, cwd=small.ROOT, input=b"caf\xe9", capture_output=True, timeout=120)
+    assert result.returncode == 1
+    assert b"not UTF-8" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+def test_too_little_memory_is_one_line(tmp_path, run_here):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(SMALL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"sliding_window": None, "max_position_embeddings": 2**31 - 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = run_here("generate", folder, "--prompt", "hi", "--max-new-tokens", 2**31 - 100)
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "a key/value cache of 21474" in err
+    assert "would fit" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="uses a pseudo-terminal")
+def test_a_terminal_sees_a_progress_bar(hermes):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    command = [sys.executable, "scripts/generate.py", hermes, "--prompt", "hello", "--max-new-tokens", "2"]
+    result = subprocess.run(command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=theirs, timeout=120)
+    shown = os.read(ours, 100_000)
+    os.close(ours)
+    os.close(theirs)
+    assert result.returncode == 0
+    assert b"loading:" in shown
+    assert b"100%" in shown
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("generate", ("--prompt", "x")), ("inspect_checkpoint", ()), ("compare_hf", ())]
+)
+def test_a_damaged_checkpoint_is_one_line(script, arguments, tmp_path, run_here):
     folder = tmp_path / "checkpoint"
     shutil.copytree(SMALL, folder)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
-    for script, arguments in (("generate", ("--prompt", "x")), ("inspect_checkpoint", ()), ("compare_hf", ())):
-        result = run(script, folder, *arguments)
-        assert result.returncode == 1
-        assert len(result.stderr.strip().splitlines()) == 1
-        assert "damaged or not complete" in result.stderr
+    code, _, err = run_here(script, folder, *arguments)
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "damaged or not complete" in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
@@ -163,6 +226,21 @@ def test_ctrl_c_ends_generation_cleanly(hermes):
     assert b"Traceback" not in err
     assert b"stopped" in err
     assert b"peak memory" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize(
+    ("script", "seconds"),
+    [("generate", 0.4), ("generate", 1.2), ("generate", 2.0), ("compare_hf", 2.4), ("inspect_checkpoint", 1.0)],
+)
+def test_ctrl_c_at_any_time_is_quiet(script, seconds):
+    command = [sys.executable, f"scripts/{script}.py", SMALL, *(["--prompt", "x"] if script == "generate" else [])]
+    process = subprocess.Popen(command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert b"Traceback" not in err
+    assert process.returncode in (0, 130, -signal.SIGINT)  # the last: when Python was already leaving
 
 
 def test_a_reader_that_leaves_is_no_error(hermes):

@@ -60,7 +60,7 @@ def test_chatml_splits_as_hermes_was_trained(tokenizer):
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode(text, special=True), control=True) == "<s>" + text
+    assert tokenizer.decode(tokenizer.encode(text, special=True, bos=False), control=True) == text
 
 
 def test_random_text_survives_the_round_trip_and_is_split_as_by_sentencepiece(tokenizer):
@@ -69,7 +69,7 @@ def test_random_text_survives_the_round_trip_and_is_split_as_by_sentencepiece(to
     for _ in range(3000):
         text = random_text(generator)
         assert tokenizer.encode(text, bos=False) == reference.encode(text)
-        assert tokenizer.decode(tokenizer.encode(text, special=True), control=True) == "<s>" + text
+        assert tokenizer.decode(tokenizer.encode(text, special=True, bos=False), control=True) == text
 
 
 @pytest.mark.parametrize("text", [*TEXTS, HERMES])
@@ -86,6 +86,12 @@ def test_text_without_a_prefix_space_continues_other_text(tokenizer):
         assert tokenizer.encode("\n" + text, bos=False) == newline + rest
     assert tokenizer.encode("Hello there", bos=False, prefix_space=False) == [16230, 736]
     assert tokenizer.encode("Hello there", bos=False) == [22557, 736]
+
+
+def test_there_is_exactly_one_begin_token(tokenizer):
+    assert tokenizer.encode("<s>[INST] hi", special=True)[:2] == [1, 733]
+    assert tokenizer.encode("<s>[INST] hi", special=True, bos=False)[:2] == [1, 733]
+    assert tokenizer.encode("<s>[INST] hi")[:2] == [1, 523]  # text
 
 
 def test_facts_of_the_true_tokenizer(tokenizer):
@@ -162,7 +168,7 @@ def test_bytes_that_are_no_tokenizer_are_refused(proto):
         mistral.Tokenizer(proto)
 
 
-@pytest.mark.parametrize("added", [{5: "<|im_end|>"}, {32000: ""}, {-1: "x"}])
+@pytest.mark.parametrize("added", [{5: "<|im_end|>"}, {32000: ""}, {-1: "x"}, {32000: "x", 32001: "x"}])
 def test_added_tokens_that_contradict_the_model_are_refused(added):
     with pytest.raises(mistral.CheckpointError, match="added token"):
         small.true_tokenizer(added=added)

@@ -4,6 +4,7 @@ The files are untrusted: everything is checked before a weight is read.
 """
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +13,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mistral.checkpoints.assemble import (
+    EMBEDDING,
+    OUTPUT,
+    assemble,
+    check_layers,
+    check_tensors,
+    dtype_name,
+    require_room,
+    skeleton,
+)
 from mistral.checkpoints.json_files import read_json, write_json
+from mistral.checkpoints.names import tensor_shapes
 from mistral.checkpoints.safetensors_files import WEIGHTS, StoredTensor, stored_tensors
-from mistral.config import Config
+from mistral.config import Config, whole_number
 from mistral.errors import CheckpointError
-from mistral.memory import format_bytes, require_memory
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
-
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load(
@@ -41,33 +50,19 @@ def read_config(folder: Path, sliding_window: int | None | Literal["auto"] = "au
     """
     path = folder / "config.json"
     raw = read_json(path)
-    _check_kind(path, raw)
-    if sliding_window == "auto" and "sliding_window" not in raw:
+    stop = _optional_json(folder / "generation_config.json").get("eos_token_id")
+    try:
+        config = _config(raw, raw.get("eos_token_id") if stop is None else stop)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if sliding_window != "auto":
+        return replace(config, sliding_window=sliding_window)
+    if "sliding_window" not in raw:
         warnings.warn(
             f"{path} has no sliding_window; taking 4096, transformers' default (sliding_window=None: attend to all)",
             stacklevel=4,
         )
-    stop = _optional_json(folder / "generation_config.json").get("eos_token_id") or raw.get("eos_token_id")
-    try:
-        heads, hidden_size = _required(raw, "num_attention_heads"), _required(raw, "hidden_size")
-        return Config(
-            vocab_size=_required(raw, "vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=_required(raw, "intermediate_size"),
-            num_hidden_layers=_required(raw, "num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=_required(raw, "num_key_value_heads"),
-            head_dim=raw.get("head_dim") or hidden_size // heads,
-            rms_norm_eps=_required(raw, "rms_norm_eps"),
-            rope_theta=_rope_theta(raw),
-            sliding_window=raw.get("sliding_window", 4096) if sliding_window == "auto" else sliding_window,
-            max_position_embeddings=_required(raw, "max_position_embeddings"),
-            tie_word_embeddings=raw.get("tie_word_embeddings") is True,
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,),
-        )
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    return config
 
 
 def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
@@ -93,34 +88,29 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 def load_model(folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None) -> Mistral:
     """The weights of a folder, in `dtype` on `device` as in `mistral.load`; no tokenizer is needed."""
-    stored = stored_tensors(folder)
-    model = _checked_skeleton(folder, config, stored)
+    stored = checked_tensors(folder, config)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored[EMBEDDING].dtype
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, not {dtype}")
-    require_memory(
-        config.num_parameters * dtype.itemsize,
-        device,
-        f"{folder.resolve().name} in {dtype_name(dtype)}",
-        lambda free: _what_fits(config.num_parameters, free),
-    )
-
+    require_room(folder, config, device, dtype)
     state: dict[str, Tensor] = {}
-    wanted = [stored[name] for name in model.state_dict() if name in stored]
-    total = sum(tensor.num_bytes for tensor in wanted)
+    total = sum(tensor.num_bytes for tensor in stored.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=None) as bar:
-        for tensor in wanted:
-            state[tensor.name] = tensor.read().to(device=device, dtype=dtype, copy=True)
+        for name, tensor in stored.items():
+            state[name] = tensor.read().to(device=device, dtype=dtype, copy=True)
             bar.update(tensor.num_bytes)
-    if config.tie_word_embeddings:
-        if OUTPUT in state and not state[OUTPUT].equal(state[EMBEDDING]):
-            raise CheckpointError(f"{folder}: tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}")
-        state[OUTPUT] = state[EMBEDDING]
-    model.load_state_dict(state, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # one parameter again, not two that share memory
-    return model.to(device)  # what is no weight: the rotary frequencies
+    if config.tie_word_embeddings and OUTPUT in state and not state[OUTPUT].equal(state[EMBEDDING]):
+        raise CheckpointError(f"{folder}: tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}")
+    return assemble(skeleton(config), state, device)
+
+
+def checked_tensors(folder: Path, config: Config) -> dict[str, StoredTensor]:
+    """The tensors on disk; CheckpointError where they are not those of the config."""
+    # Old checkpoints store the rotary frequencies; they follow from rope_theta.
+    stored = {name: t for name, t in stored_tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    check_layers(folder, len({name.split(".")[2] for name in stored if name.startswith("model.layers.")}), config)
+    known = tensor_shapes(config)
+    check_tensors(folder, config, {name: t.shape for name, t in stored.items()}, stored.keys() - known.keys())
+    return stored
 
 
 def save(model: Mistral, tokenizer: Tokenizer, folder: Path) -> None:
@@ -131,8 +121,9 @@ def save(model: Mistral, tokenizer: Tokenizer, folder: Path) -> None:
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "hidden_act": "silu",
-        "torch_dtype": dtype_name(model.lm_head.weight.dtype),
+        "torch_dtype": dtype_name(model.dtype),
         **{name: value for name, value in vars(config).items() if name != "eos_token_id"},
+        "bos_token_id": tokenizer.bos_id,
         "eos_token_id": config.eos_token_id[0] if len(config.eos_token_id) == 1 else list(config.eos_token_id) or None,
     }
     write_json(folder / "config.json", values)
@@ -153,21 +144,31 @@ def save(model: Mistral, tokenizer: Tokenizer, folder: Path) -> None:
         del state[OUTPUT]
     unfinished = folder / (WEIGHTS + ".unfinished")
     save_file(state, unfinished, metadata={"format": "pt"})
+    unfinished.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file that only we can read
     unfinished.replace(folder / WEIGHTS)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> 'bfloat16', as config.json spells it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_kind(path: Path, raw: dict[str, Any]) -> None:
+def _config(raw: dict[str, Any], stop: Any) -> Config:
+    """A config.json as a Config; ValueError where it is bad."""
     if raw.get("model_type") != "mistral":
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, and 'mistral' is read here")
+        raise ValueError(f"model_type is {raw.get('model_type')!r}, and 'mistral' is read here")
     if raw.get("hidden_act") not in (None, "silu"):
-        raise CheckpointError(f"{path}: hidden_act is {raw['hidden_act']!r}; Mistral's MLP uses silu")
+        raise ValueError(f"hidden_act is {raw['hidden_act']!r}; Mistral's MLP uses silu")
     if raw.get("quantization_config"):
-        raise CheckpointError(f"{path}: the weights are quantised (quantization_config); use the original checkpoint")
+        raise ValueError("the weights are quantised (quantization_config); use the original checkpoint")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    numbers = {name: whole_number(name, _required(raw, name)) for name in (*sizes, "num_key_value_heads")}
+    head_dim = raw.get("head_dim")
+    return Config(
+        **numbers,
+        head_dim=numbers["hidden_size"] // numbers["num_attention_heads"] if head_dim is None else head_dim,
+        rms_norm_eps=_required(raw, "rms_norm_eps"),
+        rope_theta=_rope_theta(raw),
+        sliding_window=raw.get("sliding_window", 4096),
+        max_position_embeddings=_required(raw, "max_position_embeddings"),
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        eos_token_id=tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,),
+    )
 
 
 def _required(raw: dict[str, Any], name: str) -> Any:
@@ -182,9 +183,9 @@ def _rope_theta(raw: dict[str, Any]) -> float:
     scaling = raw.get("rope_scaling") or {}
     if not isinstance(inner, dict) or not isinstance(scaling, dict):
         raise ValueError("rope_parameters and rope_scaling must be objects or null")
-    kinds = {part.get(key) for part in (inner, scaling) for key in ("rope_type", "type")} - {None, "default"}
-    if kinds or (scaling and not {"rope_type", "type"} & scaling.keys()):
-        raise ValueError(f"rotary scaling {kinds or scaling} is not supported; no Mistral-7B uses any")
+    kinds = [part[key] for part in (inner, scaling) for key in ("rope_type", "type") if part.get(key) is not None]
+    if any(kind != "default" for kind in kinds) or (scaling and not kinds):
+        raise ValueError(f"rotary scaling {inner or scaling} is not supported; no Mistral-7B uses any")
     return _required({"rope_theta": inner.get("rope_theta", raw.get("rope_theta"))}, "rope_theta")
 
 
@@ -207,37 +208,3 @@ def _added_tokens(folder: Path) -> dict[int, str]:
         if added.setdefault(id, text) != text:
             raise CheckpointError(f"{folder}: two added tokens, {added[id]!r} and {text!r}, have the id {id}")
     return added
-
-
-def _checked_skeleton(folder: Path, config: Config, stored: dict[str, StoredTensor]) -> Mistral:
-    """The model without memory, after its names and shapes were found to be those on disk."""
-    # Before the model is built: a forged number of layers must not make us build them.
-    layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
-    if len(layers) != config.num_hidden_layers:
-        raise CheckpointError(
-            f"{folder}: the weights have {len(layers)} layers, config.json {config.num_hidden_layers}"
-        )
-    with torch.device("meta"):
-        model = Mistral(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # Old checkpoints store the rotary frequencies; they follow from rope_theta.
-    found = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
-    optional = {OUTPUT} if config.tie_word_embeddings else set()
-    wrong = [f"{name} is missing" for name in sorted(expected.keys() - found - optional)]
-    wrong += [f"{name} is not part of a Mistral" for name in sorted(found - expected.keys())]
-    wrong += [
-        f"{name} is {list(stored[name].shape)} in the file and {list(shape)} by config.json"
-        for name, shape in expected.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{folder}: {'; '.join(wrong[:3])}{more}")
-    return model
-
-
-def _what_fits(num_parameters: int, free: int) -> str:
-    for dtype in (torch.float32, torch.bfloat16):
-        if num_parameters * dtype.itemsize <= free:
-            return f"in {dtype_name(dtype)} ({format_bytes(num_parameters * dtype.itemsize)}) it would fit"
-    return f"at 2 bytes a weight {free // 2 / 1e9:.2f} billion weights would fit, and it has {num_parameters / 1e9:.2f}"

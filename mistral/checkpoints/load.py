@@ -35,18 +35,23 @@ def load(
     if not folder.is_dir():
         kind = "is a file, not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(f"{source} {kind}; name the folder that holds config.json, the weights and the tokenizer")
-    return hugging_face.load(folder, _device(device), dtype, sliding_window)
+    return hugging_face.load(folder, choose_device(device), dtype, sliding_window)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device that was named, or CUDA where there is one, else the CPU. ValueError for one that is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device {device!r} is not one that PyTorch knows; try 'cuda' or 'cpu'") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device {device!r} is not supported; try 'cuda' or 'cpu'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: PyTorch {torch.__version__} finds no CUDA GPU; try device 'cpu'")
+        raise ValueError(f"device {device!r}: PyTorch {torch.__version__} finds no CUDA GPU; try 'cpu'")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {device!r}: PyTorch {torch.__version__} finds no Apple GPU; try 'cpu'")
     return chosen

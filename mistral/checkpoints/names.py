@@ -1,0 +1,86 @@
+"""One tensor, three names: Hugging Face's (ours), Mistral's own files', and GGUF's.
+
+Beyond the names there is one difference: Hugging Face pairs rotary axis i with i + H/2, the other two pair neighbours.
+So the rows of each head of Q and K stand in another order there; `half_split_rows` brings them into ours.
+"""
+
+import torch
+from torch import Tensor
+
+from mistral.config import Config
+
+OUTSIDE = {  # Hugging Face: (Mistral's own, GGUF)
+    "model.embed_tokens.weight": ("tok_embeddings.weight", "token_embd.weight"),
+    "model.norm.weight": ("norm.weight", "output_norm.weight"),
+    "lm_head.weight": ("output.weight", "output.weight"),
+}
+IN_A_LAYER = {
+    "input_layernorm": ("attention_norm", "attn_norm"),
+    "self_attn.q_proj": ("attention.wq", "attn_q"),
+    "self_attn.k_proj": ("attention.wk", "attn_k"),
+    "self_attn.v_proj": ("attention.wv", "attn_v"),
+    "self_attn.o_proj": ("attention.wo", "attn_output"),
+    "post_attention_layernorm": ("ffn_norm", "ffn_norm"),
+    "mlp.gate_proj": ("feed_forward.w1", "ffn_gate"),
+    "mlp.up_proj": ("feed_forward.w3", "ffn_up"),
+    "mlp.down_proj": ("feed_forward.w2", "ffn_down"),
+}
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a model by Hugging Face's name, worked out without building the model."""
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    in_a_layer = {
+        "input_layernorm": (D,),
+        "self_attn.q_proj": (q, D),
+        "self_attn.k_proj": (kv, D),
+        "self_attn.v_proj": (kv, D),
+        "self_attn.o_proj": (D, q),
+        "post_attention_layernorm": (D,),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
+    shapes = {"model.embed_tokens.weight": (V, D)}
+    for i in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in in_a_layer.items()}
+    return shapes | {"model.norm.weight": (D,), "lm_head.weight": (V, D)}
+
+
+def consolidated_names(num_layers: int) -> dict[str, str]:
+    """Hugging Face's name to Mistral's own, for every tensor."""
+    names = {ours: theirs for ours, (theirs, _) in OUTSIDE.items()}
+    for i in range(num_layers):
+        for ours, (theirs, _) in IN_A_LAYER.items():
+            names[f"model.layers.{i}.{ours}.weight"] = f"layers.{i}.{theirs}.weight"
+    return names
+
+
+def gguf_names(num_layers: int) -> dict[str, str]:
+    """Hugging Face's name to GGUF's, for every tensor."""
+    names = {ours: theirs for ours, (_, theirs) in OUTSIDE.items()}
+    for i in range(num_layers):
+        for ours, (_, theirs) in IN_A_LAYER.items():
+            names[f"model.layers.{i}.{ours}.weight"] = f"blk.{i}.{theirs}.weight"
+    return names
+
+
+def rotary_heads(name: str, num_heads: int, num_kv_heads: int) -> int | None:
+    """How many heads the rows of a Q or K matrix make; None for every other tensor (Hugging Face's names)."""
+    return {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
+
+
+def half_split_rows(num_rows: int, num_heads: int) -> Tensor:
+    """Where each of our rows stands in a file that pairs neighbours: int64 [rows].
+
+    In a head of size 6, rows a0 b0 a1 b1 a2 b2 become a0 a1 a2 b0 b1 b2.
+    """
+    head_dim = num_rows // num_heads
+    return torch.arange(num_rows).view(num_heads, head_dim // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def interleaved_rows(num_rows: int, num_heads: int) -> Tensor:
+    """The way back: where each row of a file that pairs neighbours stands among ours."""
+    head_dim = num_rows // num_heads
+    return torch.arange(num_rows).view(num_heads, 2, head_dim // 2).transpose(1, 2).reshape(-1)

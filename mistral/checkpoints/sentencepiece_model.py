@@ -1,0 +1,59 @@
+"""Write a sentencepiece model from a list of pieces, as a GGUF file carries them.
+
+A `tokenizer.model` is a protobuf message. Its wire format is simple enough to write by hand, which saves a dependency:
+each field is a key (field number * 8 + kind) and a value; kind 0 is a varint, 2 a length and bytes, 5 four bytes.
+
+Source: sentencepiece_model.proto, https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+"""
+
+import struct
+from collections.abc import Sequence
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF uses the same numbers
+BPE = 2
+
+
+def write_model(
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    kinds: Sequence[int],
+    *,
+    bos_id: int | None,
+    eos_id: int | None,
+    dummy_prefix: bool = True,
+) -> bytes:
+    """The bytes of a BPE model with Mistral's settings: byte fallback, no normalisation, spaces kept."""
+    unknown = list(kinds).index(UNKNOWN)
+    trainer = _varint(3, BPE) + _varint(4, len(pieces)) + _varint(35, True)  # type, size, byte fallback
+    special = ((40, 45, unknown), (41, 46, bos_id), (42, 47, eos_id), (43, 48, None))  # id and piece of unk bos eos pad
+    for id_field, piece_field, id in special:
+        trainer += _varint(id_field, -1 if id is None else id)
+        trainer += _bytes(piece_field, pieces[id].encode()) if id is not None else b""
+    normalizer = _bytes(1, b"identity") + _varint(3, dummy_prefix) + _varint(4, False) + _varint(5, True)
+    entries = (
+        _bytes(1, piece.encode()) + _float(2, score) + _varint(3, kind)
+        for piece, score, kind in zip(pieces, scores, kinds)
+    )
+    return b"".join(_bytes(1, entry) for entry in entries) + _bytes(2, trainer) + _bytes(3, normalizer)
+
+
+def _number(value: int) -> bytes:
+    """A varint: seven bits a byte, the lowest first; negative numbers as 64-bit two's complement."""
+    value &= (1 << 64) - 1
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes(out) + bytes([value])
+
+
+def _varint(field: int, value: int) -> bytes:
+    return _number(field * 8) + _number(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _number(field * 8 + 2) + _number(len(value)) + value
+
+
+def _float(field: int, value: float) -> bytes:
+    return _number(field * 8 + 5) + struct.pack("<f", value)

@@ -1,0 +1,1 @@
+"""Packed weights: ggml's block formats."""

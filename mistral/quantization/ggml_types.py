@@ -1,0 +1,55 @@
+"""The number formats that a GGUF file may hold: how many weights make a block, and how many bytes it takes.
+
+Source: ggml's type table (ggml.c, `type_traits`). The numbers 4, 5, 31 to 33 and 36 to 38 were formats once and are
+removed; Q8_1 and Q8_K exist in memory only.
+"""
+
+from typing import NamedTuple
+
+from mistral.errors import CheckpointError
+
+
+class GgmlType(NamedTuple):
+    """One format."""
+
+    name: str
+    block_weights: int
+    block_bytes: int
+
+
+GGML_TYPES = {
+    0: GgmlType("F32", 1, 4),
+    1: GgmlType("F16", 1, 2),
+    2: GgmlType("Q4_0", 32, 18),
+    3: GgmlType("Q4_1", 32, 20),
+    6: GgmlType("Q5_0", 32, 22),
+    7: GgmlType("Q5_1", 32, 24),
+    8: GgmlType("Q8_0", 32, 34),
+    10: GgmlType("Q2_K", 256, 84),
+    11: GgmlType("Q3_K", 256, 110),
+    12: GgmlType("Q4_K", 256, 144),
+    13: GgmlType("Q5_K", 256, 176),
+    14: GgmlType("Q6_K", 256, 210),
+    16: GgmlType("IQ2_XXS", 256, 66),
+    17: GgmlType("IQ2_XS", 256, 74),
+    18: GgmlType("IQ3_XXS", 256, 98),
+    19: GgmlType("IQ1_S", 256, 50),
+    20: GgmlType("IQ4_NL", 32, 18),
+    21: GgmlType("IQ3_S", 256, 110),
+    22: GgmlType("IQ2_S", 256, 82),
+    23: GgmlType("IQ4_XS", 256, 136),
+    28: GgmlType("F64", 1, 8),
+    29: GgmlType("IQ1_M", 256, 56),
+    30: GgmlType("BF16", 1, 2),
+    34: GgmlType("TQ1_0", 256, 54),
+    35: GgmlType("TQ2_0", 256, 66),
+    39: GgmlType("MXFP4", 32, 17),
+    40: GgmlType("NVFP4", 64, 36),
+}
+
+
+def ggml_type(number: int, tensor: str) -> GgmlType:
+    """The format with this number; CheckpointError, which names the tensor, for one that is not read."""
+    if number not in GGML_TYPES:
+        raise CheckpointError(f"{tensor} is stored as ggml type {number}, which is not read")
+    return GGML_TYPES[number]
