@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="default: 200")
     parser.add_argument("--new-tokens", type=int, default=40, help="default: 40")
-    parser.add_argument("--repeats", type=int, default=15, help="the median of these is reported (default: 15)")
+    parser.add_argument("--repeats", type=int, default=15, help="turns; the quickest counts (default: 15)")
     return parser.parse_args()
 
 
@@ -65,9 +65,10 @@ def main() -> None:
         "prefill": measure(args, args.prompt_tokens, lambda: ours(prompt), lambda: theirs(prompt, use_cache=False)),
         "decode": measure(args, args.new_tokens, our_decode(ours, prompt, args), their_decode(theirs, prompt, args)),
     }
-    print(f"{'tokens/s':<10}{'ours':>10}{'transformers':>15}{'ratio':>8}   (median of {args.repeats}, in turns)")
-    for name, result in results.items():
-        print(f"{name:<10}{result['ours']:>10.1f}{result['transformers']:>15.1f}{result['ratio']:>8.2f}")
+    print(f"{'tokens/s':<10}{'ours':>10}{'transformers':>15}{'ratio':>8}{'of medians':>12}   (of {args.repeats} turns)")
+    for name, r in results.items():
+        medians = r["ratio_of_medians"]
+        print(f"{name:<10}{r['ours']:>10.1f}{r['transformers']:>15.1f}{r['ratio']:>8.2f}{medians:>12.2f}")
     print(json.dumps(facts | {"read_bytes_per_s": round(bandwidth), **results}))
 
 
@@ -132,16 +133,22 @@ def their_decode(model, prompt: torch.Tensor, args: argparse.Namespace) -> Calla
 
 @torch.inference_mode()
 def measure(args: argparse.Namespace, tokens: int, ours: Callable, theirs: Callable) -> dict[str, float]:
-    """Median tokens/s of both, taken in turns so that both meet the same machine."""
+    """Tokens/s of both, taken in turns so that both meet the same machine.
+
+    The quickest turn counts: whatever else the machine did made a turn slower, never faster. The ratio of the medians
+    stands beside it.
+    """
     times: dict[Callable, list[float]] = {ours: [], theirs: []}
     for turn in range(args.repeats + 1):
         for run in (ours, theirs) if turn % 2 else (theirs, ours):
             times[run].append(seconds(run))
-    mine, reference = (statistics.median(times[run][1:]) for run in (ours, theirs))  # the first was to warm up
+    del times[ours][0], times[theirs][0]  # to warm up
+    best, best_theirs = min(times[ours]), min(times[theirs])
     return {
-        "ours": round(tokens / mine, 2),
-        "transformers": round(tokens / reference, 2),
-        "ratio": round(reference / mine, 3),
+        "ours": round(tokens / best, 2),
+        "transformers": round(tokens / best_theirs, 2),
+        "ratio": round(best_theirs / best, 3),
+        "ratio_of_medians": round(statistics.median(times[theirs]) / statistics.median(times[ours]), 3),
     }
 
 
