@@ -43,7 +43,7 @@ def generate_naive(
     `generate` gives the same tokens with a fraction of the work, and a test holds the two together.
     """
     stop_tokens = model.config.eos_token_id if stop_tokens is None else stop_tokens
-    device = model.lm_head.weight.device
+    device = model.device
     generator = random_numbers(sampling, device)
     ids = torch.tensor([list(prompt_ids)], device=device)  # [1, T]
     for _ in range(max_new_tokens):

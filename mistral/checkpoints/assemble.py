@@ -58,12 +58,17 @@ def skeleton(config: Config) -> Mistral:
         return Mistral(config)
 
 
-def require_room(source: Path, config: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """ValueError for a dtype that weights cannot have; NotEnoughMemory, with what would fit, where they do not fit."""
+def require_room(
+    source: Path, config: Config, device: torch.device, dtype: torch.dtype, size: int | None = None
+) -> None:
+    """Room for the weights in `dtype`, or for `size` bytes where some of them stay packed.
+
+    ValueError for a dtype that weights cannot have; NotEnoughMemory, with what would fit, where they do not fit.
+    """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, not {dtype}")
     what = f"{source.resolve().stem} in {dtype_name(dtype)}"
-    size = config.num_parameters * dtype.itemsize
+    size = config.num_parameters * dtype.itemsize if size is None else size
     require_memory(size, device, what, lambda free: _what_fits(config.num_parameters, free))
 
 

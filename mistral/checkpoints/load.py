@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from mistral.checkpoints import hugging_face
+from mistral.checkpoints import gguf, hugging_face
 from mistral.errors import CheckpointError
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
@@ -17,25 +17,35 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    packed: bool = False,
     sliding_window: int | None | Literal["auto"] = "auto",
 ) -> tuple[Mistral, Tokenizer]:
     """Load a checkpoint: (model, tokenizer).
 
-    source          a folder in Hugging Face's layout: config.json, model.safetensors or shards with an index,
-                    tokenizer.model
+    source          a folder in Hugging Face's layout (config.json, model.safetensors or shards with an index,
+                    tokenizer.model), or a GGUF file (the first of a split set)
     device          None: CUDA where there is one, else the CPU
-    dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint
-    sliding_window  "auto": what config.json says. A number or None (attend to everything) overrides it.
+    dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint (bfloat16 for quantised ones)
+    packed          keep the blocks of a quantised GGUF as they are and unpack them as they are used: the memory of
+                    the file, at the price of speed. False: unpack into `dtype` once.
+    sliding_window  "auto": what the checkpoint says; for a GGUF, which does not, a rule (`gguf.window_of`). A number
+                    or None (attend to everything) overrides it.
 
     Weights go straight to the device, tensor by tensor, after every name and shape was checked; a terminal sees a
     progress bar. Raises CheckpointError for files that are missing, damaged or contradict each other, ValueError for
     arguments that make no sense, NotEnoughMemory before anything is taken.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        kind = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{source} {kind}; name the folder that holds config.json, the weights and the tokenizer")
-    return hugging_face.load(folder, choose_device(device), dtype, sliding_window)
+    path = Path(source).expanduser()
+    chosen = choose_device(device)
+    if path.is_file():
+        return gguf.load(path, chosen, dtype, packed, sliding_window)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{source} does not exist; name a folder with config.json, weights and tokenizer, or a GGUF"
+        )
+    if packed:
+        raise ValueError(f"packed=True is for quantised GGUF files; {source} is a folder")
+    return hugging_face.load(path, chosen, dtype, sliding_window)
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -66,9 +66,10 @@ def gguf_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def rotary_heads(name: str, num_heads: int, num_kv_heads: int) -> int | None:
+def rotary_heads(name: str, config: Config) -> int | None:
     """How many heads the rows of a Q or K matrix make; None for every other tensor (Hugging Face's names)."""
-    return {"q_proj": num_heads, "k_proj": num_kv_heads}.get(name.split(".")[-2])
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(name.split(".")[-2])
 
 
 def half_split_rows(num_rows: int, num_heads: int) -> Tensor:
