@@ -113,6 +113,21 @@ class Tokenizer:
         """The control token that is spelled so; None if none is."""
         return self._control_id.get(text)
 
+    def vocabulary(self) -> list[tuple[str, float, int]]:
+        """Text, score and kind of every id, with the numbers that sentencepiece and GGUF give the kinds.
+
+        1 ordinary, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Added tokens are control tokens.
+        """
+        kinds = ((2, self._pieces.IsUnknown), (3, self._pieces.IsControl), (5, self._pieces.IsUnused))
+        kinds += ((6, self._pieces.IsByte),)
+        entries = []
+        for id in range(len(self._pieces)):
+            kind = next((number for number, holds in kinds if holds(id)), 1)
+            entries.append((self._pieces.IdToPiece(id), self._pieces.GetScore(id), kind))
+        for id in range(len(self._pieces), self.vocab_size):
+            entries.append((self.added.get(id, f"[PAD{id}]"), -1000.0, 3 if id in self.added else 5))
+        return entries
+
     def _piece_bytes(self, id: int, piece: str) -> bytes | None:
         if id in self._control or self._pieces.IsUnused(id):
             return None

@@ -6,7 +6,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 # Ctrl-C in the seconds that the imports below take ends a script as quietly as later on; `run` restores the usual way.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -34,9 +33,15 @@ def parser(description: str, example: str) -> Parser:
     )
 
 
-def add_model_arguments(to: argparse.ArgumentParser) -> None:
-    """MODEL, --device, --dtype, --window."""
-    to.add_argument("model", nargs="?", help="folder of a checkpoint; none: a small random one is made")
+MODEL = "a checkpoint's folder, a GGUF file, or owner/repo on the hub (owner/repo:Q4_K_M for one of its GGUFs)"
+
+
+def add_model_arguments(to: argparse.ArgumentParser, optional: bool = True) -> None:
+    """MODEL, --device, --dtype, --window, --packed, --revision."""
+    if optional:
+        to.add_argument("model", nargs="?", help=MODEL + "; none: a small random one is made")
+    else:
+        to.add_argument("model", help=MODEL)
     to.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     to.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's")
     to.add_argument(
@@ -45,6 +50,8 @@ def add_model_arguments(to: argparse.ArgumentParser) -> None:
         default="auto",
         help="sliding window: a number of tokens, none, or auto: what the checkpoint says (default)",
     )
+    to.add_argument("--packed", action="store_true", help="keep a quantised GGUF packed in memory: small, and slower")
+    to.add_argument("--revision", help="branch, tag or commit of a name on the hub")
 
 
 def window(text: str) -> int | None | str:
@@ -56,10 +63,16 @@ def window(text: str) -> int | None | str:
     return int(text)
 
 
-def load(arguments: argparse.Namespace, source: str | Path) -> tuple[mistral.Mistral, mistral.Tokenizer]:
+def load(arguments: argparse.Namespace, source: str) -> tuple[mistral.Mistral, mistral.Tokenizer]:
     """`mistral.load` with the arguments of `add_model_arguments`."""
-    dtype = DTYPES.get(arguments.dtype)
-    return mistral.load(source, device=arguments.device, dtype=dtype, sliding_window=arguments.window)
+    return mistral.load(
+        source,
+        device=arguments.device,
+        dtype=DTYPES.get(arguments.dtype),
+        packed=arguments.packed,
+        sliding_window=arguments.window,
+        revision=arguments.revision,
+    )
 
 
 def note(text: str) -> None:

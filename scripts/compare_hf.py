@@ -1,6 +1,7 @@
 """Compare a checkpoint's numbers with transformers', layer by layer; exit code 1 where they differ."""
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import common
@@ -9,6 +10,8 @@ from random_checkpoint import checkpoint
 from torch import Tensor, nn
 
 import mistral
+from mistral.checkpoints.hugging_face import save
+from mistral.checkpoints.load import local_path
 from mistral.memory import require_memory
 
 TEXT = (
@@ -34,11 +37,13 @@ def main() -> int:
     except ImportError:
         raise ValueError("transformers is not installed: pip install transformers") from None
     transformers.utils.logging.disable_progress_bar()
+    if args.packed:
+        raise ValueError("transformers has no packed weights to compare with; leave out --packed")
 
-    with checkpoint(args.model) as folder:
-        ours, tokenizer = common.load(args, folder)
+    with checkpoint(args.model) as source:
+        ours, tokenizer = common.load(args, source)
         tokens = tokens_to_compare(args, ours, tokenizer)
-        theirs = load_theirs(folder, ours)
+        theirs = load_theirs(local_path(source, args.revision), ours)
     mine, reference = record(ours, lambda: ours(tokens)), record(theirs, lambda: theirs(tokens, use_cache=False).logits)
     return report(mine, reference, ours.config.sliding_window, args.tolerance)
 
@@ -53,17 +58,26 @@ def tokens_to_compare(args: argparse.Namespace, model: mistral.Mistral, tokenize
     return torch.tensor([(ids * (length // len(ids) + 1))[:length]], device=model.device)
 
 
-def load_theirs(folder: Path, ours: mistral.Mistral) -> nn.Module:
-    """The same checkpoint in transformers, with the window and dtype of ours."""
+def load_theirs(path: Path, ours: mistral.Mistral) -> nn.Module:
+    """The same checkpoint in transformers, with the window and dtype of ours.
+
+    transformers reads its own layout only; of another one it gets our weights, so that the forward is compared and
+    not the reading.
+    """
     import transformers
 
     size = ours.config.num_parameters * ours.dtype.itemsize
     require_memory(size, ours.device, "the same model in transformers, beside ours,", lambda _: "try --dtype bfloat16")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    config.sliding_window = ours.config.sliding_window
-    theirs = transformers.MistralForCausalLM.from_pretrained(
-        folder, config=config, dtype=ours.dtype, attn_implementation="sdpa"
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        if not (path / "config.json").exists():
+            common.note(f"{path} is not in Hugging Face's layout: transformers gets the weights from us")
+            save(ours, None, Path(folder))
+            path = Path(folder)
+        config = transformers.AutoConfig.from_pretrained(path)
+        config.sliding_window = ours.config.sliding_window
+        theirs = transformers.MistralForCausalLM.from_pretrained(
+            path, config=config, dtype=ours.dtype, attn_implementation="sdpa"
+        )
     return theirs.eval().to(ours.device)
 
 

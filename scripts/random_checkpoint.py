@@ -69,17 +69,15 @@ def write_random_checkpoint(
 
 
 @contextmanager
-def checkpoint(model: str | None) -> Iterator[Path]:
-    """The folder that was named, or a random checkpoint that lives as long as the context."""
+def checkpoint(model: str | None) -> Iterator[str]:
+    """What was named, or a random checkpoint that lives as long as the context."""
     if model is not None:
-        yield Path(model)
+        yield model
         return
     with tempfile.TemporaryDirectory() as folder:
-        common.note(
-            "No model was named: this is a small random one, and what it writes is noise. Name a checkpoint's folder."
-        )
+        common.note("No model was named: this is a small random one, and what it writes is noise. Name a checkpoint.")
         write_random_checkpoint(Path(folder))
-        yield Path(folder)
+        yield folder
 
 
 def main() -> None:

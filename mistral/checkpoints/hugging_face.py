@@ -113,9 +113,17 @@ def checked_tensors(folder: Path, config: Config) -> dict[str, StoredTensor]:
     return stored
 
 
-def save(model: Mistral, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a checkpoint that `mistral.load`, transformers and llama.cpp's converter read. `folder` is made."""
+def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Write a checkpoint that `mistral.load`, transformers and llama.cpp's converter read. `folder` is made.
+
+    Without a tokenizer only config and weights are written. ValueError for a packed model.
+    """
     config = model.config
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if any(name.endswith(".blocks") for name in state):
+        raise ValueError("the model is packed; load it with packed=False to save it in this layout")
+    if config.tie_word_embeddings:
+        del state[OUTPUT]
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "architectures": ["MistralForCausalLM"],
@@ -123,29 +131,29 @@ def save(model: Mistral, tokenizer: Tokenizer, folder: Path) -> None:
         "hidden_act": "silu",
         "torch_dtype": dtype_name(model.dtype),
         **{name: value for name, value in vars(config).items() if name != "eos_token_id"},
-        "bos_token_id": tokenizer.bos_id,
+        "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": config.eos_token_id[0] if len(config.eos_token_id) == 1 else list(config.eos_token_id) or None,
     }
     write_json(folder / "config.json", values)
-    special = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "LlamaTokenizer",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "legacy": True,
-            "added_tokens_decoder": {str(id): {"content": text, **special} for id, text in tokenizer.added.items()},
-        },
-    )
-    (folder / "tokenizer.model").write_bytes(tokenizer.model_proto)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del state[OUTPUT]
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, folder)
     unfinished = folder / (WEIGHTS + ".unfinished")
     save_file(state, unfinished, metadata={"format": "pt"})
     unfinished.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file that only we can read
     unfinished.replace(folder / WEIGHTS)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    values = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "added_tokens_decoder": {str(id): {"content": text, **flags} for id, text in tokenizer.added.items()},
+    }
+    write_json(folder / "tokenizer_config.json", values)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model_proto)
 
 
 def _config(raw: dict[str, Any], stop: Any) -> Config:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from mistral.checkpoints import gguf, hugging_face
+from mistral.checkpoints import consolidated, gguf, hub, hugging_face
 from mistral.errors import CheckpointError
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
@@ -19,33 +19,49 @@ def load(
     dtype: torch.dtype | None = None,
     packed: bool = False,
     sliding_window: int | None | Literal["auto"] = "auto",
+    revision: str | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """Load a checkpoint: (model, tokenizer).
 
     source          a folder in Hugging Face's layout (config.json, model.safetensors or shards with an index,
-                    tokenizer.model), or a GGUF file (the first of a split set)
+                    tokenizer.model) or in Mistral's own (params.json, consolidated.*), a GGUF file (the first of a
+                    split set), or a name on the hub: "owner/repo", "owner/repo:Q4_K_M" for one of several GGUFs
     device          None: CUDA where there is one, else the CPU
     dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint (bfloat16 for quantised ones)
     packed          keep the blocks of a quantised GGUF as they are and unpack them as they are used: the memory of
                     the file, at the price of speed. False: unpack into `dtype` once.
     sliding_window  "auto": what the checkpoint says; for a GGUF, which does not, a rule (`gguf.window_of`). A number
                     or None (attend to everything) overrides it.
+    revision        branch, tag or commit of a name on the hub; None: its main branch
 
     Weights go straight to the device, tensor by tensor, after every name and shape was checked; a terminal sees a
     progress bar. Raises CheckpointError for files that are missing, damaged or contradict each other, ValueError for
     arguments that make no sense, NotEnoughMemory before anything is taken.
     """
-    path = Path(source).expanduser()
     chosen = choose_device(device)
+    path = local_path(source, revision)
     if path.is_file():
         return gguf.load(path, chosen, dtype, packed, sliding_window)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{source} does not exist; name a folder with config.json, weights and tokenizer, or a GGUF"
-        )
     if packed:
-        raise ValueError(f"packed=True is for quantised GGUF files; {source} is a folder")
-    return hugging_face.load(path, chosen, dtype, sliding_window)
+        raise ValueError(f"packed=True is for quantised GGUF files, and {source} is none")
+    layout = hugging_face if (path / "config.json").exists() else consolidated
+    if not (path / "config.json").exists() and not (path / "params.json").exists():
+        raise CheckpointError(f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)")
+    return layout.load(path, chosen, dtype, sliding_window)
+
+
+def local_path(source: str | PathLike[str], revision: str | None = None) -> Path:
+    """The file or folder that `source` names, downloaded if it is a name on the hub. CheckpointError if it is none."""
+    path = Path(source).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for names on the hub, and {source} is a local path")
+        return path
+    if isinstance(source, str) and hub.is_name(source):
+        return hub.download(source, revision)
+    raise CheckpointError(
+        f"{source} does not exist; name a folder with a checkpoint, a GGUF file, or owner/repo on the hub"
+    )
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

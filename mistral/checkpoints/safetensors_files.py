@@ -50,7 +50,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     CheckpointError where files are missing or damaged, or hold what is not a plain floating-point tensor.
     """
     if (folder / WEIGHTS).is_file():  # transformers, too, prefers it to an index
-        return _headers(folder / WEIGHTS, None)
+        return headers(folder / WEIGHTS, None)
     if not (folder / INDEX).is_file():
         found = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; {found[0]} is a pickle, which is not read: convert it to safetensors" if found else ""
@@ -65,11 +65,11 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         shards[file].add(name)
     tensors: dict[str, StoredTensor] = {}
     for file, names in shards.items():
-        tensors |= _headers(folder / file, names)
+        tensors |= headers(folder / file, names)
     return tensors
 
 
-def _headers(path: Path, names: set[str] | None) -> dict[str, StoredTensor]:
+def headers(path: Path, names: set[str] | None) -> dict[str, StoredTensor]:
     """The tensors in one file (`names` of them; None: all)."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,0 +1,29 @@
+"""Write any checkpoint that loads as a GGUF file, for llama.cpp or for less memory."""
+
+from pathlib import Path
+
+import common
+from random_checkpoint import checkpoint
+
+from mistral.checkpoints.gguf_export import KINDS, export
+from mistral.memory import format_bytes
+
+
+def main() -> None:
+    parser = common.parser(__doc__, "python scripts/export_gguf.py ~/Mistral-7B-v0.1 mistral.Q8_0.gguf --type Q8_0")
+    common.add_model_arguments(parser, optional=False)
+    parser.add_argument("output", type=Path, help="the file to write; it must not exist")
+    parser.add_argument("--type", choices=KINDS, default="Q8_0", help="of the matrices (default: Q8_0)")
+    args = parser.parse_args()
+    if args.output.exists():
+        raise ValueError(f"{args.output} exists; remove it or name another file")
+    if not args.output.absolute().parent.is_dir():
+        raise ValueError(f"{args.output.absolute().parent} is not a folder")
+    with checkpoint(args.model) as source:
+        model, tokenizer = common.load(args, source)
+    export(model, tokenizer, args.output, args.type)
+    common.note(f"wrote {args.output}, {format_bytes(args.output.stat().st_size)}")
+
+
+if __name__ == "__main__":
+    common.run(main)

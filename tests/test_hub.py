@@ -1,0 +1,195 @@
+"""Names on a hub, against a small hub of our own on the loopback interface."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import small
+
+from mistral import CheckpointError
+from mistral.checkpoints.hub import choose_files, is_name
+
+SMALL = small.DATA / "small"
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers the two questions that huggingface_hub asks: which files there are, and for a file."""
+
+    repositories: dict[str, dict[str, bytes]] = {}
+    asked: list[str] = []
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def answer(self, body):
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            repo, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
+            if repo not in self.repositories:
+                return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
+            if revision not in ("main", COMMIT):
+                return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}")
+            files = [{"rfilename": name} for name in self.repositories[repo]]
+            return self.send(200, {}, json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode())
+        repo, name = "/".join(parts[:2]), "/".join(parts[4:])
+        data = self.repositories.get(repo, {}).get(name)
+        if data is None:
+            return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
+        if body:
+            self.asked.append(name)
+        return self.send(200, {"ETag": f'"{sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}, data, body)
+
+    def send(self, code, headers, data, body=True):
+        self.send_response(code)
+        for name, value in (headers | {"Content-Length": str(len(data)), "Content-Type": "application/json"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Load names in a process of its own, whose hub is ours; returns a line for each."""
+
+    def run(*loads, **environment):
+        Hub.asked.clear()
+        code = (
+            "import json, sys, warnings, mistral\n"
+            "warnings.simplefilter('ignore')\n"
+            "for source, options in json.loads(sys.argv[1]):\n"
+            "    try:\n"
+            "        model, tokenizer = mistral.load(source, device='cpu', **options)\n"
+            "        print('ok', model.config.num_parameters, tokenizer.vocab_size)\n"
+            "    except mistral.MistralError as error:\n"
+            "        print('error', error)\n"
+        )
+        variables = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"} | environment
+        variables["HF_HUB_DISABLE_XET"] = "1"
+        result = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(loads)], env=variables, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def repositories():
+    files = {
+        file.name: file.read_bytes() for file in SMALL.iterdir() if file.name not in ("tokens.json", "expected.npz")
+    }
+    q8 = (small.DATA / "gguf/q8_0.gguf").read_bytes()
+    Hub.repositories = {
+        # As v0.3 is: the weights twice, and more
+        "some/mistral": files | {"consolidated.safetensors": b"x", "params.json": b"{}", "README.md": b"x"},
+        "some/mistral-GGUF": {"m.Q8_0.gguf": q8, "m.Q4_K_M.gguf": (small.DATA / "gguf/q4_k_m.gguf").read_bytes()},
+        "some/one-gguf": {"m.gguf": q8, "README.md": b"x"},
+        "some/nothing": {"README.md": b"x"},
+    }
+
+
+def test_a_repository_is_loaded_and_only_what_is_needed_is_fetched(run):
+    (line,) = run(("some/mistral", {}))
+    assert line.startswith("ok ")
+    assert sorted(set(Hub.asked)) == sorted(
+        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+        + ["added_tokens.json"]
+    )
+
+
+def test_a_quantisation_is_chosen_by_name(run):
+    lines = run(("some/mistral-GGUF:Q4_K_M", {}), ("some/mistral-GGUF:q8_0", {}), ("some/one-gguf", {}))
+    assert all(line.startswith("ok ") for line in lines), lines
+    assert sorted(set(Hub.asked)) == ["m.Q4_K_M.gguf", "m.Q8_0.gguf", "m.gguf"]
+
+
+def test_what_cannot_be_had_is_said_with_what_there_is(run):
+    lines = run(
+        ("some/mistral-GGUF", {}),
+        ("some/mistral-GGUF:Q6_K", {}),
+        ("some/absent", {}),
+        ("some/mistral", {"revision": "v9"}),
+        ("some/nothing", {}),
+    )
+    for line, part in zip(
+        lines,
+        (
+            "needs a quantisation; name one as some/mistral-GGUF:NAME. There is: Q4_K_M, Q8_0",
+            "some/mistral-GGUF:Q6_K is not there",
+            "no repository some/absent",
+            "some/mistral has no revision 'v9'",
+            "has no config.json with safetensors",
+        ),
+        strict=True,
+    ):
+        assert line.startswith("error")
+        assert part in line
+
+
+def test_the_cache_serves_offline_and_without_a_hub(run):
+    assert run(("some/mistral", {"revision": COMMIT}), ("some/mistral", {}))[1].startswith("ok ")
+    assert run(("some/mistral", {}), HF_HUB_OFFLINE="1")[0].startswith("ok ")
+    assert Hub.asked == []
+    closed = "http://127.0.0.1:9"  # nobody listens there
+    lines = run(("some/mistral", {}), ("some/mistral-GGUF:Q8_0", {}), HF_ENDPOINT=closed)
+    assert lines[0].startswith("ok ")
+    assert "is not in the cache, and the hub cannot be reached" in lines[1]
+
+
+FILES = [
+    "model-Q4_K_M.gguf",
+    "model-Q4_K_S.gguf",
+    "sub/model-Q8_0-00001-of-00002.gguf",
+    "sub/model-Q8_0-00002-of-00002.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "expected"),
+    [("Q4_K_M", FILES[:1]), ("q4_k_s", FILES[1:2]), ("Q8_0", FILES[2:])],
+)
+def test_split_sets_are_fetched_whole(quantisation, expected):
+    assert choose_files("a/b", FILES, quantisation, None) == expected
+
+
+@pytest.mark.parametrize("quantisation", ["K_M", "Q4", "4_K_M", "Q8"])
+def test_a_part_of_a_quantisation_is_not_enough(quantisation):
+    with pytest.raises(CheckpointError, match="There is: Q4_K_M, Q4_K_S, Q8_0"):
+        choose_files("a/b", FILES, quantisation, None)
+
+
+def test_shards_are_those_of_the_index(tmp_path):
+    index = tmp_path / "index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}))
+    files = ["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors", "c.safetensors"]
+    assert choose_files("a/b", files, None, lambda name: index) == [
+        *("config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors")
+    ]
+
+
+def test_names_and_paths_are_told_apart():
+    assert all(map(is_name, ["a/b", "NousResearch/Hermes-2-Pro-Mistral-7B-GGUF:Q4_K_M", "a.b/c_d-e"]))
+    assert not any(map(is_name, ["a", "a/b/c", "/a/b", "a/b:", "C:\\a", "a b/c", "../a/b"]))
