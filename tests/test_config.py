@@ -131,6 +131,7 @@ def test_no_value_of_any_field_gets_past_the_checks(value, tmp_path):
             assert model.config.num_parameters < 1_400_000
 
 
+@pytest.mark.filterwarnings("ignore:.*has no sliding_window")
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000, '{"model_type": "mistral"}'])
 def test_config_files_that_are_no_config_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")

@@ -28,7 +28,7 @@ from mistral.errors import CheckpointError
 from mistral.model import Mistral
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GgmlType
-from mistral.quantization.packed import WEIGHTS_AT_ONCE, PackedEmbedding, PackedLinear
+from mistral.quantization.packed import PackedEmbedding, PackedLinear, weights_at_once
 from mistral.tokenizer import Tokenizer
 
 UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -191,7 +191,7 @@ def read_rows(
     width = tensor.row_bytes if dtype is None else num_weights
     result = torch.empty((num_rows, width), dtype=dtype or torch.uint8, device=device)
     ours = None if heads is None else interleaved_rows(num_rows, heads).to(device)
-    rows_at_once = max(1, WEIGHTS_AT_ONCE // num_weights)
+    rows_at_once = max(1, weights_at_once(device) // num_weights)
     try:
         with tensor.path.open("rb") as file:
             file.seek(tensor.start)

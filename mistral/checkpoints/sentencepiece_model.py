@@ -24,7 +24,7 @@ def write_model(
 ) -> bytes:
     """The bytes of a BPE model with Mistral's settings: byte fallback, no normalisation, spaces kept."""
     unknown = list(kinds).index(UNKNOWN)
-    trainer = _varint(3, BPE) + _varint(4, len(pieces)) + _varint(35, True)  # type, size, byte fallback
+    trainer = _varint(3, BPE) + _varint(4, len(pieces)) + _varint(35, BYTE in kinds)  # type, size, byte fallback
     special = ((40, 45, unknown), (41, 46, bos_id), (42, 47, eos_id), (43, 48, None))  # id and piece of unk bos eos pad
     for id_field, piece_field, id in special:
         trainer += _varint(id_field, -1 if id is None else id)

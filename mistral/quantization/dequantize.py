@@ -10,6 +10,7 @@ Source: ggml-quants.c (`dequantize_row_*`), and gguf-py for the formats that hav
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,7 +159,8 @@ def _by_gguf_py(blocks: Tensor, kind: GgmlType) -> Tensor:
     import gguf
 
     try:
-        weights = gguf.dequantize(blocks.cpu().numpy(), gguf.GGMLQuantizationType[kind.name])
+        with np.errstate(all="ignore"):  # infinite scales in damaged blocks are no news
+            weights = gguf.dequantize(blocks.cpu().numpy(), gguf.GGMLQuantizationType[kind.name])
     except (KeyError, NotImplementedError) as error:
         raise CheckpointError(f"no way is known to unpack ggml type {kind.name}") from error
     return torch.from_numpy(weights).float().to(blocks.device)

@@ -1,0 +1,164 @@
+"""Time and memory of loading a GGUF with the shapes of Hermes-2-Pro-Mistral-7B in Q4_K_M (4.4 GB, made up here)."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from mistral.memory import format_bytes
+
+LAYERS, WIDTH, MLP, KV_WIDTH, VOCABULARY = 32, 4096, 14336, 1024, 32032
+# Layers whose attn_v and ffn_down llama.cpp gives Q6_K in a Q4_K_M of 32 layers
+FINER = {*range(4), *range(6, 28, 3), *range(28, 32)}
+WAYS = ("header", "packed", "bfloat16", "llama.cpp")
+
+CHILD = """
+import sys, time
+def kilobytes(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+way, path, warm = sys.argv[1:]
+if way == "llama.cpp":
+    import llama_cpp
+    def load(file): return llama_cpp.Llama(file, n_ctx=512, verbose=False)
+elif way == "header":
+    from pathlib import Path
+    from mistral.checkpoints.gguf import read_config, read_files
+    from mistral.checkpoints.gguf_tokenizer import read_tokenizer
+    def load(file):
+        header = read_files(Path(file))
+        return read_tokenizer(Path(file), header, read_config(Path(file), header, None))
+else:
+    import torch, mistral
+    torch.set_num_threads(2)
+    dtype = None if way == "packed" else torch.bfloat16
+    def load(file): return mistral.load(file, device="cpu", dtype=dtype, packed=way == "packed", sliding_window=4096)
+if way != "llama.cpp":
+    load(warm)
+before, start = kilobytes("VmRSS"), time.perf_counter()
+kept = load(path)
+seconds = time.perf_counter() - start
+print(seconds, kilobytes("VmHWM") - before, kilobytes("RssAnon"))
+"""
+
+
+def main() -> None:
+    parser = common.parser(__doc__, "python scripts/benchmark_load.py --layers 32")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer make a smaller file (default: 32)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all that are installed")
+    args = parser.parse_args()
+    if not 1 <= args.layers <= LAYERS:
+        raise ValueError(f"--layers must be 1 to {LAYERS}, not {args.layers}")
+    if not Path("/proc/self/status").exists():
+        raise ValueError("this script reads a process's memory from Linux's /proc")
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path, warm = Path(folder) / "synthetic.Q4_K_M.gguf", Path(folder) / "warm.gguf"
+        write(path, args.layers)
+        write(warm, 1, width=256, mlp=512, kv_width=64)
+        print(
+            f"{path.name}: {format_bytes(path.stat().st_size)}, {args.layers} layers, just written: in the file cache"
+        )
+        print(f"{'':<12}{'seconds':>10}{'peak memory':>14}{'stays':>12}{'ratio':>8}")
+        for way in args.ways:
+            results[way] = measure(way, path, warm, args)
+    print(json.dumps({"layers": args.layers, **results}))
+
+
+def measure(way: str, path: Path, warm: Path, args: argparse.Namespace) -> dict[str, float] | None:
+    """Load in a process of its own; peak memory is what it took beyond what it had before."""
+    command = [sys.executable, "-c", CHILD, way, str(path), str(warm)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        print(f"{way:<12}not measured: {result.stderr.strip().splitlines()[-1]}")
+        return None
+    seconds, peak, _ = map(float, result.stdout.split())
+    parameters = num_parameters(args.layers)
+    stays = {"packed": path.stat().st_size, "bfloat16": 2 * parameters}.get(way)
+    ratio = f"{peak * 1024 / stays:>8.2f}" if stays else ""
+    print(f"{way:<12}{seconds:>10.2f}{format_bytes(peak * 1024):>14}{format_bytes(stays) if stays else '':>12}{ratio}")
+    return {"seconds": round(seconds, 2), "peak_bytes": round(peak * 1024)}
+
+
+def num_parameters(layers: int) -> int:
+    attention = 2 * WIDTH * (WIDTH + KV_WIDTH)
+    return layers * (attention + 3 * WIDTH * MLP + 2 * WIDTH) + 2 * VOCABULARY * WIDTH + WIDTH
+
+
+def write(path: Path, layers: int, width: int = WIDTH, mlp: int = MLP, kv_width: int = KV_WIDTH) -> None:
+    """A file with these shapes and Q4_K_M's types, of random blocks with finite scales."""
+    writer = gguf.GGUFWriter(path, "llama")
+    add_metadata(writer, layers, width, mlp, kv_width)
+    q4, q6, f32 = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.F32
+    tensors = [("token_embd.weight", (VOCABULARY, width), q4), ("output.weight", (VOCABULARY, width), q6)]
+    for i in range(layers):
+        fine = q6 if i in FINER else q4
+        tensors += [
+            (f"blk.{i}.attn_norm.weight", (width,), f32),
+            (f"blk.{i}.attn_q.weight", (width, width), q4),
+            (f"blk.{i}.attn_k.weight", (kv_width, width), q4),
+            (f"blk.{i}.attn_v.weight", (kv_width, width), fine),
+            (f"blk.{i}.attn_output.weight", (width, width), q4),
+            (f"blk.{i}.ffn_norm.weight", (width,), f32),
+            (f"blk.{i}.ffn_gate.weight", (mlp, width), q4),
+            (f"blk.{i}.ffn_up.weight", (mlp, width), q4),
+            (f"blk.{i}.ffn_down.weight", (width, mlp), fine),
+        ]
+    tensors.append(("output_norm.weight", (width,), f32))
+    for name, shape, kind in tensors:
+        stored = gguf.quant_shape_to_byte_shape(shape, kind)
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, shape, kind in tensors:
+        writer.write_tensor_data(
+            np.resize(random_blocks(kind), int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind))))
+        )
+    writer.close()
+
+
+def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
+    """Some blocks of a type, whose float16 scales are small numbers; vectors are ones."""
+    if kind == GGMLQuantizationType.F32:
+        return np.ones(1, np.float32).view(np.uint8)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    blocks = np.random.default_rng(0).integers(0, 256, (4099, size), dtype=np.uint8)
+    scale = np.full((4099, 1), 1e-4, np.float16).view(np.uint8)
+    for at in (0, 2) if kind == GGMLQuantizationType.Q4_K else (size - 2,):
+        blocks[:, at : at + 2] = scale
+    return blocks.reshape(-1)
+
+
+def add_metadata(writer: gguf.GGUFWriter, layers: int, width: int, mlp: int, kv_width: int) -> None:
+    head_dim = 128 if width == WIDTH else 64
+    writer.add_block_count(layers)
+    writer.add_context_length(32768)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(mlp)
+    writer.add_head_count(width // head_dim)
+    writer.add_head_count_kv(kv_width // head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [a + b + c + d for a in letters for b in letters for c in letters for d in letters]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, *words]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces[:VOCABULARY])
+    writer.add_token_scores([-float(i) for i in range(VOCABULARY)])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,324 @@
+"""GGUF files: what llama.cpp wrote is read, packed or not; everything that is damaged is refused."""
+
+import json
+import random
+import shutil
+import struct
+import time
+import warnings
+
+import gguf as gguf_py
+import numpy as np
+import pytest
+import small
+import torch
+
+import mistral
+from mistral.checkpoints import gguf, gguf_export, gguf_tokenizer
+from mistral.checkpoints.gguf_header import read_header
+from mistral.checkpoints.names import half_split_rows, interleaved_rows, tensor_shapes
+from mistral.checkpoints.sentencepiece_model import write_model
+
+FILES = small.DATA / "gguf"
+EXPECTED = np.load(FILES / "expected.npz")
+TOKENS = torch.from_numpy(EXPECTED["tokens"])
+
+
+def load(path, **arguments):
+    return mistral.load(path, **{"device": "cpu", "sliding_window": None, **arguments})
+
+
+@pytest.fixture(scope="module")
+def original():
+    return mistral.load(small.DATA / "small", device="cpu", sliding_window=None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "q2_k", "iq4_xs"])
+def test_logits_are_those_of_the_unpacked_tensors(name, packed):
+    model, _ = load(FILES / f"{name}.gguf", packed=packed)
+    with torch.no_grad():
+        assert (model(TOKENS) - torch.from_numpy(EXPECTED[name])).abs().max() < 2e-5
+
+
+def test_logits_of_an_exported_f32_file_are_llama_cpps(original, tmp_path):
+    # llama.cpp's converter writes the same tensors, byte for byte; its logits on them are recorded.
+    gguf_export.export(*original, tmp_path / "m.gguf", "F32")
+    model, _ = load(tmp_path / "m.gguf")
+    with torch.no_grad():
+        assert (model(TOKENS[:1])[0] - torch.from_numpy(EXPECTED["llamacpp"])).abs().max() < 2e-5
+
+
+def test_tensors_are_the_original_ones_in_our_order(original):
+    # Q8_0 moves no weight by more than half a step, so a row in the wrong place would show.
+    model, _ = load(FILES / "q8_0.gguf")
+    theirs = original[0].state_dict()
+    for name, tensor in model.state_dict().items():
+        assert (tensor - theirs[name]).abs().max() <= theirs[name].abs().max() / 127 * 0.51
+
+
+def test_packed_weights_keep_the_bytes_of_the_file():
+    model, _ = load(FILES / "q4_k_m.gguf", packed=True)
+    header = read_header(FILES / "q4_k_m.gguf")
+    held = sum(t.numel() for name, t in model.state_dict().items() if name.endswith("blocks"))
+    assert held == sum(t.num_bytes for t in header.tensors.values() if t.kind.block_weights > 1)
+    assert model.model.layers[0].self_attn.q_proj.kind.name == "Q4_K"
+    assert model.model.layers[1].self_attn.v_proj.kind.name in ("Q4_K", "Q6_K")
+    assert model.dtype == torch.float32
+
+
+def test_a_packed_model_generates_and_follows_a_change_of_dtype():
+    model, tokenizer = load(FILES / "q4_k_m.gguf", packed=True)
+    unpacked, _ = load(FILES / "q4_k_m.gguf")
+    ids, greedy = tokenizer.encode("Hello"), mistral.Sampling(temperature=0.0)
+    assert list(mistral.generate(model, ids, greedy, max_new_tokens=30)) == list(
+        mistral.generate(unpacked, ids, greedy, max_new_tokens=30)
+    )
+    model.to(torch.float64)
+    with torch.no_grad():
+        assert model(TOKENS).dtype == torch.float64
+        assert (model(TOKENS) - unpacked.double()(TOKENS)).abs().max() < 1e-10
+
+
+def test_the_tokenizer_is_that_of_the_original(original):
+    _, tokenizer = load(FILES / "q8_0.gguf")
+    theirs = original[1]
+    for row in json.loads((small.DATA / "small/tokens.json").read_text()):
+        assert tokenizer.encode(row["text"], bos=False) == row["plain"]
+        assert tokenizer.encode(row["text"], bos=False, special=True) == row["special"]
+    assert (tokenizer.bos_id, tokenizer.stop_ids) == (theirs.bos_id, theirs.stop_ids)
+    assert tokenizer.vocab_size == theirs.vocab_size
+    assert tokenizer.control_ids == theirs.control_ids
+
+
+@pytest.mark.parametrize("damage", ["none", "no kinds", "no unknown", "equal scores", "user-defined"])
+def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
+    true = small.true_tokenizer()
+    entries = true.vocabulary()
+    pieces, scores, kinds = (list(column) for column in zip(*entries))
+    metadata = {}
+    if damage == "no kinds":
+        kinds = None
+    elif damage == "no unknown":  # what today's converters write
+        kinds[0:3] = [3, 3, 3]
+    elif damage == "equal scores":  # from a tokenizer.json alone
+        scores = [-1000.0] * len(scores)
+    elif damage == "user-defined":  # what old converters wrote for added tokens
+        kinds[32000:] = [4, 4]
+    metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": scores}
+    metadata |= {"tokenizer.ggml.eos_token_id": 32000} | ({} if kinds is None else {"tokenizer.ggml.token_type": kinds})
+    if damage == "no kinds":  # then added tokens cannot be told from others by their kind
+        metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"] = pieces[:32000], scores[:32000]
+        metadata["tokenizer.ggml.eos_token_id"] = 2
+    header = gguf.GgufHeader(metadata, {})
+    config = small.config(vocab_size=32032, eos_token_id=(32000,))
+    rebuilt = gguf_tokenizer.read_tokenizer(FILES, header, config)
+    generator = random.Random(0)
+    alphabet = [*" \n\t.,<|>{}\"'/_", "é", "語", "😀", " the", "The", "ing", "def", "42", "  ", "im_start"]
+    for _ in range(1500):
+        text = "".join(generator.choice(alphabet) for _ in range(generator.randrange(25)))
+        assert rebuilt.encode(text) == true.encode(text)
+    assert rebuilt.control_ids == (true.control_ids - {32000, 32001} if damage == "no kinds" else true.control_ids)
+
+
+def test_a_sentencepiece_model_without_a_dummy_prefix():
+    entries = [("<unk>", 0.0, 2), ("a", -1.0, 1), ("▁", -2.0, 1)]
+    pieces, scores, kinds = zip(*entries)
+    made = mistral.Tokenizer(write_model(pieces, scores, kinds, bos_id=None, eos_id=None, dummy_prefix=False))
+    assert made.encode("aa", bos=False) == [1, 1]
+
+
+WINDOWS = [  # theta, positions, window key, what is decided
+    (1e4, 32768, None, 4096),
+    (1e6, 32768, None, None),
+    (1e4, 4096, None, None),
+    (1e4, 32768, 1000, 1000),
+    (1e4, 32768, 0, None),
+]
+
+
+@pytest.mark.parametrize(("theta", "positions", "named", "expected"), WINDOWS)
+def test_the_window_is_told_by_a_rule_that_says_what_it_decided(theta, positions, named, expected):
+    header = read_header(FILES / "q8_0.gguf")
+    metadata = header.metadata | {"llama.rope.freq_base": theta, "llama.context_length": positions}
+    if named is not None:
+        metadata["llama.attention.sliding_window"] = named
+    header = gguf.GgufHeader(metadata, header.tensors)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert gguf.read_config(FILES / "q8_0.gguf", header).sliding_window == expected
+        assert len(caught) == (named is None)
+    if named is None:
+        said = "attending to everything" if expected is None else "v0.1's window of 4,096"
+        assert said in str(caught[0].message)
+    assert gguf.read_config(FILES / "q8_0.gguf", header, sliding_window=7).sliding_window == 7
+
+
+def rewrite(source, target, drop=(), change=(), tensors=lambda name: True, **split):
+    """A copy by gguf-py with other metadata and some of the tensors."""
+    reader = gguf_py.GGUFReader(source)
+    writer = gguf_py.GGUFWriter(target, "llama", **split)
+    for key, field in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key in drop:
+            continue
+        kind = field.types[0]
+        writer.add_key_value(
+            key, dict(change).get(key, field.contents()), kind, field.types[-1] if len(field.types) > 1 else None
+        )
+    for tensor in reader.tensors:
+        if tensors(tensor.name):
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_a_split_set_gives_the_same_model(tmp_path):
+    rewrite(FILES / "q4_k_m.gguf", tmp_path / "m.gguf", split_max_tensors=8)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    model, _ = load(parts[0])
+    whole, _ = load(FILES / "q4_k_m.gguf")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values()))
+    with pytest.raises(mistral.CheckpointError, match="name the first, m-00001-of-00003.gguf"):
+        load(parts[1])
+    shutil.copyfile(parts[1], parts[2])
+    with pytest.raises(mistral.CheckpointError, match="does not belong to the split set"):
+        load(parts[0])
+    parts[2].unlink()
+    with pytest.raises(mistral.CheckpointError, match="00003-of-00003.gguf is missing"):
+        load(parts[0])
+
+
+def test_an_absent_output_matrix_means_the_embedding(tmp_path):
+    rewrite(FILES / "q4_k_m.gguf", tmp_path / "m.gguf", tensors=lambda name: name != "output.weight")
+    for packed in (False, True):
+        model, _ = load(tmp_path / "m.gguf", packed=packed)
+        with torch.no_grad():
+            weight = load(FILES / "q4_k_m.gguf")[0].model.embed_tokens.weight
+            hidden = torch.randn(1, 2, 256)
+            assert torch.allclose(model.lm_head(hidden), hidden @ weight.T, atol=1e-5)
+
+
+DEFAULTED = ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.freq_base", "llama.vocab_size")
+
+
+def test_keys_that_llama_cpp_gives_a_default_may_be_absent(tmp_path):
+    rewrite(FILES / "q8_0.gguf", tmp_path / "m.gguf", drop=DEFAULTED)
+    assert load(tmp_path / "m.gguf")[0].config == load(FILES / "q8_0.gguf")[0].config
+
+
+REFUSED = [
+    (dict(drop=["llama.block_count"]), "llama.block_count is missing"),
+    (dict(drop=["llama.attention.layer_norm_rms_epsilon"]), "layer_norm_rms_epsilon is missing"),
+    (dict(drop=["tokenizer.ggml.model"]), "tokenizer model None"),
+    (dict(drop=["tokenizer.ggml.tokens"]), "tokens is not a list"),
+    (dict(change={"llama.block_count": 3}), "the weights have 2 layers, the config says 3"),
+    (dict(change={"llama.feed_forward_length": 511}), r"ffn_gate.weight is \[512, 256\] in the file and \[511, 256\]"),
+    (dict(change={"llama.rope.dimension_count": 16}), "a part of the head"),
+    (dict(change={"tokenizer.ggml.eos_token_id": 4800}), "eos_token_id 4800 lies outside"),
+    (dict(tensors=lambda name: name != "blk.1.attn_k.weight"), "blk.1.attn_k.weight is missing"),
+    (dict(tensors=lambda name: name != "token_embd.weight"), "token_embd.weight is missing"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED])
+def test_metadata_that_contradicts_itself_is_refused(damage, message, tmp_path):
+    rewrite(FILES / "q8_0.gguf", tmp_path / "m.gguf", **damage)
+    with pytest.raises(mistral.CheckpointError, match=message):
+        load(tmp_path / "m.gguf")
+
+
+RAW = (FILES / "q8_0.gguf").read_bytes()
+BROKEN = [
+    (b"", "cannot be read"),
+    (b"GGML" + RAW[4:], "is no GGUF file"),
+    (RAW[:4] + struct.pack(">I", 3) + RAW[8:], "big-endian"),
+    (RAW[:4] + struct.pack("<I", 1) + RAW[8:], "version 1"),
+    (RAW[: len(RAW) // 2], "is not complete"),
+    (RAW[:40], "where|ends inside"),
+    (RAW[:8] + b"\xff" * 16 + RAW[24:], "speaks of 18,446,744,073,709,551,615 things"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BROKEN, ids=[message for _, message in BROKEN])
+def test_broken_headers_are_refused(data, message, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(mistral.CheckpointError, match=message):
+        load(tmp_path / "m.gguf")
+
+
+@pytest.mark.filterwarnings("ignore:.*names no sliding window")
+@pytest.mark.parametrize("seed", range(8))
+def test_mutated_files_give_a_model_or_a_checkpoint_error(seed, tmp_path):
+    generator, path = random.Random(seed), tmp_path / "m.gguf"
+    start = time.perf_counter()
+    for _ in range(50):
+        data = bytearray(RAW)
+        for _ in range(generator.choice([1, 2, 4, 30])):
+            data[generator.randrange(4, 24_000)] = generator.choice([0, 1, 255, generator.randrange(256)])
+        path.write_bytes(data)
+        try:
+            _, tokenizer = load(path, sliding_window="auto", packed=generator.random() < 0.5)
+            tokenizer.decode(tokenizer.encode("some <|im_start|> text", special=True))
+        except mistral.CheckpointError:
+            pass
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize("kind", gguf_export.KINDS)
+def test_what_is_exported_is_read_again_and_is_gguf_pys(original, kind, tmp_path):
+    model, tokenizer = original
+    gguf_export.export(model, tokenizer, tmp_path / "m.gguf", kind)
+    again, again_tokenizer = load(tmp_path / "m.gguf")
+    assert again.config.num_parameters == model.config.num_parameters
+    reference = {tensor.name: tensor for tensor in gguf_py.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert reference["blk.0.attn_q.weight"].tensor_type.name == kind
+    assert reference["output_norm.weight"].tensor_type.name == "F32"
+    for name, tensor in again.state_dict().items():
+        exact = kind in ("F32", "BF16") or tensor.dim() == 1
+        theirs = model.state_dict()[name]
+        assert (tensor - theirs).abs().max() <= (0 if exact else theirs.abs().max() / (7 if kind == "Q4_0" else 127))
+    for text in ("Hello <|im_end|>", "naïve 日本"):
+        assert again_tokenizer.encode(text, special=True) == tokenizer.encode(text, special=True)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_exported_blocks_are_llama_cpps(kind, original, tmp_path):
+    gguf_export.export(*original, tmp_path / "m.gguf", kind)
+    if kind == "Q8_0":
+        ours, theirs = (gguf_py.GGUFReader(path).tensors for path in (tmp_path / "m.gguf", FILES / "q8_0.gguf"))
+        theirs = {tensor.name: tensor.data for tensor in theirs}
+        assert all(np.array_equal(tensor.data, theirs[tensor.name]) for tensor in ours)
+
+
+def test_exports_that_cannot_be_are_refused(original, tmp_path):
+    model, tokenizer = original
+    with pytest.raises(ValueError, match="must be one of"):
+        gguf_export.export(model, tokenizer, tmp_path / "m.gguf", "Q4_K")
+    with pytest.raises(ValueError, match="blocks of 32"):
+        gguf_export.export(small.model(torch.float32), tokenizer, tmp_path / "m.gguf", "Q8_0")
+    packed, _ = load(FILES / "q8_0.gguf", packed=True)
+    with pytest.raises(ValueError, match="is packed"):
+        gguf_export.export(packed, tokenizer, tmp_path / "m.gguf", "Q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_row_orders_are_each_others_inverse():
+    ours, theirs = half_split_rows(24, 4), interleaved_rows(24, 4)
+    assert torch.equal(ours[theirs], torch.arange(24))
+    assert half_split_rows(6, 1).tolist() == [0, 2, 4, 1, 3, 5]
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 12, "num_key_value_heads": 3}])
+def test_the_table_of_shapes_is_that_of_the_modules(changes):
+    model = small.model(**changes)
+    assert tensor_shapes(model.config) == {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def test_packed_is_for_gguf_files():
+    with pytest.raises(ValueError, match="packed=True is for quantised GGUF"):
+        mistral.load(small.DATA / "small", packed=True)
