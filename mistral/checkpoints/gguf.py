@@ -190,20 +190,23 @@ def read_rows(
     num_rows, num_weights = prod(tensor.shape[:-1]), tensor.shape[-1]
     width = tensor.row_bytes if dtype is None else num_weights
     result = torch.empty((num_rows, width), dtype=dtype or torch.uint8, device=device)
+    as_they_are = dtype is None and heads is None and device.type == "cpu"
     ours = None if heads is None else interleaved_rows(num_rows, heads).to(device)
     rows_at_once = max(1, weights_at_once(device) // num_weights)
     try:
         with tensor.path.open("rb") as file:
             file.seek(tensor.start)
             for start in range(0, num_rows, rows_at_once):
-                rows = torch.empty((min(rows_at_once, num_rows - start), tensor.row_bytes), dtype=torch.uint8)
+                to = slice(start, min(start + rows_at_once, num_rows))
+                shape = (to.stop - to.start, tensor.row_bytes)
+                rows = result[to] if as_they_are else torch.empty(shape, dtype=torch.uint8)
                 if file.readinto(rows.numpy()) != rows.numel():
                     raise CheckpointError(f"{tensor.path} ends inside {tensor.name}: it is not complete")
-                part = rows.to(device)
-                if dtype is not None:
-                    part = dequantize(part, tensor.kind).to(dtype)
-                to = slice(start, start + len(rows))
-                result[to if ours is None else ours[to]] = part
+                if not as_they_are:
+                    part = rows.to(device)
+                    if dtype is not None:
+                        part = dequantize(part, tensor.kind).to(dtype)
+                    result[to if ours is None else ours[to]] = part
                 progress(rows.numel())
     except OSError as error:
         raise CheckpointError(f"{tensor.path} cannot be read: {error}") from error
