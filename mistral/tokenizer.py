@@ -23,18 +23,25 @@ class Tokenizer:
     model_proto  the bytes of a `tokenizer.model`
     added        id -> text of the tokens that stand outside of it. All of them are control tokens.
     stop_ids     ids at which generation ends; the first is `eos_id`. None: the sentencepiece model's end token.
+    bos_id       the token that begins a text. None: the sentencepiece model's own.
 
     Raises CheckpointError for bytes that are no sentencepiece model, and for added tokens that contradict it.
     """
 
-    def __init__(self, model_proto: bytes, added: Mapping[int, str] = {}, stop_ids: Iterable[int] | None = None):
+    def __init__(
+        self,
+        model_proto: bytes,
+        added: Mapping[int, str] = {},
+        stop_ids: Iterable[int] | None = None,
+        bos_id: int | None = None,
+    ):
         self.model_proto = model_proto
         self._pieces = SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model_proto)
             pieces = [self._pieces.IdToPiece(id) for id in range(len(self._pieces))]
         except (RuntimeError, TypeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"not a sentencepiece model ({len(model_proto)} bytes)") from error
+            raise CheckpointError(f"not a sentencepiece model ({len(model_proto)} bytes): {error}") from error
         if not pieces:
             raise CheckpointError("the sentencepiece model has no pieces")
         _check_added(added, pieces)
@@ -45,7 +52,10 @@ class Tokenizer:
         self._control = {id: pieces[id] for id in silent} | self.added
         self.control_ids = frozenset(self._control)
         self.vocab_size = max(len(pieces), *(id + 1 for id in self.added)) if self.added else len(pieces)
-        self.bos_id: int | None = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
+        own_begin = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
+        self.bos_id: int | None = own_begin if bos_id is None else bos_id
+        if bos_id is not None and bos_id not in self._control:
+            raise CheckpointError(f"the begin token {bos_id} is not a control token")
         own_end = (self._pieces.eos_id(),) if self._pieces.eos_id() >= 0 else ()
         self.stop_ids = own_end if stop_ids is None else tuple(stop_ids)
         self.eos_id: int | None = self.stop_ids[0] if self.stop_ids else None
@@ -54,7 +64,7 @@ class Tokenizer:
         self._control_id = {text: id for id, text in self._control.items()}
         longest_first = sorted(self._control_id, key=len, reverse=True)
         self._special = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-        self._adds_space = "".join(self._pieces.encode("a", out_type=str)).startswith(SPACE)
+        self.adds_space = "".join(self._pieces.encode("a", out_type=str)).startswith(SPACE)
         # A newline belongs to no piece but its own, so text behind one is split as if nothing stood before it.
         self._newline = self._pieces.encode("\n")
 
@@ -136,7 +146,7 @@ class Tokenizer:
         return piece.replace(SPACE, " ").encode("utf-8")
 
     def _begins_with_space(self, id: int) -> bool:
-        return self._adds_space and (self.token_bytes(id) or b"").startswith(b" ") and not self._pieces.IsByte(id)
+        return self.adds_space and (self.token_bytes(id) or b"").startswith(b" ") and not self._pieces.IsByte(id)
 
 
 class TextStream:

@@ -13,6 +13,7 @@ from random_checkpoint import checkpoint
 from mistral.cache import cache_slots
 from mistral.checkpoints import consolidated, gguf, hugging_face
 from mistral.checkpoints.assemble import dtype_name
+from mistral.checkpoints.gguf_config import read_config
 from mistral.checkpoints.gguf_tokenizer import read_tokenizer
 from mistral.checkpoints.load import local_path
 from mistral.checkpoints.safetensors_files import StoredTensor, stored_tensors
@@ -56,12 +57,13 @@ def inspect_consolidated(path: Path, every: bool) -> None:
     print_config(config)
     print_tensors({name: row(tensor, path) for name, tensor in tensors.items()}, every)
     print_memory(config)
+    consolidated.checked_tensors(path, tensors, config)
     print_tokenizer(tokenizer, config)
 
 
 def inspect_gguf(path: Path, every: bool) -> None:
     header = gguf.read_files(path)
-    config = gguf.read_config(path, header)
+    config = read_config(path, header)
     print_config(config)
     print_metadata(header)
     rows = {n: Row(t.path.name, t.shape, t.kind.name, t.num_bytes) for n, t in header.tensors.items()}
@@ -129,6 +131,8 @@ def print_memory(config: Config, packed: int | None = None) -> None:
         slots = [cache_slots(window, n) for n in lengths]
         caches = "".join(f"{format_bytes(config.cache_bytes(n, dtype.itemsize)):>12}" for n in slots)
         print(f"  {dtype_name(dtype):<10}{format_bytes(config.num_parameters * dtype.itemsize):>12}{caches}")
+    if packed is not None:
+        print(f"  {'packed':<10}{format_bytes(packed):>12}   (as in the file, with --packed; the cache as above)")
     rolls = (
         f"the cache stops growing at the window of {window:,}" if window else "no window: the cache grows with the text"
     )

@@ -241,8 +241,8 @@ def test_a_gpu_that_is_not_there_is_named():
         mistral.load(SMALL, device="cuda")
 
 
-def test_a_file_is_not_a_folder():
-    with pytest.raises(mistral.CheckpointError, match="is a file, not a folder"):
+def test_a_file_that_is_no_gguf_is_said():
+    with pytest.raises(mistral.CheckpointError, match="is no GGUF file: it begins with"):
         mistral.load(SMALL / "config.json")
 
 

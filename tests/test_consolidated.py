@@ -117,7 +117,10 @@ DAMAGE = {
         lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"sliding_window": [4, None, 4]})),
         "differs between the layers",
     ),
-    "a mixture of experts": (lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"moe": {}})), "experts"),
+    "a mixture of experts": (
+        lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"moe": {}})),
+        "moe is not supported",
+    ),
     "another number of layers": (
         lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"n_layers": 2})),
         "the weights have 3 layers, the config says 2",

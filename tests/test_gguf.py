@@ -4,8 +4,11 @@ import json
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import gguf as gguf_py
 import numpy as np
@@ -14,7 +17,7 @@ import small
 import torch
 
 import mistral
-from mistral.checkpoints import gguf, gguf_export, gguf_tokenizer
+from mistral.checkpoints import gguf, gguf_config, gguf_export, gguf_tokenizer
 from mistral.checkpoints.gguf_header import read_header
 from mistral.checkpoints.names import half_split_rows, interleaved_rows, tensor_shapes
 from mistral.checkpoints.sentencepiece_model import write_model
@@ -91,7 +94,7 @@ def test_the_tokenizer_is_that_of_the_original(original):
     assert tokenizer.control_ids == theirs.control_ids
 
 
-@pytest.mark.parametrize("damage", ["none", "no kinds", "no unknown", "equal scores", "user-defined"])
+@pytest.mark.parametrize("damage", ["none", "no kinds", "no unknown", "equal scores", "user-defined", "normal"])
 def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
     true = small.true_tokenizer()
     entries = true.vocabulary()
@@ -105,11 +108,10 @@ def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
         scores = [-1000.0] * len(scores)
     elif damage == "user-defined":  # what old converters wrote for added tokens
         kinds[32000:] = [4, 4]
+    elif damage == "normal":
+        kinds = [1] * len(kinds)
     metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": scores}
     metadata |= {"tokenizer.ggml.eos_token_id": 32000} | ({} if kinds is None else {"tokenizer.ggml.token_type": kinds})
-    if damage == "no kinds":  # then added tokens cannot be told from others by their kind
-        metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"] = pieces[:32000], scores[:32000]
-        metadata["tokenizer.ggml.eos_token_id"] = 2
     header = gguf.GgufHeader(metadata, {})
     config = small.config(vocab_size=32032, eos_token_id=(32000,))
     rebuilt = gguf_tokenizer.read_tokenizer(FILES, header, config)
@@ -118,7 +120,70 @@ def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
     for _ in range(1500):
         text = "".join(generator.choice(alphabet) for _ in range(generator.randrange(25)))
         assert rebuilt.encode(text) == true.encode(text)
-    assert rebuilt.control_ids == (true.control_ids - {32000, 32001} if damage == "no kinds" else true.control_ids)
+        assert rebuilt.encode("<|im_start|>" + text, special=True) == true.encode("<|im_start|>" + text, special=True)
+    # Without kinds, 2 looks like any other token: it neither begins nor ends a text here.
+    assert rebuilt.control_ids == true.control_ids - ({2} if damage in ("no kinds", "normal") else set())
+
+
+def test_pieces_that_are_broken_or_empty_become_unused():
+    header = read_header(FILES / "q8_0.gguf")
+    tokens = list(header.metadata["tokenizer.ggml.tokens"])
+    tokens[300] = tokens[301] = "\ufffd"
+    tokens[302] = ""
+    config = gguf_config.read_config(FILES, header, None)
+    rebuilt = gguf_tokenizer.read_tokenizer(
+        FILES, gguf.GgufHeader(header.metadata | {"tokenizer.ggml.tokens": tokens}, {}), config
+    )
+    assert rebuilt.token_bytes(301) is None
+    assert rebuilt.token_bytes(302) is None
+    assert rebuilt.decode(rebuilt.encode("Hello world")) == "Hello world"
+
+
+HOSTILE = [
+    *(("tokenizer.ggml.eos_token_id", v) for v in (np.array([1]), 2.0, "2", -1, True, 2**40)),
+    *(("tokenizer.ggml.bos_token_id", v) for v in (461.5, "1", 4000)),
+    *(("tokenizer.ggml.unknown_token_id", v) for v in (4000, [0])),
+    *(("tokenizer.ggml.token_type", v) for v in (3, np.full(480, np.inf), np.ones(479), ["a"] * 480, np.full(480, 9))),
+    *(("tokenizer.ggml.scores", v) for v in (1.0, np.full(480, np.nan), np.ones(3))),
+    *(("tokenizer.ggml.tokens", v) for v in ([], ["a"], np.ones(480), "abc")),
+    *(("tokenizer.ggml.model", v) for v in (np.ones(2), 1, "gpt2")),
+    *(("llama.attention.sliding_window", v) for v in ("x", -1, np.array([4, 4]), 1.5)),
+    *(("llama.attention.head_count", v) for v in (0, np.array([8, 8]), "8", 8.0, 7)),
+    *(("llama.attention.layer_norm_rms_epsilon", v) for v in (0.0, float("nan"), "x", np.ones(2))),
+    *(("llama.rope.freq_base", v) for v in (0.0, float("inf"), "x", np.ones(2))),
+    *(("llama.rope.scaling.factor", v) for v in (2.0, "x", np.ones(2))),
+    *(("llama.rope.scaling.type", v) for v in ("yarn", 3, np.ones(2))),
+    *(("llama.expert_count", v) for v in (8, "x")),
+    *(("general.architecture", v) for v in ("mamba", 1, np.ones(2))),
+    *(("split.count", v) for v in (2.0, np.ones(2), 3)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*names no sliding window")
+@pytest.mark.parametrize(("key", "value"), HOSTILE, ids=[f"{key}-{i}" for i, (key, _) in enumerate(HOSTILE)])
+def test_metadata_of_the_wrong_kind_is_refused(key, value, monkeypatch):
+    header = read_header(FILES / "q8_0.gguf")
+    forged = gguf.GgufHeader(header.metadata | {key: value}, header.tensors)
+    monkeypatch.setattr(gguf, "read_header", lambda path: forged)
+    with pytest.raises(mistral.CheckpointError):
+        load(FILES / "q8_0.gguf", sliding_window="auto")
+
+
+def test_a_scaling_factor_of_1_or_0_is_none(tmp_path):
+    header = read_header(FILES / "q8_0.gguf")
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        for value in (0.0, 1.0):
+            gguf_config.read_config(FILES, gguf.GgufHeader(header.metadata | {key: value}, header.tensors), None)
+
+
+def test_a_quantised_vector_is_unpacked_even_in_a_packed_model(tmp_path):
+    reader = gguf_py.GGUFReader(FILES / "q8_0.gguf")
+    norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+    block = gguf_py.quantize(norm.data.copy(), gguf_py.GGMLQuantizationType.Q8_0)
+    rewrite(FILES / "q8_0.gguf", tmp_path / "m.gguf", replace={"output_norm.weight": block})
+    packed, unpacked = (load(tmp_path / "m.gguf", packed=p)[0] for p in (True, False))
+    with torch.no_grad():
+        assert torch.allclose(packed(TOKENS), unpacked(TOKENS), atol=1e-5)
 
 
 def test_a_sentencepiece_model_without_a_dummy_prefix():
@@ -146,15 +211,15 @@ def test_the_window_is_told_by_a_rule_that_says_what_it_decided(theta, positions
     header = gguf.GgufHeader(metadata, header.tensors)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert gguf.read_config(FILES / "q8_0.gguf", header).sliding_window == expected
+        assert gguf_config.read_config(FILES / "q8_0.gguf", header).sliding_window == expected
         assert len(caught) == (named is None)
     if named is None:
         said = "attending to everything" if expected is None else "v0.1's window of 4,096"
         assert said in str(caught[0].message)
-    assert gguf.read_config(FILES / "q8_0.gguf", header, sliding_window=7).sliding_window == 7
+    assert gguf_config.read_config(FILES / "q8_0.gguf", header, sliding_window=7).sliding_window == 7
 
 
-def rewrite(source, target, drop=(), change=(), tensors=lambda name: True, **split):
+def rewrite(source, target, drop=(), change=(), tensors=lambda name: True, replace=None, **split):
     """A copy by gguf-py with other metadata and some of the tensors."""
     reader = gguf_py.GGUFReader(source)
     writer = gguf_py.GGUFWriter(target, "llama", **split)
@@ -167,7 +232,9 @@ def rewrite(source, target, drop=(), change=(), tensors=lambda name: True, **spl
         )
     for tensor in reader.tensors:
         if tensors(tensor.name):
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            data = (replace or {}).get(tensor.name)
+            kind = tensor.tensor_type if data is None else gguf_py.GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.name, tensor.data if data is None else data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -200,6 +267,8 @@ def test_an_absent_output_matrix_means_the_embedding(tmp_path):
             weight = load(FILES / "q4_k_m.gguf")[0].model.embed_tokens.weight
             hidden = torch.randn(1, 2, 256)
             assert torch.allclose(model.lm_head(hidden), hidden @ weight.T, atol=1e-5)
+            assert not any(name.startswith("lm_head") for name in model.state_dict()) or not packed
+            assert torch.allclose(model.double().lm_head(hidden.double()).float(), hidden @ weight.T, atol=1e-5)
 
 
 DEFAULTED = ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.freq_base", "llama.vocab_size")
@@ -261,7 +330,8 @@ def test_mutated_files_give_a_model_or_a_checkpoint_error(seed, tmp_path):
             data[generator.randrange(4, 24_000)] = generator.choice([0, 1, 255, generator.randrange(256)])
         path.write_bytes(data)
         try:
-            _, tokenizer = load(path, sliding_window="auto", packed=generator.random() < 0.5)
+            model, tokenizer = load(path, sliding_window="auto", packed=generator.random() < 0.5)
+            model(torch.tensor([[1, 2, 3]]))
             tokenizer.decode(tokenizer.encode("some <|im_start|> text", special=True))
         except mistral.CheckpointError:
             pass
@@ -280,19 +350,30 @@ def test_what_is_exported_is_read_again_and_is_gguf_pys(original, kind, tmp_path
     for name, tensor in again.state_dict().items():
         exact = kind in ("F32", "BF16") or tensor.dim() == 1
         theirs = model.state_dict()[name]
-        assert (tensor - theirs).abs().max() <= (0 if exact else theirs.abs().max() / (7 if kind == "Q4_0" else 127))
+        step = {"F16": 2**-11, "Q8_0": 1 / 127, "Q4_0": 1 / 7}.get(kind, 0)
+        assert (tensor - theirs).abs().max() <= (0 if exact else theirs.abs().max() * step)
     for text in ("Hello <|im_end|>", "naïve 日本"):
         assert again_tokenizer.encode(text, special=True) == tokenizer.encode(text, special=True)
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_exported_blocks_are_llama_cpps(kind, original, tmp_path):
-    gguf_export.export(*original, tmp_path / "m.gguf", kind)
-    if kind == "Q8_0":
-        ours, theirs = (gguf_py.GGUFReader(path).tensors for path in (tmp_path / "m.gguf", FILES / "q8_0.gguf"))
-        theirs = {tensor.name: tensor.data for tensor in theirs}
-        assert all(np.array_equal(tensor.data, theirs[tensor.name]) for tensor in ours)
+def test_exported_blocks_are_llama_cpps(original, tmp_path):
+    gguf_export.export(*original, tmp_path / "m.gguf", "Q8_0")
+    ours, theirs = (gguf_py.GGUFReader(path).tensors for path in (tmp_path / "m.gguf", FILES / "q8_0.gguf"))
+    theirs = {tensor.name: tensor.data for tensor in theirs}
+    assert len(ours) == len(theirs)
+    assert all(np.array_equal(tensor.data, theirs[tensor.name]) for tensor in ours)
+
+
+def test_stop_tokens_and_prefix_survive_an_export(original, tmp_path):
+    model, tokenizer = original
+    two = mistral.Tokenizer(tokenizer.model_proto, tokenizer.added, [460, 2])
+    gguf_export.export(model, two, tmp_path / "m.gguf", "F16")
+    assert load(tmp_path / "m.gguf")[1].stop_ids == (460, 2)
+    with pytest.raises(ValueError, match="two stop tokens"):
+        gguf_export.export(
+            model, mistral.Tokenizer(two.model_proto, two.added, [460, 2, 3]), tmp_path / "n.gguf", "F16"
+        )
 
 
 def test_exports_that_cannot_be_are_refused(original, tmp_path):
@@ -317,6 +398,31 @@ def test_row_orders_are_each_others_inverse():
 def test_the_table_of_shapes_is_that_of_the_modules(changes):
     model = small.model(**changes)
     assert tensor_shapes(model.config) == {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+MEASURE = """
+import sys, torch, mistral
+def kilobytes(key):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
+path, warm, packed = sys.argv[1:]
+load = lambda path: mistral.load(path, device="cpu", dtype=torch.bfloat16, packed=packed == "True", sliding_window=None)
+load(warm)  # everything is imported and warm
+before = kilobytes("VmRSS")
+model, _ = load(path)
+size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1024
+print((kilobytes("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_loading_takes_little_more_memory_than_stays(original, tmp_path):
+    sizes = dict(vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=12, head_dim=64)
+    config = small.config(**sizes, num_attention_heads=16, num_key_value_heads=4)
+    gguf_export.export(mistral.Mistral(config), original[1], tmp_path / "m.gguf", "Q8_0")  # 176 million weights
+    for packed in (True, False):
+        command = [sys.executable, "-c", MEASURE, tmp_path / "m.gguf", FILES / "q8_0.gguf", str(packed)]
+        ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        assert 0.9 < ratio < 1.15
 
 
 def test_packed_is_for_gguf_files():

@@ -137,7 +137,7 @@ def test_what_cannot_be_had_is_said_with_what_there_is(run):
     for line, part in zip(
         lines,
         (
-            "needs a quantisation; name one as some/mistral-GGUF:NAME. There is: Q4_K_M, Q8_0",
+            "has several; name one as some/mistral-GGUF:Q4_K_M. There is: m.Q4_K_M, m.Q8_0",
             "some/mistral-GGUF:Q6_K is not there",
             "no repository some/absent",
             "some/mistral has no revision 'v9'",
@@ -177,16 +177,43 @@ def test_split_sets_are_fetched_whole(quantisation, expected):
 
 @pytest.mark.parametrize("quantisation", ["K_M", "Q4", "4_K_M", "Q8"])
 def test_a_part_of_a_quantisation_is_not_enough(quantisation):
-    with pytest.raises(CheckpointError, match="There is: Q4_K_M, Q4_K_S, Q8_0"):
+    with pytest.raises(CheckpointError, match="There is: model-Q4_K_M, model-Q4_K_S, sub/model-Q8_0"):
         choose_files("a/b", FILES, quantisation, None)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["m.Q8_0.gguf", "m.Q8_0-00001-of-00002.gguf"], ["m.Q8_0.gguf"]),  # a set that is not whole does not count
+        (["Q8_0/model.gguf", "Q4_0/model.gguf"], ["Q8_0/model.gguf"]),
+        (["hermes_Q8_0.gguf", "hermes_Q4_0.gguf"], ["hermes_Q8_0.gguf"]),
+    ],
+)
+def test_names_in_use_are_understood(files, expected):
+    assert choose_files("a/b", files, "Q8_0", None) == expected
+
+
+@pytest.mark.parametrize("places", [{"x": 1}, {"x": "../../evil"}, [], {}])
+def test_hostile_indexes_are_refused(places, tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": places}))
+    files = ["config.json", "model.safetensors.index.json", "tokenizer.model"]
+    with pytest.raises(CheckpointError, match="no weight_map of file names"):
+        choose_files("a/b", files, None, lambda name: tmp_path / "index.json")
+
+
+def test_nothing_is_fetched_where_something_is_missing():
+    for files in (["config.json", "model.safetensors"], ["params.json"], ["params.json", "consolidated.safetensors"]):
+        with pytest.raises(CheckpointError, match="has"):
+            choose_files("a/b", files, None, None)
 
 
 def test_shards_are_those_of_the_index(tmp_path):
     index = tmp_path / "index.json"
     index.write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}))
     files = ["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors", "c.safetensors"]
+    files.append("tokenizer.model")
     assert choose_files("a/b", files, None, lambda name: index) == [
-        *("config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors")
+        *("config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors", "tokenizer.model")
     ]
 
 

@@ -107,6 +107,35 @@ def test_compare_hf_finds_a_difference_and_exits_with_1(tmp_path):
     assert "DIFFERENT" in result.stdout
 
 
+GGUF = small.DATA / "gguf/q4_k_m.gguf"
+
+
+def test_every_script_takes_a_gguf_file(run_here, tmp_path):
+    code, out, err = run_here("generate", GGUF, "--packed", "--prompt", "hello", "--max-new-tokens", 5, "--seed", 1)
+    assert (code, len(out) > 1, "names no sliding window" in err) == (0, True, True)
+    code, out, _ = run_here("inspect_checkpoint", GGUF)
+    assert code == 0
+    for fact in ("Q6_K 221.76 kB", "tokenizer.ggml.tokens", "blk.*.attn_q.weight", "462 ids for 480 rows", "packed"):
+        assert fact in out
+    code, out, _ = run_here("compare_hf", GGUF, "--window", 16, "--tokens", 40)
+    assert (code, "bit-identical" in out) == (0, True)
+
+
+def test_an_exported_checkpoint_generates_the_same_text(run_here, tmp_path):
+    target = tmp_path / "small.F32.gguf"
+    code, _, err = run_here("export_gguf", SMALL, target, "--type", "F32")
+    assert (code, f"wrote {target}" in err) == (0, True)
+    flags = ("--prompt", "hello", "--max-new-tokens", 30, "--temperature", 0)
+    assert run_here("generate", target, *flags)[1] == run_here("generate", SMALL, *flags)[1]
+    code, _, err = run_here("export_gguf", SMALL, target)
+    assert (code, "exists; remove it" in err) == (1, True)
+
+
+def test_the_fuzzing_script_runs(run_here):
+    code, out, _ = run_here("fuzz_checkpoints", SMALL, "--cases", 5)
+    assert (code, "0 of the cases ended in another error" in out) == (0, True)
+
+
 def test_inspect_checkpoint_tells_the_facts(hermes):
     result = run("inspect_checkpoint", hermes)
     assert result.returncode == 0, result.stderr
@@ -125,7 +154,7 @@ def test_inspect_checkpoint_tells_the_facts(hermes):
     ("script", "arguments", "message"),
     [
         ("generate", ("no/such/folder", "--prompt", "hi"), "no/such/folder does not exist"),
-        ("generate", (__file__, "--prompt", "hi"), "is a file, not a folder"),
+        ("generate", (__file__, "--prompt", "hi"), "is no GGUF file"),
         ("generate", (SMALL, "--prompt", ""), "the prompt is empty"),
         ("generate", (SMALL, "--prompt", "hi", "--temperature", -1), "temperature must be 0 (greedy) or"),
         ("generate", (SMALL, "--prompt", "hi", "--max-new-tokens", 3000), "made for 2048"),
@@ -136,7 +165,7 @@ def test_inspect_checkpoint_tells_the_facts(hermes):
         ("compare_hf", (SMALL, "--tokens", 3000), "takes 1 to 2048"),
         ("random_checkpoint", ("/nowhere/x", "--window", "auto"), "--window must be"),
         ("generate", (SMALL, "--prompt", b"\xff".decode(errors="surrogateescape")), "surrogates"),
-        ("inspect_checkpoint", ("no/such/folder",), "is not a folder"),
+        ("inspect_checkpoint", ("no/such/folder",), "does not exist"),
         ("compare_hf", ("no/such/folder",), "does not exist"),
         ("compare_hf", (SMALL, "--tokens", 0), "takes 1 to 2048"),
         ("random_checkpoint", (SMALL,), "is not empty"),

@@ -11,7 +11,7 @@ from mistral.config import Config
 from mistral.errors import CheckpointError
 from mistral.memory import format_bytes, require_memory
 from mistral.model import Mistral
-from mistral.quantization.packed import PackedEmbedding, PackedLinear
+from mistral.quantization.packed import PackedEmbedding, TiedOutput
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -77,8 +77,7 @@ def assemble(model: Mistral, state: dict[str, Tensor], device: torch.device) -> 
     tied = model.config.tie_word_embeddings
     embedding = model.model.embed_tokens
     if tied and isinstance(embedding, PackedEmbedding):
-        model.lm_head = PackedLinear(embedding.blocks, embedding.kind)
-        state["lm_head.blocks"] = state["model.embed_tokens.blocks"]
+        model.lm_head = TiedOutput(embedding)
     elif tied:
         state[OUTPUT] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)

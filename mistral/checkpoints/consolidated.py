@@ -3,8 +3,6 @@
 Source: mistral-inference, `args.py` and `transformer.py`, https://github.com/mistralai/mistral-inference
 """
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -48,12 +46,10 @@ def read_tensors(folder: Path) -> Mapping[str, StoredTensor | Tensor]:
     try:
         # weights_only: tensors and nothing else, so that no code in the file can run. mmap: read when they are used.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a forged pickle can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason})") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(t, Tensor) and t.is_floating_point() for name, t in tensors.items()
-    ):
+    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors, tensors.values())):
         raise CheckpointError(f"{path} is not a dictionary of floating-point tensors")
     return tensors
 
@@ -99,16 +95,10 @@ def load_model(
     dtype: torch.dtype | None,
 ) -> Mistral:
     """The weights, with the rows of Q and K in our order (see names.py)."""
-    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
-    check_layers(folder, len(layers), config)
-    names = consolidated_names(config.num_hidden_layers)
-    stored = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
-    unknown = {name for name in tensors.keys() - set(names.values()) if not name.startswith("rope.")}
-    check_tensors(folder, config, {name: tuple(t.shape) for name, t in stored.items()}, unknown, names.__getitem__)
+    stored = checked_tensors(folder, tensors, config)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored["model.embed_tokens.weight"].dtype
     require_room(folder, config, device, dtype)
-
     state: dict[str, Tensor] = {}
     with tqdm(total=len(stored), unit=" tensors", desc="loading", leave=False, disable=None) as bar:
         for name, tensor in stored.items():
@@ -116,9 +106,29 @@ def load_model(
             heads = rotary_heads(name, config)
             if heads is not None:
                 data = data[half_split_rows(len(data), heads)]
-            state[name] = data.to(device=device, dtype=dtype, copy=True)
+            state[name] = data.to(device=device, dtype=dtype, copy=heads is None)
             bar.update()
     return assemble(skeleton(config), state, device)
+
+
+def checked_tensors(
+    folder: Path, tensors: Mapping[str, StoredTensor | Tensor], config: Config
+) -> dict[str, StoredTensor | Tensor]:
+    """The tensors under our names; CheckpointError where they are not those of the config."""
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    check_layers(folder, len(layers), config)
+    names = consolidated_names(config.num_hidden_layers)
+    stored = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
+    unknown = {name for name in tensors.keys() - set(names.values()) if not name.startswith("rope.")}
+    check_tensors(folder, config, {name: tuple(t.shape) for name, t in stored.items()}, unknown, names.__getitem__)
+    return stored
+
+
+def _is_plain(name: Any, tensor: Any) -> bool:
+    """Whether an entry is a name and a dense floating-point tensor with its numbers on the CPU."""
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        return False
+    return tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 def _config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer: Tokenizer) -> Config:
@@ -127,8 +137,9 @@ def _config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenize
         raise ValueError("the weights beside it have no layers.0.feed_forward.w1.weight or tok_embeddings.weight")
     if embedding[0] < tokenizer.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary is {embedding[0]}")
-    if params.get("moe") is not None:
-        raise ValueError("this is a mixture of experts; only Mistral-7B is read")
+    for key in ("moe", "mamba", "yarn", "rope_scaling", "quantization", "lora", "vision_encoder"):
+        if params.get(key) is not None:
+            raise ValueError(f"{key} is not supported; no Mistral-7B has it")
     sizes = {name: whole_number(name, params.get(name)) for name in ("dim", "n_layers", "n_heads", "n_kv_heads")}
     window = _window(params)
     theta = params.get("rope_theta")
@@ -144,7 +155,7 @@ def _config(params: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenize
         rope_theta=theta if theta is not None else 1e6 if window is None else 1e4,
         sliding_window=window,
         max_position_embeddings=POSITIONS,
-        tie_word_embeddings="output.weight" not in shapes,
+        tie_word_embeddings=params.get("tied_embeddings", False),
         eos_token_id=tokenizer.stop_ids,
     )
 

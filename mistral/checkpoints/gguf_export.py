@@ -16,10 +16,13 @@ KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str) -> None:
     """Write `path`, whole or not at all. `kind` (one of KINDS) is the type of all matrices; vectors are F32.
 
-    ValueError for another kind, for a packed model, and for rows that are not whole blocks of 32 (Q8_0 and Q4_0).
+    ValueError for another kind, for a packed model, for rows that are not whole blocks of 32 (Q8_0 and Q4_0), and for
+    more than the two stop tokens that the format has keys for.
     """
     if kind not in KINDS:
         raise ValueError(f"the type must be one of {', '.join(KINDS)}, not {kind!r}")
+    if len(tokenizer.stop_ids) > 2:
+        raise ValueError(f"GGUF has keys for two stop tokens, and this checkpoint has {len(tokenizer.stop_ids)}")
     names = gguf_names(model.config.num_hidden_layers)
     tied = model.config.tie_word_embeddings
     state = {n: t for n, t in model.state_dict().items() if not (tied and n.startswith("lm_head."))}
@@ -83,9 +86,11 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: i
     writer.add_token_list(texts)
     writer.add_token_scores(scores)
     writer.add_token_types([int(kind) for kind in kinds])
+    writer.add_unk_token_id(kinds.index(gguf.TokenType.UNKNOWN))
+    writer.add_add_space_prefix(tokenizer.adds_space)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     if tokenizer.bos_id is not None:
         writer.add_bos_token_id(tokenizer.bos_id)
-    if tokenizer.eos_id is not None:
-        writer.add_eos_token_id(tokenizer.eos_id)
+    for add, id in zip((writer.add_eos_token_id, writer.add_eot_token_id), tokenizer.stop_ids):
+        add(id)

@@ -12,6 +12,7 @@ Source: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/doc
 
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from mistral.config import whole_number
 from mistral.errors import CheckpointError
 from mistral.quantization.ggml_types import GgmlType, ggml_type
 
 # GGUF's numbers, in the letters that struct and numpy share
 NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-MAX_DIMENSIONS = 4
+MAX_DIMENSIONS, MAX_NAME = 4, 256
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,22 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
 
+def whole(metadata: Mapping[str, Any], key: str, default: int | None = None, least: int = 0) -> int | None:
+    """The whole number at `key`, or the default. ValueError, naming the key, where something else is there."""
+    return whole_number(key, metadata[key], least) if key in metadata else default
+
+
+def array(metadata: Mapping[str, Any], key: str, length: int) -> list | None:
+    """The numbers at `key`, None where it is absent. ValueError for anything but finite numbers of that length."""
+    value = metadata.get(key)
+    if value is None:
+        return None
+    numbers = np.asarray(value) if isinstance(value, (list, np.ndarray)) else np.empty(0, object)
+    if numbers.shape != (length,) or numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
+        raise ValueError(f"{key} is not a list of {length} numbers")
+    return numbers.tolist()
+
+
 def read_header(path: Path) -> GgufHeader:
     """The header of one file. CheckpointError for anything that is not a whole little-endian GGUF of version 2 or 3."""
     try:
@@ -83,10 +101,10 @@ class _Reader:
         num_tensors, num_keys = self.count(least=24), self.count(least=13)
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
-            key = self.string()
+            key = self.name()
             if key in metadata:
                 raise self.bad(f"has the key {key} twice")
-            metadata[key] = self.value(self.number("<I"), depth=0)
+            metadata[key] = self.value(self.number("<I"))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
             raise self.bad(f"has the impossible alignment {alignment!r}")
@@ -103,7 +121,7 @@ class _Reader:
         return GgufHeader(metadata, tensors)
 
     def tensor(self) -> tuple[str, tuple[int, ...], GgmlType, int]:
-        name, dimensions = self.string(), self.number("<I")
+        name, dimensions = self.name(), self.number("<I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise self.bad(f"gives {name} {dimensions} dimensions")
         shape = tuple(self.number("<Q") for _ in range(dimensions))[::-1]
@@ -112,23 +130,30 @@ class _Reader:
             raise self.bad(f"gives {name} the shape {list(shape)}, impossible for {kind.name}")
         return name, shape, kind, offset
 
-    def value(self, kind: int, depth: int) -> Any:
+    def value(self, kind: int) -> Any:
         if kind in NUMBERS:
             return self.number(NUMBERS[kind])
         if kind == STRING:
             return self.string()
-        if kind != ARRAY or depth > 2:
-            raise self.bad(f"has a value of the unknown type {kind}")
-        inner = self.number("<I")
+        inner = self.number("<I") if kind == ARRAY else None
         if inner in NUMBERS:
             dtype = np.dtype(NUMBERS[inner])
             length = self.count(least=dtype.itemsize)
             return np.frombuffer(self.take(length * dtype.itemsize), dtype)
-        length = self.count(least=8)
-        return [self.value(inner, depth + 1) for _ in range(length)]
+        if inner == STRING:
+            return [self.string() for _ in range(self.count(least=8))]
+        # Arrays of arrays are possible too; no model has any, and they could make a small file take much memory.
+        raise self.bad(f"has a value of type {kind}, {inner}, which is not read")
+
+    def name(self) -> str:
+        """A key or a tensor's name: short and printable, so that it can stand in a message."""
+        name = self.string()
+        if not 0 < len(name) <= MAX_NAME or not name.isprintable():
+            raise self.bad(f"has the impossible name {name[:MAX_NAME]!r}")
+        return name
 
     def string(self) -> str:
-        # Old converters cut some tokens inside a character; those bytes become U+FFFD.
+        # Some vocabularies hold bytes that are no UTF-8; they become U+FFFD.
         return self.take(self.count(least=1)).decode("utf-8", "replace")
 
     def count(self, least: int) -> int:

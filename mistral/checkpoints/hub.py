@@ -4,16 +4,13 @@ huggingface_hub does the downloading, with its cache, its offline mode (HF_HUB_O
 HF_ENDPOINT, HF_TOKEN). Only the files that are needed are asked for: most repositories hold the weights twice.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -21,11 +18,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mistral.checkpoints.safetensors_files import INDEX, WEIGHTS
+from mistral.checkpoints.json_files import read_json
+from mistral.checkpoints.safetensors_files import INDEX, WEIGHTS, is_file_name
 from mistral.errors import CheckpointError
 
 BESIDE_SAFETENSORS = ("generation_config.json", "tokenizer_config.json", "added_tokens.json", "tokenizer.model")
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
+QUANTISATION = re.compile(r"(IQ|TQ|Q|F|BF|MXFP)\d", re.IGNORECASE)
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
@@ -47,8 +46,12 @@ def download(source: str, revision: str | None) -> Path:
         raise CheckpointError(f"{repo} has no revision {revision!r}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise CheckpointError(f"{source} is not in the cache, and the hub cannot be reached") from error
-    except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{source} cannot be downloaded: {str(error).splitlines()[0]}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # the HTTP client's own errors, when a connection breaks: they differ by version
+        reason = str(error).strip().splitlines()
+        message = f"{source} could not be downloaded ({reason[0] if reason else type(error).__name__}); run it again"
+        raise CheckpointError(f"{message}: what is complete is kept") from error
     return paths[0] if wanted[0].endswith(".gguf") else paths[0].parent
 
 
@@ -68,11 +71,15 @@ def choose_files(
     if quantisation is not None:
         return _choose_gguf(source, files, quantisation)
     if "config.json" in files and (WEIGHTS in files or INDEX in files):
+        if "tokenizer.model" not in files:
+            raise CheckpointError(f"{source} has no tokenizer.model; name a folder to which you have added it")
         weights = [WEIGHTS] if WEIGHTS in files else [INDEX, *_shards(fetch(INDEX))]
         return ["config.json", *weights, *(name for name in BESIDE_SAFETENSORS if name in files)]
     if "params.json" in files:
         weights = [name for name in ("consolidated.safetensors", "consolidated.00.pth") if name in files][:1]
         tokenizers = sorted(name for name in files if name.startswith("tokenizer.model"))
+        if not weights or not tokenizers:
+            raise CheckpointError(f"{source} has params.json, but no {'tokenizer' if weights else 'weights'} beside it")
         return ["params.json", *weights, *tokenizers]
     if any(name.endswith(".gguf") for name in files):
         return _choose_gguf(source, files, None)
@@ -80,27 +87,35 @@ def choose_files(
 
 
 def _choose_gguf(source: str, files: set[str], quantisation: str | None) -> list[str]:
-    """One GGUF file, or all files of a split set, by the end of its name: model.Q4_K_M.gguf, model-q4_k_m.gguf."""
-    sets: dict[str, list[str]] = {}
+    """One GGUF file, or all files of a split set, by the end of its name or by its folder.
+
+    model.Q4_K_M.gguf, model-q4_k_m-00001-of-00002.gguf, Q4_K_M/model.gguf
+    """
+    sets: dict[tuple[str, int], list[str]] = {}
     for name in sorted(name for name in files if name.endswith(".gguf")):
-        sets.setdefault(SPLIT.sub("", name.removesuffix(".gguf")), []).append(name)
+        stem = name.removesuffix(".gguf")
+        part = SPLIT.search(stem)
+        sets.setdefault((SPLIT.sub("", stem), int(part[2]) if part else 1), []).append(name)
+    whole = {stem: names for (stem, total), names in sets.items() if len(names) == total}
+    chosen = list(whole)
     if quantisation is not None:
-        ending = re.compile(rf"(^|[./-]){re.escape(quantisation)}$", re.IGNORECASE)
-        chosen = [stem for stem in sets if ending.search(stem)]
-    else:
-        chosen = list(sets)
+        # "_" parts a name only before a whole quantisation: Q4_K_M has some of its own.
+        before = "[./_-]" if QUANTISATION.match(quantisation) else "[./-]"
+        ending = re.compile(rf"(^|{before}){re.escape(quantisation)}($|/)", re.IGNORECASE)
+        chosen = [stem for stem in whole if ending.search(stem)]
     if len(chosen) != 1:
-        there = ", ".join(re.split(r"[./-]", stem)[-1] for stem in sets) or "no GGUF file"
-        what = "needs a quantisation" if quantisation is None else "is ambiguous" if chosen else "is not there"
-        raise CheckpointError(f"{source} {what}; name one as {source.partition(':')[0]}:NAME. There is: {there}")
-    return sets[chosen[0]]
+        there = ", ".join(whole) or "no whole GGUF file"
+        what = "is ambiguous" if len(chosen) > 1 and quantisation else "is not there" if quantisation else "has several"
+        raise CheckpointError(f"{source} {what}; name one as {source.partition(':')[0]}:Q4_K_M. There is: {there}")
+    return whole[chosen[0]]
 
 
 def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} has no weight_map: {error}") from error
+    places = read_json(index).get("weight_map")
+    names = set(places.values()) if isinstance(places, dict) and all(map(is_file_name, places.values())) else None
+    if not names:
+        raise CheckpointError(f"{index} has no weight_map of file names")
+    return sorted(names)
 
 
 def _files(repo: str, revision: str | None) -> list[str]:

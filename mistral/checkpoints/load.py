@@ -30,8 +30,8 @@ def load(
     dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint (bfloat16 for quantised ones)
     packed          keep the blocks of a quantised GGUF as they are and unpack them as they are used: the memory of
                     the file, at the price of speed. False: unpack into `dtype` once.
-    sliding_window  "auto": what the checkpoint says; for a GGUF, which does not, a rule (`gguf.window_of`). A number
-                    or None (attend to everything) overrides it.
+    sliding_window  "auto": what the checkpoint says; for a GGUF, which does not, a rule (`gguf_config.window_of`).
+                    A number or None (attend to everything) overrides it.
     revision        branch, tag or commit of a name on the hub; None: its main branch
 
     Weights go straight to the device, tensor by tensor, after every name and shape was checked; a terminal sees a

@@ -60,13 +60,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{folder / INDEX} has no weight_map")
     shards = defaultdict(set)
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not is_file_name(file):
             raise CheckpointError(f"{folder / INDEX} puts {name} into {file!r}, which is no file name")
         shards[file].add(name)
     tensors: dict[str, StoredTensor] = {}
     for file, names in shards.items():
         tensors |= headers(folder / file, names)
     return tensors
+
+
+def is_file_name(value: object) -> bool:
+    """Whether a value from an index names a file in the same folder, and nothing outside of it."""
+    return isinstance(value, str) and Path(value).name == value
 
 
 def headers(path: Path, names: set[str] | None) -> dict[str, StoredTensor]:

@@ -56,4 +56,4 @@ def _bytes(field: int, value: bytes) -> bytes:
 
 
 def _float(field: int, value: float) -> bytes:
-    return _number(field * 8 + 5) + struct.pack("<f", value)
+    return _number(field * 8 + 5) + struct.pack("<f", max(-3e38, min(value, 3e38)))

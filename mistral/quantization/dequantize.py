@@ -51,6 +51,11 @@ def f32(blocks: Tensor) -> Tensor:
     return blocks.contiguous().view(torch.float32)
 
 
+def f64(blocks: Tensor) -> Tensor:
+    """[w 8]: float64, rounded to float32."""
+    return blocks.contiguous().view(torch.float64).float()
+
+
 def f16(blocks: Tensor) -> Tensor:
     """[w 2]: float16."""
     return blocks.contiguous().view(torch.float16).float()
@@ -168,5 +173,5 @@ def _by_gguf_py(blocks: Tensor, kind: GgmlType) -> Tensor:
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     function.__name__.upper(): function
-    for function in (f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k)
+    for function in (f32, f64, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k)
 }

@@ -48,8 +48,12 @@ GGML_TYPES = {
 }
 
 
+NOT_READ = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 41: "Q1_0", 42: "Q2_0"}
+
+
 def ggml_type(number: int, tensor: str) -> GgmlType:
-    """The format with this number; CheckpointError, which names the tensor, for one that is not read."""
+    """The format with this number; CheckpointError, which names tensor and format, for one that is not read."""
     if number not in GGML_TYPES:
-        raise CheckpointError(f"{tensor} is stored as ggml type {number}, which is not read")
+        known = f" ({NOT_READ[number]})" if number in NOT_READ else ", an unknown or removed one"
+        raise CheckpointError(f"{tensor} is stored as ggml type {number}{known}, which is not read")
     return GGML_TYPES[number]

@@ -16,11 +16,17 @@ def weights_at_once(device: torch.device) -> int:
     return 1 << 20 if device.type == "cpu" else 1 << 24
 
 
-class PackedLinear(nn.Module):
-    """y = x W^T with W packed: x [..., in] -> [..., out] in x's dtype. Each weight is rounded to that dtype first.
+def packed_linear(x: Tensor, blocks: Tensor, kind: GgmlType) -> Tensor:
+    """x W^T with W packed: x [..., in], blocks uint8 [out, bytes of a row] -> [..., out] in x's dtype.
 
-    blocks  uint8 [out, bytes of a row]
+    Each weight is rounded to that dtype first. Formats that are left to gguf-py go through the CPU wherever they are.
     """
+    rows = max(1, weights_at_once(x.device) // x.shape[-1])
+    return torch.cat([F.linear(x, dequantize(part, kind).to(x.dtype)) for part in blocks.split(rows)], dim=-1)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with packed weights, blocks uint8 [out, bytes of a row]."""
 
     def __init__(self, blocks: Tensor, kind: GgmlType):
         super().__init__()
@@ -28,9 +34,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("blocks", blocks)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        rows = max(1, weights_at_once(x.device) // x.shape[-1])
-        parts = [F.linear(x, dequantize(part, self.kind).to(x.dtype)) for part in self.blocks.split(rows)]
-        return torch.cat(parts, dim=-1)
+        return packed_linear(x, self.blocks, self.kind)
 
     def extra_repr(self) -> str:
         return f"rows={self.blocks.shape[0]}, {self.kind.name}"
@@ -50,7 +54,22 @@ class PackedEmbedding(nn.Module):
         self.register_buffer("dtype_of_rows", torch.empty(0, dtype=dtype, device=blocks.device), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, D]
-        return dequantize(self.blocks[tokens], self.kind).to(self.dtype_of_rows.dtype)
+        width = self.blocks.shape[1] // self.kind.block_bytes * self.kind.block_weights  # D
+        at_once = max(1, weights_at_once(tokens.device) // width)
+        dtype = self.dtype_of_rows.dtype
+        parts = [dequantize(self.blocks[part], self.kind).to(dtype) for part in tokens.flatten().split(at_once)]
+        return torch.cat(parts).view(*tokens.shape, width)
 
     def extra_repr(self) -> str:
         return f"rows={self.blocks.shape[0]}, {self.kind.name}"
+
+
+class TiedOutput(nn.Module):
+    """The output matrix of a tied model whose embedding is packed: it has no bytes of its own."""
+
+    def __init__(self, embedding: PackedEmbedding):
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple it is no submodule, so nothing moves or saves it twice
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., V]
+        return packed_linear(x, self._embedding[0].blocks, self._embedding[0].kind)
