@@ -416,9 +416,9 @@ print((kilobytes("VmHWM") - before) / size)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_takes_little_more_memory_than_stays(original, tmp_path):
-    sizes = dict(vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=12, head_dim=64)
+    sizes = dict(vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=20, head_dim=64)
     config = small.config(**sizes, num_attention_heads=16, num_key_value_heads=4)
-    gguf_export.export(mistral.Mistral(config), original[1], tmp_path / "m.gguf", "Q8_0")  # 176 million weights
+    gguf_export.export(mistral.Mistral(config), original[1], tmp_path / "m.gguf", "Q8_0")  # 281 million weights
     for packed in (True, False):
         command = [sys.executable, "-c", MEASURE, tmp_path / "m.gguf", FILES / "q8_0.gguf", str(packed)]
         ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
