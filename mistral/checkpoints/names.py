@@ -50,19 +50,19 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def consolidated_names(num_layers: int) -> dict[str, str]:
     """Hugging Face's name to Mistral's own, for every tensor."""
-    names = {ours: theirs for ours, (theirs, _) in OUTSIDE.items()}
-    for i in range(num_layers):
-        for ours, (theirs, _) in IN_A_LAYER.items():
-            names[f"model.layers.{i}.{ours}.weight"] = f"layers.{i}.{theirs}.weight"
-    return names
+    return _names(num_layers, column=0, layer="layers")
 
 
 def gguf_names(num_layers: int) -> dict[str, str]:
     """Hugging Face's name to GGUF's, for every tensor."""
-    names = {ours: theirs for ours, (_, theirs) in OUTSIDE.items()}
+    return _names(num_layers, column=1, layer="blk")
+
+
+def _names(num_layers: int, column: int, layer: str) -> dict[str, str]:
+    names = {ours: theirs[column] for ours, theirs in OUTSIDE.items()}
     for i in range(num_layers):
-        for ours, (_, theirs) in IN_A_LAYER.items():
-            names[f"model.layers.{i}.{ours}.weight"] = f"blk.{i}.{theirs}.weight"
+        for ours, theirs in IN_A_LAYER.items():
+            names[f"model.layers.{i}.{ours}.weight"] = f"{layer}.{i}.{theirs[column]}.weight"
     return names
 
 
