@@ -259,6 +259,20 @@ def test_a_split_set_gives_the_same_model(tmp_path):
         load(parts[0])
 
 
+def test_a_later_part_with_forged_metadata_is_refused(tmp_path, monkeypatch):
+    rewrite(FILES / "q4_k_m.gguf", tmp_path / "m.gguf", split_max_tensors=8)
+    first = tmp_path / "m-00001-of-00003.gguf"
+
+    def forged(path):
+        header = read_header(path)
+        number = header.metadata["split.no"] if path == first else np.array([1, 1])
+        return gguf.GgufHeader(header.metadata | {"split.no": number}, header.tensors)
+
+    monkeypatch.setattr(gguf, "read_header", forged)
+    with pytest.raises(mistral.CheckpointError, match="split.no must be a whole number"):
+        load(first)
+
+
 def test_an_absent_output_matrix_means_the_embedding(tmp_path):
     rewrite(FILES / "q4_k_m.gguf", tmp_path / "m.gguf", tensors=lambda name: name != "output.weight")
     for packed in (False, True):

@@ -51,11 +51,7 @@ def read_files(path: Path) -> GgufHeader:
 
     Only the first file of a set has the metadata; each has its own tensors.
     """
-    header = read_header(path)
-    try:
-        count, number = whole(header.metadata, "split.count", 1), whole(header.metadata, "split.no", 0)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    header, count, number = _read_part(path)
     if count in (0, 1):
         return header
     named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
@@ -67,11 +63,20 @@ def read_files(path: Path) -> GgufHeader:
         part = path.with_name(f"{named[1]}-{i:05d}-of-{named[3]}.gguf")
         if not part.is_file():
             raise CheckpointError(f"{part} is missing: the split set has {count} files")
-        more = read_header(part)
-        if more.metadata.get("split.no") != i - 1 or tensors.keys() & more.tensors.keys():
+        more, _, number = _read_part(part)
+        if number != i - 1 or tensors.keys() & more.tensors.keys():
             raise CheckpointError(f"{part} does not belong to the split set of {path.name}")
         tensors |= more.tensors
     return GgufHeader(header.metadata, tensors)
+
+
+def _read_part(path: Path) -> tuple[GgufHeader, int, int]:
+    """A file's header, how many files its set has, and which of them it is, counted from 0."""
+    header = read_header(path)
+    try:
+        return header, whole(header.metadata, "split.count", 1), whole(header.metadata, "split.no", 0)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def load_model(
