@@ -184,8 +184,8 @@ class RollingCache:
     def rewind(self, n: int | Tensor | Sequence[int]) -> None:
         """Forget the last n tokens of every row (or n[b] of row b). Reads n on the host.
 
-        Exact up to `slack` tokens behind the furthest point reached, and without limit while nothing was evicted.
-        Raises ValueError beyond that; the cache is as before then.
+        Exact up to `slack` tokens behind the furthest point reached, and without limit while nothing was evicted. All
+        of a row can always be forgotten. Raises ValueError beyond that; the cache is as before then.
         """
         counts = [n] * self.batch_size if isinstance(n, int) else [int(c) for c in n]
         if len(counts) != self.batch_size or min(counts) < 0:
@@ -197,13 +197,13 @@ class RollingCache:
         for length, count, peak in zip(after, counts, self.peaks_at_most):
             if length < 0:
                 raise ValueError(f"cannot forget {count} tokens of a row that holds {length + count}")
-            if count and peak > self.num_slots and peak - length > self.slack:
-                raise ValueError(
-                    f"cannot forget {count} tokens: {peak - length} behind the furthest point, and the slack is "
-                    f"{self.slack}; what they evicted is gone"
-                )
+            if length and peak > self.num_slots and peak - length > self.slack:
+                gone = f"{peak - length} behind the furthest point, and the slack is {self.slack}"
+                raise ValueError(f"cannot forget {count} tokens: {gone}; what they evicted is gone")
         self.lengths_at_most = after
+        self.peaks_at_most = [peak if length else 0 for peak, length in zip(self.peaks_at_most, after)]
         self.lengths -= torch.tensor(counts, device=self.lengths.device)
+        self.peaks.masked_fill_(self.lengths == 0, 0)
         self.slot_positions.masked_fill_(self.slot_positions >= self.lengths[:, None], -1)
 
     def _may_write_first(self, num_tokens: int, peak: int) -> bool:

@@ -13,7 +13,7 @@ from mistral.sampling import Sampling, next_ids, random_numbers
 
 
 class Engine(Protocol):
-    """The four methods that generation needs; `Decoder` is the reference, others are faster."""
+    """What generation needs; `Decoder` is the reference, others are faster."""
 
     config: Config
     batch_size: int
@@ -24,6 +24,12 @@ class Engine(Protocol):
 
     @property
     def logits(self) -> Tensor: ...
+
+    @property
+    def lengths(self) -> list[int]: ...
+
+    @property
+    def limit(self) -> int: ...
 
 
 class Decoder:
@@ -57,6 +63,17 @@ class Decoder:
         if 0 in self._cache.lengths_at_most:
             raise ValueError(f"row {self._cache.lengths_at_most.index(0)} is empty: read a prompt first")
         return self._logits
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens each row holds."""
+        return [cached + behind for cached, behind in zip(self._cache.lengths_at_most, self._behind)]
+
+    @property
+    def limit(self) -> int:
+        """How many tokens a row can hold."""
+        most = self.config.max_position_embeddings
+        return most if self._cache.wraps else min(most, self._cache.num_slots)
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Sequence[int]]) -> None:
@@ -94,12 +111,15 @@ class Decoder:
 
     @torch.inference_mode()
     def rewind(self, n: int | Sequence[int]) -> None:
-        """Forget the last n tokens of every row (or n[b] of row b). ValueError beyond what the cache can take back."""
+        """Forget the last n tokens of every row (or n[b] of row b).
+
+        All of a row can always be forgotten. ValueError beyond what the cache can take back otherwise.
+        """
         counts = [n] * self.batch_size if isinstance(n, int) else list(n)
         if len(counts) != self.batch_size or min(counts) < 0:
             raise ValueError(f"rewind takes one count of 0 or more for each of {self.batch_size} rows, not {counts}")
         cached, behind = self._cache.lengths_at_most, self._behind
-        stay = [c + b - n for c, b, n in zip(cached, behind, counts)]
+        stay = [length - n for length, n in zip(self.lengths, counts)]
         if min(stay) < 0:
             raise ValueError(f"cannot forget {counts} tokens of rows that hold {[s + n for s, n in zip(stay, counts)]}")
         # The logits behind the last token that stays are gone if the cache goes back. Then that token leaves it too,
@@ -120,12 +140,9 @@ class Decoder:
 
     def _append(self, ids: Tensor, counts: list[int]) -> None:
         """Write ids [B, T] (-1: none) behind what each row holds; the cache reads them later."""
-        lengths = [c + b + n for c, b, n in zip(self._cache.lengths_at_most, self._behind, counts)]
-        limit = self.config.max_position_embeddings
-        if not self._cache.wraps:
-            limit = min(limit, self._cache.num_slots)
-        if max(lengths) > limit:
-            raise ValueError(f"{max(lengths)} tokens in a row, and the limit here is {limit}")
+        lengths = [length + n for length, n in zip(self.lengths, counts)]
+        if max(lengths) > self.limit:
+            raise ValueError(f"{max(lengths)} tokens in a row, and the limit here is {self.limit}")
         T, room = ids.shape[1], self._history.shape[1]
         if max(lengths) + T > room:
             self._history = F.pad(self._history, (0, max(max(lengths) + T, 2 * room) - room), value=-1)

@@ -20,7 +20,12 @@ class Token(NamedTuple):
 
 
 class Constraint(Protocol):
-    """Says which ids may come next; a grammar, for example."""
+    """Says which ids may come next; a grammar, for example.
+
+    It may have one more method, `forced() -> list[int]`: ids of which each is the only one that may come, no stop token
+    among them. `generate` then appends them without asking the model: they cost one forward together instead of one
+    each.
+    """
 
     def mask(self) -> Tensor | None:
         """bool [V], True where an id is allowed; None: all are."""
@@ -111,7 +116,7 @@ def generate_batch(
 def generate_text(
     model_or_decoder: Mistral | Engine,
     tokenizer: Tokenizer,
-    text: str,
+    text: str | Sequence[int],
     sampling: Sampling,
     *,
     max_new_tokens: int,
@@ -122,7 +127,7 @@ def generate_text(
     prefix_space: bool = True,
     special: bool = False,
 ) -> Iterator[str]:
-    """Continue `text`; yields the new text in pieces, each final.
+    """Continue `text` (or the ids of a prompt); yields the new text in pieces, each final.
 
     stop          strings at which the text ends, wherever the tokens' borders fall; they are not part of it. The
                   first to be complete counts. One that spells a control token means that token.
@@ -138,15 +143,17 @@ def generate_text(
     config = model_or_decoder.config
     stop_tokens = config.eos_token_id if stop_tokens is None else stop_tokens
     control = {tokenizer.control_id(s) for s in stop} - {None}
+    if isinstance(text, str):
+        text = tokenizer.encode(text, bos=bos, special=special, prefix_space=prefix_space)
     ids = generate(
         model_or_decoder,
-        tokenizer.encode(text, bos=bos, special=special, prefix_space=prefix_space),
+        text,
         sampling,
         max_new_tokens=max_new_tokens,
         stop_tokens=(*stop_tokens, *control),
         constraint=_KnownTokens(tokenizer.vocab_size, config.vocab_size, constraint),
     )
-    return _text_until(ids, tokenizer, stop)
+    return text_until(ids, tokenizer, stop)
 
 
 def _steps(
@@ -162,7 +169,16 @@ def _steps(
     stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
     decoder.read(prompts)
     running = [True] * len(prompts)
-    for _ in range(max_new_tokens):
+    left = max_new_tokens
+    while left > 0:
+        if len(prompts) == 1 and not logprobs and (forced := _forced(constraints)[:left]):
+            decoder.read([forced])
+            for id in forced:
+                constraints[0].accept(id)
+                yield [id]
+            left -= len(forced)
+            continue
+        left -= 1
         logits = decoder.logits  # [B, V]
         mask = None if constraints is None else _stack_masks(constraints, running, logits)
         log_p = logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
@@ -183,6 +199,11 @@ def _steps(
         running = [alive and not end for alive, end in zip(running, ended)]
         if not any(running):
             return
+
+
+def _forced(constraints: Sequence[Constraint] | None) -> list[int]:
+    """The ids that a single row's constraint leaves no choice about."""
+    return constraints[0].forced() if constraints and hasattr(constraints[0], "forced") else []
 
 
 def _check_step(broken: list[int], forbidden: list[int], running: list[bool]) -> None:
@@ -240,9 +261,12 @@ class _KnownTokens:
             self._inner.accept(id)
 
 
-def _text_until(ids: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str]) -> Iterator[str]:
-    """Decode a stream of ids up to the first stop string, holding back what could be the beginning of one."""
-    stream, held = tokenizer.stream(), ""
+def text_until(ids: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str], start: bool = False) -> Iterator[str]:
+    """Decode a stream of ids up to the first stop string, holding back what could be the beginning of one.
+
+    start  the ids begin a text: see `Tokenizer.stream`
+    """
+    stream, held = tokenizer.stream(start), ""
     for id in ids:
         held += stream.feed(id)
         # Which one ends first; of two that end together, the longer

@@ -1,7 +1,9 @@
 """What the scripts share: the model's arguments, and ending in one clear line instead of a traceback."""
 
 import argparse
+import dataclasses
 import os
+import re
 import signal
 import sys
 import warnings
@@ -13,9 +15,13 @@ signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 import torch  # noqa: E402
 
 import mistral  # noqa: E402
+from mistral.chat.formats import FORMATS  # noqa: E402
 from mistral.memory import format_bytes  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,12 +42,13 @@ def parser(description: str, example: str) -> Parser:
 MODEL = "a checkpoint's folder, a GGUF file, or owner/repo on the hub (owner/repo:Q4_K_M for one of its GGUFs)"
 
 
-def add_model_arguments(to: argparse.ArgumentParser, optional: bool = True) -> None:
-    """MODEL, --device, --dtype, --window, --packed, --revision."""
+def add_model_arguments(to: argparse.ArgumentParser, optional: bool = True, name: str = "model") -> None:
+    """MODEL (or --model), --device, --dtype, --window, --packed, --revision."""
     if optional:
-        to.add_argument("model", nargs="?", help=MODEL + "; none: a small random one is made")
+        optionally = {} if name.startswith("-") else {"nargs": "?"}
+        to.add_argument(name, default="demo", help=MODEL + "; none: the demo of this package", **optionally)
     else:
-        to.add_argument("model", help=MODEL)
+        to.add_argument(name, help=MODEL)
     to.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     to.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's")
     to.add_argument(
@@ -63,16 +70,56 @@ def window(text: str) -> int | None | str:
     return int(text)
 
 
-def load(arguments: argparse.Namespace, source: str) -> tuple[mistral.Mistral, mistral.Tokenizer]:
+def load(arguments: argparse.Namespace) -> tuple[mistral.Mistral, mistral.Tokenizer]:
     """`mistral.load` with the arguments of `add_model_arguments`."""
+    introduce(arguments.model)
     return mistral.load(
-        source,
+        arguments.model,
         device=arguments.device,
         dtype=DTYPES.get(arguments.dtype),
         packed=arguments.packed,
         sliding_window=arguments.window,
         revision=arguments.revision,
     )
+
+
+def add_sampling_arguments(to: argparse.ArgumentParser, temperature: float) -> None:
+    """--max-new-tokens, --seed, and what `mistral.Sampling` takes."""
+    to.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    to.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
+    to.add_argument("--top-k", type=int, default=0, help="0: off (default)")
+    to.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
+    to.add_argument("--min-p", type=float, default=0.0, help="0: off (default)")
+    to.add_argument("--typical-p", type=float, default=1.0, help="1: off (default)")
+    to.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off (default)")
+    to.add_argument("--no-repeat-ngram-size", type=int, default=0, help="0: off (default)")
+    to.add_argument("--seed", type=int, help="none: another text every time")
+
+
+def sampling(arguments: argparse.Namespace) -> mistral.Sampling:
+    """The sampling that the arguments of `add_sampling_arguments` describe."""
+    names = [field.name for field in dataclasses.fields(mistral.Sampling)]
+    return mistral.Sampling(**{name: getattr(arguments, name) for name in names})
+
+
+def add_chat_arguments(to: argparse.ArgumentParser) -> None:
+    """--format and --max-tokens."""
+    to.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
+    to.add_argument("--max-tokens", type=int, help="room for a model without a window (default: what it was made for)")
+
+
+def printable(text: str) -> str:
+    """The text without control characters other than newlines and tabs: a model must not steer the terminal."""
+    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def introduce(model: str) -> None:
+    """What the demo is, where it is used."""
+    if model == "demo":
+        note(
+            "This is the demo: a Mistral of 5 million parameters, trained on made-up dialogues about tools, JSON and "
+            "this project. Name a folder, a GGUF file or owner/repo for a real one."
+        )
 
 
 def note(text: str) -> None:
@@ -105,9 +152,9 @@ def run(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except (mistral.MistralError, ValueError, OSError, OverflowError) as error:
+    except (mistral.MistralError, ValueError, OSError, OverflowError, RecursionError) as error:
         code = 1
-        note(f"error: {' '.join(str(error).split())}")
+        note(f"error: {printable(' '.join(str(error).split()))}")
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import common
 import torch
-from random_checkpoint import checkpoint
 from torch import Tensor, nn
 
 import mistral
@@ -40,10 +39,9 @@ def main() -> int:
     if args.packed:
         raise ValueError("transformers has no packed weights to compare with; leave out --packed")
 
-    with checkpoint(args.model) as source:
-        ours, tokenizer = common.load(args, source)
-        tokens = tokens_to_compare(args, ours, tokenizer)
-        theirs = load_theirs(local_path(source, args.revision), ours)
+    ours, tokenizer = common.load(args)
+    tokens = tokens_to_compare(args, ours, tokenizer)
+    theirs = load_theirs(local_path(args.model, args.revision), ours)
     mine, reference = record(ours, lambda: ours(tokens)), record(theirs, lambda: theirs(tokens, use_cache=False).logits)
     return report(mine, reference, ours.config.sliding_window, args.tolerance)
 

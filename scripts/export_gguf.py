@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import common
-from random_checkpoint import checkpoint
 
 from mistral.checkpoints.gguf_export import KINDS, export
 from mistral.memory import format_bytes
@@ -19,8 +18,7 @@ def main() -> None:
         raise ValueError(f"{args.output} exists; remove it or name another file")
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"{args.output.absolute().parent} is not a folder")
-    with checkpoint(args.model) as source:
-        model, tokenizer = common.load(args, source)
+    model, tokenizer = common.load(args)
     export(model, tokenizer, args.output, args.type)
     common.note(f"wrote {args.output}, {format_bytes(args.output.stat().st_size)}")
 

@@ -5,9 +5,9 @@ import sys
 import time
 
 import common
-from random_checkpoint import checkpoint
 
 import mistral
+from mistral.chat.formats import chat_format, encode_chat
 
 
 class Clock:
@@ -33,54 +33,43 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--special", action="store_true", help="parse control tokens such as <|im_start|> in the prompt"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message to answer, sent as a chat")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: 0.7)")
-    parser.add_argument("--top-k", type=int, default=0, help="0: off (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
-    parser.add_argument("--min-p", type=float, default=0.0, help="0: off (default)")
-    parser.add_argument("--typical-p", type=float, default=1.0, help="1: off (default)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off (default)")
-    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, help="0: off (default)")
-    parser.add_argument("--seed", type=int, help="none: another text every time")
-    return parser.parse_args()
+    common.add_sampling_arguments(parser, temperature=0.7)
+    args = parser.parse_args()
+    if args.chat and args.special:
+        raise ValueError("--chat writes the control tokens itself; leave out --special")
+    return args
 
 
 def main() -> None:
     args = arguments()
     prompt = prompt_text(args)
-    names = (
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "repetition_penalty",
-        "no_repeat_ngram_size",
-        "seed",
-    )
-    sampling = mistral.Sampling(**{name: getattr(args, name) for name in names})
-    with checkpoint(args.model) as folder:
-        model, tokenizer = common.load(args, folder)
+    sampling = common.sampling(args)
+    model, tokenizer = common.load(args)
+    ids, stop_tokens = tokenizer.encode(prompt, special=args.special), None
+    if args.chat:
+        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+        stop_tokens = chat_format(tokenizer).stop_ids(tokenizer)
     clock = Clock()
     pieces = mistral.generate_text(
         model,
         tokenizer,
-        prompt,
+        ids,
         sampling,
         max_new_tokens=args.max_new_tokens,
         stop=args.stop,
+        stop_tokens=stop_tokens,
         constraint=clock,
-        special=args.special,
     )
     interrupted = False
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(common.printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
     print(flush=True)
-    report(clock, len(tokenizer.encode(prompt, special=args.special)), model.device)
+    report(clock, len(ids), model.device)
     if interrupted:
         raise KeyboardInterrupt
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import common
 import numpy as np
 import torch
-from random_checkpoint import checkpoint
 
 from mistral.cache import cache_slots
 from mistral.checkpoints import consolidated, gguf, hugging_face
@@ -26,20 +25,20 @@ SAMPLE = 'Hello, world! {"naïve": [1, 234]}\n'
 
 def main() -> None:
     parser = common.parser(__doc__, "python scripts/inspect_checkpoint.py ~/Mistral-7B-v0.1")
-    parser.add_argument("model", nargs="?", help=common.MODEL + "; none: a small random one is made")
+    parser.add_argument("model", nargs="?", default="demo", help=common.MODEL + "; none: the demo")
     parser.add_argument("--revision", help="branch, tag or commit of a name on the hub")
     parser.add_argument("--all", action="store_true", help="list every tensor, not one line for all layers")
     args = parser.parse_args()
-    with checkpoint(args.model) as source:
-        path = local_path(source, args.revision)
-        if path.is_file():
-            inspect_gguf(path, args.all)
-        elif (path / "config.json").exists():
-            inspect_hugging_face(path, args.all)
-        elif (path / "params.json").exists():
-            inspect_consolidated(path, args.all)
-        else:
-            raise ValueError(f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)")
+    common.introduce(args.model)
+    path = local_path(args.model, args.revision)
+    if path.is_file():
+        inspect_gguf(path, args.all)
+    elif (path / "config.json").exists():
+        inspect_hugging_face(path, args.all)
+    elif (path / "params.json").exists():
+        inspect_consolidated(path, args.all)
+    else:
+        raise ValueError(f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)")
 
 
 def inspect_hugging_face(path: Path, every: bool) -> None:

@@ -1,9 +1,6 @@
 """Write a small Mistral with random weights, in Hugging Face's layout: to try the scripts without a download."""
 
 import io
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import common
@@ -66,18 +63,6 @@ def write_random_checkpoint(
     )
     torch.manual_seed(seed)
     save(mistral.Mistral(config).to(torch.bfloat16), tokenizer, folder)
-
-
-@contextmanager
-def checkpoint(model: str | None) -> Iterator[str]:
-    """What was named, or a random checkpoint that lives as long as the context."""
-    if model is not None:
-        yield model
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        common.note("No model was named: this is a small random one, and what it writes is noise. Name a checkpoint.")
-        write_random_checkpoint(Path(folder))
-        yield folder
 
 
 def main() -> None:

@@ -318,3 +318,16 @@ def test_a_forward_on_a_gpu_never_waits():
         model(tokens[:, :3], cache, lengths=torch.tensor([3, 1], device="cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_all_of_a_row_can_be_forgotten_even_when_the_window_has_rolled():
+    model, tokens = small.model(), small.tokens(2, 30)
+    cache = model.new_cache(2)
+    model(tokens, cache)
+    with pytest.raises(ValueError, match="gone"):
+        cache.rewind(3)
+    cache.rewind(cache.lengths)
+    assert torch.equal(model(tokens[:, 5:], cache), model(tokens[:, 5:], model.new_cache(2)))
+    cache.rewind([0, 25])
+    again = model(tokens[:, :9], cache, lengths=[0, 9])[1]
+    assert torch.allclose(again, model(tokens[:, :9], model.new_cache(2), lengths=[0, 9])[1], rtol=0, atol=1e-12)

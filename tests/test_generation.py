@@ -365,7 +365,7 @@ def test_a_stop_string_ends_the_text_wherever_the_tokens_break(with_true_tokeniz
 
 
 def test_the_stop_string_that_is_complete_first_counts_however_the_text_is_cut():
-    from mistral.generation import _text_until
+    from mistral.generation import text_until
 
     class Pieces:
         """A tokenizer whose ids are places in a list of pieces."""
@@ -373,7 +373,7 @@ def test_the_stop_string_that_is_complete_first_counts_however_the_text_is_cut()
         def __init__(self, pieces):
             self.pieces = pieces
 
-        def stream(self):
+        def stream(self, start):
             return self
 
         def feed(self, id):
@@ -390,7 +390,7 @@ def test_the_stop_string_that_is_complete_first_counts_however_the_text_is_cut()
         for _ in range(6):
             cuts = sorted(generator.sample(range(13), generator.randint(0, 8)))
             pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12])]
-            results.add("".join(_text_until(iter(range(len(pieces))), Pieces(pieces), stop)))
+            results.add("".join(text_until(iter(range(len(pieces))), Pieces(pieces), stop)))
         ends = [text.find(s) + len(s) for s in stop if s in text]
         expected = (
             text
@@ -435,3 +435,55 @@ def test_control_tokens_in_a_prompt_are_text_unless_asked(with_true_tokenizer):
         assert read == [1, 32001, 2188, 13]
     finally:
         handle.remove()
+
+
+class Half:
+    """A constraint that leaves no choice for every second pair of ids, and says so."""
+
+    def __init__(self, forced):
+        self.accepted, self.asked, self._forced = [], 0, forced
+
+    def mask(self):
+        self.asked += 1
+
+    def forced(self):
+        return self._forced if len(self.accepted) % 4 == 2 else []
+
+    def accept(self, id):
+        self.accepted.append(id)
+
+
+def test_ids_without_a_choice_are_appended_together_without_asking_the_model(monkeypatch):
+    model = small.model(sliding_window=8)
+    reads = []
+    decoder = mistral.Decoder(model)
+    read = decoder.read
+    monkeypatch.setattr(decoder, "read", lambda rows: (reads.append(rows[0]), read(rows)))
+    constraint = Half([7, 9])
+    options = dict(max_new_tokens=11, stop_tokens=())
+    ids = list(mistral.generate(decoder, [1, 5], mistral.Sampling(temperature=0), constraint=constraint, **options))
+    assert reads == [[1, 5], [7, 9], [7, 9], [7]]
+    assert ids == constraint.accepted
+    assert (len(ids), constraint.asked) == (11, 6)
+    assert [ids[i : i + 2] for i in (2, 6)] == [[7, 9], [7, 9]]
+    # The chosen ones are what the model says behind those that were forced.
+    for i in (0, 1, 4, 5, 8, 9):
+        assert ids[i] == model(torch.tensor([[1, 5, *ids[:i]]]), last_only=True).argmax().item()
+
+
+def test_ids_without_a_choice_count_against_the_limit():
+    constraint = Half([7, 9, 11])
+    ids = list(
+        mistral.generate(
+            small.model(), [1], mistral.Sampling(temperature=0), constraint=constraint, max_new_tokens=4, stop_tokens=()
+        )
+    )
+    assert ids[2:] == [7, 9]
+
+
+def test_text_may_be_given_as_ids():
+    model, tokenizer = mistral.load(small.DATA / "small", device="cpu")
+    options = dict(max_new_tokens=8)
+    greedy = mistral.Sampling(temperature=0)
+    of_text = list(mistral.generate_text(model, tokenizer, "Hello there", greedy, **options))
+    assert list(mistral.generate_text(model, tokenizer, tokenizer.encode("Hello there"), greedy, **options)) == of_text

@@ -32,7 +32,8 @@ def test_the_first_command_runs_and_says_what_it_is():
     result = subprocess.run([sys.executable, *arguments[1:]], cwd=small.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.strip()) > 20
-    assert "small random one" in result.stderr
+    assert "This is the demo" in result.stderr
+    assert "Name a folder, a GGUF file or owner/repo" in result.stderr
     assert "tokens/s" in result.stderr
     assert "peak memory" in result.stderr
 

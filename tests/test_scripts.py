@@ -13,6 +13,8 @@ import warnings
 import pytest
 import small
 
+import mistral
+
 SMALL = str(small.DATA / "small")
 
 
@@ -278,3 +280,88 @@ def test_a_reader_that_leaves_is_no_error(hermes):
     assert len(result.stdout) == 5
     assert b"Traceback" not in result.stderr
     assert b"Error" not in result.stderr
+
+
+def test_a_chat_in_the_terminal_answers_obeys_commands_and_keeps_the_conversation(tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    typed = f"Hello!\n/system Be brief.\n/nothing\nWhat is\\\nGGUF?\n/save {saved}\n/reset\n/load {saved}\n/quit\n"
+    result = run("chat", "--temperature", 0, "--max-new-tokens", 40, input=typed)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("tokens/s") == 2
+    assert "error: there is no command /nothing" in result.stderr
+    head, *messages = map(json.loads, saved.read_text().splitlines())
+    assert head["format"] == "chatml"
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[1]["content"] == "What is\nGGUF?"
+    assert messages[2]["content"].strip() in result.stdout
+
+
+def test_function_calling_shows_the_call_its_result_and_the_answer(run_here, tmp_path):
+    code, out, err = run_here("function_calling", "--prompt", "What is 12 * 7?", "--tool-choice", "calculate")
+    assert code == 0, err
+    assert "call    calculate(" in out
+    assert "result  " in out or "error  " in out
+    assert "without asking the model" in err
+    (tmp_path / "mine.py").write_text(
+        "from mistral.chat import tool\n\n@tool\ndef lucky() -> int:\n    '''Tell a lucky number.'''\n    return 7\n"
+    )
+    options = ("--tools", tmp_path / "mine.py", "--tool-choice", "required", "--prompt", "A number?")
+    code, out, _ = run_here("function_calling", *options)
+    assert (code, "call    lucky({})" in out, "result  7" in out) == (0, True, True)
+
+
+def test_json_mode_prints_json_that_follows_the_schema(run_here, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}))
+    code, out, err = run_here("json_mode", "--schema", schema, "--prompt", "Make n 5.")
+    assert code == 0, err
+    assert list(json.loads(out)) == ["n"]
+    assert isinstance(json.loads(out)["n"], int)
+
+
+def test_made_up_schemas_are_answered_validly_by_the_demo_and_by_noise(run_here):
+    code, out, err = run_here("stress_grammar", "--schemas", 24, "--batch-size", 12, "--max-new-tokens", 300)
+    assert code == 0, out + err
+    for line in out.splitlines():
+        counts = json.loads(line.split(": ", 1)[1].split(", mean")[0])
+        assert counts["hung"] == counts["invalid"] == 0
+        assert counts["valid"] >= 12
+
+
+def test_training_the_demo_goes_on_where_it_stopped(run_here, tmp_path):
+    assert run_here("train_demo", tmp_path, "--steps", 1)[0] == 0
+    code, _, err = run_here("train_demo", tmp_path, "--steps", 2)
+    assert code == 0, err
+    assert "going on at step 1" in err
+    model, _ = mistral.load(tmp_path / "demo.gguf", device="cpu")
+    assert model.config.sliding_window == 1024
+    code, _, err = run_here("train_demo", tmp_path, "--steps", 3, "--seed", 1)
+    assert (code, "was begun with --seed 0" in err) == (1, True)
+
+
+def test_the_demo_is_measured_and_its_page_written(run_here, tmp_path):
+    page = tmp_path / "demo.md"
+    code, out, err = run_here("measure_demo", "--requests", 2, "--page", page)
+    assert code == 0, err
+    assert "| calls, all of the above | 6 |" in out
+    assert page.read_text().startswith("# The demo")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "words"),
+    [
+        ("function_calling", ("--tools", "/nowhere.py"), "/nowhere.py does not exist"),
+        ("function_calling", ("--tools", "README.md"), "cannot be run"),
+        ("function_calling", ("--tool-choice", "fly", "--prompt", "x"), "no tool 'fly'"),
+        ("json_mode", ("--schema", "README.md", "--prompt", "x"), "is no JSON"),
+        ("json_mode", ("--schema", "/nowhere.json", "--prompt", "x"), "cannot be read"),
+        ("chat", ("--load", "README.md"), "README.md, line 1, is no JSON"),
+        ("train_demo", ("/tmp/never", "--steps", 0), "--steps must be 1 or more"),
+        ("stress_grammar", ("--schemas", 0), "must be 1 or more"),
+        ("measure_demo", ("--requests", 0), "must be 1 or more"),
+    ],
+)
+def test_bad_input_to_the_chat_scripts_is_one_clear_line(run_here, script, arguments, words):
+    code, _, err = run_here(script, *arguments)
+    assert code in (1, 2)
+    assert words in err.splitlines()[-1]

@@ -11,6 +11,8 @@ from mistral.errors import CheckpointError
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
 
+DEMO = Path(__file__).parents[1] / "demo/demo.gguf"
+
 
 def load(
     source: str | PathLike[str],
@@ -25,7 +27,8 @@ def load(
 
     source          a folder in Hugging Face's layout (config.json, model.safetensors or shards with an index,
                     tokenizer.model) or in Mistral's own (params.json, consolidated.*), a GGUF file (the first of a
-                    split set), or a name on the hub: "owner/repo", "owner/repo:Q4_K_M" for one of several GGUFs
+                    split set), a name on the hub: "owner/repo", "owner/repo:Q4_K_M" for one of several GGUFs,
+                    or "demo", a small Mistral that comes with this package ("./demo" is a folder of that name)
     device          None: CUDA where there is one, else the CPU
     dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint (bfloat16 for quantised ones)
     packed          keep the blocks of a quantised GGUF as they are and unpack them as they are used: the memory of
@@ -52,7 +55,7 @@ def load(
 
 def local_path(source: str | PathLike[str], revision: str | None = None) -> Path:
     """The file or folder that `source` names, downloaded if it is a name on the hub. CheckpointError if it is none."""
-    path = Path(source).expanduser()
+    path = DEMO if source == "demo" else Path(source).expanduser()
     if path.exists():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for names on the hub, and {source} is a local path")
@@ -60,7 +63,7 @@ def local_path(source: str | PathLike[str], revision: str | None = None) -> Path
     if isinstance(source, str) and hub.is_name(source):
         return hub.download(source, revision)
     raise CheckpointError(
-        f"{source} does not exist; name a folder with a checkpoint, a GGUF file, or owner/repo on the hub"
+        f"{source} does not exist; name a folder with a checkpoint, a GGUF file, owner/repo on the hub, or demo"
     )
 
 

@@ -1,0 +1,23 @@
+"""The chat driver: messages to ids, function calling, answers in JSON."""
+
+from mistral.chat.conversation import Conversation
+from mistral.chat.events import Call, End, Error, Result, Text
+from mistral.chat.formats import encode_chat
+from mistral.chat.structured import generate_json
+from mistral.chat.tool_calls import ToolCallStream, parse_tool_calls
+from mistral.chat.tools import Tool, tool
+
+__all__ = [
+    "Call",
+    "Conversation",
+    "End",
+    "Error",
+    "Result",
+    "Text",
+    "Tool",
+    "ToolCallStream",
+    "encode_chat",
+    "generate_json",
+    "parse_tool_calls",
+    "tool",
+]

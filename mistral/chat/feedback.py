@@ -1,0 +1,35 @@
+"""What the model is told about a call that went wrong, in the words of Hermes-Function-Calling.
+
+One tag there is left open by mistake; here it is closed. Source: https://github.com/NousResearch/Hermes-Function-Calling
+"""
+
+AGAIN = "Please call this function again with correct arguments within XML tags <tool_call></tool_call>"
+
+
+def not_readable(problem: str) -> str:
+    """The model wrote a call that cannot be read."""
+    return (
+        f"There was an error parsing function calls\nHere's the error stack trace: {problem}\n"
+        "Please call the function again with correct syntax"
+    )
+
+
+def not_valid(name: str, problem: str) -> str:
+    """The function does not exist, or its schema does not allow the arguments."""
+    return (
+        f"There was an error validating function call against function signature: {name}\n"
+        f"Here's the error traceback: {problem}\n{AGAIN}"
+    )
+
+
+def not_executed(name: str, problem: str) -> str:
+    """The function failed, gave back what JSON cannot hold, or took too long."""
+    return f"There was an error when executing the function: {name}\nHere's the error traceback: {problem}\n{AGAIN}"
+
+
+def not_json(attempt: int, problem: str) -> str:
+    """An answer in JSON mode is not valid. There the model sees the error only; here its answer stays before it."""
+    return (
+        f"Agent iteration {attempt} to assist with user query\nJson schema validation failed\n"
+        f"Here's the error stacktrace: {problem}\nPlease return correct json object"
+    )

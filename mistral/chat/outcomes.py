@@ -1,0 +1,42 @@
+"""Calls that a model wrote, run: each becomes an event for the listener and a message for the model."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mistral.chat import feedback
+from mistral.chat.events import Call, Error, Event, Result
+from mistral.chat.tools import ArgumentError, Tool, ToolError, check_arguments, run_tool
+
+Outcome = tuple[Event, dict[str, Any]]
+
+
+def outcome(call: Call, tools: Mapping[str, Tool], time_limit: float | None) -> Outcome:
+    """Check one call and run it. Whatever goes wrong in it is told to the model; only registered tools are run."""
+    message = {"role": "tool", "name": call.name}
+    try:
+        if call.name not in tools:
+            raise ArgumentError(f"No matching function signature found for function: {call.name}")
+        check_arguments(tools[call.name], call.arguments)
+    except ArgumentError as error:
+        return Error(str(error)), message | {"error": feedback.not_valid(call.name, str(error))}
+    try:
+        content = run_tool(tools[call.name], call.arguments, time_limit)
+    except ToolError as error:
+        return Error(str(error)), message | {"error": feedback.not_executed(call.name, str(error))}
+    return Result(call.name, content), message | {"content": json.dumps(content)}
+
+
+def outcomes(calls: Sequence[Call], tools: Mapping[str, Tool], time_limit: float | None) -> Iterator[Outcome]:
+    """One call after the other, each when it is asked for."""
+    return (outcome(call, tools, time_limit) for call in calls)
+
+
+def outcomes_together(calls: Sequence[Call], tools: Mapping[str, Tool], time_limit: float | None) -> list[Outcome]:
+    """All calls at the same time, in threads; what they gave, in the order of the calls."""
+    pool = ThreadPoolExecutor(max(len(calls), 1))
+    try:
+        return list(pool.map(lambda call: outcome(call, tools, time_limit), calls))
+    finally:  # Ctrl-C does not wait for them
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""How good a model is: the model card's scoring rules, corrected ones, and an adapter for lm-evaluation-harness."""

@@ -1,0 +1,142 @@
+"""Chat with a model in the terminal. /help lists the commands; a line that ends with \\ goes on in the next one."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import common
+
+from mistral.chat import Conversation, events
+
+HELP = """/reset          forget what was said
+/system TEXT    begin anew with this system message (none: without one)
+/save FILE      write the conversation as JSON lines
+/load FILE      go on with a saved one
+/help           this list
+/quit           leave (or Ctrl-D)
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next one.
+A line of \"\"\" begins a longer text, and another one ends it."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__, "python scripts/chat.py NousResearch/Hermes-2-Pro-Mistral-7B --system 'Be brief.'")
+    common.add_model_arguments(parser)
+    parser.add_argument("--system", help="the system message")
+    parser.add_argument("--load", type=Path, help="go on with a conversation that /save wrote")
+    common.add_chat_arguments(parser)
+    common.add_sampling_arguments(parser, temperature=0.7)
+    args = parser.parse_args()
+    if args.load and (args.system or args.format):
+        raise ValueError("a conversation that is loaded has its own system message and format; leave out the options")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    options = dict(sampling=common.sampling(args), max_new_tokens=args.max_new_tokens, max_tokens=args.max_tokens)
+    model, tokenizer = common.load(args)
+
+    def begin(system: str | None) -> Conversation:
+        return Conversation(model, tokenizer, system=system, format=args.format, **options)
+
+    def resume(path: Path) -> Conversation:
+        return Conversation.load(path, model, tokenizer, **options)
+
+    conversation = resume(args.load) if args.load else begin(args.system)
+    common.note(f"format {conversation.format}; /help lists the commands")
+    while (text := read_message()) is not None:
+        if text.startswith("/") and "\n" not in text:
+            try:
+                conversation = command(text, conversation, begin, resume)
+            except EOFError:
+                return
+            except (ValueError, OSError) as error:
+                common.note(f"error: {error}")
+        elif text:
+            answer(conversation, text)
+
+
+def read_message() -> str | None:
+    """What the person types, perhaps several lines; None at the end of the input."""
+    lines: list[str] = []
+    try:
+        line = input("> " if sys.stdin.isatty() else "")
+        if line.strip() == '"""':
+            while (line := input()).strip() != '"""':
+                lines.append(line)
+            return "\n".join(lines)
+        while line.endswith("\\"):
+            lines.append(line[:-1])
+            line = input()
+        return "\n".join([*lines, line]).strip()
+    except EOFError:
+        return "\n".join(lines) if lines else None
+    except UnicodeDecodeError as error:
+        common.note(f"error: that was no UTF-8: {error}")
+        return ""
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
+def command(
+    text: str,
+    conversation: Conversation,
+    begin: Callable[[str | None], Conversation],
+    resume: Callable[[Path], Conversation],
+) -> Conversation:
+    """Do what a line beginning with / says; the conversation to go on with. EOFError: leave."""
+    name, _, rest = text.partition(" ")
+    if name in ("/save", "/load") and not rest:
+        raise ValueError(f"{name} needs the name of a file")
+    match name:
+        case "/quit" | "/exit":
+            raise EOFError
+        case "/reset":
+            conversation.reset()
+        case "/system":
+            conversation = begin(rest or None)
+        case "/save":
+            conversation.save(rest)
+            common.note(f"wrote {rest}")
+        case "/load":
+            conversation = resume(Path(rest))
+            common.note(f"{len(conversation.messages)} messages")
+        case "/help":
+            common.note(HELP)
+        case _:
+            raise ValueError(f"there is no command {name}; /help lists them")
+    return conversation
+
+
+def answer(conversation: Conversation, text: str) -> None:
+    """Print the answer as it comes, and then what it took."""
+    before, start, first = conversation.tokens_written, time.perf_counter(), None
+    reason = "stopped"
+    try:
+        for event in conversation.say(text):
+            if isinstance(event, events.Text):
+                first = first or time.perf_counter()
+                print(common.printable(event.text), end="", flush=True)
+            elif isinstance(event, events.End):
+                reason = event.reason
+    except KeyboardInterrupt:
+        pass
+    except ValueError as error:
+        print("\n" if first else "", end="", flush=True)
+        common.note(f"error: {error}")
+        return
+    end, written = time.perf_counter(), conversation.tokens_written - before
+    print(flush=True)
+    window, length = conversation.decoder.config.sliding_window, conversation.tokens_held
+    rolled = f", {length - window:,} have left the window" if window and length > window else ""
+    rate = f"{(written - 1) / (end - first):.1f} tokens/s" if first and written > 1 else "no rate"
+    waited = f"{(first or end) - start:.2f} s to the first"
+    ended = "" if reason == "stop" else f" | ended: {reason}"
+    common.note(f"[{written} tokens, {rate}, {waited} | {length:,} tokens in all{rolled}{ended}]")
+
+
+if __name__ == "__main__":
+    common.run(main)

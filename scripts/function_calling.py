@@ -1,0 +1,126 @@
+"""Ask a model that can call functions; shows each call, its result and the answer. Without --prompt it asks you."""
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import common
+
+from mistral.chat import Conversation, events
+from mistral.chat.formats import render_chat
+from mistral.chat.tools import Tool
+
+TOOLS = Path(__file__).with_name("example_tools.py")
+
+
+def arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__, 'python scripts/function_calling.py --prompt "How many miles are 42 kilometers?"')
+    common.add_model_arguments(parser)
+    parser.add_argument("--prompt", action="append", help="what to ask; repeatable: a conversation")
+    parser.add_argument(
+        "--tools", type=Path, default=TOOLS, help="a Python file that makes tools with @tool; it is run"
+    )
+    parser.add_argument("--tool-choice", default="auto", help="auto, none, required, or a tool's name (default: auto)")
+    parser.add_argument("--no-grammar", action="store_true", help="do not constrain calls to the tools' schemas")
+    parser.add_argument("--parallel", action="store_true", help="run the functions of one answer at the same time")
+    parser.add_argument("--max-rounds", type=int, default=5, help="answers to one question (default: 5)")
+    parser.add_argument("--time-limit", type=float, default=30.0, help="seconds for one function (default: 30)")
+    parser.add_argument("--show-prompt", action="store_true", help="print how the tools are described to the model")
+    common.add_chat_arguments(parser)
+    common.add_sampling_arguments(parser, temperature=0.0)
+    args = parser.parse_args()
+    if args.time_limit <= 0:
+        raise ValueError("--time-limit must be more than 0 seconds")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    tools, sampling = read_tools(args.tools), common.sampling(args)
+    model, tokenizer = common.load(args)
+    conversation = Conversation(
+        model,
+        tokenizer,
+        tools=tools,
+        sampling=sampling,
+        grammar=not args.no_grammar,
+        tool_choice=args.tool_choice,
+        max_rounds=args.max_rounds,
+        max_new_tokens=args.max_new_tokens,
+        max_tokens=args.max_tokens,
+        format=args.format,
+        time_limit=args.time_limit,
+        parallel=args.parallel,
+    )
+    common.note(f"format {conversation.format}, tools: {', '.join(conversation.tools)}")
+    if args.show_prompt:
+        messages = [{"role": "user", "content": "..."}]
+        print(render_chat(tokenizer, messages, tools=tools, format=conversation.format), "\n")
+    for prompt in args.prompt or asked():
+        if args.prompt:
+            print(f"> {prompt}")
+        try:
+            show(conversation.say(prompt))
+        except (ValueError, KeyboardInterrupt) as error:
+            if args.prompt:
+                raise
+            common.note(f"error: {error}" if str(error) else "stopped")
+    common.note(
+        f"[{conversation.tokens_read} tokens read, {conversation.tokens_written} written, "
+        f"{conversation.tokens_saved} of them without asking the model]"
+    )
+
+
+def read_tools(path: Path) -> list[Tool]:
+    """The tools that a Python file makes, in its order."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; --tools takes a Python file that makes tools with @tool")
+    try:
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    tools = list({id(value): value for value in names.values() if isinstance(value, Tool)}.values())
+    if not tools:
+        raise ValueError(f"{path} makes no tools; decorate functions with mistral.chat.tool")
+    return tools
+
+
+def asked() -> Iterator[str]:
+    """What a person types, line by line, until the input ends."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            print()
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def show(answer) -> None:
+    """Print events as they come: text as it is, calls and results on lines of their own."""
+    within_line = False
+    for event in answer:
+        if isinstance(event, events.Text):
+            print(common.printable(event.text), end="", flush=True)
+            within_line = not event.text.endswith("\n")
+            continue
+        print("\n" if within_line else "", end="", flush=True)
+        within_line = False
+        if isinstance(event, events.Call):
+            line = f"  call    {event.name}({json.dumps(event.arguments, ensure_ascii=False)})"
+        elif isinstance(event, events.Result):
+            line = f"  result  {json.dumps(event.content, ensure_ascii=False)}"
+        elif isinstance(event, events.Error):
+            line = f"  error   {event.message}"
+        else:
+            line = "" if event.reason == "stop" else f"  ended   {event.reason}"
+        print(common.printable(line) + "\n" * bool(line), end="", flush=True)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,80 @@
+"""Ask for JSON that follows a schema; the answer goes to stdout."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import common
+
+from mistral.chat import generate_json
+from mistral.chat.formats import FORMATS
+from mistral.chat.structured import JSONError, read_schema
+
+EXAMPLE = {
+    "title": "Person",
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "city": {"type": "string"},
+        "member": {"type": "boolean"},
+    },
+    "required": ["name", "age", "city", "member"],
+}
+PROMPT = "Make a person named Clara Diaz, with age 42, in Lisbon, with member on."
+
+
+def arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__, 'python scripts/json_mode.py --schema person.json --prompt "Ada, 36, from London"')
+    common.add_model_arguments(parser)
+    parser.add_argument("--schema", type=Path, help="a file with a JSON schema (default: a built-in example)")
+    parser.add_argument("--prompt", help="what to ask; none: what is piped in, or with the example a built-in request")
+    parser.add_argument(
+        "--no-grammar", action="store_true", help="only validate the answer, and let the model try again"
+    )
+    parser.add_argument("--retries", type=int, default=3, help="how often it may try again (default: 3)")
+    parser.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
+    common.add_sampling_arguments(parser, temperature=0.0)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    schema = read_schema(args.schema or EXAMPLE)
+    prompt = args.prompt
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read().strip()
+        prompt = prompt or (PROMPT if args.schema is None else "")
+    if not prompt:
+        raise ValueError('there is no prompt: give --prompt "some text", or pipe a text in')
+    if args.retries < 0:
+        raise ValueError("--retries must be 0 or more")
+    sampling = common.sampling(args)
+    model, tokenizer = common.load(args)
+    common.note(f"> {prompt}")
+    start = time.perf_counter()
+    try:
+        answer = generate_json(
+            model,
+            tokenizer,
+            prompt,
+            schema,
+            sampling=sampling,
+            grammar=not args.no_grammar,
+            max_new_tokens=args.max_new_tokens,
+            retries=args.retries,
+            format=args.format,
+        )
+    except JSONError as error:
+        common.note(f"error: {common.printable(str(error))}; the last answer was:")
+        print(common.printable(error.text))
+        return 1
+    print(common.printable(json.dumps(answer, indent=2, ensure_ascii=False)))
+    common.note(f"[valid after {time.perf_counter() - start:.1f} s]")
+    return 0
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,183 @@
+"""The bundled demo: what it is, what it can do, and how it is made."""
+
+import runpy
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import small
+import torch
+
+import mistral
+from mistral.chat.chatml import begin_turn
+from mistral.chat.formats import encode_chat
+from mistral.chat.grammar import tool_call_constraint
+from mistral.chat.prompts import tool_prompt
+from mistral.chat.structured import generate_json
+from mistral.chat.tool_calls import parse_tool_calls
+from mistral.checkpoints.load import DEMO
+from mistral.demo import training
+from mistral.demo.dialogues import dialogue, record, unseen_request
+from mistral.demo.everyday import EVERYDAY
+from mistral.demo.inventions import make_noun, make_tools, request
+from mistral.demo.words import CITIES, NOUNS, pseudo_word, split
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return mistral.load("demo", device="cpu")
+
+
+def answer(demo, system, user, **options):
+    model, tokenizer = demo
+    messages = [{"role": "system", "content": system}] if system else []
+    ids = encode_chat(tokenizer, [*messages, {"role": "user", "content": user}])
+    pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), max_new_tokens=150)
+    return "".join(pieces)
+
+
+def test_it_is_a_small_mistral_that_every_block_type_fits(demo):
+    model, tokenizer = demo
+    assert DEMO.stat().st_size <= 8e6
+    assert 3e6 <= model.config.num_parameters <= 6e6
+    assert model.config.hidden_size % 256 == model.config.intermediate_size % 256 == 0
+    assert model.config.sliding_window == 1024
+    assert replace(model.config, rms_norm_eps=1e-5) == training.CONFIG  # a GGUF has 32 bits of it
+    packed, _ = mistral.load("demo", device="cpu", packed=True)
+    assert packed.model.layers[0].mlp.up_proj.kind.name == "Q8_0"
+    assert tokenizer.vocab_size < model.config.vocab_size  # rows without a token, as in Hermes-2-Pro
+
+
+def test_its_tokenizer_has_mistrals_settings_and_chatmls_tokens(demo):
+    _, tokenizer = demo
+    assert [tokenizer.control_id(text) for text in ("<|im_end|>", "<|im_start|>")] == [1000, 1001]
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 1000)
+    assert tokenizer.adds_space
+    for text in ("two  spaces", "1234", "naïve Ж 🪟", " leading", "a\n\nb\t"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("12345", bos=False)) == 6  # a piece for each digit, and the space before them
+
+
+def test_demo_means_the_bundled_file_and_a_path_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    model, _ = mistral.load("demo", device="cpu")
+    assert replace(model.config, rms_norm_eps=1e-5) == training.CONFIG  # a GGUF has 32 bits of it
+    with pytest.raises(mistral.CheckpointError, match=r"no config\.json"):
+        mistral.load("./demo", device="cpu")
+
+
+def test_llama_cpp_gives_the_demos_logits(demo):
+    recorded = np.load(small.DATA / "demo_llama_cpp.npz")
+    model, _ = demo
+    with torch.no_grad():
+        logits = model(torch.from_numpy(recorded["tokens"])[None])[0]
+    assert (logits - torch.from_numpy(recorded["f32"])).abs().max() < 1e-4
+    # On the file itself llama.cpp rounds the activations to 8 bits, too.
+    assert (logits - torch.from_numpy(recorded["q8_0"])).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "arguments"),
+    [
+        ("What is 12 * 7?", "calculate", {"expression": "12 * 7"}),
+        (
+            "Convert 26 miles to kilometers.",
+            "convert_units",
+            {"value": 26, "from_unit": "miles", "to_unit": "kilometers"},
+        ),
+        ("How many words are in README.md?", "count_words", {"path": "README.md"}),
+    ],
+)
+def test_it_calls_the_scripts_tools(demo, text, name, arguments):
+    tools = [tool for tool, _ in EVERYDAY[:4]]
+    (call,) = parse_tool_calls(answer(demo, tool_prompt(tools), text)).calls
+    assert (call.name, call.arguments) == (name, arguments)
+
+
+def test_it_calls_functions_that_it_never_saw(demo):
+    model, tokenizer = demo
+    random, right = Random(7), 0
+    for _ in range(10):
+        tools, text, expected = unseen_request(random, num_tools=1)
+        ids = encode_chat(tokenizer, [{"role": "user", "content": text}], tools=tools)
+        constraint = tool_call_constraint(tokenizer, model.config.vocab_size, tools)
+        options = dict(max_new_tokens=150, constraint=constraint)
+        pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), **options)
+        calls = parse_tool_calls("".join(pieces)).calls
+        right += [(call.name, call.arguments) for call in calls] == expected
+    assert right >= 4
+
+
+def test_it_answers_in_json(demo):
+    random, exact = Random(7), 0
+    for _ in range(6):
+        schema, text, wanted = record(random, held_out=True)
+        value = generate_json(*demo, text, schema)
+        assert value.keys() == schema["properties"].keys()
+        exact += value == wanted
+    assert exact >= 2
+
+
+def test_the_scripts_tools_are_described_as_in_training():
+    tools = runpy.run_path(str(small.ROOT / "scripts/example_tools.py"))
+    for trained, _ in EVERYDAY[:4]:
+        offered = tools[trained["name"]].schema()["function"]
+        assert {**offered, "return": None} == {**trained, "return": None}
+        assert list(offered["parameters"]["properties"]) == list(trained["parameters"]["properties"])
+
+
+def test_dialogues_repeat_with_their_seed_and_differ_without():
+    assert dialogue(Random(3)) == dialogue(Random(3))
+    assert len({str(dialogue(Random(seed))) for seed in range(50)}) == 50
+
+
+def test_words_of_the_tests_are_never_trained_on():
+    random = Random(0)
+    kept = set(split(NOUNS, held_out=True))
+    trained = {word for _ in range(3000) for word in make_noun(random, held_out=False).split()}
+    tested = {word for _ in range(3000) for word in make_noun(random, held_out=True).split()}
+    assert trained & tested <= {"light"}  # a noun that is kept, and an adjective that is not
+    assert len(tested & kept) > 0.9 * len(kept)
+    assert not set(split(CITIES, True)) & set(split(CITIES, False))
+    assert not {pseudo_word(random, True) for _ in range(500)} & {pseudo_word(random, False) for _ in range(500)}
+
+
+def test_a_request_says_every_value_that_its_arguments_have():
+    random = Random(1)
+    for _ in range(200):
+        tools, text, calls = unseen_request(random)
+        assert {call.name for call in calls} <= {tool["name"] for tool in tools}
+        for value in [value for call in calls for value in call.arguments.values()]:
+            parts = value if isinstance(value, list) else [value]
+            assert all(str(part) in text for part in parts if not isinstance(part, bool))
+    tool = make_tools(random, held_out=False)[0]
+    assert tool.noun in request(random, tool, {})
+
+
+def test_training_text_is_what_the_chat_driver_sends_and_only_answers_count_fully(demo):
+    _, tokenizer = demo
+    for seed in range(20):
+        turns = dialogue(Random(seed))
+        ids, weights = training.encode(tokenizer, turns)
+        plain = [(turn.role, turn.content) for turn in turns]
+        if "tool" not in dict(plain):
+            messages = [{"role": role, "content": content} for role, content in plain]
+            assert ids == encode_chat(tokenizer, messages, generate=False)
+        own = [id for id, weight in zip(ids, weights) if weight == 1.0]
+        answers = "".join(content + "<|im_end|>" for role, content in plain if role == "assistant")
+        assert tokenizer.decode(own, control=True) == answers
+        assert ids[1:].count(tokenizer.bos_id) == 0
+        assert begin_turn(tokenizer, "assistant")[0] in ids
+
+
+def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(demo, monkeypatch):
+    _, tokenizer = demo
+    monkeypatch.setattr(training, "BATCH_TOKENS", 512)
+    trainer = training.Trainer(tokenizer, 12, torch.device("cpu"))
+    losses = [loss for _, loss in trainer.run()]
+    assert losses[-1] < losses[0] - 0.5
+    other = training.Trainer(tokenizer, 14, torch.device("cpu"))
+    other.load_state_dict(trainer.state_dict())
+    assert [step for step, _ in other.run()] == [13, 14]

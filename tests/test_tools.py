@@ -1,0 +1,925 @@
+"""Tools: made from functions and schemas, checked against what a model writes, and run."""
+
+import http.server
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from datetime import date
+from functools import partial
+from typing import Annotated, Any, Dict, List, Literal, Optional, Tuple, Union  # noqa: UP035
+
+import pytest
+from pydantic import BaseModel, Field
+from transformers.utils import get_json_schema
+
+from mistral.chat import json_schema
+from mistral.chat.docstrings import parse_docstring
+from mistral.chat.json_schema import SchemaError, compile_schema, problem
+from mistral.chat.prompts import tool_prompt
+from mistral.chat.tools import ArgumentError, Tool, ToolError, check_arguments, run_tool, tool, tool_table
+from mistral.errors import MistralError
+
+HINTS = [
+    int,
+    float,
+    str,
+    bool,
+    None,
+    Any,
+    list,
+    tuple,
+    dict,
+    list[int],
+    List[str],  # noqa: UP006
+    list[list[float]],
+    list[Any],
+    tuple[int, str],
+    Tuple[int, list[str]],  # noqa: UP006
+    dict[str, int],
+    Dict[str, list[bool]],  # noqa: UP006
+    dict[str, dict[str, Any]],
+    dict[Literal["a", "b"], int],
+    dict[str, int | None],
+    Literal["celsius", "fahrenheit"],
+    Literal[1, 2, 3],
+    Literal["a", 1, None, True],
+    list[Literal["a", "b"]],
+    Optional[int],  # noqa: UP045
+    Optional[Literal["a", "b"]],  # noqa: UP045
+    Optional[list[int]],  # noqa: UP045
+    int | None,
+    None | str,
+    int | str,
+    Union[str, int, float, None],  # noqa: UP007
+    list | tuple,
+    list[int] | str,
+    int | Literal["all"],
+    int | list[int] | None,
+    dict[str, int] | list[dict[str, int]] | None,
+    int | Any,
+    Annotated[int, "years"],
+    "int | None",
+    "list[Literal['a']]",
+]
+
+
+def function_of(hint, default=...):
+    def f(x, y: int = 3):
+        """Does one thing.
+
+        Args:
+            x: The thing.
+            y: How often.
+        """
+
+    f.__annotations__ = {"x": hint, **f.__annotations__}
+    f.__defaults__ = f.__defaults__ if default is ... else (default, 3)
+    return f
+
+
+def plain(a: int, b: Optional[str] = None, *, c: list[int] = ()) -> float:  # noqa: UP045
+    """Adds.
+
+    It adds things, one after
+    the other.
+
+    Args:
+        a: The first,
+            which goes on here: with a colon.
+        b: The second (choices: ["x", " y "])
+        c (list of int): is written with its type
+    Returns:
+        A sum,
+        of two lines.
+    Raises:
+        ValueError: never
+    """
+
+
+def theirs_too(a: int, b: str = "", c: Any = None) -> dict[str, int]:
+    """One line, and: a colon.
+    Second line.
+
+    Args:
+      a: First, with "quotes" and (brackets).
+
+        b: is not an entry, it is indented deeper than one
+      b:
+        On the next line
+      c: Third (Choices: [1, 2.5, null, "tea"])
+
+    Returns:
+        dict: a "table"
+
+    Raises:
+        KeyError: often
+    """
+
+
+def nothing_to_say():
+    """Get the time."""
+
+
+def returns_none() -> None:
+    """Turn it off.
+
+    Returns:
+        Nothing.
+    """
+
+
+def returns_an_object(x: int) -> date:
+    """Get a date. Args: and Returns: in a sentence end it.
+
+    Args:
+        x: The day
+           Examples: 1
+        Note: this is cut off
+    Returns:
+        The date
+    """
+
+
+def returns_first(x: int) -> str:
+    """Get a date.
+
+    Returns:
+        The date
+
+    Args:
+        x: the day
+    """
+
+
+def no_sections_but_examples(x: "int", y: "str | None" = None) -> "list[int] | None":
+    """Counts (choices: not here).
+
+    Args:
+        x: a http://example.com/a:b thing
+        y: über, 日本 (choices: ["é", "日本"])
+
+    Examples:
+        x: 3
+    """
+
+
+class Host:
+    def method(self, x: int) -> int:
+        """Is bound.
+
+        Args:
+            x: A number
+        """
+        return x + 1
+
+
+FUNCTIONS = [theirs_too, nothing_to_say, returns_none, returns_an_object, returns_first, no_sections_but_examples]
+
+
+def same(function):
+    """As text: the order of the keys is what a model sees."""
+    return json.dumps(tool(function).schema()) == json.dumps(get_json_schema(function))
+
+
+@pytest.mark.parametrize("hint", HINTS, ids=str)
+def test_the_schema_of_a_type_hint_is_transformers(hint):
+    assert same(function_of(hint))
+    assert same(function_of(hint, default=None))
+
+
+@pytest.mark.parametrize("hint", HINTS, ids=str)
+def test_the_schema_of_a_result_is_transformers(hint):
+    def f():
+        """Does one thing.
+
+        Returns:
+            The thing.
+        """
+
+    f.__annotations__ = {"return": hint}
+    assert same(f)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, Host().method], ids=lambda f: f.__name__)
+def test_the_docstring_is_read_as_transformers_reads_it(function):
+    assert same(function)
+
+
+def test_a_docstring_in_full():
+    made = tool(plain)
+    assert (made.name, made.description) == ("plain", "Adds.\n\nIt adds things, one after\nthe other.")
+    assert made.parameters == {
+        "type": "object",
+        "properties": {
+            "a": {"type": "integer", "description": "The first, which goes on here: with a colon."},
+            "b": {"type": "string", "nullable": True, "enum": ["x", "y"], "description": "The second"},
+            "c": {"type": "array", "items": {"type": "integer"}, "description": "is written with its type"},
+        },
+        "required": ["a"],
+    }
+    assert made.returns == {"type": "number", "description": "A sum,\n    of two lines."}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Args:", "Args:\n", "Args:\n    x: a\n  y: b", "\n\n", ":\nArgs:\n:::", "Returns:"]
+)
+def test_any_docstring_can_be_read(text):
+    assert parse_docstring(text) == parse_docstring(f"\n{text}\n")
+
+
+def test_a_docstring_may_begin_with_its_arguments():
+    @tool(description="Does it.")
+    def f(x: int):
+        """
+        Args:
+            x: the day
+        """
+
+    assert f.parameters["properties"] == {"x": {"type": "integer", "description": "the day"}}
+
+
+def test_a_tuple_of_any_length_is_a_list():
+    assert tool(function_of(tuple[int, ...])).parameters["properties"]["x"]["items"] == {"type": "integer"}
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [date, set[int], list[date], dict[int, str], dict[str, date], bytes, Literal[b"a"], [int], type, callable, Host],
+    ids=str,
+)
+def test_a_hint_without_json_is_named(hint):
+    with pytest.raises(SchemaError, match="tool f: the parameter x: .* has no JSON schema"):
+        tool(function_of(hint))
+
+
+def test_tools_are_made_with_and_without_arguments_of_the_decorator():
+    bare = tool(plain)
+    renamed = tool(name="other.name-1", description="Described here.")(plain)
+    assert (bare.name, renamed.name, renamed.description) == ("plain", "other.name-1", "Described here.")
+    assert renamed.parameters == bare.parameters
+    assert tool(Host().method)(3) == tool(Host().method)(x=3) == 4
+
+
+def test_a_tool_in_the_prompt_is_its_schema():
+    assert json.dumps(tool(plain).schema()) in tool_prompt([tool(plain).schema()])
+
+
+# ---- functions that make no tool
+
+
+def no_hint(x):
+    """Does.
+
+    Args:
+        x: it
+    """
+
+
+def no_entry(x: int, y: int):
+    """Does.
+
+    Args:
+        x: it
+    """
+
+
+def unknown_hint(x: "Nowhere"):  # noqa: F821
+    """Does.
+
+    Args:
+        x: it
+    """
+
+
+def bad_choices(x: str):
+    """Does.
+
+    Args:
+        x: it (choices: [a, b])
+    """
+
+
+def any_number(*x: int):
+    """Does.
+
+    Args:
+        x: it
+    """
+
+
+def by_position(x: int, /):
+    """Does.
+
+    Args:
+        x: it
+    """
+
+
+async def later():
+    """Does."""
+
+
+def undescribed():
+    pass
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (no_hint, "tool no_hint: the parameter x has no type hint"),
+        (Host.method, "tool method: the parameter self has no type hint"),
+        (no_entry, "tool no_entry: the docstring has no entry for y under Args:"),
+        (unknown_hint, "tool unknown_hint: its type hints cannot be read: name 'Nowhere' is not defined"),
+        (bad_choices, "the parameter x: the choices must be a JSON list"),
+        (any_number, "any_number: .x: int cannot be given by name"),
+        (by_position, "x: int cannot be given by name"),
+        (later, "an async function cannot be called"),
+        (undescribed, "tool undescribed has no description: give it a docstring"),
+        (partial(plain, 1), "is not a function; see Tool.from_schema"),
+        ("plain", "'plain' is not a function"),
+        (print, "cannot be"),
+    ],
+)
+def test_a_function_that_makes_no_tool_is_told_why(function, message):
+    with pytest.raises(SchemaError, match=message) as error:
+        tool(function)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "größe", "a\n", "x" * 65, "</tool_call>", '"', None, 3])
+def test_a_name_that_a_model_cannot_write_is_refused(name):
+    with pytest.raises(ValueError, match="cannot be a tool's name"):
+        Tool(name, "", {})
+
+
+def test_two_tools_of_one_name_are_refused():
+    one, other = tool(plain), tool(name="other")(plain)
+    assert tool_table([one, other]) == {"plain": one, "other": other}
+    with pytest.raises(ValueError, match="two tools are named 'plain'"):
+        tool_table([one, other, tool(plain)])
+    with pytest.raises(ValueError, match="is not a Tool: make one with @tool"):
+        tool_table([plain])
+
+
+# ---- tools from a schema
+
+STOCK = {
+    "name": "get_stock_price",
+    "description": "Price of a share.",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "symbol": {"type": "string"},
+            "days": {"type": "integer", "minimum": 1},
+            "fields": {"type": "array", "items": {"enum": ["open", "close"]}},
+        },
+        "required": ["symbol"],
+    },
+}
+
+
+def of(properties, **rest):
+    return Tool.from_schema({"name": "f", "parameters": {"type": "object", "properties": properties, **rest}})
+
+
+def test_a_schema_makes_the_tool_that_it_describes():
+    wrapped = {"type": "function", "function": STOCK}
+    assert Tool.from_schema(STOCK).schema() == Tool.from_schema(wrapped).schema() == wrapped
+    assert Tool.from_schema(STOCK, lambda symbol: [symbol])(symbol="TSLA") == ["TSLA"]
+    assert Tool.from_schema(tool(plain).schema()).schema() == tool(plain).schema()
+    described_only = Tool.from_schema({"name": "now"})
+    assert described_only.parameters == {"type": "object", "properties": {}}
+    for call in (described_only, partial(run_tool, described_only, {})):
+        with pytest.raises(ToolError, match="now has no function"):
+            call()
+
+
+def test_a_tool_keeps_its_own_copy_of_the_schema():
+    schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+    made = Tool.from_schema(schema)
+    schema["parameters"]["properties"]["x"]["type"] = "string"
+    check_arguments(made, {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ("now", "a tool is {"),
+        ({"function": None}, "a tool is {"),
+        ({"parameters": {}}, "a tool is {"),
+        ({"name": "f", "description": ["x"]}, "the description is list, not text"),
+        ({"name": "f", "parameters": []}, "a schema is a JSON object, not list"),
+        ({"name": "f", "parameters": {"type": "array"}}, "must be of type object, not 'array'"),
+        ({"name": "f", "parameters": {"type": "objekt"}}, "malformed schema: type: 'objekt' is not one of"),
+        ({"name": "f", "parameters": {"required": "x"}}, "malformed schema: required: 'x' is not of type 'array'"),
+        ({"name": "f", "parameters": {"properties": {"x": {"pattern": "("}}}}, r"properties.x.pattern: '\('"),
+        ({"name": "f", "parameters": {"enum": {1, 2}}}, "type set is not JSON"),
+        ({"name": "f", "parameters": {"minimum": math.nan}}, "not JSON compliant"),
+        ({"name": "f", "return": {1, 2}}, "type set is not JSON"),
+    ],
+)
+def test_a_malformed_schema_is_refused(schema, message):
+    with pytest.raises(SchemaError, match=message) as error:
+        Tool.from_schema(schema)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"allOf": [{"$ref": "#"}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"not": {"$ref": "#/$defs/b"}}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}}},
+        {"properties": {"x": {"if": {"$ref": "#/properties/x"}}}},
+        {"dependentSchemas": {"x": {"$ref": "#"}}},
+        {"$dynamicAnchor": "here", "oneOf": [{"$dynamicRef": "#here"}]},
+    ],
+)
+def test_a_schema_that_leads_back_to_itself_is_refused(schema):
+    with pytest.raises(SchemaError, match="leads back to itself"):
+        Tool.from_schema({"name": "f", "parameters": schema})
+
+
+def test_a_tree_is_no_endless_schema():
+    node = {
+        "type": "object",
+        "properties": {"value": {"type": "integer"}, "children": {"items": {"$ref": "#/$defs/n"}}},
+    }
+    made = of({"root": {"$ref": "#/$defs/n"}}, **{"$defs": {"n": node}})
+    check_arguments(made, {"root": {"value": 1, "children": [{"children": [{"value": 2}]}]}})
+    with pytest.raises(ArgumentError, match=r"root.children\[0\].children\[0\].value: '2' is not of type 'integer'"):
+        check_arguments(made, {"root": {"value": 1, "children": [{"children": [{"value": "2"}]}]}})
+    with pytest.raises(ArgumentError, match="nested"):
+        check_arguments(made, {"root": nested({}, 40, lambda inner: {"children": [inner]})})
+
+
+@pytest.fixture
+def server():
+    """Counts the requests that it gets, and answers each with a schema that allows everything."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *args):
+            pass
+
+    requests = []
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/schema", requests
+        server.shutdown()
+
+
+def test_a_reference_to_elsewhere_is_never_fetched(server, tmp_path):
+    url, requests = server
+    (tmp_path / "schema.json").write_text("{}")
+    for place in (url, (tmp_path / "schema.json").as_uri(), "https://json-schema.org/draft/2020-12/schema", "other"):
+        for schema in (
+            {"$ref": place},
+            {"$dynamicRef": place},
+            {"$id": url + "/base", "$ref": place},
+            {"properties": {"x": {"anyOf": [{"items": {"$ref": f"{place}#/x"}}]}}},
+            {"$defs": {"unused": {"$ref": place}}},
+            {"$ref": "#/definitions/a", "definitions": {"a": {"$ref": place}}},
+            {"$schema": "http://json-schema.org/draft-03/schema#", "items": {"$ref": place}},
+        ):
+            with pytest.raises(SchemaError, match=r"its \$ref .* leads nowhere in it, and nothing is fetched"):
+                compile_schema(schema)
+    # jsonschema reads a part that names another draft by that draft's rules; such parts are refused.
+    with pytest.raises(SchemaError, match=r"a \$schema of its own"):
+        compile_schema({"items": {"$schema": "http://json-schema.org/draft-03/schema#", "extends": {"$ref": url}}})
+    # `dependencies` is no keyword of this draft: nothing reads it.
+    assert problem(compile_schema({"dependencies": {"x": {"$ref": url}}}), {"x": 1}) is None
+    assert requests == []
+
+
+def test_jsonschema_left_to_itself_would_fetch(server):
+    from jsonschema import Draft202012Validator
+
+    url, requests = server
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        Draft202012Validator({"$ref": url}).validate(1)
+    assert requests == ["/schema"]
+
+
+def test_even_an_unchecked_reference_is_not_fetched(server, monkeypatch):
+    url, requests = server
+    monkeypatch.setattr(json_schema, "_check_references", lambda schema: None)
+    with pytest.raises(Exception, match="Unresolvable"):
+        problem(compile_schema({"$ref": url}), 1)
+    assert requests == []
+
+
+@pytest.mark.parametrize("reference", ["#/nowhere", "#/required", "#/properties", "#anchor", "http://[::1"])
+def test_a_reference_to_no_schema_is_refused(reference):
+    properties = {"x": {"$ref": reference}, "type": {"type": "integer"}}
+    with pytest.raises(SchemaError, match="malformed schema"):
+        of(properties, required=["x"])
+
+
+def test_a_property_named_like_a_keyword_is_a_property():
+    made = of({"$ref": {"type": "integer"}, "$schema": {"type": "string"}, "x": {"const": {"$ref": "http://a"}}})
+    check_arguments(made, {"$ref": 1, "$schema": "s", "x": {"$ref": "http://a"}})
+
+
+# ---- arguments
+
+
+@tool
+def typed(
+    whole: int = 0,
+    real: float = 0.0,
+    flag: bool = False,
+    text: str = "",
+    maybe: Literal["a", "b"] | None = None,
+    many: list[int] | None = None,
+    table: dict[str, float] = {},
+    either: int | list[int] = 0,
+) -> list:
+    """Says what it got.
+
+    Args:
+        whole: an integer
+        real: a number
+        flag: true or false
+        text: any text
+        maybe: a or b or null
+        many: integers
+        table: numbers by name
+        either: one or many
+    """
+    return [whole, real, flag, text, maybe, many, table, either]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"whole": 3, "real": 3},
+        {"whole": 3.0},
+        {"whole": 10**30, "real": -1e300},
+        {"flag": True, "text": "</tool_call>\n\0é日本"},
+        {"maybe": None, "many": None},
+        {"maybe": "a", "many": []},
+        {"table": {"": 1.5, "x": 2}},
+        {"either": 1},
+        {"either": [1, 2.0]},
+    ],
+)
+def test_arguments_of_the_schema_pass(arguments):
+    check_arguments(typed, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"whole": True}, "typed: whole: True is not of type 'integer'"),
+        ({"real": False}, "typed: real: False is not of type 'number'"),
+        ({"whole": 3.5}, "typed: whole: 3.5 is not of type 'integer'"),
+        ({"whole": "3"}, "typed: whole: '3' is not of type 'integer'"),
+        ({"whole": None}, "typed: whole: None is not of type 'integer'"),
+        ({"flag": 0}, "typed: flag: 0 is not of type 'boolean'"),
+        ({"text": 0}, "typed: text: 0 is not of type 'string'"),
+        ({"maybe": "c"}, "typed: maybe: 'c' is not one of ['a', 'b']"),
+        ({"many": [1, None]}, "typed: many[1]: None is not of type 'integer'"),
+        ({"many": {}}, "typed: many: {} is not of type 'array'"),
+        ({"table": {"x": "y"}}, "typed: table.x: 'y' is not of type 'number'"),
+        ({"either": "x"}, "typed: either: 'x' is not of type 'integer', or either: 'x' is not of type 'array'"),
+        ({"flag": 0, "text": 1}, "typed: flag: 0 is not of type 'boolean'; text: 1 is not of type 'string'"),
+        ({"real": math.inf}, "typed: not JSON: Out of range float values are not JSON compliant"),
+        ({"real": math.nan}, "typed: not JSON: Out of range float values are not JSON compliant"),
+        ([], "typed: the arguments must be a JSON object, not list"),
+        (None, "typed: the arguments must be a JSON object, not NoneType"),
+    ],
+)
+def test_wrong_arguments_are_named_in_one_line(arguments, message):
+    with pytest.raises(ArgumentError) as error:
+        check_arguments(typed, arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_what_is_missing_and_what_is_too_much_is_named():
+    stock = Tool.from_schema(STOCK)
+    with pytest.raises(ArgumentError) as error:
+        check_arguments(stock, {"ticker": "TSLA", "days": 0})
+    assert str(error.value) == (
+        "get_stock_price: days: 0 is less than the minimum of 1; 'symbol' is a required property; "
+        "Unevaluated properties are not allowed ('ticker' was unexpected); known: symbol, days, fields"
+    )
+
+
+def test_further_arguments_are_allowed_only_where_the_schema_says_so():
+    x = {"x": {"type": "integer"}}
+    check_arguments(of(x, additionalProperties=True), {"x": 1, "y": 2})
+    check_arguments(of(x, additionalProperties={"type": "integer"}), {"x": 1, "y": 2})
+    check_arguments(of({}, patternProperties={"^y": {}}), {"y1": 2})
+    check_arguments(of(x, allOf=[{"properties": {"y": {"type": "integer"}}}]), {"x": 1, "y": 2})
+    check_arguments(of({"inner": {"type": "object", "properties": x}}), {"inner": {"y": 2}})
+    for refusing in (of(x), of(x, additionalProperties=False), of({}), Tool("f", "", {})):
+        with pytest.raises(ArgumentError, match=r"\('y' was unexpected\); known: (x|none)$"):
+            check_arguments(refusing, {"y": 2})
+
+
+def nested(value, levels, around):
+    for _ in range(levels):
+        value = around(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "\ud800",
+        {"\udfff": 1},
+        {1, 2},
+        b"x",
+        object(),
+        1 << 20_000,
+        -math.inf,
+        {(1, 2): 3},
+        nested([], 5000, lambda v: [v]),
+    ],
+    ids=["surrogate", "surrogate key", "set", "bytes", "object", "digits", "infinity", "tuple key", "deep"],
+)
+def test_arguments_that_are_no_json_are_refused(value):
+    with pytest.raises(ArgumentError) as error:
+        check_arguments(of({"x": {}}), {"x": value})
+    assert len(str(error.value).encode().splitlines()) == 1
+
+
+def test_a_number_that_no_float_can_hold_is_an_argument_error():
+    with pytest.raises(ArgumentError, match="too large"):
+        check_arguments(of({"x": {"multipleOf": 0.1}}), {"x": 10**400})
+
+
+def test_a_megabyte_of_wrong_text_makes_a_short_message():
+    with pytest.raises(ArgumentError, match="is not of type 'integer'$") as error:
+        check_arguments(typed, {"whole": "x\n" * 500_000})
+    assert len(str(error.value)) < 400
+
+
+def test_a_malformed_schema_in_a_handmade_tool_is_named():
+    with pytest.raises(SchemaError, match="malformed schema: type: 3 is"):
+        check_arguments(Tool("f", "", {"type": 3}), {})
+    with pytest.raises(SchemaError, match="the parameters are list, not a dict"):
+        Tool("f", "", [])
+
+
+def test_without_jsonschema_the_extra_is_named(monkeypatch):
+    json_schema._validator_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    for call in (partial(check_arguments, tool(plain), {"a": 1}), partial(Tool.from_schema, STOCK)):
+        with pytest.raises(MistralError, match=r'pip install -e "\.\[chat\]"'):
+            call()
+
+
+# ---- pydantic
+
+
+class Fund(BaseModel):
+    """Fundamentals of a share."""
+
+    symbol: str = Field(min_length=2, description="Ticker")
+    since: date | None = None
+    weights: list[int] = []
+
+
+def test_a_pydantic_model_makes_a_tool_that_gets_an_instance():
+    got = []
+    made = Tool.from_pydantic(Fund, got.append)
+    assert (made.name, made.description) == ("Fund", "Fundamentals of a share.")
+    assert made.parameters == {key: v for key, v in Fund.model_json_schema().items() if key != "description"}
+    arguments = {"symbol": "TSLA", "since": "2024-03-01", "weights": [1, 2.0]}
+    check_arguments(made, arguments)
+    assert run_tool(made, arguments) is None
+    assert got == [Fund(symbol="TSLA", since=date(2024, 3, 1), weights=[1, 2])]
+    for wrong in ({}, {"symbol": "X"}, {"symbol": "TSLA", "since": 3}, {"symbol": "TSLA", "extra": 1}):
+        with pytest.raises(ArgumentError):
+            check_arguments(made, wrong)
+
+
+def test_what_only_pydantic_checks_is_a_tool_error():
+    with pytest.raises(ToolError, match="Fund failed with ValidationError: .*since") as error:
+        run_tool(Tool.from_pydantic(Fund, print), {"symbol": "TSLA", "since": "yesterday"})
+    assert "\n" not in str(error.value)
+
+
+def test_a_pydantic_tool_can_be_renamed_and_only_described():
+    made = Tool.from_pydantic(Fund, name="get_fund", description="Else.")
+    assert (made.name, made.description, made.function) == ("get_fund", "Else.", None)
+
+
+def test_a_class_without_schema_is_no_tool():
+    class Unwritable(BaseModel):
+        x: type[int] = Field(default=int)
+        y: Any = None
+
+        @classmethod
+        def __get_pydantic_json_schema__(cls, core_schema, handler):
+            return {"type": "objekt"}
+
+    for model, message in ((Host, "is not a class made from"), (Fund(symbol="xx"), "is not"), (Unwritable, "objekt")):
+        with pytest.raises(SchemaError, match=message):
+            Tool.from_pydantic(model)
+
+
+# ---- running
+
+
+def runner(function, parameters=None):
+    return Tool("f", "", parameters or {}, function)
+
+
+BOTH = pytest.mark.parametrize("time_limit", [None, 30])
+
+
+@BOTH
+def test_a_tool_is_called_by_keyword_in_any_order(time_limit):
+    made = runner(lambda a, b: {"difference": a - b})
+    assert run_tool(made, {"b": 1, "a": 3}, time_limit) == {"difference": 2}
+
+
+def test_whole_numbers_reach_the_function_as_integers():
+    arguments = {"whole": 3.0, "real": 3.0, "many": [1.0, 2], "table": {"x": 2.0}, "either": [4.0]}
+    whole, real, *_, many, table, either = run_tool(typed, arguments)
+    assert [type(x) for x in (whole, real, *many, table["x"], *either)] == [int, float, int, int, float, int]
+    assert arguments["whole"] == 3.0 and type(arguments["whole"]) is float
+
+
+def test_whole_numbers_are_found_in_every_part_of_a_schema():
+    integer = {"type": "integer"}
+    schema = {"properties": {"p": {"prefixItems": [{}, integer], "items": {"type": ["integer", "null"]}}}}
+    schema["properties"]["r"] = {"type": ["integer", "number"]}
+    schema |= {"additionalProperties": {"oneOf": [integer, {"type": "string"}]}}
+    made = runner(lambda **arguments: [arguments["p"], arguments["q"], arguments["r"]], schema)
+    result = run_tool(made, {"p": [1.0, 1.0, 1.0, 0.5], "q": 2.0, "r": 3.0})
+    assert json.dumps(result) == "[[1.0, 1, 1, 0.5], 2, 3.0]"
+
+
+@BOTH
+def test_a_result_is_what_its_json_says(time_limit):
+    assert run_tool(runner(lambda: {"a": (1, None), 2: [True, "é"]}), {}, time_limit) == {
+        "a": [1, None],
+        "2": [True, "é"],
+    }
+    kept = {"x": []}
+    run_tool(runner(lambda: kept), {}, time_limit)["x"].append(1)
+    assert kept == {"x": []}
+
+
+def circle():
+    made = []
+    made.append(made)
+    return made
+
+
+class Evil(dict):
+    def items(self):
+        raise SystemExit(3)
+
+
+RESULTS = {
+    "set": lambda: {1},
+    "nan": lambda: [math.nan],
+    "infinity": lambda: {"x": math.inf},
+    "object": object,
+    "bytes": lambda: b"",
+    "date": lambda: date(2024, 1, 1),
+    "circle": circle,
+    "generator": lambda: (x for x in "ab"),
+    "function": lambda: print,
+    "surrogate": lambda: "\ud800",
+    "deep": lambda: nested([], 65, lambda v: [v]),
+    "very deep": lambda: nested([], 5000, lambda v: [v]),
+    "digits": lambda: 1 << 20_000,
+    "evil": lambda: Evil(a=1),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_that_json_cannot_hold_is_a_tool_error(name, time_limit):
+    with pytest.raises(ToolError, match="^f returned what JSON cannot hold: ") as error:
+        run_tool(runner(RESULTS[name]), {}, time_limit)
+    assert len(str(error.value).encode().splitlines()) == 1
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no")
+
+
+class NoException(BaseException):
+    pass
+
+
+RAISED = [
+    (ZeroDivisionError("division by zero"), "f failed with ZeroDivisionError: division by zero"),
+    (ValueError("two\n\nlines \ud800"), "f failed with ValueError: two lines \\ud800"),
+    (SystemExit(3), "f failed with SystemExit: 3"),
+    (NoException(), "f failed with NoException"),
+    (GeneratorExit(), "f failed with GeneratorExit"),
+    (Unspeakable(), "f failed with Unspeakable"),
+    (ToolError("no such file"), "f failed with ToolError: no such file"),
+    (StopIteration(), "f failed with StopIteration"),
+    (MemoryError(), "f failed with MemoryError"),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("raised", "message"), RAISED, ids=lambda v: type(v).__name__)
+def test_whatever_the_function_raises_is_a_tool_error(raised, message, time_limit):
+    def f():
+        raise raised
+
+    with pytest.raises(ToolError) as error:
+        run_tool(runner(f), {}, time_limit)
+    assert str(error.value) == message
+    assert error.value.__cause__ is raised
+
+
+@BOTH
+def test_an_endless_recursion_is_a_tool_error(time_limit):
+    def f():
+        return f()
+
+    with pytest.raises(ToolError, match="f failed with RecursionError"):
+        run_tool(runner(f), {}, time_limit)
+
+
+@BOTH
+def test_arguments_that_the_function_does_not_take_are_a_tool_error(time_limit):
+    for arguments in ({"y": 1}, {"x": math.nan}, {"x": object()}, {"self": 1}, {1: 2}):
+        with pytest.raises(ToolError, match="f failed with"):
+            run_tool(runner(lambda x: x), arguments, time_limit)
+
+
+@BOTH
+def test_an_interrupt_is_passed_on(time_limit):
+    def f():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tool(runner(f), {}, time_limit)
+
+
+def test_a_long_message_is_shortened():
+    def f():
+        raise ValueError("x" * 1_000_000)
+
+    with pytest.raises(ToolError) as error:
+        run_tool(runner(f), {})
+    assert len(str(error.value)) < 400
+
+
+def test_a_tool_that_hangs_is_given_up():
+    free = threading.Event()
+    start = time.monotonic()
+    with pytest.raises(ToolError, match=r"f did not finish within 0\.05 seconds"):
+        run_tool(runner(free.wait), {}, time_limit=0.05)
+    assert time.monotonic() - start < 5
+    free.set()
+
+
+@pytest.mark.parametrize("time_limit", [math.inf, 1e300])
+def test_a_limit_may_be_beyond_what_threads_can_wait(time_limit):
+    assert run_tool(runner(lambda: 1), {}, time_limit) == 1
+
+
+@pytest.mark.parametrize("time_limit", [0, -1, math.nan])
+def test_a_limit_of_nothing_is_over_at_once(time_limit):
+    free = threading.Event()
+    with pytest.raises(ToolError, match="did not finish"):
+        run_tool(runner(free.wait), {}, time_limit)
+    free.set()
+
+
+def test_a_thread_that_cannot_be_started_is_a_tool_error(monkeypatch):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ToolError, match="f could not be started: can't start new thread"):
+        run_tool(runner(lambda: 1), {}, time_limit=1)
+
+
+def test_a_tool_that_hangs_does_not_keep_the_process_alive():
+    code = """
+import time
+from mistral.chat.tools import Tool, ToolError, run_tool
+try:
+    run_tool(Tool("f", "", {}, lambda: time.sleep(3600)), {}, time_limit=0.05)
+except ToolError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (0, "f did not finish within 0.05 seconds\n"), result.stderr
