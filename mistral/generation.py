@@ -135,8 +135,8 @@ def generate_text(
     prefix_space  give the text the leading space of a new word; False to go on inside one
     special       parse control tokens that are spelled in `text`
 
-    The other arguments and errors are those of `generate`. A decoder holds every token that was generated, those
-    that spell the stop string included.
+    Ids are taken as they are: the last three say nothing about them. The other arguments and errors are those of
+    `generate`. A decoder holds every token that was generated, those that spell the stop string included.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")

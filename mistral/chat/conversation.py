@@ -30,7 +30,7 @@ SLACK = 32  # tokens that can be taken back after the window rolled: an end of t
 class Conversation:
     """A chat with a model, kept in the decoder's cache.
 
-    model_or_decoder  a model (a `Decoder` is made for it), or any engine for one row
+    model_or_decoder  a model (a `Decoder` is made for it), or any engine for one row that nobody else uses
     tools             functions that the model may call; needs the extra `chat`
     system            the system message
     sampling          how tokens are chosen; None: greedily
