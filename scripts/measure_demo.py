@@ -12,7 +12,7 @@ import common
 from tqdm import tqdm
 
 import mistral
-from mistral.chat.chatml import begin_turn, encode_turn
+from mistral.chat.formats import encode_chat
 from mistral.chat.grammar import json_constraint, tool_call_constraint
 from mistral.chat.json_schema import compile_schema, problem
 from mistral.chat.prompts import json_prompt, tool_prompt
@@ -93,10 +93,8 @@ class Runner:
         return "".join(map(stream.feed, ids)) + stream.finish()
 
     def _ids(self, system: str, user: str) -> list[int]:
-        ids = self.tokenizer.encode("")
-        for role, content in (("system", system), ("user", user)):
-            ids += encode_turn(self.tokenizer, role, content) if content else []
-        return ids + begin_turn(self.tokenizer, "assistant")
+        turns = (("system", system), ("user", user))
+        return encode_chat(self.tokenizer, [{"role": role, "content": text} for role, text in turns if text])
 
 
 def verdict(text: str, expected: list[Call]) -> str:

@@ -1,35 +1,21 @@
 """Write a small Mistral with random weights, in Hugging Face's layout: to try the scripts without a download."""
 
-import io
 from pathlib import Path
 
 import common
-import sentencepiece
 import torch
 
 import mistral
 from mistral.checkpoints.hugging_face import save
+from mistral.demo.training import train_pieces
 
 CHATML = ("<|im_end|>", "<|im_start|>")
 
 
 def train_tokenizer(num_pieces: int) -> bytes:
-    """A sentencepiece model with the settings of Mistral's own, learned from this package's source."""
-    model = io.BytesIO()
+    """A sentencepiece model learned from this package's source."""
     sources = sorted(Path(mistral.__file__).parent.rglob("*.py"))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for source in sources for line in source.read_text().splitlines()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=num_pieces,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_pieces((line for source in sources for line in source.read_text().splitlines()), num_pieces)
 
 
 def write_random_checkpoint(

@@ -13,7 +13,7 @@ from mistral.chat.answer import SPELLED, Answer, TextOnly
 from mistral.chat.events import End, Event, Text
 from mistral.chat.formats import chat_format, choose_format
 from mistral.chat.grammar import UnsupportedSchema, tool_call_constraint
-from mistral.chat.outcomes import outcomes, outcomes_together
+from mistral.chat.outcomes import outcome, outcomes_together
 from mistral.chat.saved import ConversationError, read_lines, write_lines
 from mistral.chat.tool_calls import Reply, ToolCallStream
 from mistral.chat.tools import Tool, tool_table
@@ -259,13 +259,15 @@ class Conversation:
 
     def _results(self, reply: Reply) -> Iterator[Event]:
         """Run the calls; each outcome is a message and an event."""
-        ran = outcomes(reply.calls, self.tools, self.time_limit)
         if self.parallel:
             ran = outcomes_together(reply.calls, self.tools, self.time_limit)
             self.messages += [message for _, message in ran]  # all have happened, whoever is still listening
-        for event, message in ran:
-            self.messages += [] if self.parallel else [message]
-            yield event
+            yield from (event for event, _ in ran)
+        else:
+            for call in reply.calls:
+                event, message = outcome(call, self.tools, self.time_limit)
+                self.messages.append(message)
+                yield event
         for error in reply.errors:  # they were events when they were found
             self.messages.append({"role": "tool", "name": "", "error": feedback.not_readable(error.message)})
 

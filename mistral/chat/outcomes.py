@@ -1,7 +1,7 @@
 """Calls that a model wrote, run: each becomes an event for the listener and a message for the model."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,11 +26,6 @@ def outcome(call: Call, tools: Mapping[str, Tool], time_limit: float | None) -> 
     except ToolError as error:
         return Error(str(error)), message | {"error": feedback.not_executed(call.name, str(error))}
     return Result(call.name, content), message | {"content": json.dumps(content)}
-
-
-def outcomes(calls: Sequence[Call], tools: Mapping[str, Tool], time_limit: float | None) -> Iterator[Outcome]:
-    """One call after the other, each when it is asked for."""
-    return (outcome(call, tools, time_limit) for call in calls)
 
 
 def outcomes_together(calls: Sequence[Call], tools: Mapping[str, Tool], time_limit: float | None) -> list[Outcome]:
