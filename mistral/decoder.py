@@ -11,9 +11,16 @@ from mistral.config import Config
 from mistral.model import Mistral
 from mistral.sampling import Sampling, next_ids, random_numbers
 
+# What `step` may give instead of an id, where the engine can tell: the logits were no numbers; none was allowed.
+NO_NUMBERS, NOTHING_LEFT = -1, -2
+
 
 class Engine(Protocol):
-    """What generation needs; `Decoder` is the reference, others are faster."""
+    """What generation needs; `Decoder` is the reference, others are faster.
+
+    One that has `ahead` > 0 lets `generate` start so many more steps before it looks at the ids of one. Its `step` must
+    not wait for the device then, and says NO_NUMBERS or NOTHING_LEFT, since nobody looks at its logits.
+    """
 
     config: Config
     batch_size: int
@@ -159,10 +166,14 @@ class Decoder:
             at = self._cache.lengths[:, None] + torch.arange(T, device=self.model.device)  # [B, T]
             tokens = self._history.gather(1, at).clamp(min=0)
             if min(counts) == T:
-                self._logits = self.model(tokens, self._cache, last_only=True)  # [B, V]
+                self._logits = self._forward(tokens)  # [B, V]
             else:
                 logits = self.model(tokens, self._cache, counts, last_only=True)
                 read = torch.tensor(counts).to(logits.device, non_blocking=True)[:, None] > 0  # [B, 1]
                 self._logits = logits if self._logits is None else torch.where(read, logits, self._logits)
             self._behind = [b - n for b, n in zip(self._behind, counts)]
             self._stale = [stale and n == 0 for stale, n in zip(self._stale, counts)]
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """Let every row read its tokens [B, T]; returns the logits behind them, [B, V]."""
+        return self.model(tokens, self._cache, last_only=True)

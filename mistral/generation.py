@@ -1,12 +1,14 @@
 """Prompt to continuation: the naive loop, and the loops over a decoder's four methods."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mistral.decoder import Decoder, Engine
+from mistral.constraints import Constraint, KnownTokens, forced_ids, is_fixed, stack_masks
+from mistral.decoder import NO_NUMBERS, NOTHING_LEFT, Decoder, Engine
 from mistral.model import Mistral
 from mistral.sampling import Sampling, next_ids, random_numbers
 from mistral.tokenizer import Tokenizer
@@ -17,21 +19,6 @@ class Token(NamedTuple):
 
     id: int
     logprob: float
-
-
-class Constraint(Protocol):
-    """Says which ids may come next; a grammar, for example.
-
-    It may have one more method, `forced() -> list[int]`: ids of which each is the only one that may come, no stop token
-    among them. `generate` then appends them without asking the model: they cost one forward together instead of one
-    each.
-    """
-
-    def mask(self) -> Tensor | None:
-        """bool [V], True where an id is allowed; None: all are."""
-
-    def accept(self, id: int) -> None:
-        """Take note of the id that was chosen."""
 
 
 @torch.inference_mode()
@@ -100,7 +87,8 @@ def generate_batch(
 ) -> list[list[int]] | list[list[Token]]:
     """Continue several prompts of any lengths at once; each row ends at its own stop token (included).
 
-    The other arguments and errors are those of `generate`; `constraints` has one for each row.
+    The other arguments and errors are those of `generate`; `constraints` has one for each row. Their `forced` is not
+    asked: rows are forced at different steps, and a step is one forward for all of them.
     """
     if constraints is not None and len(constraints) != len(prompts):
         raise ValueError(f"{len(constraints)} constraints for {len(prompts)} prompts")
@@ -140,18 +128,20 @@ def generate_text(
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")
-    config = model_or_decoder.config
-    stop_tokens = config.eos_token_id if stop_tokens is None else stop_tokens
+    stop_tokens = model_or_decoder.config.eos_token_id if stop_tokens is None else stop_tokens
     control = {tokenizer.control_id(s) for s in stop} - {None}
     if isinstance(text, str):
         text = tokenizer.encode(text, bos=bos, special=special, prefix_space=prefix_space)
+    decoder = _decoder_for(model_or_decoder, [text], max_new_tokens)
+    if tokenizer.vocab_size < decoder.config.vocab_size:
+        constraint = KnownTokens(decoder, tokenizer.vocab_size, constraint)
     ids = generate(
-        model_or_decoder,
+        decoder,
         text,
         sampling,
         max_new_tokens=max_new_tokens,
         stop_tokens=(*stop_tokens, *control),
-        constraint=_KnownTokens(tokenizer.vocab_size, config.vocab_size, constraint),
+        constraint=constraint,
     )
     return text_until(ids, tokenizer, stop)
 
@@ -166,12 +156,15 @@ def _steps(
     logprobs: bool,
 ) -> Iterator[list]:
     """One list a step: each row's id (or Token), None for a row that has ended."""
+    if getattr(decoder, "ahead", 0) and not logprobs and all(map(is_fixed, constraints or ())):
+        yield from _steps_ahead(decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints)
+        return
     stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
     decoder.read(prompts)
     running = [True] * len(prompts)
     left = max_new_tokens
     while left > 0:
-        if len(prompts) == 1 and not logprobs and (forced := _forced(constraints)[:left]):
+        if len(prompts) == 1 and constraints and not logprobs and (forced := forced_ids(constraints[0])[:left]):
             decoder.read([forced])
             for id in forced:
                 constraints[0].accept(id)
@@ -180,11 +173,12 @@ def _steps(
             continue
         left -= 1
         logits = decoder.logits  # [B, V]
-        mask = None if constraints is None else _stack_masks(constraints, running, logits)
+        mask = None if constraints is None else stack_masks(constraints, running, logits)
         log_p = logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
         broken = logits.isnan().any(dim=-1)  # [B]
         ids = decoder.step(sampling, mask)  # [B]
-        forbidden = torch.zeros_like(broken) if mask is None else ~mask.gather(1, ids[:, None])[:, 0]
+        ids_or_0 = ids.clamp(min=0)[:, None]  # [B, 1]
+        forbidden = torch.zeros_like(broken) if mask is None else ~mask.gather(1, ids_or_0)[:, 0]
         # One look at the device for everything that the host must know
         chosen, *wrong = torch.stack((ids, broken.long(), forbidden.long())).tolist()
         _check_step(*wrong, running)
@@ -194,16 +188,61 @@ def _steps(
                 constraint.accept(chosen[b])
         tokens: list = chosen
         if log_p is not None:
-            tokens = [Token(id, p) for id, p in zip(chosen, log_p.gather(1, ids[:, None])[:, 0].tolist())]
+            tokens = [Token(id, p) for id, p in zip(chosen, log_p.gather(1, ids_or_0)[:, 0].tolist())]
         yield [token if alive else None for token, alive in zip(tokens, running)]
         running = [alive and not end for alive, end in zip(running, ended)]
         if not any(running):
             return
 
 
-def _forced(constraints: Sequence[Constraint] | None) -> list[int]:
-    """The ids that a single row's constraint leaves no choice about."""
-    return constraints[0].forced() if constraints and hasattr(constraints[0], "forced") else []
+def _steps_ahead(
+    decoder: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None,
+    constraints: Sequence[Constraint] | None,
+) -> Iterator[list]:
+    """As `_steps`, where no step needs the ids of the one before it on the host: the device never waits for it.
+
+    Up to `decoder.ahead` more steps are under way when ids are looked at; what was too much is taken back at the end.
+    """
+    stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
+    decoder.read(prompts)
+    running = [True] * len(prompts)
+    mask = None if constraints is None else stack_masks(constraints, running, decoder.logits)
+    under_way: deque[Arriving] = deque()
+    try:
+        for left in range(max_new_tokens, 0, -1):
+            while len(under_way) < min(decoder.ahead + 1, left):
+                if under_way and max(decoder.lengths) >= decoder.limit:
+                    break  # the step that there is no room for says so when it comes to it
+                under_way.append(Arriving(decoder.step(sampling, mask)))
+            chosen = under_way.popleft().ids()
+            _check_step([id == NO_NUMBERS for id in chosen], [id == NOTHING_LEFT for id in chosen], running)
+            yield [id if alive else None for id, alive in zip(chosen, running)]
+            running = [alive and id not in stop for id, alive in zip(chosen, running)]
+            if not any(running):
+                return
+    finally:
+        decoder.rewind(len(under_way))
+
+
+class Arriving:
+    """Ids [B] on their way from the device to the host."""
+
+    def __init__(self, ids: Tensor):
+        self._ids = ids.to("cpu", non_blocking=True)
+        self._here = None
+        if ids.is_cuda:
+            self._here = torch.cuda.Event()
+            self._here.record()
+
+    def ids(self) -> list[int]:
+        """Wait for them."""
+        if self._here is not None:
+            self._here.synchronize()
+        return self._ids.tolist()
 
 
 def _check_step(broken: list[int], forbidden: list[int], running: list[bool]) -> None:
@@ -231,34 +270,6 @@ def _decoder_for(model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[
             f"checkpoint was made for {limit} (max_position_embeddings): shorten the prompt or lower max_new_tokens"
         )
     return Decoder(model_or_decoder, len(prompts), longest + max_new_tokens, slack=0)
-
-
-def _stack_masks(constraints: Sequence[Constraint], running: list[bool], logits: Tensor) -> Tensor | None:
-    """The rows' masks as one bool [B, V] beside the logits; None where every row allows everything."""
-    masks = [constraint.mask() if alive else None for constraint, alive in zip(constraints, running)]
-    if all(mask is None for mask in masks):
-        return None
-    everything = torch.ones(logits.shape[-1], dtype=torch.bool)
-    rows = [everything if mask is None else mask for mask in masks]
-    return torch.stack([row.to(logits.device, non_blocking=True) for row in rows])
-
-
-class _KnownTokens:
-    """Keeps rows of the embedding that have no token from being drawn, on top of another constraint if there is one."""
-
-    def __init__(self, num_tokens: int, vocab_size: int, inner: Constraint | None):
-        self._known = torch.arange(vocab_size) < num_tokens if num_tokens < vocab_size else None
-        self._inner = inner
-
-    def mask(self) -> Tensor | None:
-        inner = None if self._inner is None else self._inner.mask()
-        if inner is None or self._known is None:
-            return self._known if inner is None else inner
-        return inner & self._known.to(inner.device, non_blocking=True)
-
-    def accept(self, id: int) -> None:
-        if self._inner is not None:
-            self._inner.accept(id)
 
 
 def text_until(ids: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str], start: bool = False) -> Iterator[str]:

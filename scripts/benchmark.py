@@ -1,194 +1,107 @@
-"""Prefill and decode speed against transformers, in one run, on random weights (no download)."""
+"""How fast every engine is, beside transformers and llama.cpp, and how far from what the machine allows.
+
+Random weights, made on the spot: nothing is downloaded. First the machine's own rates are measured, and from them what
+no engine could beat; then all engines take turns. The last line is JSON.
+"""
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import common
 import torch
-from random_checkpoint import train_tokenizer
+from benchmark_parts import machine, report, sizes, turns
+from benchmark_parts.sizes import SIZES, Case
 
 import mistral
-from mistral.checkpoints.hugging_face import load_model, save
 from mistral.checkpoints.load import choose_device
 from mistral.memory import format_bytes
 
-# 165 million parameters, cut like the 7B: 4 query heads a key/value head, an MLP of 3.5 times the width
-SIZES = dict(
-    vocab_size=32000,
-    hidden_size=1024,
-    intermediate_size=3584,
-    num_hidden_layers=8,
-    num_attention_heads=16,
-    num_key_value_heads=4,
-    head_dim=64,
-)
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__, "python scripts/benchmark.py --threads 2 --prompt-tokens 200 --new-tokens 40")
+    parser = common.parser(__doc__, "python scripts/benchmark.py --suite sweep --engines kernels eager --plot cost.png")
+    parser.add_argument("--suite", choices=("core", "sweep"), default="core", help="default: core")
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16")
+    parser.add_argument("--size", choices=SIZES, help="default: 7b on a GPU, else small (175 million parameters)")
+    parser.add_argument("--engines", nargs="+", choices=turns.NAMES, help="default: all; llama.cpp not for 7b")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
-    parser.add_argument("--prompt-tokens", type=int, default=200, help="default: 200")
-    parser.add_argument("--new-tokens", type=int, default=40, help="default: 40")
-    parser.add_argument("--repeats", type=int, default=15, help="turns; the quickest counts (default: 15)")
-    return parser.parse_args()
+    parser.add_argument("--prompt-tokens", type=int, help="of core's first case (default: 200)")
+    parser.add_argument("--new-tokens", type=int, help="a turn (default: 64 on a GPU, else 40)")
+    parser.add_argument("--repeats", type=int, help="turns; the quickest counts (default: 5 on a GPU, else 15)")
+    parser.add_argument("--contexts", type=int, nargs="+", help="of sweep (default: 512 to 32,768, doubled)")
+    parser.add_argument("--batches", type=int, nargs="+", help="of sweep (default: 1 2 4 8)")
+    parser.add_argument("--time-limit", type=float, help="begin nothing after so many seconds (default: core 300)")
+    parser.add_argument("--plot", type=Path, help="draw cost a token against context into this file (matplotlib)")
+    args = parser.parse_args()
+    counts = [args.threads, args.prompt_tokens, args.new_tokens, args.repeats, args.time_limit]
+    if any(n is not None and n < 1 for n in [*counts, *(args.contexts or ()), *(args.batches or ())]):
+        raise ValueError("--threads, --prompt-tokens, --new-tokens, --repeats, --contexts, --batches and --time-limit "
+                         "must be 1 or more")  # fmt: skip
+    if args.plot:
+        report.require_matplotlib()
+    return args
 
 
 def main() -> None:
     args = arguments()
-    if min(args.threads, args.prompt_tokens, args.new_tokens, args.repeats) < 1:
-        raise ValueError("--threads, --prompt-tokens, --new-tokens and --repeats must be 1 or more")
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
-    dtype = common.DTYPES[args.dtype] if args.dtype else torch.float32 if device.type == "cpu" else torch.bfloat16
-    ours, theirs = both_models(device, dtype)
+    on_gpu = device.type == "cuda"
+    out_of_time = turns.time_limit(args.time_limit or (300 if args.suite == "core" else None))
+    dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
+    size = args.size or ("7b" if on_gpu else "small")
+    names = args.engines or [name for name in turns.NAMES if (name, size) != ("llama.cpp", "7b")]
+    names = [name for name in turns.NAMES if name in names]
 
-    facts = versions(device) | {"dtype": str(dtype).removeprefix("torch."), "parameters": ours.config.num_parameters}
-    for name, value in facts.items():
-        print(f"{name:<14} {value:,}" if isinstance(value, int) else f"{name:<14} {value}")
-    bandwidth = read_bandwidth(device)
-    # What one token must read: every weight but the embedding, of which it takes one row
-    read = (ours.config.num_parameters - ours.config.vocab_size * ours.config.hidden_size) * dtype.itemsize
-    print(f"{'read speed':<14} {format_bytes(bandwidth)}/s, measured: a sum over 1 GB")
-    print(f"{'decode roof':<14} {bandwidth / read:.1f} tokens/s: {format_bytes(read)} a token at that speed\n")
-
-    prompt = torch.randint(3, 32000, (1, args.prompt_tokens), device=device)
-    results = {
-        "prefill": measure(args, args.prompt_tokens, lambda: ours(prompt), lambda: theirs(prompt, use_cache=False)),
-        "decode": measure(args, args.new_tokens, our_decode(ours, prompt, args), their_decode(theirs, prompt, args)),
-    }
-    print(f"{'tokens/s':<10}{'ours':>10}{'transformers':>15}{'ratio':>8}{'of medians':>12}   (of {args.repeats} turns)")
-    for name, r in results.items():
-        medians = r["ratio_of_medians"]
-        print(f"{name:<10}{r['ours']:>10.1f}{r['transformers']:>15.1f}{r['ratio']:>8.2f}{medians:>12.2f}")
-    print(json.dumps(facts | {"read_bytes_per_s": round(bandwidth), **results}))
-
-
-def both_models(device: torch.device, dtype: torch.dtype):
-    """The same random weights, ours and transformers'."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("transformers is not installed: pip install transformers") from None
-    transformers.utils.logging.disable_progress_bar()
-    config = mistral.Config(
-        **SIZES,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        sliding_window=4096,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-        eos_token_id=(2,),
-    )
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        save(mistral.Mistral(config).to(dtype), mistral.Tokenizer(train_tokenizer(512)), Path(folder))
-        theirs = transformers.MistralForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        ours = load_model(Path(folder), config, device, dtype)
-        theirs = theirs.to(device).eval()
-    return ours, theirs
-
-
-def our_decode(model: mistral.Mistral, prompt: torch.Tensor, args: argparse.Namespace) -> Callable[[], float]:
-    def run() -> float:
-        ids = mistral.generate(
-            model,
-            prompt[0].tolist(),
-            mistral.Sampling(temperature=0.0),
-            max_new_tokens=args.new_tokens + 1,
-            stop_tokens=(),
+    bandwidth, rate = machine.read_bandwidth(device), machine.matrix_rate(device, dtype)
+    model = sizes.make_model(size, device, dtype)
+    facts = machine.facts(device, dtype) | {"size": size, "parameters": model.config.num_parameters}
+    introduce(facts, model, bandwidth, rate)
+    results, field = [], turns.Field(model)
+    cases, repeats = suite(args, on_gpu), args.repeats or (5 if on_gpu else 15)
+    for case in cases:
+        # It takes a minute to compile theirs for a case: in core there is time for one.
+        slow = {"transformers-compiled"} if args.suite == "core" and case != cases[0] else set()
+        taking_part = [name for name in names if name not in slow]
+        rows = turns.run_case(field, taking_part, case, repeats, out_of_time, common.note)
+        found = [row.result(model, bandwidth, rate) for row in rows]
+        decode, prefill = sizes.decode_roof(model, case, bandwidth), sizes.prefill_roof(model, case, bandwidth, rate)
+        print(
+            report.table(f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}", found), flush=True
         )
-        next(ids)  # the prompt and the first token are not counted
-        start = time.perf_counter()
-        for _ in ids:
-            pass
-        return time.perf_counter() - start
-
-    return run
-
-
-def their_decode(model, prompt: torch.Tensor, args: argparse.Namespace) -> Callable[[], float]:
-    """The model in a bare loop: `generate` itself would only add to it."""
-    from transformers import DynamicCache
-
-    def run() -> float:
-        cache = DynamicCache(config=model.config)
-        token = model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
-        for _ in range(args.new_tokens):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            token.item()  # a generated token is looked at
-        return time.perf_counter() - start
-
-    return run
+        results += found
+    if not on_gpu:
+        print(f"peak memory of the process: {common.peak_memory(device)}")
+    if args.plot:
+        report.plot(args.plot, results, f"{facts['machine']}, {size}, {facts['dtype']}")
+        common.note(f"wrote {args.plot}")
+    measured = {"read_bytes_per_s": round(bandwidth), "matrix_flop_per_s": round(rate)}
+    print(json.dumps(facts | {"suite": args.suite} | measured | {"results": results}))
 
 
-@torch.inference_mode()
-def measure(args: argparse.Namespace, tokens: int, ours: Callable, theirs: Callable) -> dict[str, float]:
-    """Tokens/s of both, taken in turns so that both meet the same machine.
-
-    The quickest turn counts: whatever else the machine did made a turn slower, never faster. The ratio of the medians
-    stands beside it.
-    """
-    times: dict[Callable, list[float]] = {ours: [], theirs: []}
-    for turn in range(args.repeats + 1):
-        for run in (ours, theirs) if turn % 2 else (theirs, ours):
-            times[run].append(seconds(run))
-    del times[ours][0], times[theirs][0]  # to warm up
-    best, best_theirs = min(times[ours]), min(times[theirs])
-    return {
-        "ours": round(tokens / best, 2),
-        "transformers": round(tokens / best_theirs, 2),
-        "ratio": round(best_theirs / best, 3),
-        "ratio_of_medians": round(statistics.median(times[theirs]) / statistics.median(times[ours]), 3),
-    }
+def introduce(facts: dict, model: mistral.Mistral, bandwidth: float, rate: float) -> None:
+    """The machine, its rates, and what they allow."""
+    for name, value in facts.items():
+        print(f"{name:<18} {value:,}" if isinstance(value, int) else f"{name:<18} {value}")
+    step = sizes.weight_bytes(model)
+    print(f"{'reads':<18} {format_bytes(bandwidth)}/s, measured: sums over 1 GB")
+    print(f"{'multiplies':<18} {rate / 1e12:,.2f} TFLOP/s, measured: a product of two matrices")
+    print(f"{'ceiling':<18} {bandwidth / step:,.1f} tokens/s of one text: {format_bytes(step)} of weights a token\n")
+    sys.stdout.flush()
 
 
-def seconds(run: Callable) -> float:
-    """How long it takes; a function that times itself returns a float."""
-    synchronize()
-    start = time.perf_counter()
-    result = run()
-    synchronize()
-    return result if isinstance(result, float) else time.perf_counter() - start
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of the fastest of five sums over 1 GB."""
-    numbers = torch.ones(250_000_000, device=device)
-    return 1e9 / min(seconds(lambda: numbers.sum()) for _ in range(5))
-
-
-def versions(device: torch.device) -> dict[str, str | int]:
-    import transformers
-
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    return {
-        "machine": processor,
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+def suite(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
+    """What is measured: core is what a CPU can do in a minute, and on a GPU also a batch and a longer prompt."""
+    new = args.new_tokens or (64 if on_gpu else 40)
+    if args.suite == "sweep":
+        contexts, batches = args.contexts or CONTEXTS, args.batches or (1, 2, 4, 8)
+        return [Case(batch, context, new) for batch in batches for context in contexts]
+    cases = [Case(1, args.prompt_tokens or 200, new)]
+    return [*cases, Case(8, 512, new), Case(1, 2048, new)] if on_gpu else cases
 
 
 if __name__ == "__main__":

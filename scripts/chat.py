@@ -1,7 +1,6 @@
 """Chat with a model in the terminal. /help lists the commands; a line that ends with \\ goes on in the next one."""
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--load", type=Path, help="go on with a conversation that /save wrote")
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.7)
+    common.add_engine_argument(parser)
     args = parser.parse_args()
     if args.load and (args.system or args.format):
         raise ValueError("a conversation that is loaded has its own system message and format; leave out the options")
@@ -35,18 +35,21 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    options = dict(sampling=common.sampling(args), max_new_tokens=args.max_new_tokens, max_tokens=args.max_tokens)
+    options = dict(sampling=common.sampling(args), max_new_tokens=args.max_new_tokens)
     model, tokenizer = common.load(args)
+    decoder, engine = common.open_chat_engine(args, model)
 
     def begin(system: str | None) -> Conversation:
-        return Conversation(model, tokenizer, system=system, format=args.format, **options)
+        decoder.rewind(decoder.lengths[0])
+        return Conversation(decoder, tokenizer, system=system, format=args.format, **options)
 
     def resume(path: Path) -> Conversation:
-        return Conversation.load(path, model, tokenizer, **options)
+        decoder.rewind(decoder.lengths[0])  # if the file is none, the conversation before it is read again
+        return Conversation.load(path, decoder, tokenizer, **options)
 
     conversation = resume(args.load) if args.load else begin(args.system)
-    common.note(f"format {conversation.format}; /help lists the commands")
-    while (text := read_message()) is not None:
+    common.note(f"format {conversation.format}; {engine}; /help lists the commands")
+    while (text := common.read_message()) is not None:
         if text.startswith("/") and "\n" not in text:
             try:
                 conversation = command(text, conversation, begin, resume)
@@ -56,29 +59,6 @@ def main() -> None:
                 common.note(f"error: {error}")
         elif text:
             answer(conversation, text)
-
-
-def read_message() -> str | None:
-    """What the person types, perhaps several lines; None at the end of the input."""
-    lines: list[str] = []
-    try:
-        line = input("> " if sys.stdin.isatty() else "")
-        if line.strip() == '"""':
-            while (line := input()).strip() != '"""':
-                lines.append(line)
-            return "\n".join(lines)
-        while line.endswith("\\"):
-            lines.append(line[:-1])
-            line = input()
-        return "\n".join([*lines, line]).strip()
-    except EOFError:
-        return "\n".join(lines) if lines else None
-    except UnicodeDecodeError as error:
-        common.note(f"error: that was no UTF-8: {error}")
-        return ""
-    except KeyboardInterrupt:
-        print()
-        return ""
 
 
 def command(

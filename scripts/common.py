@@ -1,6 +1,7 @@
 """What the scripts share: the model's arguments, and ending in one clear line instead of a traceback."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -9,14 +10,17 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# Ctrl-C in the seconds that the imports below take ends a script as quietly as later on; `run` restores the usual way.
-signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+# The imports below, and then the script's own, take seconds. Until `run`, Ctrl-C ends the process without a traceback.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch  # noqa: E402
 
 import mistral  # noqa: E402
+from mistral.chat.answer import SLACK  # noqa: E402
 from mistral.chat.formats import FORMATS  # noqa: E402
+from mistral.decoder import Engine  # noqa: E402
 from mistral.memory import format_bytes  # noqa: E402
+from mistral_kernels import engines  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -102,10 +106,50 @@ def sampling(arguments: argparse.Namespace) -> mistral.Sampling:
     return mistral.Sampling(**{name: getattr(arguments, name) for name in names})
 
 
+def add_engine_argument(to: argparse.ArgumentParser) -> None:
+    """--engine."""
+    to.add_argument(
+        "--engine", choices=engines.ENGINES, default="auto", help="default: auto, which takes what works and says why"
+    )
+
+
+def open_chat_engine(arguments: argparse.Namespace, model: mistral.Mistral) -> tuple[Engine, str]:
+    """The decoder that --engine names, as a conversation needs it (with --max-tokens, if there is one); its line."""
+    max_tokens = getattr(arguments, "max_tokens", None)
+    if model.config.sliding_window is None and max_tokens is None:
+        max_tokens = model.config.max_position_embeddings
+    return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=SLACK)
+
+
 def add_chat_arguments(to: argparse.ArgumentParser) -> None:
     """--format and --max-tokens."""
     to.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
     to.add_argument("--max-tokens", type=int, help="room for a model without a window (default: what it was made for)")
+
+
+def read_message() -> str | None:
+    """What the person types, perhaps several lines; None at the end of the input, "" for nothing."""
+    lines: list[str] = []
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  `input` is a line editor then; without, the terminal cuts lines at 4,095 bytes
+    try:
+        line = input("> " if sys.stdin.isatty() else "")
+        if line.strip() == '"""':
+            while (line := input()).strip() != '"""':
+                lines.append(line)
+            return "\n".join(lines)
+        while line.endswith("\\"):
+            lines.append(line[:-1])
+            line = input()
+        return "\n".join([*lines, line]).strip()
+    except EOFError:
+        return "\n".join(lines) if lines else None
+    except UnicodeDecodeError as error:
+        note(f"error: that was no UTF-8: {error}")
+        return ""
+    except KeyboardInterrupt:
+        print()
+        return ""
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,8 @@
-"""Tools to try function calling with: `scripts/function_calling.py` offers them unless --tools names another file."""
+"""Tools to try function calling with: `scripts/function_calling.py` offers them unless --tools names another file.
+
+It is the model that names the file to count, so only those in the folder where the script was started, and below, are
+read.
+"""
 
 import ast
 import datetime
@@ -98,11 +102,17 @@ def count_words(path: str) -> int:
     Args:
         path: The path of the file.
     """
-    file = Path(path).expanduser()
+    folder = Path.cwd().resolve()
+    file = (folder / path).resolve()  # where it truly is, behind .. and links
+    if not file.is_relative_to(folder):
+        raise ValueError(f"{path} is outside of {folder}; only files in it can be read")
     if not file.is_file():
         raise ValueError(f"there is no file {path}")
     with file.open("rb") as opened:
         content = opened.read(LARGEST_FILE + 1)
     if len(content) > LARGEST_FILE:
         raise ValueError(f"{path} is larger than 100 MB")
-    return len(content.decode("utf-8").split())
+    try:
+        return len(content.decode("utf-8").split())
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8") from None

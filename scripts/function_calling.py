@@ -3,7 +3,6 @@
 import argparse
 import json
 import runpy
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +30,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--show-prompt", action="store_true", help="print how the tools are described to the model")
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.0)
+    common.add_engine_argument(parser)
     args = parser.parse_args()
     if args.time_limit <= 0:
         raise ValueError("--time-limit must be more than 0 seconds")
@@ -41,8 +41,9 @@ def main() -> None:
     args = arguments()
     tools, sampling = read_tools(args.tools), common.sampling(args)
     model, tokenizer = common.load(args)
+    decoder, engine = common.open_chat_engine(args, model)
     conversation = Conversation(
-        model,
+        decoder,
         tokenizer,
         tools=tools,
         sampling=sampling,
@@ -50,12 +51,11 @@ def main() -> None:
         tool_choice=args.tool_choice,
         max_rounds=args.max_rounds,
         max_new_tokens=args.max_new_tokens,
-        max_tokens=args.max_tokens,
         format=args.format,
         time_limit=args.time_limit,
         parallel=args.parallel,
     )
-    common.note(f"format {conversation.format}, tools: {', '.join(conversation.tools)}")
+    common.note(f"format {conversation.format}; {engine}; tools: {', '.join(conversation.tools)}")
     if args.show_prompt:
         messages = [{"role": "user", "content": "..."}]
         print(render_chat(tokenizer, messages, tools=tools, format=conversation.format), "\n")
@@ -89,16 +89,10 @@ def read_tools(path: Path) -> list[Tool]:
 
 
 def asked() -> Iterator[str]:
-    """What a person types, line by line, until the input ends."""
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            print()
-            return
-        if line.strip():
-            yield line.strip()
+    """What a person types, until the input ends."""
+    while (text := common.read_message()) is not None:
+        if text:
+            yield text
 
 
 def show(answer) -> None:

@@ -8,6 +8,7 @@ import common
 
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
+from mistral_kernels import open_engine
 
 
 class Clock:
@@ -36,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="the prompt is a message to answer, sent as a chat")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     common.add_sampling_arguments(parser, temperature=0.7)
+    common.add_engine_argument(parser)
     args = parser.parse_args()
     if args.chat and args.special:
         raise ValueError("--chat writes the control tokens itself; leave out --special")
@@ -51,9 +53,11 @@ def main() -> None:
     if args.chat:
         ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
         stop_tokens = chat_format(tokenizer).stop_ids(tokenizer)
+    room = room_for(ids, args.max_new_tokens, model.config)
+    decoder, engine = open_engine(args.engine, model, 1, room)
     clock = Clock()
     pieces = mistral.generate_text(
-        model,
+        decoder,
         tokenizer,
         ids,
         sampling,
@@ -69,7 +73,7 @@ def main() -> None:
     except KeyboardInterrupt:
         interrupted = True
     print(flush=True)
-    report(clock, len(ids), model.device)
+    report(clock, len(ids), model.device, engine)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -87,16 +91,26 @@ def prompt_text(args: argparse.Namespace) -> str:
     return prompt
 
 
-def report(clock: Clock, prompt_tokens: int, device) -> None:
+def room_for(ids: list[int], new: int, config: mistral.Config) -> int:
+    """Tokens in the end. ValueError for more than the checkpoint can take: now, and not after thousands of tokens."""
+    if (room := len(ids) + new) > (limit := config.max_position_embeddings):
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and {new} new ones make {room}, and the checkpoint was made for {limit}: "
+            "shorten the prompt or lower --max-new-tokens"
+        )
+    return max(room, 1)
+
+
+def report(clock: Clock, prompt_tokens: int, device, engine: str) -> None:
     """What it took, in one line."""
     times = clock.times
     if not times:
-        common.note(f"[no token was generated | peak memory {common.peak_memory(device)}]")
+        common.note(f"[no token was generated | peak memory {common.peak_memory(device)} | {engine}]")
         return
     rate = f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
     common.note(
         f"[prompt {prompt_tokens} tokens | first token after {times[0]:.2f} s | then {rate} | "
-        f"{len(times)} new tokens | peak memory {common.peak_memory(device)}]"
+        f"{len(times)} new tokens | peak memory {common.peak_memory(device)} | {engine}]"
     )
 
 

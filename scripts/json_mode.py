@@ -37,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--retries", type=int, default=3, help="how often it may try again (default: 3)")
     parser.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
     common.add_sampling_arguments(parser, temperature=0.0)
+    common.add_engine_argument(parser)
     return parser.parse_args()
 
 
@@ -53,11 +54,12 @@ def main() -> int:
         raise ValueError("--retries must be 0 or more")
     sampling = common.sampling(args)
     model, tokenizer = common.load(args)
+    decoder, engine = common.open_chat_engine(args, model)
     common.note(f"> {prompt}")
     start = time.perf_counter()
     try:
         answer = generate_json(
-            model,
+            decoder,
             tokenizer,
             prompt,
             schema,
@@ -72,7 +74,7 @@ def main() -> int:
         print(common.printable(error.text))
         return 1
     print(common.printable(json.dumps(answer, indent=2, ensure_ascii=False)))
-    common.note(f"[valid after {time.perf_counter() - start:.1f} s]")
+    common.note(f"[valid after {time.perf_counter() - start:.1f} s | {engine}]")
     return 0
 
 

@@ -34,8 +34,8 @@ This page was written by `scripts/measure_demo.py`.
 
 ## How good it is
 
-Tools, parameters and entities below are made of words that training never used: every sixth word of each list in
-`mistral/demo/words.py`, and a sixth of all made-up words. Verbs are shared, and so are familiar parameters such as
+Tools, parameters and entities below are made of words that training never used: about a sixth of the words in
+`mistral/demo/words.py`, and of all made-up words. Verbs are shared, and so are familiar parameters such as
 `city` or `date`. Decoding is greedy. A call counts if its name and all its arguments are
 exactly right, and a request for two calls only if both are.
 
@@ -115,12 +115,13 @@ def verdict(text: str, expected: list[Call]) -> str:
 
 
 def measure_calls(runner: Runner, args: argparse.Namespace, note: str, num_tools: int | None) -> dict[str, Any]:
-    """Free and constrained answers to requests for functions, and what is wrong with each."""
+    """Free and constrained answers to requests for functions, and what is wrong with each.
+
+    num_tools  how many made-up tools there are; None: three that the scripts offer
+    """
     random = Random(f"{args.seed} {note}")
-    if num_tools == 0:
-        cases = [everyday_case(random) for _ in range(args.requests)]
-    else:
-        cases = [unseen_request(random, num_tools) for _ in range(args.requests)]
+    make = everyday_case if num_tools is None else lambda random: unseen_request(random, num_tools)
+    cases = [make(random) for _ in range(args.requests)]
     prompts = [(tool_prompt(tools), text) for tools, text, _ in cases]
     size, tokenizer = runner.model.config.vocab_size, runner.tokenizer
     constraints = [tool_call_constraint(tokenizer, size, tools) for tools, _, _ in cases]
@@ -178,7 +179,7 @@ def main() -> None:
         raise ValueError("--requests and --batch-size must be 1 or more")
     model, tokenizer = common.load(args)
     runner = Runner(model, tokenizer, args.batch_size)
-    kinds = (("one tool", 1), ("two tools", 2), ("three tools", 3), ("the scripts' own tools, seen in training", 0))
+    kinds = (("one tool", 1), ("two tools", 2), ("three tools", 3), ("the scripts' own tools, seen in training", None))
     calls = [measure_calls(runner, args, note, count) for note, count in kinds]
     records, talk = measure_records(runner, args), measure_talk(runner)
     rows = [row(f"calls, {made['note']}", args.requests, *map(rights, made["verdicts"])) for made in calls]

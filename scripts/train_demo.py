@@ -1,6 +1,7 @@
 """Train the demo checkpoint from nothing, and write it as a GGUF file. After Ctrl-C the same command goes on."""
 
 import argparse
+import math
 import pickle
 import time
 from pathlib import Path
@@ -13,13 +14,13 @@ from mistral.checkpoints.gguf_export import export
 from mistral.checkpoints.load import choose_device
 from mistral.demo.training import Trainer, train_tokenizer
 
-SAVE_EVERY = 100  # steps
+SAVE_EVERY = 200  # steps
 
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__, "python scripts/train_demo.py /tmp/demo")
     parser.add_argument("folder", type=Path, help="where the state of the training is kept, and demo.gguf is written")
-    parser.add_argument("--steps", type=int, default=2400, help="batches of about 4,096 tokens (default: 2400)")
+    parser.add_argument("--steps", type=int, default=7400, help="batches of about 2,048 tokens (default: 7400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: CUDA where there is one)")
     args = parser.parse_args()
@@ -55,8 +56,9 @@ def train(trainer: Trainer, state: Path, before: float) -> float:
     start, mean = time.perf_counter() - before, None
     with tqdm(total=trainer.steps, initial=trainer.step, unit="step", mininterval=5) as bar:
         for step, loss in trainer.run():
-            mean = loss if mean is None else 0.98 * mean + 0.02 * loss
-            bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+            if not math.isnan(loss):  # a batch may have nothing that the model is to write
+                mean = loss if mean is None else 0.98 * mean + 0.02 * loss
+                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
             bar.update()
             if step % SAVE_EVERY == 0 or step == trainer.steps:
                 save(trainer, state, time.perf_counter() - start)

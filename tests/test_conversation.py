@@ -1,5 +1,7 @@
 """The conversation driver, with an engine that writes what a script says."""
 
+import json
+import sys
 import threading
 import time
 
@@ -9,9 +11,11 @@ import torch
 from scripted import END, TOKENIZER, Scripted, call, written
 
 import mistral
-from mistral.chat import Conversation, encode_chat, tool
+from mistral.chat import Conversation, Tool, encode_chat, tool
+from mistral.chat.answer import TextOnly
 from mistral.chat.conversation import ConversationError
 from mistral.chat.events import Call, End, Error, Result, Text
+from mistral.chat.grammar import GrammarError
 
 
 @tool
@@ -320,11 +324,158 @@ def test_arguments_that_make_no_sense_are_refused():
         (dict(tool_choice="sub", tools=[add]), "no tool 'sub'"),
         (dict(format="none"), "no chat format"),
         (dict(max_rounds=0), "max_rounds"),
-        (dict(tool_choice="required", tools=[add]), "needs tools, and a grammar"),
-        (dict(tools=[add], format="mistral_instruct_v1"), "functions need a format"),
+        (dict(tool_choice="required"), "needs tools"),
+        (dict(tools=[add], format="mistral_instruct_v1"), "functions need a format of chatml"),
     ):
         with pytest.raises(ValueError, match=words):
             talk(Scripted(), **options)
+
+
+@pytest.mark.parametrize("choice", ["required", "add"])
+def test_a_choice_that_demands_a_call_is_refused_without_a_grammar(choice, monkeypatch):
+    with pytest.raises(ConversationError, match=f"'{choice}' is a promise that only a grammar keeps.*grammar=True"):
+        talk(Scripted(), tools=[add], tool_choice=choice)
+    odd = Tool.from_schema({"name": "odd", "parameters": {"type": "object", "not": {"required": ["a"]}}})
+    with (
+        pytest.warns(UserWarning, match="checked only after"),
+        pytest.raises(ConversationError, match="only a grammar"),
+    ):
+        talk(Scripted(), tools=[add, odd], tool_choice=choice, grammar=True)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(GrammarError, match=r"needs llguidance.*\.\[chat\]"):
+        talk(Scripted(), tools=[add], tool_choice=choice, grammar=True)
+
+
+@pytest.mark.parametrize("choice", ["required", "add"])
+def test_a_choice_that_demands_a_call_gets_one_whatever_the_model_would_say(choice):
+    model, tokenizer = mistral.load("demo", device="cpu")
+    noise = mistral.Sampling(temperature=1.5, seed=3)
+    options = dict(sampling=noise, max_rounds=1, max_new_tokens=150)
+    first = next(Conversation(model, tokenizer, tools=[add], tool_choice=choice, **options).say("Hello!"))
+    assert isinstance(first, Call)
+    assert {name: type(value) for name, value in first.arguments.items()} == {"a": int, "b": int}
+
+
+def test_two_conversations_on_one_decoder_are_an_error_and_not_a_mixture():
+    engine = Scripted("One", "Two", "Three")
+    first, second = talk(engine), talk(engine)
+    list(first.say("A"))
+    before = list(engine.ids)
+    with pytest.raises(ConversationError, match="a decoder of its own"):
+        list(second.say("B"))
+    assert (second.messages, engine.ids) == ([], before)
+    engine.rewind(len(engine.ids))
+    list(second.say("B"))
+    assert len(engine.ids) == len(before)  # the number of tokens alone would not tell
+    with pytest.raises(ConversationError, match=rf"decoder\.rewind\({len(before)}\)"):
+        list(first.say("C"))
+    engine.rewind(len(engine.ids))
+    assert text_of(first.say("C")) == "Three"
+    assert engine.ids == encode_chat(TOKENIZER, first.messages, generate=False)[: len(engine.ids)]
+
+
+def test_a_decoder_of_several_rows_is_refused():
+    engine = Scripted()
+    engine.batch_size = 2
+    with pytest.raises(ValueError, match="one row is needed, not of 2"):
+        talk(engine)
+
+
+V3 = mistral.Tokenizer((small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())
+CALLS_TOKEN = V3.control_id("[TOOL_CALLS]")
+
+
+class Watched(Scripted):
+    """Keeps every mask that it was given."""
+
+    def __init__(self, *answers, **options):
+        super().__init__(*answers, **options)
+        self.masks = []
+
+    def step(self, sampling, mask=None):
+        self.masks.append(mask)
+        return super().step(sampling, mask)
+
+
+def mistral_talk(*answers, **options):
+    """A conversation in the format of Mistral-7B-Instruct-v0.3. An answer that begins with [ is a list of calls."""
+    ids = [[CALLS_TOKEN] * text.startswith("[") + V3.encode(text, bos=False) + [2] for text in answers]
+    engine = Watched(*ids)
+    engine.config = small.config(vocab_size=32768, max_position_embeddings=4096)
+    return engine, Conversation(engine, V3, **{"grammar": False, **options})
+
+
+def test_mistrals_own_calls_are_read_and_their_results_refer_to_them(tmp_path):
+    calls = [
+        {"name": "add", "arguments": {"a": 1, "b": 2}, "id": "abcDEF123"},
+        {"name": "add", "arguments": {"a": 10, "b": 20}},
+        {"name": "subtract", "arguments": {}, "id": "too long, this"},
+    ]
+    engine, conversation = mistral_talk(json.dumps(calls), "It is 33 [sic].", "Bye", tools=[add], system="Be brief.")
+    events = list(conversation.say("Add them up"))
+    assert [e.id for e in events if isinstance(e, Call)] == ["abcDEF123", "000002001", "000002002"]
+    assert [e.content for e in events if isinstance(e, Result)] == [3, 30]
+    assert text_of(events) == "It is 33 [sic]."
+    assert events[-1] == End("stop")
+    told = V3.decode(engine.reads[1], control=True)
+    assert '</s>[TOOL_RESULTS]{"content": 3, "call_id": "abcDEF123"}[/TOOL_RESULTS]' in told
+    assert '{"content": 30, "call_id": "000002001"}' in told
+    assert "No matching function signature found for function: subtract" in told
+    assert "<tool_call>" not in told
+    assert conversation.messages[2]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    # The user speaks again: the tools move, and all of it is read as the format writes it.
+    assert text_of(conversation.say("Bye")) == "Bye"
+    whole = encode_chat(V3, conversation.messages, tools=[add], generate=False)
+    assert engine.ids == whole[: len(engine.ids)]
+    assert whole.count(CALLS_TOKEN) == 1
+    conversation.save(tmp_path / "talk.jsonl")
+    again = Conversation.load(tmp_path / "talk.jsonl", Scripted(), V3, tools=[add], grammar=False)
+    assert again.messages == conversation.messages
+
+
+@pytest.mark.parametrize("answer", ['[{"name": "add", "arguments": [1, 2]}]', '[{"name": "add", "argum', "[]", "[3]"])
+def test_mistrals_calls_that_cannot_be_read_are_told_to_the_model(answer):
+    engine, conversation = mistral_talk(answer, "Sorry.", tools=[add])
+    events = list(conversation.say("Go"))
+    assert [type(event) for event in events if not isinstance(event, Text)] == [Error, End]
+    assert text_of(events) == "Sorry."
+    assert conversation.messages[1] == {"role": "assistant", "content": answer}
+    assert "error parsing function calls" in V3.decode(engine.reads[1])
+
+
+def test_mistrals_calls_begin_with_their_token_and_it_stands_nowhere_else():
+    calls = json.dumps([{"name": "add", "arguments": {"a": 1, "b": 2}}])
+    engine, conversation = mistral_talk(calls, "Three", tools=[add])
+    list(conversation.say("Go"))
+    begins = len(engine.masks) - len(V3.encode("Three", bos=False)) - 1
+    assert [n for n, mask in enumerate(engine.masks) if mask[0, CALLS_TOKEN]] == [0, begins]
+    for options in ({}, {"tools": [add], "tool_choice": "none"}):
+        engine, conversation = mistral_talk("Hello", **options)
+        assert text_of(conversation.say("Go")) == "Hello"
+        assert not any(mask[0, CALLS_TOKEN] for mask in engine.masks)
+
+
+def test_mistrals_calls_have_no_grammar_and_that_is_said():
+    with pytest.warns(UserWarning, match="no grammar for what follows .TOOL_CALLS"):
+        mistral_talk(tools=[add], grammar=True)
+    with pytest.raises(ConversationError, match="only a grammar keeps"):
+        mistral_talk(tools=[add], tool_choice="required")
+
+
+def test_a_mistral_model_may_write_what_ends_a_turn_in_chatml():
+    said = "ChatML ends a turn with <|im_end|> and goes on."
+    _, conversation = mistral_talk(said)
+    assert text_of(conversation.say("How?")) == said
+
+
+def test_the_mask_of_plain_text_is_copied_to_the_device_once():
+    class OnMeta(Scripted):
+        logits = torch.zeros(1, 32032, device="meta")
+
+    text_only = TextOnly(OnMeta(), TOKENIZER, (END,))
+    mask = text_only.mask()
+    assert mask.device.type == "meta"
+    assert text_only.mask() is mask
 
 
 def test_the_cards_example_runs():

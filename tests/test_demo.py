@@ -20,7 +20,8 @@ from mistral.checkpoints.load import DEMO
 from mistral.demo import training
 from mistral.demo.dialogues import dialogue, record, unseen_request
 from mistral.demo.everyday import EVERYDAY
-from mistral.demo.inventions import make_noun, make_tools, request
+from mistral.demo.inventions import make_tools, request
+from mistral.demo.parameters import make_noun
 from mistral.demo.words import CITIES, NOUNS, pseudo_word, split
 
 
@@ -87,6 +88,11 @@ def test_llama_cpp_gives_the_demos_logits(demo):
             "convert_units",
             {"value": 26, "from_unit": "miles", "to_unit": "kilometers"},
         ),
+        (
+            "How many miles are 42 kilometers?",
+            "convert_units",
+            {"value": 42, "from_unit": "kilometers", "to_unit": "miles"},
+        ),
         ("How many words are in README.md?", "count_words", {"path": "README.md"}),
     ],
 )
@@ -107,7 +113,7 @@ def test_it_calls_functions_that_it_never_saw(demo):
         pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), **options)
         calls = parse_tool_calls("".join(pieces)).calls
         right += [(call.name, call.arguments) for call in calls] == expected
-    assert right >= 4
+    assert right >= 6
 
 
 def test_it_answers_in_json(demo):
@@ -117,7 +123,7 @@ def test_it_answers_in_json(demo):
         value = generate_json(*demo, text, schema)
         assert value.keys() == schema["properties"].keys()
         exact += value == wanted
-    assert exact >= 2
+    assert exact >= 3
 
 
 def test_the_scripts_tools_are_described_as_in_training():
@@ -138,7 +144,7 @@ def test_words_of_the_tests_are_never_trained_on():
     kept = set(split(NOUNS, held_out=True))
     trained = {word for _ in range(3000) for word in make_noun(random, held_out=False).split()}
     tested = {word for _ in range(3000) for word in make_noun(random, held_out=True).split()}
-    assert trained & tested <= {"light"}  # a noun that is kept, and an adjective that is not
+    assert not trained & tested
     assert len(tested & kept) > 0.9 * len(kept)
     assert not set(split(CITIES, True)) & set(split(CITIES, False))
     assert not {pseudo_word(random, True) for _ in range(500)} & {pseudo_word(random, False) for _ in range(500)}

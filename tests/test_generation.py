@@ -481,9 +481,115 @@ def test_ids_without_a_choice_count_against_the_limit():
     assert ids[2:] == [7, 9]
 
 
+def test_a_text_takes_ids_without_a_choice_too(with_true_tokenizer):
+    constraint = Half([7, 9])
+    pieces_of(with_true_tokenizer, constraint=constraint, max_new_tokens=11)
+    assert (len(constraint.accepted), constraint.asked) == (11, 6)
+    assert [constraint.accepted[i : i + 2] for i in (2, 6)] == [[7, 9], [7, 9]]
+
+
+def test_a_row_without_a_token_is_not_taken_even_if_a_constraint_leaves_only_it(with_true_tokenizer):
+    constraint = Half([7, 32031])
+    constraint.mask = lambda: torch.arange(32032) == (32031 if len(constraint.accepted) == 3 else 5)
+    with pytest.raises(ValueError, match="nothing is left to choose from"):
+        pieces_of(with_true_tokenizer, constraint=constraint)
+    assert constraint.accepted == [5, 5, 7]
+
+
+def test_a_batch_chooses_every_id():
+    constraints = [Half([7]), Half([7])]
+    options = dict(max_new_tokens=6, stop_tokens=(), constraints=constraints)
+    generate_batch(small.model(), [[1], [1, 5]], GREEDY, **options)
+    assert [constraint.asked for constraint in constraints] == [6, 6]
+
+
 def test_text_may_be_given_as_ids():
     model, tokenizer = mistral.load(small.DATA / "small", device="cpu")
     options = dict(max_new_tokens=8)
     greedy = mistral.Sampling(temperature=0)
     of_text = list(mistral.generate_text(model, tokenizer, "Hello there", greedy, **options))
     assert list(mistral.generate_text(model, tokenizer, tokenizer.encode("Hello there"), greedy, **options)) == of_text
+
+
+class Ahead(Decoder):
+    """The reference engine, as one that lets `generate` start two steps before it looks at ids."""
+
+    ahead = 2
+    broken = None  # the ids of its fourth step
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.steps = 0
+
+    @property
+    def logits(self):
+        return super().logits
+
+    def step(self, sampling, mask=None):
+        self.steps += 1
+        ids = super().step(sampling, mask)
+        return torch.full_like(ids, self.broken) if self.broken and self.steps == 4 else ids
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RICH], ids=["greedy", "rich"])
+def test_an_engine_that_runs_ahead_gives_the_same_text_and_holds_no_more(sampling):
+    model = small.model()
+    for n in (0, 1, 2, 3, 50):
+        engines = Decoder(model), Ahead(model)
+        texts = [list(generate(e, prompt(5), sampling, max_new_tokens=n, stop_tokens=())) for e in engines]
+        assert texts[0] == texts[1]
+        assert engines[0].lengths == engines[1].lengths == [5 + n]
+        assert torch.allclose(engines[0].logits, engines[1].logits, atol=1e-12)
+
+
+def test_what_was_started_behind_a_stop_token_or_a_broken_off_text_is_taken_back():
+    model = small.model()
+    text = list(generate(model, prompt(5), GREEDY, max_new_tokens=30, stop_tokens=()))
+    engine = Ahead(model)
+    stop = text[9]
+    made = list(generate(engine, prompt(5), GREEDY, max_new_tokens=30, stop_tokens=[stop]))
+    assert made == text[: len(made)]
+    assert made[-1] == stop
+    assert engine.lengths == [5 + len(made)]
+    assert engine.steps == len(made) + 2
+    broken_off = generate(engine, [3], GREEDY, max_new_tokens=30, stop_tokens=())
+    next(broken_off)
+    broken_off.close()
+    assert engine.lengths == [5 + len(made) + 2]
+
+
+def test_an_engine_that_runs_ahead_fills_its_room_to_the_last_token():
+    model = small.model(sliding_window=None)
+    engine = Ahead(model, 1, 12)
+    with pytest.raises(ValueError, match="the limit here is 12"):
+        for i, _ in enumerate(generate(engine, prompt(5), GREEDY, max_new_tokens=20, stop_tokens=())):  # noqa: B007
+            pass
+    assert i == 6
+    assert engine.lengths == [12]
+
+
+def test_rows_that_run_ahead_end_one_by_one():
+    model = small.model()
+    prompts = [prompt(4), prompt(7, seed=1), prompt(1, seed=2)]
+    options = dict(max_new_tokens=25, stop_tokens=list(range(3, 20)))
+    engine = Ahead(model, 3)
+    assert generate_batch(engine, prompts, GREEDY, **options) == generate_batch(model, prompts, GREEDY, **options)
+
+
+def test_a_step_that_runs_ahead_and_finds_nothing_is_an_error_when_it_comes_to_it():
+    for broken, message in ((-1, "not numbers"), (-2, "nothing is left to choose from")):
+        engine = Ahead(small.model())
+        engine.broken = broken
+        made = generate(engine, prompt(5), GREEDY, max_new_tokens=20, stop_tokens=())
+        assert len([next(made) for _ in range(3)]) == 3
+        with pytest.raises(ValueError, match=message):
+            next(made)
+
+
+def test_a_fixed_mask_lets_an_engine_run_ahead_and_a_grammar_does_not():
+    model, counts = small.model(), []
+    for constraint in (None, OnlyEven()):
+        engine = Ahead(model)
+        next(generate(engine, prompt(5), GREEDY, max_new_tokens=20, constraint=constraint))
+        counts.append(engine.steps)
+    assert counts == [3, 1]

@@ -9,6 +9,7 @@ import pytest
 import small
 
 PACKAGE = sorted((small.ROOT / "mistral").rglob("*.py"))
+KERNELS = sorted((small.ROOT / "kernels").glob("*.py"))
 MODEL_FILES = ("attention", "cache", "mlp", "model", "rms_norm", "rotary")
 
 
@@ -38,18 +39,22 @@ def test_the_model_knows_nothing_of_files_text_or_generation():
 def test_the_model_is_short():
     lines = [len((small.ROOT / f"mistral/{name}.py").read_text().splitlines()) for name in MODEL_FILES]
     assert sum(lines) < 600
-    assert all(len(path.read_text().splitlines()) <= 300 for path in PACKAGE)
+    assert all(len(path.read_text().splitlines()) <= 300 for path in PACKAGE + KERNELS)
 
 
 def test_importing_needs_no_gpu_and_no_transformers():
-    code = "import sys, mistral; print([m for m in ('transformers', 'tokenizers', 'triton') if m in sys.modules])"
-    code = "import torch; torch.cuda.init = torch.cuda._lazy_init = None; " + code
+    code = """
+import sys, torch
+torch.cuda.init = torch.cuda._lazy_init = None
+import mistral, mistral_kernels
+print([name for name in ("transformers", "tokenizers", "triton") if name in sys.modules])
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 
 def test_every_public_thing_has_a_docstring():
-    for path in PACKAGE + sorted((small.ROOT / "scripts").glob("*.py")):
+    for path in PACKAGE + KERNELS + sorted((small.ROOT / "scripts").glob("*.py")):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
         if path.parts[-2] == "scripts":
@@ -62,7 +67,9 @@ def test_every_public_thing_has_a_docstring():
 def test_every_package_is_installed():
     project = tomllib.loads((small.ROOT / "pyproject.toml").read_text())
     folders = {path.parent.relative_to(small.ROOT) for path in PACKAGE}
-    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(folder.parts) for folder in folders}
+    assert set(project["tool"]["setuptools"]["packages"]) == {".".join(folder.parts) for folder in folders} | {
+        "mistral_kernels"
+    }
 
 
 def test_every_dependency_is_pinned():

@@ -59,6 +59,25 @@ def test_the_python_examples_run(code, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout
+    for shown in re.findall(r"print\(.*\)  # (.+)", code):
+        assert shows(result.stdout, shown), f"the README shows {shown!r}, and this was printed:\n{result.stdout}"
+
+
+def shows(output, comment):
+    """Whether what was printed has a line like the comment, or lines that begin with its words; ... is any lines."""
+    if comment in output.splitlines():
+        return True
+    parts = comment.split(", ")
+    pattern = "".join(r"(?:.*\n)*" if part == "..." else rf"{re.escape(part)}\b.*\n" for part in parts)
+    return re.search("^" + pattern, output, re.M) is not None
+
+
+def test_a_comment_that_shows_another_output_is_noticed():
+    output = "Call(name='f')\nResult(1)\nText('a')\nText('b')\nEnd('stop')\n{'city': 'Lisbon', 'people': 3}\n"
+    for comment in ("Call, Result, Text, ..., End", "Text, Text, End", "Result", "{'city': 'Lisbon', 'people': 3}"):
+        assert shows(output, comment)
+    for comment in ("Call, Text, ..., End", "Call, Result, End", "Call, ..., Error", "Ca", "{'city': 'Lisbon'}"):
+        assert not shows(output, comment)
 
 
 def test_every_path_that_is_mentioned_exists():

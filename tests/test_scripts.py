@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -271,7 +272,7 @@ def test_ctrl_c_at_any_time_is_quiet(script, seconds):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert b"Traceback" not in err
-    assert process.returncode in (0, 130, -signal.SIGINT)  # the last: when Python was already leaving
+    assert process.returncode in (0, 130, -signal.SIGINT)  # the last: while importing, or when Python was leaving
 
 
 def test_a_reader_that_leaves_is_no_error(hermes):
@@ -308,6 +309,46 @@ def test_function_calling_shows_the_call_its_result_and_the_answer(run_here, tmp
     options = ("--tools", tmp_path / "mine.py", "--tool-choice", "required", "--prompt", "A number?")
     code, out, _ = run_here("function_calling", *options)
     assert (code, "call    lucky({})" in out, "result  7" in out) == (0, True, True)
+
+
+def test_the_word_counter_reads_no_file_outside_of_the_folder(tmp_path, monkeypatch):
+    count_words = runpy.run_path(str(small.ROOT / "scripts/example_tools.py"))["count_words"]
+    (tmp_path / "secret.txt").write_text("one two three")
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / "notes.txt").write_text("four words are here")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    assert count_words("notes.txt") == count_words(str(folder / "notes.txt")) == 4
+    for path in ("../secret.txt", str(tmp_path / "secret.txt"), "link.txt", "/etc/passwd", "/nowhere"):
+        with pytest.raises(ValueError, match="outside of"):
+            count_words(path)
+    for path, words in (("none.txt", "no file"), (".", "no file"), ("image.png", "no text in UTF-8"), ("a\0", "null")):
+        with pytest.raises(ValueError, match=words):
+            count_words(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="uses a pseudo-terminal")
+def test_a_long_line_that_is_pasted_into_the_terminal_arrives_whole():
+    # Seen in a terminal: of 5,000 characters the model read 4,095.
+    ours, theirs = os.openpty()
+    code = "import sys; sys.path.insert(0, 'scripts'); import common; print(len(common.read_message()), 'characters')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=small.ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while not shown.endswith(b"> "):
+        shown += os.read(ours, 100)
+    for _ in range(50):
+        os.write(ours, b"x" * 100)
+        if select.select([ours], [], [], 1)[0]:  # the echo: the terminal is full otherwise
+            os.read(ours, 100_000)
+    os.write(ours, b"\n")
+    while b"characters" not in shown and select.select([ours], [], [], 30)[0]:
+        shown += os.read(ours, 100_000)
+    process.wait(timeout=30)
+    os.close(ours)
+    assert b"5000 characters" in shown
 
 
 def test_json_mode_prints_json_that_follows_the_schema(run_here, tmp_path):
@@ -353,6 +394,7 @@ def test_the_demo_is_measured_and_its_page_written(run_here, tmp_path):
         ("function_calling", ("--tools", "/nowhere.py"), "/nowhere.py does not exist"),
         ("function_calling", ("--tools", "README.md"), "cannot be run"),
         ("function_calling", ("--tool-choice", "fly", "--prompt", "x"), "no tool 'fly'"),
+        ("function_calling", ("--tool-choice", "required", "--no-grammar", "--prompt", "x"), "needs grammar=True"),
         ("json_mode", ("--schema", "README.md", "--prompt", "x"), "is no JSON"),
         ("json_mode", ("--schema", "/nowhere.json", "--prompt", "x"), "cannot be read"),
         ("chat", ("--load", "README.md"), "README.md, line 1, is no JSON"),

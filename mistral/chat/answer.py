@@ -2,31 +2,52 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from mistral.decoder import Engine
-from mistral.generation import Constraint, generate, text_until
+from mistral.chat.formats import ChatFormat
+from mistral.constraints import Constraint, FixedMask
+from mistral.decoder import Decoder, Engine
+from mistral.generation import generate, text_until
+from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
 
-# Some fine-tunes spell the end of a turn instead of writing its token; it counts as the end, too.
-SPELLED = ("<|im_end|>", "<|im_start|>")
+SLACK = 32  # tokens that can be taken back after the window rolled: an end of turn that the model spelled
 
 
-class TextOnly:
+class TextOnly(FixedMask):
     """A constraint to tokens that are text, and those that end it: no control token, no row without a token."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_tokens: Sequence[int]):
-        allowed = [tokenizer.token_bytes(id) is not None or id in stop_tokens for id in range(vocab_size)]
-        self._mask = torch.tensor(allowed)  # [V]
+    def __init__(self, decoder: Engine, tokenizer: Tokenizer, stop_tokens: Sequence[int]):
+        ids = range(decoder.config.vocab_size)
+        super().__init__(decoder, [tokenizer.token_bytes(id) is not None or id in stop_tokens for id in ids])
+
+    def copy(self) -> "TextOnly":
+        """Itself: it remembers nothing."""
+        return self
+
+
+class TextOrCalls:
+    """A constraint to text, before which `call_token` may stand: what follows it then is a list of calls."""
+
+    def __init__(self, text: TextOnly, call_token: int):
+        self._text, self._call_token, self._begun = text, call_token, False
 
     def mask(self) -> Tensor:
-        """bool [V], the same at every step."""
-        return self._mask
+        """bool [V] on the decoder's device."""
+        mask = self._text.mask()
+        if not self._begun:
+            mask = mask.clone()
+            mask[self._call_token] = True
+        return mask
 
     def accept(self, id: int) -> None:
-        """Nothing to remember."""
+        """From now on, text."""
+        self._begun = True
+
+    def copy(self) -> "TextOrCalls":
+        """One for another answer."""
+        return TextOrCalls(self._text, self._call_token)
 
 
 class Answer:
@@ -34,42 +55,44 @@ class Answer:
 
     text    what was written so far
     ids     its tokens, without the one that ended it
-    reason  why it ended: "stop", or "length" after `max_new_tokens`; "interrupted" until then
-
-    spelled      texts that end the answer, too
-    begins_text  the answer begins a text, and its first leading space is none: see `ChatFormat.reply_begins_text`
+    reason  why it ended: "stop", or "length" after `max_new_tokens` or where there is no more room; "interrupted" until
+            then
 
     When the text has ended, the decoder holds the prompt and `ids`, and nothing behind them. Where iteration is
     broken off, `settle` makes `ids` the tokens of `text`; the decoder may hold a few more then.
-    Raises what `mistral.generate` raises.
+    Raises what `mistral.generate` raises, and ValueError for a prompt that there is no room for.
     """
 
     def __init__(
         self,
         decoder: Engine,
         tokenizer: Tokenizer,
+        chat: ChatFormat,
         prompt_ids: Sequence[int],
         sampling: Sampling,
         constraint: Constraint,
-        *,
         max_new_tokens: int,
-        stop_tokens: Sequence[int],
-        begins_text: bool = False,
-        spelled: Sequence[str] = SPELLED,
     ):
         self.text, self.ids, self.reason = "", [], "interrupted"
         self.prompt_ids = prompt_ids
-        self._decoder, self._tokenizer, self._stop_tokens = decoder, tokenizer, stop_tokens
+        self._decoder, self._tokenizer, self._stop_tokens = decoder, tokenizer, chat.stop_ids(tokenizer)
+        self._constraint, self._begins_text = constraint, chat.reply_begins_text
+        # Under a grammar, what spells the end stands in a string.
+        self._spelled = chat.spelled_ends if isinstance(constraint, TextOnly) else ()
+        self._call_token = None if chat.call_token is None else tokenizer.control_id(chat.call_token)
+        self._exhausted, self._start = False, decoder.lengths[0] + len(prompt_ids)
+        if (room := decoder.limit - self._start) < 1:
+            raise ValueError(
+                f"the prompt makes {self._start} tokens, and there is room for {decoder.limit}: shorten it"
+            )
         self._generated = generate(
             decoder,
             prompt_ids,
             sampling,
-            max_new_tokens=max_new_tokens,
-            stop_tokens=stop_tokens,
+            max_new_tokens=min(max_new_tokens, room),
+            stop_tokens=self._stop_tokens,
             constraint=constraint,
         )
-        self._constraint, self._begins_text, self._spelled = constraint, begins_text, spelled
-        self._exhausted, self._start = False, decoder.lengths[0] + len(prompt_ids)
 
     def __iter__(self) -> Iterator[str]:
         for piece in text_until(self._record(), self._tokenizer, self._spelled, self._begins_text):
@@ -83,7 +106,13 @@ class Answer:
             self.reason = "stop"
         else:
             self.reason = "length"
+        self._generated.close()  # an engine that runs ahead takes back what was too much
         self._decoder.rewind(self._decoder.lengths[0] - self._start - len(self.ids))
+
+    @property
+    def is_calls(self) -> bool:
+        """Whether the text is a list of calls: it stands behind the token that says so."""
+        return self._call_token is not None and self.ids[:1] == [self._call_token]
 
     @property
     def saved(self) -> int:
@@ -92,6 +121,7 @@ class Answer:
 
     def settle(self) -> None:
         """Let `ids` be what `text` is made of, if the answer was broken off."""
+        self._generated.close()
         if self.reason == "interrupted":
             self.ids = self.ids[: self._written()]
 
@@ -109,3 +139,18 @@ class Answer:
                 return n
             length += len(stream.feed(id))
         return len(self.ids)
+
+
+def one_row(model_or_decoder: Mistral | Engine, max_tokens: int | None = None) -> Engine:
+    """A decoder for one answer after the other: the one that is given, or one for the model. ValueError for more rows.
+
+    max_tokens  room in the cache for a model without a window; None: what the checkpoint was made for
+    """
+    if not isinstance(model_or_decoder, Mistral):
+        if model_or_decoder.batch_size != 1:
+            raise ValueError(f"a decoder of one row is needed, not of {model_or_decoder.batch_size}")
+        return model_or_decoder
+    config = model_or_decoder.config
+    if config.sliding_window is None and max_tokens is None:
+        max_tokens = config.max_position_embeddings
+    return Decoder(model_or_decoder, 1, max_tokens, slack=SLACK)

@@ -22,6 +22,9 @@ class ChatML:
 
     tool_style = "json"
     reply_begins_text = False
+    spelled_ends = ("<|im_end|>", "<|im_start|>")
+    has_tools = True
+    call_token = None
 
     def begin(
         self,

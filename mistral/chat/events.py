@@ -19,11 +19,13 @@ class Call:
 
     arguments  by name; everything in them can be written as JSON
     span       where the call stands in the model's text, its tags included; None for one that was not read from text
+    id         what its result refers to it by, in formats that need one
     """
 
     name: str
     arguments: dict[str, Any]
     span: Span | None = None
+    id: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 One tag there is left open by mistake; here it is closed. Source: https://github.com/NousResearch/Hermes-Function-Calling
 """
 
-AGAIN = "Please call this function again with correct arguments within XML tags <tool_call></tool_call>"
+AGAIN = "Please call this function again with correct arguments"
+IN_TAGS = " within XML tags <tool_call></tool_call>"
 
 
 def not_readable(problem: str) -> str:
@@ -14,17 +15,23 @@ def not_readable(problem: str) -> str:
     )
 
 
-def not_valid(name: str, problem: str) -> str:
-    """The function does not exist, or its schema does not allow the arguments."""
+def not_valid(name: str, problem: str, tags: bool = True) -> str:
+    """The function does not exist, or its schema does not allow the arguments.
+
+    tags  the format has calls in tags
+    """
     return (
         f"There was an error validating function call against function signature: {name}\n"
-        f"Here's the error traceback: {problem}\n{AGAIN}"
+        f"Here's the error traceback: {problem}\n{AGAIN}{IN_TAGS * tags}"
     )
 
 
-def not_executed(name: str, problem: str) -> str:
+def not_executed(name: str, problem: str, tags: bool = True) -> str:
     """The function failed, gave back what JSON cannot hold, or took too long."""
-    return f"There was an error when executing the function: {name}\nHere's the error traceback: {problem}\n{AGAIN}"
+    return (
+        f"There was an error when executing the function: {name}\n"
+        f"Here's the error traceback: {problem}\n{AGAIN}{IN_TAGS * tags}"
+    )
 
 
 def not_json(attempt: int, problem: str) -> str:

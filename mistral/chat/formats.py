@@ -18,9 +18,16 @@ class ChatFormat(Protocol):
 
     reply_begins_text  the assistant's content is encoded as the beginning of a text, so that the first token a model
                        writes has a leading space which is not part of it: decode with `tokenizer.stream(start=True)`
+    spelled_ends       texts that end the assistant's turn, too: some fine-tunes spell its end
+    has_tools          the model may call functions
+    call_token         the control token behind which an answer is a list of calls; None: calls stand in the text, in
+                       `<tool_call>`
     """
 
     reply_begins_text: bool
+    spelled_ends: tuple[str, ...]
+    has_tools: bool
+    call_token: str | None
 
     def begin(
         self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None, generate: bool = True

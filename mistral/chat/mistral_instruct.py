@@ -29,6 +29,9 @@ class _MistralInstruct:
     """What both versions have in common. The methods are those of `mistral.chat.formats.ChatFormat`."""
 
     reply_begins_text = True
+    spelled_ends = ()
+    has_tools = False
+    call_token: str | None = None
 
     def begin(
         self,
@@ -97,6 +100,9 @@ class MistralInstructV1(_MistralInstruct):
 class MistralInstructV3(_MistralInstruct):
     """The format of Mistral-7B-Instruct-v0.3."""
 
+    has_tools = True
+    call_token = "[TOOL_CALLS]"
+
     def can_go_on(self, history: Sequence[Message], new: Sequence[Message], tools: Any = None) -> bool:
         """Unless the user speaks again and there are tools or a system message, which then stand elsewhere."""
         moves = bool(tools) or _has("system", history)
@@ -135,7 +141,7 @@ class MistralInstructV3(_MistralInstruct):
         if turn.content:
             raise ValueError(f"{turn.where} has text and calls; the format mistral_instruct_v3 has one or the other")
         calls = to_json([_call(turn.where, call) for call in turn.calls])
-        return [_control_id(tokenizer, "[TOOL_CALLS]"), *tokenizer.encode(calls, bos=False), end]
+        return [_control_id(tokenizer, self.call_token), *tokenizer.encode(calls, bos=False), end]
 
 
 def _turns(messages: Sequence[Checked]) -> tuple[str, list[Checked]]:

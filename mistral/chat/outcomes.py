@@ -14,17 +14,18 @@ Outcome = tuple[Event, dict[str, Any]]
 
 def outcome(call: Call, tools: Mapping[str, Tool], time_limit: float | None) -> Outcome:
     """Check one call and run it. Whatever goes wrong in it is told to the model; only registered tools are run."""
-    message = {"role": "tool", "name": call.name}
+    tags = call.id is None
+    message = {"role": "tool", "name": call.name} | ({} if tags else {"tool_call_id": call.id})
     try:
         if call.name not in tools:
             raise ArgumentError(f"No matching function signature found for function: {call.name}")
         check_arguments(tools[call.name], call.arguments)
     except ArgumentError as error:
-        return Error(str(error)), message | {"error": feedback.not_valid(call.name, str(error))}
+        return Error(str(error)), message | {"error": feedback.not_valid(call.name, str(error), tags)}
     try:
         content = run_tool(tools[call.name], call.arguments, time_limit)
     except ToolError as error:
-        return Error(str(error)), message | {"error": feedback.not_executed(call.name, str(error))}
+        return Error(str(error)), message | {"error": feedback.not_executed(call.name, str(error), tags)}
     return Result(call.name, content), message | {"content": json.dumps(content)}
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mistral.chat import feedback
-from mistral.chat.answer import SPELLED, Answer, TextOnly
+from mistral.chat.answer import Answer, TextOnly, one_row
 from mistral.chat.formats import chat_format
 from mistral.chat.grammar import UnsupportedSchema, json_constraint
 from mistral.chat.json_schema import SchemaError, as_json, compile_schema, one_line, problem
 from mistral.chat.prompts import json_prompt
-from mistral.decoder import Decoder, Engine
+from mistral.constraints import Constraint
+from mistral.decoder import Engine
 from mistral.errors import MistralError
-from mistral.generation import Constraint
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -58,46 +58,31 @@ def generate_json(
     format            a name of `mistral.chat.formats`; None: what the checkpoint's tokens tell
 
     Raises SchemaError for a schema that is none, OutOfTokens where the last answer was cut off, JSONError where it is
-    not valid. Validation needs the extra `chat`.
+    not valid, ValueError for a prompt that there is no room for. Validation needs the extra `chat`.
     """
     if retries < 0 or max_new_tokens < 1:
         raise ValueError("retries must be 0 or more, and max_new_tokens 1 or more")
     model_class = schema if isinstance(schema, type) else None
     rules = read_schema(schema)
     validator = compile_schema(rules)
-    decoder = _decoder(model_or_decoder)
+    decoder = one_row(model_or_decoder)
+    decoder.rewind(decoder.lengths[0])
     chat = chat_format(tokenizer, format)
-    stop_tokens = tuple(dict.fromkeys((*tokenizer.stop_ids, *chat.stop_ids(tokenizer))))
-    constraint = _constraint(decoder, tokenizer, rules, stop_tokens) if grammar else None
-    text_only = TextOnly(tokenizer, decoder.config.vocab_size, stop_tokens)
+    constraint = _constraint(decoder, tokenizer, rules, chat.stop_ids(tokenizer), grammar)
     messages = [{"role": "system", "content": json_prompt(rules)}, {"role": "user", "content": prompt}]
-    ids = chat.begin(tokenizer, messages)
+    ids, sampling = chat.begin(tokenizer, messages), sampling or Sampling(temperature=0)
     for attempt in range(retries + 1):
-        room = decoder.limit - decoder.lengths[0] - len(ids)
-        if room < 1:
-            raise ValueError(f"the prompt has {len(ids)} tokens, and there is room for {decoder.limit}: shorten it")
-        answer = Answer(
-            decoder,
-            tokenizer,
-            ids,
-            sampling or Sampling(temperature=0),
-            constraint.copy() if constraint else text_only,
-            max_new_tokens=min(max_new_tokens, room),
-            stop_tokens=stop_tokens,
-            begins_text=chat.reply_begins_text,
-            spelled=() if constraint else SPELLED,  # in JSON, what spells the end is text
-        )
-        text = "".join(answer)
-        value, wrong = _check(text, validator, model_class)
+        answer = Answer(decoder, tokenizer, chat, ids, sampling, constraint.copy(), max_new_tokens)
+        value, wrong = _check("".join(answer), validator, model_class)
         if wrong is None:
             return value
-        if attempt < retries and answer.reason == "stop":
-            ids = chat.go_on(tokenizer, [{"role": "tool", "name": "", "error": feedback.not_json(attempt, wrong)}])
-        else:
+        if attempt == retries or answer.reason == "length":
             break
+        ids = chat.go_on(tokenizer, [{"role": "tool", "name": "", "error": feedback.not_json(attempt, wrong)}])
     if answer.reason == "length":
-        raise OutOfTokens(f"the answer is not complete after {len(answer.ids)} tokens: {wrong}", text, attempt + 1)
-    raise JSONError(f"no valid answer in {attempt + 1} attempts: {wrong}", text, attempt + 1)
+        message = f"the answer is not complete after {len(answer.ids)} tokens: {wrong}"
+        raise OutOfTokens(message, answer.text, attempt + 1)
+    raise JSONError(f"no valid answer in {attempt + 1} attempts: {wrong}", answer.text, attempt + 1)
 
 
 def read_schema(schema: Schema) -> dict[str, Any]:
@@ -134,19 +119,13 @@ def _check(text: str, validator: Any, model_class: type | None) -> tuple[Any, st
         return None, one_line(str(error))
 
 
-def _constraint(decoder: Engine, tokenizer: Tokenizer, schema: dict, stop_tokens: tuple[int, ...]) -> Constraint | None:
-    try:
-        return json_constraint(tokenizer, decoder.config.vocab_size, schema, stop_tokens=stop_tokens)
-    except UnsupportedSchema as error:
-        warnings.warn(f"the answer is checked only after it is written: {error}", stacklevel=3)
-        return None
-
-
-def _decoder(model_or_decoder: Mistral | Engine) -> Engine:
-    if isinstance(model_or_decoder, Mistral):
-        config = model_or_decoder.config
-        return Decoder(model_or_decoder, 1, None if config.sliding_window else config.max_position_embeddings, slack=32)
-    if model_or_decoder.batch_size != 1:
-        raise ValueError(f"one answer needs a decoder of one row, not {model_or_decoder.batch_size}")
-    model_or_decoder.rewind(model_or_decoder.lengths[0])
-    return model_or_decoder
+def _constraint(
+    decoder: Engine, tokenizer: Tokenizer, schema: dict, stop_tokens: tuple[int, ...], grammar: bool
+) -> Constraint:
+    """To JSON that is valid, or to text where that is not wanted or not possible."""
+    if grammar:
+        try:
+            return json_constraint(tokenizer, decoder.config.vocab_size, schema, stop_tokens=stop_tokens)
+        except UnsupportedSchema as error:
+            warnings.warn(f"the answer is checked only after it is written: {error}", stacklevel=3)
+    return TextOnly(decoder, tokenizer, stop_tokens)

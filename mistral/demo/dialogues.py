@@ -8,20 +8,13 @@ import re
 from random import Random
 from typing import Any, NamedTuple
 
-from mistral.chat.prompts import json_prompt, to_json, tool_prompt, write_call, write_result
+from mistral.chat.feedback import not_executed, not_readable, not_valid
+from mistral.chat.prompts import json_prompt, to_json, tool_prompt, write_call, write_error, write_result
 from mistral.demo.everyday import EVERYDAY, Round
-from mistral.demo.inventions import (
-    Tool,
-    make_noun,
-    make_parameter,
-    make_parameters,
-    make_tool,
-    make_tools,
-    make_value,
-    request,
-    say_all,
-)
+from mistral.demo.inventions import Tool, make_tool, make_tools, request, say_all
+from mistral.demo.parameters import make_noun, make_parameter, make_parameters, make_value
 from mistral.demo.talk import SYSTEMS, TALK
+from mistral.demo.words import NOUNS
 
 STYLES = ("json",) * 14 + ("card", "card", "eval", "eval", "eval_2024_07", "tool_use")
 
@@ -31,6 +24,7 @@ class Turn(NamedTuple):
 
     role: str
     content: str
+    learn: bool = True  # False: an assistant's turn that shows a mistake
 
 
 class Call(NamedTuple):
@@ -40,21 +34,25 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-def dialogue(random: Random, beginner: bool = False) -> list[Turn]:
-    """A dialogue to train on; for a beginner often one that teaches nothing but to repeat what was said."""
+def dialogue(random: Random, beginner: bool = False, brief: bool = False) -> list[Turn]:
+    """A dialogue to train on.
+
+    beginner  often one that teaches nothing but to repeat what was said
+    brief     tools are listed without the prompt around them, which is as long as two tools: there is time for more
+    """
     if random.random() < (0.4 if beginner else 0.02):
         return echo_dialogue(random)
     kind = random.random()
     if kind < 0.66:
-        return tool_dialogue(random)
+        return tool_dialogue(random, brief)
     if kind < 0.84:
         return json_dialogue(random)
     return talk_dialogue(random)
 
 
-def tool_dialogue(random: Random) -> list[Turn]:
+def tool_dialogue(random: Random, brief: bool = False) -> list[Turn]:
     """Functions in the system prompt; requests, calls, results and answers, for one to three rounds."""
-    style = random.choice(STYLES)
+    style = "json" if brief else random.choice(STYLES)
     tools = make_tools(random, held_out=False)
     everyday = {tool["name"]: (tool, make) for tool, make in random.sample(EVERYDAY, random.randint(1, 3))}
     if random.random() < 0.8:
@@ -63,10 +61,10 @@ def tool_dialogue(random: Random) -> list[Turn]:
         tools = []
     schemas = [tool.schema() for tool in tools] + [tool for tool, _ in everyday.values()]
     random.shuffle(schemas)
-    turns = [Turn("system", tool_prompt(schemas, style))]
+    turns = [Turn("system", "\n".join(map(to_json, schemas)) if brief else tool_prompt(schemas, style))]
     if random.random() < 0.1:
         turns.append(Turn("system", random.choice(SYSTEMS)))
-    for _ in range(random.choice((1, 2, 2, 3)) if len(schemas) < 4 else 1):
+    for _ in range(random.choice((2, 3, 3, 4)) if len(schemas) < 4 else 2):
         kind = random.random()
         if kind < 0.1:
             turns += talk_round(random)
@@ -135,7 +133,7 @@ def plain_text(random: Random) -> str:
 def record(random: Random, held_out: bool) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """A schema, a request, and the object that answers it."""
     title = make_noun(random, held_out)
-    parameters = make_parameters(random, held_out, 4)
+    parameters = make_parameters(random, held_out, 3)
     answer: dict[str, Any] = {p.name: make_value(random, p, held_out) for p in parameters}
     said = say_all(random, parameters, answer)
     properties = {p.name: p.schema() for p in parameters}
@@ -157,12 +155,31 @@ def record(random: Random, held_out: bool) -> tuple[dict[str, Any], str, dict[st
 def _tool_turns(random: Random, tools: list[Tool], style: str) -> list[Turn]:
     text, calls, results = _requests(random, tools, held_out=False)
     contents = [content for content, _ in results]
+    mistaken = _mistaken_turns(random, calls[0], style) if random.random() < 0.04 else []
     return [
         Turn("user", text),
+        *mistaken,
         Turn("assistant", "\n".join(write_call(*call, style) for call in calls)),
         Turn("tool", "".join(_write_result(random, call.name, content) for call, content in zip(calls, contents))),
         Turn("assistant", " ".join(answer for _, answer in results)),
     ]
+
+
+def _mistaken_turns(random: Random, call: Call, style: str) -> list[Turn]:
+    """A call that went wrong, and what the driver says then; the right one follows."""
+    kind, (name, arguments) = random.random(), call
+    if kind < 0.3:
+        name = f"{name}_{random.choice(NOUNS)}"
+        problem = not_valid(name, f"No matching function signature found for function: {name}")
+    elif kind < 0.6 and arguments:
+        missing, *others = arguments
+        arguments = {key: arguments[key] for key in others}
+        problem = not_valid(name, f"{missing!r} is a required property")
+    elif kind < 0.8:
+        problem = not_readable("Expecting ',' delimiter: line 1 column 24 (char 23)")
+    else:
+        problem = not_executed(name, random.choice(("TimeoutError: no answer", "ValueError: try again")))
+    return [Turn("assistant", write_call(name, arguments, style), learn=False), Turn("tool", write_error(problem))]
 
 
 def _everyday_turns(name: str, made: Round, style: str) -> list[Turn]:
@@ -176,7 +193,7 @@ def _everyday_turns(name: str, made: Round, style: str) -> list[Turn]:
 
 def _requests(random: Random, tools: list[Tool], held_out: bool) -> tuple[str, list[Call], list[tuple[Any, str]]]:
     """What the user says, one or two calls, and for each its result with the words that tell it."""
-    chosen = [random.choice(tools) for _ in range(random.choice((1, 1, 1, 1, 2)))]
+    chosen = [random.choice(tools) for _ in range(random.choice((1, 1, 1, 1, 1, 2)))]
     texts, calls, results = [], [], []
     for tool in chosen:
         given = [p for p in tool.parameters if p.required or random.random() < 0.5]

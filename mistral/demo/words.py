@@ -1,16 +1,18 @@
 """The words that the made-up dialogues are made of.
 
-Every sixth word of each list is kept from training, and so is a sixth of all pseudo-words: they make the tools and
-entities that the demo is tested on. Verbs are all trained on.
+About a sixth of them is kept from training, whatever list they stand in, and so is a sixth of all pseudo-words: they
+make the tools and entities that the demo is tested on. Verbs are all trained on.
 """
 
+import zlib
+from functools import cache
 from random import Random
 
 VERBS = {
     "get": ("get", "show me", "give me", "tell me", "look up", "what is", "fetch"),
     "find": ("find", "look for", "find me"),
-    "search": ("search for", "search", "look for"),
-    "list": ("list", "show me all of", "list all of"),
+    "search": ("search for", "search"),
+    "list": ("list", "list all of", "enumerate"),
     "check": ("check", "have a look at", "verify"),
     "create": ("create", "make", "set up"),
     "add": ("add", "put in", "insert"),
@@ -39,14 +41,15 @@ VERBS = {
     "translate": ("translate",),
     "summarize": ("summarize", "sum up"),
     "predict": ("predict", "forecast"),
-    "validate": ("validate", "verify"),
+    "validate": ("validate", "confirm"),
     "assign": ("assign",),
     "read": ("read", "read me"),
     "turn_on": ("turn on", "switch on"),
     "turn_off": ("turn off", "switch off"),
 }
 
-NOUNS = """account address advice airport alarm album alert animal answer apartment app appointment area army article
+NOUNS = tuple(
+    """account address advice airport alarm album alert animal answer apartment app appointment area army article
 artist author auction backup badge bag balance ball bank basket battery beach bed bicycle bill bird board boat body
 book boss bottle box brand bread bridge brother budget building bus business cabin cable cake calendar call camera
 camp car card cargo carpet case castle cat chair channel chapter charge chart chat church circle city claim class
@@ -78,55 +81,83 @@ tool tour tower town toy track trade traffic train transfer travel treaty tree t
 uniform unit user vacation vaccine valley value vegetable vehicle version video village visa visitor voice volume vote
 wage wall wallet warehouse warranty water wave weather website wedding weekend weight wheel wind window wine winner
 wire word work workout world worker yard year zone zoo""".split()
+)
 
-ADJECTIVES = """active annual average big blue current daily deep digital early extra fast final first free fresh full
+ADJECTIVES = tuple(
+    """active annual average big blue current daily deep digital early extra fast final first free fresh full
 global good green happy heavy high hourly inner international large last late latest light local long low main major
 maximum mean medical minimum monthly national nearest new next old open outer personal planned private public quick
 rapid real recent red regional remote rental safe second short simple small smart social solar special standard static
 summer sweet thin top total urban used virtual warm weekly white wide wild winter yearly young""".split()
+)
 
-CITIES = """Paris London Berlin Madrid Rome Vienna Lisbon Dublin Oslo Helsinki Stockholm Copenhagen Warsaw Prague
+CITIES = tuple(
+    """Paris London Berlin Madrid Rome Vienna Lisbon Dublin Oslo Helsinki Stockholm Copenhagen Warsaw Prague
 Budapest Athens Zurich Geneva Brussels Amsterdam Hamburg Munich Lyon Marseille Milan Naples Barcelona Seville Porto
 Tokyo Osaka Kyoto Seoul Beijing Shanghai Singapore Bangkok Hanoi Manila Jakarta Sydney Melbourne Perth Auckland Delhi
 Mumbai Chennai Dubai Cairo Lagos Nairobi Accra Tunis Casablanca Toronto Montreal Vancouver Boston Chicago Denver
 Seattle Dallas Houston Miami Atlanta Phoenix Lima Bogota Quito Santiago Montevideo Havana Caracas Brasilia Reykjavik
 Tallinn Riga Vilnius Krakow Gdansk Sofia Bucharest Belgrade Zagreb Ljubljana Istanbul Ankara Tbilisi Yerevan Baku
 Almaty Zürich Málaga Tromsø Łódź Córdoba Montréal 東京 Киев""".split()
+)
 
-NAMES = """Anna Ben Clara David Emma Felix Grace Henry Ivan Julia Karl Laura Maria Noah Olga Paul Rosa Simon Tina
+NAMES = tuple(
+    """Anna Ben Clara David Emma Felix Grace Henry Ivan Julia Karl Laura Maria Noah Olga Paul Rosa Simon Tina
 Victor Wendy Alice Bob Carol Daniel Elena Frank Gina Hugo Irene Jack Kate Leo Mona Nina Oscar Peter Rita Sam Tom Uma
 Vera Walter Yuki Zoe Ahmed Bella Chen Diego Eva Farid Goku Hana Igor Jane Kofi Lena Marco Nadia Omar Priya Quentin
 Ravi Sofia Tariq Ursula Wei Ximena Yara Zara""".split()
+)
 
-SURNAMES = """Smith Jones Brown Garcia Miller Davis Lopez Wilson Moore Taylor Clark Lewis Walker Hall Young King
+SURNAMES = tuple(
+    """Smith Jones Brown Garcia Miller Davis Lopez Wilson Moore Taylor Clark Lewis Walker Hall Young King
 Wright Green Baker Adams Nelson Hill Campbell Mitchell Roberts Carter Phillips Evans Turner Parker Collins Edwards
 Stewart Morris Murphy Cook Rogers Morgan Cooper Reed Bailey Bell Kelly Howard Ward Cox Diaz Wood Watson Brooks Bennett
 Gray James Reyes Cruz Hughes Price Myers Long Foster Sanders Ross Silva Costa Rossi Weber Meyer Novak Kovacs Tanaka
 Sato Kim Park Nguyen Singh Khan Ali Haddad Okafor Mensah""".split()
+)
 
-COMPANIES = """Apple=AAPL Microsoft=MSFT Tesla=TSLA Amazon=AMZN Google=GOOG Nvidia=NVDA Intel=INTC Netflix=NFLX
+COMPANIES = tuple(
+    """Apple=AAPL Microsoft=MSFT Tesla=TSLA Amazon=AMZN Google=GOOG Nvidia=NVDA Intel=INTC Netflix=NFLX
 Adobe=ADBE Oracle=ORCL Boeing=BA Nike=NKE Disney=DIS Pfizer=PFE Visa=V Walmart=WMT Starbucks=SBUX Ford=F Toyota=TM
 Sony=SONY Siemens=SIE Airbus=AIR Shell=SHEL Nestle=NESN Samsung=SSNLF Ferrari=RACE Spotify=SPOT Uber=UBER Zoom=ZM
 Cisco=CSCO Qualcomm=QCOM Broadcom=AVGO PayPal=PYPL Costco=COST Chevron=CVX Merck=MRK Honda=HMC Philips=PHG""".split()
+)
 
-CHOICES = """small medium large red green blue black white low normal high fast slow economy business first cheap fair
+CHOICES = tuple(
+    """small medium large red green blue black white low normal high fast slow economy business first cheap fair
 expensive easy hard daily weekly monthly celsius fahrenheit metric imperial asc desc email phone sms pdf csv html json
 english french german spanish morning noon evening night vegan vegetarian spicy mild open closed draft final""".split()
+)
 
-ONSETS = "b br c ch cl d dr f fl g gr h j k l m n p pl pr qu r s sh sl st t tr v w y z".split()
-VOWELS = "a a e e i i o o u u ai ee oo ou".split()
-CODAS = ("", "", "", "", "l", "m", "n", "r", "s", "t", "x", "nd", "rk", "st", "ck", "ng")
+COLORS = tuple(
+    """red green blue black white yellow orange purple brown pink silver golden violet turquoise beige""".split()
+)
+
+LANGUAGES = tuple(
+    """English French German Spanish Italian Portuguese Dutch Swedish Polish Czech Greek Turkish Arabic Hindi
+Japanese Korean Chinese Russian Finnish Danish Norwegian Hungarian""".split()
+)
+
+ONSETS = tuple("b br c ch d dr f fl g gr h j k l m n p pl r s sh st t tr v w z".split())
+VOWELS = tuple("a e i o u a e i o u ai ee oo".split())
+CODAS = ("", "", "", "l", "m", "n", "r", "s", "t", "x")
 
 
-def split(words: list[str], held_out: bool) -> list[str]:
+def is_held_out(word: str) -> bool:
+    """Whether training never sees the word: a fixed sixth of all spellings."""
+    return zlib.crc32(word.lower().encode()) % 6 == 5
+
+
+@cache
+def split(words: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
     """The words of a list that training sees, or those that it never sees."""
-    return [word for i, word in enumerate(words) if (i % 6 == 5) == held_out]
+    return tuple(word for word in words if is_held_out(word.split("=")[0]) == held_out)
 
 
 def pseudo_word(random: Random, held_out: bool) -> str:
-    """A word of two or three syllables that means nothing; a fixed sixth of all spellings is kept from training."""
+    """A word of two syllables, or now and then three, that means nothing."""
     while True:
-        parts = [random.choice(ONSETS) + random.choice(VOWELS) for _ in range(random.choice((1, 1, 1, 2)))]
-        word = "".join(parts) + random.choice(ONSETS) + random.choice(VOWELS) + random.choice(CODAS)
-        if (sum(map(ord, word)) % 6 == 5) == held_out:
+        syllables = (random.choice(ONSETS) + random.choice(VOWELS) for _ in range(random.choice((2, 2, 2, 3))))
+        word = "".join(syllables) + random.choice(CODAS)
+        if is_held_out(word) == held_out:
             return word

@@ -1,0 +1,144 @@
+"""Compile a kernel for a GPU that is not there, and read what the compiler made of it.
+
+`triton.compile` needs no GPU when it is given a target; the assembler and disassembler come with Triton's wheel. What a
+launch would have seen must be said by hand: pointers are multiples of 16 (or loads would not be 16 bytes wide).
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mistral import Config
+from mistral_kernels import decode_attention, embed, gate_up, head, projection, qkv
+from mistral_kernels.portable import TRITON_DTYPES, Launch
+
+# By name, in every kernel; what is not here points to numbers of the weights' dtype.
+_TYPES = (
+    dict.fromkeys(("residual", "sums", "weights", "cos", "sin", "frequencies", "logits", "scores", "reals"), "*fp32")
+    | dict.fromkeys(("tokens", "positions", "slots", "starts", "lengths"), "*i64")
+    | dict.fromkeys(("wholes", "counts", "ids", "problems"), "*i64")
+    | dict.fromkeys(("eps", "gain", "scale"), "fp32")
+    | dict.fromkeys(("ring", "num_slots", "window", "T"), "i32")
+    | dict.fromkeys(("allowed", "seen"), "*i1")
+    | {"counters": "*i32"}
+)
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_LABEL = re.compile(r"^\s*(\.L_x?_?\S+):")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as the GPU would run it."""
+
+    registers: int  # a thread
+    spilled: int  # bytes that did not fit into registers, a thread
+    shared: int  # bytes of shared memory, a CTA
+    sass: list[str]  # the instructions, operands included
+    loops: list[tuple[int, int]]  # first and last + 1 instruction of each loop
+    operand_widths: set[int]  # kWidth of the operands of `tl.dot`: 2 where 16-bit numbers come straight from memory
+
+    def count(self, prefix: str, start: int = 0, end: int | None = None) -> int:
+        """How many instructions begin with `prefix`."""
+        return sum(line.startswith(prefix) for line in self.sass[start:end])
+
+
+class Task(NamedTuple):
+    """One kernel and how to start it."""
+
+    kernel: Any
+    launch: Launch
+
+
+def decode_kernels(config: Config, dtype: torch.dtype, batch: int, capability: int) -> dict[str, Task]:
+    """The kernels of one decode step of such a model, by name."""
+    D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    N, K = config.num_attention_heads, config.num_key_value_heads
+    arch = 80 if capability < 90 else 90
+    how = (dtype, arch)
+    return {
+        "embed": Task(embed.embed_kernel, embed.launch(batch, D, H, arch)),
+        "qkv": Task(qkv.qkv_kernel, qkv.launch(batch, D, N, K, H, *how)),
+        "attention": Task(decode_attention.decode_attention_kernel, decode_attention.launch(batch, N, K, H, *how)),
+        "output": Task(projection.projection_kernel, projection.launch(batch, D, N * H, *how)),
+        "gate_up": Task(gate_up.gate_up_kernel, gate_up.launch(batch, D, F, *how)),
+        "down": Task(projection.projection_kernel, projection.launch(batch, D, F, *how)),
+        "head": Task(head.head_kernel, head.launch(batch, D, V, *how)),
+    }
+
+
+def compile_ahead(task: Task, dtype: torch.dtype, capability: int) -> Compiled:
+    """Compile a kernel for weights of `dtype` and compute capability `capability` (80, 90).
+
+    Raises ValueError where TRITON_INTERPRET=1 has replaced the compiler.
+    """
+    kernel, launch = task
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it to compile ahead of time")
+    names = kernel.arg_names
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    act = "*" + TRITON_DTYPES[dtype]
+    signature = {n: "constexpr" if n in launch.constants else _TYPES.get(n, act) for n in names}
+    hints = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    listing, usage = _disassemble(compiled.asm["cubin"])
+    sass, loops = parse_sass(listing)
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+).*?LOCAL:(\d+)", usage)
+    registers, stack, local = (int(group) for group in found.groups())
+    # Arrays that the code asks for live on the stack too (the cosine of a huge angle has one) and are no spill.
+    declared = sum(8 * -(-int(size) // 8) for size in re.findall(r"\.local .*\[(\d+)\];", compiled.asm["ptx"]))
+    spilled = max(0, stack + local - declared)
+    widths = {int(width) for width in re.findall(r"kWidth = (\d+)", compiled.asm["ttgir"])}
+    return Compiled(registers, spilled, compiled.metadata.shared, sass, loops, widths)
+
+
+def instructions_per_weight(compiled: Compiled, launch: Launch) -> float | None:
+    """Instructions that a thread executes, start and end included, over the weights that it handles.
+
+    None for kernels that are no matrix-vector product, and for float32, which the tensor cores do not take.
+    """
+    constants = launch.constants
+    if "COLUMNS" not in constants or not compiled.count("HMMA"):
+        return None
+    weights = 16 * constants["COLUMNS"] / (32 * constants["WARPS"])
+    multiplications = weights / 8 * (constants["M"] / 8)  # one HMMA takes 8 weights a lane to 8 columns
+    executed, done = len(compiled.sass), compiled.count("HMMA")
+    for start, end in compiled.loops:
+        if inside := compiled.count("HMMA", start, end):
+            executed += (end - start) * (multiplications - done) / inside
+    return executed / weights
+
+
+def parse_sass(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Instructions of a disassembly, without the padding behind the last, and the ranges that are loops."""
+    sass, labels = [], {}
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(sass)
+        elif instruction := _INSTRUCTION.match(line):
+            sass.append(instruction[1] + instruction[2])
+    jumps = [(i, re.search(r"`\((\S+?)\)", line)) for i, line in enumerate(sass) if line.startswith("BRA")]
+    loops = [(labels[to[1]], i + 1) for i, to in jumps if to and labels.get(to[1], i) < i - 2]
+    while sass and sass[-1].startswith(("NOP", "BRA")):
+        sass.pop()
+    return sass, loops
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """The listing of a compiled kernel and its use of resources."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tools = ([_TOOLS / "nvdisasm", "-c"], [_TOOLS / "cuobjdump", "-res-usage"])
+        runs = [subprocess.run([*tool, file.name], capture_output=True, text=True, check=True) for tool in tools]
+    return runs[0].stdout, runs[1].stdout + runs[1].stderr

@@ -1,0 +1,186 @@
+"""The fast engine: the reference decoder's four methods, with one CUDA graph for each new token."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mistral.cache import RollingCache
+from mistral.decoder import Decoder as ReferenceDecoder
+from mistral.model import Mistral
+from mistral.sampling import Sampling
+from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
+from mistral_kernels.prefill import read_chunk
+from mistral_kernels.sampler import Sampler
+
+
+class Decoder(ReferenceDecoder):
+    """`mistral.Decoder`, faster: same methods, same meaning, same errors.
+
+    max_tokens, slack  as there
+    graph              None: CUDA graphs on a GPU. False: the same launches one by one, for debugging
+    plain              run the kernels' plain-PyTorch twins instead: slow, on any device, to find out who is wrong
+    pdl                programmatic dependent launch (compute capability 9.0 and later)
+
+    What differs: logits are float32, since the kernels have them so. Random numbers are those of the sampling kernel,
+    so the same seed gives other texts than the reference, of the same distribution. `ahead` says how many steps
+    `generate` may start before it looks at the first one's ids; what was too much is taken back by `rewind`.
+
+    The model's weights are regrouped: the parameters become views of larger matrices, and the model still works.
+
+    Raises ValueError where the kernels cannot do the model or the batch.
+    """
+
+    def __init__(
+        self,
+        model: Mistral,
+        batch_size: int = 1,
+        max_tokens: int | None = None,
+        *,
+        slack: int = 16,
+        graph: bool | None = None,
+        plain: bool = False,
+        pdl: bool = False,
+    ):
+        super().__init__(model, batch_size, max_tokens, slack=slack)
+        on_gpu = model.device.type == "cuda"
+        if graph and (plain or not on_gpu):
+            raise ValueError("a CUDA graph needs the kernels and a GPU")
+        self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph or (graph is None and on_gpu) else None
+        self.ahead = min(2, slack)
+        self._plain = plain
+        with torch.inference_mode():
+            self._step = DecodeStep(model, self._cache, REFERENCES if plain else KERNELS, pdl)
+            self._sampler = Sampler(batch_size, model.config.vocab_size, model.device, plain)
+            # Graphs know addresses, so it cannot grow; `_append` writes up to one chunk behind the last real id.
+            self._history = torch.full((batch_size, 2 * self.limit), -1, device=model.device)  # [B, room]
+        self._logits = self._step.logits
+        self._has_tokens = False  # whether `_step.tokens` are the ids that the cache reads next
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, V] in float32: what the next step samples from. ValueError while a row is empty."""
+        return super().logits.clone()
+
+    @torch.inference_mode()
+    def step(self, sampling: Sampling, mask: Tensor | None = None) -> Tensor:
+        """As the reference's."""
+        if not self._sampler.supports(sampling):
+            self._has_tokens = False
+            self._sampler.forget()
+            return super().step(sampling, mask)
+        lengths = self.lengths
+        if 0 in lengths or max(lengths) >= self.limit:
+            return super().step(sampling, mask)  # which says what is wrong
+        self._sampler.prepare(sampling, mask, self._history)
+        if set(self._behind) == {1} and self._has_tokens:
+            self._run("forward and sample", lambda: (self._read_tokens(), self._choose()))
+            self._count([1] * self.batch_size)
+        else:
+            self._catch_up()
+            self._run("sample", self._choose)
+        self._behind = [1] * self.batch_size
+        self._has_tokens = True
+        problems = self._sampler.problems
+        return torch.where(problems < 0, problems, self._step.tokens)
+
+    @torch.inference_mode()
+    def rewind(self, n: int | Sequence[int]) -> None:
+        """As the reference's."""
+        settle(self._cache)
+        super().rewind(n)
+        self._has_tokens = False
+        self._sampler.forget()
+
+    @torch.inference_mode()
+    def read(self, rows: Sequence[Sequence[int]]) -> None:
+        """As the reference's."""
+        super().read(rows)
+        self._sampler.forget()
+
+    @torch.inference_mode()
+    def _catch_up(self) -> None:
+        """Let the cache read what it lacks: one token a row by the decode step, more by the prefill."""
+        while most := max(self._behind):
+            counts = [min(b, self._chunk) for b in self._behind]
+            if most == 1:
+                self._read_one(counts)
+            else:
+                settle(self._cache)
+                T = max(counts)
+                at = self._cache.lengths[:, None] + torch.arange(T, device=self.model.device)  # [B, T]
+                tokens = self._history.gather(1, at).clamp(min=0)
+                self._keep_logits(counts, self._prefill(tokens, counts))
+            self._behind = [b - n for b, n in zip(self._behind, counts)]
+            self._stale = [stale and n == 0 for stale, n in zip(self._stale, counts)]
+            self._has_tokens = False
+
+    def _prefill(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        if self._plain:
+            return self.model(tokens, self._cache, counts, last_only=True)
+        return read_chunk(self.model, tokens, self._cache, counts)
+
+    def _read_one(self, counts: list[int]) -> None:
+        """One token of every row, or of some."""
+        lengths, step = self._cache.lengths, self._step
+        if not self._has_tokens:
+            step.tokens.copy_(self._history.gather(1, lengths[:, None])[:, 0].clamp(min=0))
+        if min(counts) == 1:
+            self._run("forward", self._read_tokens)
+        else:
+            reads = torch.tensor(counts).to(lengths.device, non_blocking=True)  # [B]
+            before = step.logits.clone()
+            step.run(torch.where(reads > 0, lengths, -1))
+            lengths += reads
+            self._keep_logits(counts, step.logits, before)
+        self._count(counts)
+
+    def _read_tokens(self) -> None:
+        self._step.run(self._cache.lengths)
+        self._cache.lengths.add_(1)
+
+    def _choose(self) -> None:
+        self._sampler.run(self._step.logits, self._step.tokens)
+        self._history.scatter_(1, self._cache.lengths[:, None], self._step.tokens[:, None])
+
+    def _keep_logits(self, counts: list[int], new: Tensor, before: Tensor | None = None) -> None:
+        """Take over the rows that have read something."""
+        read = torch.tensor(counts).to(new.device, non_blocking=True)[:, None] > 0  # [B, 1]
+        self._step.logits.copy_(torch.where(read, new.float(), self._step.logits if before is None else before))
+
+    def _count(self, counts: list[int]) -> None:
+        """What the kernels have written, on the host; `settle` does the rest when somebody asks."""
+        cache = self._cache
+        cache.lengths_at_most = [length + n for length, n in zip(cache.lengths_at_most, counts)]
+        cache.peaks_at_most = [max(pair) for pair in zip(cache.peaks_at_most, cache.lengths_at_most)]
+
+    def _run(self, name: str, work: Callable[[], object]) -> None:
+        """Do the work; by a CUDA graph from the second time on (the first compiles the kernels)."""
+        if self._graphs is None:
+            work()
+        elif name not in self._graphs:
+            work()
+            self._graphs[name] = None
+        else:
+            if self._graphs[name] is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    work()
+                self._graphs[name] = graph.replay
+            self._graphs[name]()
+
+
+def settle(cache: RollingCache) -> None:
+    """Bring a cache's tables up to date with what `lengths_at_most` and `peaks_at_most` say was read.
+
+    Slot s holds the last position below the peak that is s modulo S; those that were taken back count as empty.
+    """
+    device, S = cache.lengths.device, cache.num_slots
+    lengths = torch.tensor(cache.lengths_at_most).to(device, non_blocking=True)  # [B]
+    peaks = torch.tensor(cache.peaks_at_most).to(device, non_blocking=True)
+    last = peaks[:, None] - 1
+    held = last - (last - torch.arange(S, device=device)) % S  # [B, S]
+    empty = (held < 0) | (held >= lengths[:, None])
+    cache.slot_positions[:, :S] = held.masked_fill(empty, -1)
+    cache.lengths.copy_(lengths)
+    cache.peaks.copy_(peaks)

@@ -1,0 +1,107 @@
+"""The few expressions that differ between a GPU and Triton's interpreter, and between one GPU and another.
+
+Kernels take one constexpr for it, ARCH, and hand it on to the helpers here; no kernel body asks for it itself:
+
+    0   PORTABLE: Triton's interpreter on a CPU. It has no inline assembly and no launch control, and holds bfloat16 as
+        bare bits, so that a product of two such numbers is wrong without a word: they are widened first.
+    80  Ampere and Ada (sm_80 to sm_89): no programmatic dependent launch
+    90  Hopper and later
+"""
+
+import functools
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PORTABLE = 0
+TRITON_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class Launch(NamedTuple):
+    """How to start one kernel: what its launcher and the ahead-of-time compilation have in common."""
+
+    grid: tuple[int, ...]
+    constants: dict[str, Any]  # the kernel's constexpr arguments
+    options: dict[str, Any]  # num_warps, num_stages
+    contiguous: bool = False  # whether the kernel takes every tensor to be without gaps
+
+    def run(self, kernel: Any, *arguments: Any, pdl: bool = False) -> None:
+        """Start `kernel`; with `pdl` its CTAs may begin before the kernel ahead of it in the stream has ended.
+
+        ValueError for a tensor with gaps where the kernel cannot know of them: it sees addresses, not strides.
+        """
+        for name, argument in zip(kernel.arg_names, arguments if self.contiguous else ()):
+            if isinstance(argument, Tensor) and not argument.is_contiguous():
+                raise ValueError(f"{name} {list(argument.shape)} must be contiguous for the decode kernels")
+        options = self.options | {"launch_pdl": True} if pdl else self.options
+        kernel[self.grid](*arguments, **self.constants, **options)
+
+
+@functools.cache
+def _device_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise ValueError(f"GPU {index} has compute capability {major}.{minor}; these kernels need 8.0 or later")
+    return 80 if major == 8 else 90
+
+
+def arch_of(tensor: Tensor) -> int:
+    """The ARCH that a kernel on `tensor` is compiled for. ValueError where none can run there."""
+    if tensor.device.type == "cuda":
+        return _device_arch(tensor.device.index)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return PORTABLE
+    raise ValueError(f"these kernels need a CUDA GPU, not {tensor.device} (or TRITON_INTERPRET=1, to run them slowly)")
+
+
+def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 to the type of activations, as `to_activation` does it in the kernels."""
+    limit = torch.finfo(dtype).max if dtype == torch.float16 else math.inf
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message` unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+@triton.jit
+def wait_for_producer(ARCH: tl.constexpr):
+    """Between the loads of weights and the first use of what the kernel before this one wrote.
+
+    It is needed even without dependent launch: it is the only thing that keeps ptxas from sinking the loads of weights
+    to where they are used, 18 in flight a thread with it and 7 without (read from the SASS).
+    """
+    if ARCH >= 90:
+        tl.extra.cuda.gdc_wait()
+    elif ARCH > 0:
+        tl.debug_barrier()
+
+
+@triton.jit
+def release_consumer(ARCH: tl.constexpr):
+    """The kernel after this one may start and load its weights; it waits for our stores by itself."""
+    if ARCH >= 90:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def dot_operand(x, ARCH: tl.constexpr):
+    """x as `tl.dot` can take it."""
+    if ARCH == 0:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def to_activation(x, dtype: tl.constexpr):
+    """fp32 to the type of activations; in fp16 what is out of range becomes the largest number, and NaN stays NaN."""
+    if dtype == tl.float16:
+        x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)

@@ -1,0 +1,60 @@
+"""Which calls an answer may hold: `tool_choice` as constraints for the decoder."""
+
+import warnings
+from collections.abc import Mapping
+
+from mistral.chat.answer import TextOnly, TextOrCalls
+from mistral.chat.formats import FORMATS, ChatFormat
+from mistral.chat.grammar import UnsupportedSchema, tool_call_constraint
+from mistral.chat.saved import ConversationError
+from mistral.chat.tools import Tool
+from mistral.constraints import Constraint
+from mistral.decoder import Engine
+from mistral.tokenizer import Tokenizer
+
+
+def check_tool_choice(choice: str, tools: Mapping[str, Tool], format: str) -> None:
+    """Raises ConversationError for tools that the format has no form for, and for a choice that there is not."""
+    if tools and not FORMATS[format].has_tools:
+        able = ", ".join(name for name, one in FORMATS.items() if one.has_tools)
+        raise ConversationError(f"functions need a format of {able}, not {format}")
+    if choice not in ("auto", "none", "required", *tools):
+        raise ConversationError(f"there is no tool {choice!r} to choose; there are {', '.join(tools) or 'none'}")
+    if choice == "required" and not tools:
+        raise ConversationError("tool_choice 'required' needs tools")
+
+
+def call_constraints(
+    decoder: Engine, tokenizer: Tokenizer, chat: ChatFormat, tools: Mapping[str, Tool], choice: str, grammar: bool
+) -> dict[str, Constraint]:
+    """The constraints for `choice`, "auto" and "none"; copy one for each answer.
+
+    Where there is no grammar, or none for the format or a schema (that is a warning), calls are checked after they are
+    written. Raises ConversationError for a choice that demands a call then, which only a grammar can promise.
+    """
+    stop_tokens = chat.stop_ids(tokenizer)
+    text = TextOnly(decoder, tokenizer, stop_tokens)
+    constraints: dict[str, Constraint] = {"auto": text, "none": text}
+    if tools and chat.call_token is not None:
+        constraints["auto"] = TextOrCalls(text, tokenizer.control_id(chat.call_token))
+        if grammar:
+            _only_checked(f"there is no grammar for what follows {chat.call_token}")
+    elif tools and grammar:
+        size, schemas = decoder.config.vocab_size, [tool.schema() for tool in tools.values()]
+        try:
+            constraints |= {
+                one: tool_call_constraint(tokenizer, size, schemas, choice=one, stop_tokens=stop_tokens)
+                for one in {choice, "none" if choice == "none" else "auto"}
+            }
+        except UnsupportedSchema as error:
+            _only_checked(str(error))
+    if choice not in constraints:
+        raise ConversationError(
+            f"tool_choice {choice!r} is a promise that only a grammar keeps: it needs grammar=True, and a format and "
+            "schemas that a grammar can express"
+        )
+    return constraints
+
+
+def _only_checked(why: str) -> None:
+    warnings.warn(f"calls are checked only after they are written: {why}", stacklevel=4)

@@ -1,0 +1,117 @@
+"""Everything that can continue a text, behind the same three methods."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+import mistral
+from benchmark_parts.sizes import Case
+from mistral_kernels import open_engine
+
+GREEDY = mistral.Sampling(temperature=0.0)
+
+
+class Contestant(Protocol):
+    """One way to run one case. Each turn is `prefill`, then `generate`.
+
+    prefill   forget everything, read the prompts, and look at the first new ids
+    generate  make n more tokens a row; each is looked at when the next one has been started, as a program does that
+              stops a token late
+    """
+
+    note: str
+
+    def prefill(self) -> None: ...
+
+    def generate(self, n: int) -> None: ...
+
+
+class Ours:
+    """An engine of this project."""
+
+    def __init__(self, name: str, model: mistral.Mistral, case: Case, prompts: Tensor):
+        room = case.context + case.tokens + 2
+        self.decoder, self.note = open_engine(name, model, case.batch, room)
+        self.prompts = prompts.tolist()
+
+    def prefill(self) -> None:
+        """Also chooses the first ids: what follows is one forward a token."""
+        self.decoder.rewind(self.decoder.lengths)
+        self.decoder.read(self.prompts)
+        self.decoder.step(GREEDY).tolist()
+
+    def generate(self, n: int) -> None:
+        """`n` steps."""
+        before = None
+        for _ in range(n):
+            ids = self.decoder.step(GREEDY)
+            if before is not None:
+                before.tolist()
+            before = ids
+        before.tolist()
+
+
+class Theirs:
+    """transformers' model in a bare loop: its own `generate` would only add to it."""
+
+    def __init__(self, model: torch.nn.Module, case: Case, prompts: Tensor, compiled: bool):
+        from transformers import DynamicCache, StaticCache
+
+        self.model, self.prompts, self.step = model, prompts, model.forward
+        self.note = "dynamic cache, SDPA"
+        self.new_cache: Callable = lambda: DynamicCache(config=model.config)
+        if compiled:
+            on_gpu = model.device.type == "cuda"
+            mode = "reduce-overhead" if on_gpu else None
+            self.note = f"static cache, torch.compile{', ' + mode if mode else ''}"
+            self.step = torch.compile(model.forward, mode=mode, fullgraph=True)
+            static = StaticCache(config=model.config, max_cache_len=case.context + case.tokens + 2)
+            self.new_cache = lambda: (static.reset(), static)[1]
+
+    def prefill(self) -> None:
+        """The prompt is not compiled: its length changes."""
+        self.cache = self.new_cache()
+        logits = self.model(self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.ids = logits[:, -1:].argmax(-1)  # [B, 1]
+        self.ids.tolist()
+
+    def generate(self, n: int) -> None:
+        """`n` steps."""
+        before = None
+        for _ in range(n):
+            logits = self.step(self.ids, past_key_values=self.cache, use_cache=True).logits
+            self.ids = logits[:, -1:].argmax(-1)
+            if before is not None:
+                before.tolist()
+            before = self.ids
+        before.tolist()
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, all layers on the GPU if it was built for one."""
+
+    def __init__(self, path: str, case: Case, prompts: Tensor):
+        import llama_cpp
+
+        if case.batch > 1:
+            raise ValueError("its Python interface runs one text at a time")
+        self.note = "on a GPU" if llama_cpp.llama_supports_gpu_offload() else "on the CPU"
+        threads = torch.get_num_threads()
+        room = case.context + case.tokens + 2
+        sizes = dict(n_ctx=room, n_batch=512, n_threads=threads, n_threads_batch=threads)
+        self.llama = llama_cpp.Llama(path, n_gpu_layers=-1, verbose=False, **sizes)
+        self.prompt = prompts[0].tolist()
+
+    def prefill(self) -> None:
+        """Reads the prompt and samples."""
+        self.llama.reset()
+        self.llama.eval(self.prompt)
+        self.id = self.llama.sample(temp=0.0)
+
+    def generate(self, n: int) -> None:
+        """`n` steps."""
+        for _ in range(n):
+            self.llama.eval([self.id])
+            self.id = self.llama.sample(temp=0.0)

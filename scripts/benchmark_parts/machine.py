@@ -1,0 +1,61 @@
+"""What the machine is, and the two rates that bound everything else, measured."""
+
+import importlib.util
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(device: torch.device, run: Callable[[], object]) -> float:
+    """How long `run` takes, until the device has done it."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes/s of the quickest of some sums over 1 GB: reading and nothing else. Random numbers, not zeros."""
+    numbers = torch.rand(250_000_000, device=device)
+    sums = [numbers.sum, numbers.view(25_000, -1).sum, lambda: numbers.view(25_000, -1).sum(-1)]
+    return 1e9 / min(seconds(device, run) for _ in range(10 if device.type == "cuda" else 2) for run in sums)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations/s of the quickest of some products of two square matrices."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(device, lambda: a @ b) for _ in range(20))
+
+
+def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
+    """The machine and the versions of everything that is measured."""
+    known = {"machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()}
+    if device.type == "cuda":
+        known |= {"cuda": torch.version.cuda or torch.version.hip}
+    else:
+        known |= {"threads": torch.get_num_threads()}
+    known |= {"python": sys.version.split()[0], "torch": torch.__version__}
+    for name, package in (("triton", "triton"), ("transformers", "transformers"), ("llama_cpp", "llama-cpp-python")):
+        if importlib.util.find_spec(name):
+            known[package] = metadata.version(package)
+    return known | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def processor_name() -> str:
+    """As Linux calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,42 @@
+"""The same weights in the shape that others want them in. Made when first asked for."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from random_checkpoint import train_tokenizer
+
+import mistral
+from mistral.checkpoints.gguf_export import export
+
+GGUF_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def transformers_model(model: mistral.Mistral) -> torch.nn.Module:
+    """transformers' Mistral around our tensors: no second copy."""
+    import transformers
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "rms_norm_eps sliding_window max_position_embeddings tie_word_embeddings"
+    )
+    config = transformers.MistralConfig(
+        **{name: getattr(model.config, name) for name in names.split()},
+        rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta},
+        attn_implementation="sdpa",
+    )
+    with torch.device("meta"):
+        theirs = transformers.MistralForCausalLM(config)
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    theirs.model.rotary_emb = MistralRotaryEmbedding(config).to(model.device)
+    return theirs.eval().requires_grad_(False)
+
+
+class GGUFFile:
+    """The model in a GGUF file of its own dtype, in a folder that goes away with this object."""
+
+    def __init__(self, model: mistral.Mistral):
+        self._folder = tempfile.TemporaryDirectory()
+        self.path = str(Path(self._folder.name) / "random.gguf")
+        export(model, mistral.Tokenizer(train_tokenizer(512)), Path(self.path), GGUF_KINDS[model.dtype])

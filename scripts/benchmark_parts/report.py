@@ -1,0 +1,63 @@
+"""Tables, and the plot of cost per token against context."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mistral.memory import format_bytes
+
+HEAD = (
+    f"{'tokens/s':<23}{'decode':>9}{'of roof':>9}{'to hf':>7}{'medians':>9}{'prefill':>11}{'of roof':>9}"
+    f"{'first':>10}{'peak':>11}"
+)
+
+
+def table(title: str, results: Sequence[dict]) -> str:
+    """One case: tokens/s of decode and prefill, what part of the roof that is, and the ratio to transformers."""
+    peer = next((r for r in results if r["engine"] == "transformers" and "failed" not in r), None)
+    lines = [title, HEAD]
+    for result in results:
+        if "failed" in result:
+            lines.append(f"{result['engine']:<23}not measured: {result['failed']}")
+            continue
+        ratios = [result[key] / peer[key] if peer else None for key in ("decode_tokens_per_s", "decode_median")]
+        ratio, medians = (f"{r:.2f}" if r else "-" for r in ratios)
+        first, peak = f"{1e3 * result['first_token_s']:,.1f} ms", result["peak_bytes"]
+        lines.append(
+            f"{result['engine']:<23}{result['decode_tokens_per_s']:>9,.1f}{result['decode_of_roof']:>9.1%}{ratio:>7}"
+            f"{medians:>9}{result['prefill_tokens_per_s']:>11,.1f}{result['prefill_of_roof']:>9.1%}{first:>10}"
+            f"{format_bytes(peak) if peak else '-':>11}"
+        )
+    notes = [f"  {r['engine']}: {r['note'].removeprefix('engine: ')}" for r in results if r.get("note")]
+    return "\n".join([*lines, *notes, ""])
+
+
+def require_matplotlib() -> None:
+    """ValueError where it is missing: before anything is measured, not after."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+
+
+def plot(path: Path, results: Sequence[dict], title: str) -> None:
+    """Milliseconds a decode step against tokens of context, a line for each engine and batch."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    measured = [r for r in results if "failed" not in r]
+    engines = list(dict.fromkeys(r["engine"] for r in measured))
+    for engine, batch in dict.fromkeys((r["engine"], r["batch"]) for r in measured):
+        points = sorted(
+            (r["context"], r["ms_per_step"]) for r in measured if (r["engine"], r["batch"]) == (engine, batch)
+        )
+        color, mark = f"C{engines.index(engine)}", "o^sDvP*X"[batch.bit_length() % 8]
+        axes.plot(*zip(*points), color=color, marker=mark, label=f"{engine}, batch {batch}")
+    axes.set(xscale="log", xlabel="tokens of context", ylabel="ms a step", title=title, ylim=(0, None))
+    contexts = sorted({r["context"] for r in measured})
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.legend(fontsize="small")
+    figure.savefig(path)

@@ -1,0 +1,99 @@
+"""The models that are measured, made on the spot of random weights, and what a step of them must cost at least."""
+
+from dataclasses import dataclass
+
+import torch
+
+import mistral
+
+# Numbers of all sizes that a text is measured at fit into the positions; a random model does not mind.
+COMMON = dict(rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2**17, tie_word_embeddings=False)
+
+SIZES = {
+    "7b": dict(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        sliding_window=4096,
+    ),
+    # 175 million parameters, cut like the 7B: 4 query heads a key/value head, an MLP of 3.5 times the width
+    "small": dict(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        sliding_window=4096,
+    ),
+    # to try the script: 1 million
+    "tiny": dict(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=448,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=64,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: `batch` rows of `context` tokens are read, then `tokens` more are generated."""
+
+    batch: int
+    context: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, context {self.context:,}"
+
+
+def make_model(size: str, device: torch.device, dtype: torch.dtype) -> mistral.Mistral:
+    """Random weights of the size's shapes, made where they are used: nothing is read or copied."""
+    config = mistral.Config(**SIZES[size], **COMMON, eos_token_id=(2,))
+    with torch.device("meta"):
+        model = mistral.Mistral(config)
+    model = model.to(dtype).to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=0.02)
+    return model.requires_grad_(False)
+
+
+def weight_bytes(model: mistral.Mistral) -> int:
+    """What a decode step reads of the weights: all but the embedding, of which it takes one row for each text."""
+    config = model.config
+    return (config.num_parameters - config.vocab_size * config.hidden_size) * model.dtype.itemsize
+
+
+def decode_roof(model: mistral.Mistral, case: Case, bandwidth: float) -> float:
+    """Tokens/s if a step took no longer than reading its weights, keys and values."""
+    held = case.context + case.tokens // 2
+    slots = min(held, model.config.sliding_window or held)
+    step = weight_bytes(model) + case.batch * model.config.cache_bytes(slots, model.dtype.itemsize)
+    return case.batch * bandwidth / step
+
+
+def prefill_roof(model: mistral.Mistral, case: Case, bandwidth: float, rate: float) -> float:
+    """Tokens/s if reading the prompts took no longer than their arithmetic, or than reading the weights once."""
+    config, T = model.config, case.context
+    window = min(T, config.sliding_window or T)
+    pairs = window * (window + 1) // 2 + (T - window) * window  # of a query and a key that it sees
+    matrices = config.num_parameters - 2 * config.vocab_size * config.hidden_size
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    head = 2 * config.vocab_size * config.hidden_size  # of the last token alone
+    arithmetic = case.batch * (2 * matrices * T + attention + head) / rate
+    return case.batch * T / max(arithmetic, weight_bytes(model) / bandwidth)

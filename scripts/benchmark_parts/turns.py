@@ -1,0 +1,150 @@
+"""One case at a time: everybody is opened, and then they take turns, so that all meet the same machine."""
+
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+import mistral
+from benchmark_parts import machine, sizes
+from benchmark_parts.contestants import Contestant, LlamaCpp, Ours, Theirs
+from benchmark_parts.peers import GGUFFile, transformers_model
+from benchmark_parts.sizes import Case
+
+# Kernels first: they regroup the weights, and whoever comes later shares what they made of them.
+NAMES = ("kernels", "compile", "eager", "transformers", "transformers-compiled", "llama.cpp")
+
+
+class Field:
+    """Opens contestants by name; what peers need is made when the first of them asks."""
+
+    def __init__(self, model: mistral.Mistral):
+        self.model = model
+
+    @cached_property
+    def _theirs(self) -> torch.nn.Module:
+        return transformers_model(self.model)
+
+    @cached_property
+    def _file(self) -> GGUFFile:
+        return GGUFFile(self.model)
+
+    def open(self, name: str, case: Case, prompts: Tensor) -> Contestant:
+        """Raises whatever the contestant raises."""
+        if name.startswith("transformers"):
+            return Theirs(self._theirs, case, prompts, compiled=name.endswith("compiled"))
+        if name == "llama.cpp":
+            import llama_cpp  # noqa: F401  (before a file is written for it)
+
+            return LlamaCpp(self._file.path, case, prompts)
+        return Ours(name, self.model, case, prompts)
+
+
+@dataclasses.dataclass
+class Row:
+    """What one contestant did in one case, or why it did not."""
+
+    engine: str
+    case: Case
+    note: str = ""
+    failed: str = ""
+    peak_bytes: int | None = None  # weights included; known on a GPU
+    prefills: list[float] = dataclasses.field(default_factory=list)  # seconds
+    decodes: list[float] = dataclasses.field(default_factory=list)
+
+    def result(self, model: mistral.Mistral, bandwidth: float, rate: float) -> dict:
+        """As a line of JSON has it. The quickest turn counts: what else the machine did made others slower."""
+        case = self.case
+        facts = {"engine": self.engine, "batch": case.batch, "context": case.context, "new_tokens": case.tokens}
+        if self.failed:
+            return facts | {"failed": self.failed}
+        decode = case.batch * case.tokens / min(self.decodes)
+        prefill = case.batch * case.context / min(self.prefills)
+        return facts | {
+            "note": self.note,
+            "decode_tokens_per_s": round(decode, 2),
+            "decode_median": round(case.batch * case.tokens / statistics.median(self.decodes), 2),
+            "decode_of_roof": round(decode / sizes.decode_roof(model, case, bandwidth), 4),
+            "ms_per_step": round(1e3 * min(self.decodes) / case.tokens, 4),
+            "prefill_tokens_per_s": round(prefill, 1),
+            "prefill_median": round(case.batch * case.context / statistics.median(self.prefills), 1),
+            "prefill_of_roof": round(prefill / sizes.prefill_roof(model, case, bandwidth, rate), 4),
+            "first_token_s": round(min(self.prefills), 5),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@torch.inference_mode()
+def run_case(
+    field: Field, names: Sequence[str], case: Case, repeats: int, out_of_time: Callable[[], str], say: Callable
+) -> list[Row]:
+    """Measure everybody in one case. Who fails is a row that says so, and the others go on."""
+    device = field.model.device
+    vocabulary = field.model.config.vocab_size
+    # Ids that every contestant takes for text, the small vocabulary of the GGUF file's tokenizer included
+    prompts = torch.randint(300, min(vocabulary, 500), (case.batch, case.context), device=device)
+    rows = {name: Row(name, case) for name in names}
+    contestants: dict[str, Contestant] = {}
+    for name, row in rows.items():
+        row.failed = out_of_time()
+        if not row.failed:
+            say(f"{case}: {name} ...")
+            _attempt(row, lambda row=row: contestants.update({row.engine: _open(field, row, prompts)}))
+    for turn in range(repeats):
+        for name in list(contestants) if turn % 2 else list(contestants)[::-1]:
+            row, contestant = rows[name], contestants[name]
+            _attempt(row, lambda row=row, contestant=contestant: _turn(row, contestant, device))
+            if row.failed:
+                del contestants[name]
+    contestants.clear()
+    _clean_up(device)
+    return list(rows.values())
+
+
+def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
+    """Ready, and run once: compilers and caches have warmed up. Takes the peak of the memory."""
+    device, on_gpu = field.model.device, field.model.device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    contestant = field.open(row.engine, row.case, prompts)
+    contestant.prefill()
+    contestant.generate(row.case.tokens)
+    machine.synchronize(device)
+    row.note = contestant.note
+    if on_gpu and row.engine != "llama.cpp":  # which PyTorch's counters do not see
+        weights = sum(parameter.nbytes for parameter in field.model.parameters())
+        row.peak_bytes = torch.cuda.max_memory_allocated(device) - before + weights
+    return contestant
+
+
+def _turn(row: Row, contestant: Contestant, device: torch.device) -> None:
+    row.prefills.append(machine.seconds(device, contestant.prefill))
+    row.decodes.append(machine.seconds(device, lambda: contestant.generate(row.case.tokens)))
+
+
+def _attempt(row: Row, work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Exception as error:  # a peer may fail in any way; that is a result, and not the end
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        row.failed = f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"[:200]
+        error.__traceback__ = None  # which holds the memory that was too little
+
+
+def _clean_up(device: torch.device) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def time_limit(seconds: float | None) -> Callable[[], str]:
+    """Tells whether there is time to begin another contestant: "" or why not."""
+    end = None if seconds is None else time.monotonic() + seconds
+    return lambda: "left out: the time limit was reached" if end is not None and time.monotonic() > end else ""

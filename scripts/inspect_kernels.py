@@ -1,0 +1,64 @@
+"""What the compiler made of each decode kernel: registers, spills, instructions a weight. Needs no GPU."""
+
+import argparse
+
+import common
+import torch
+
+from mistral import Config
+from mistral.config import whole_number
+
+# Mistral-7B, table 1; the vocabulary of v0.1 and the two tokens that Hermes adds
+SIZES = dict(
+    vocab_size=32002,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    sliding_window=4096,
+    max_position_embeddings=32768,
+    tie_word_embeddings=False,
+    eos_token_id=(2,),
+)
+HEADER = "kernel       CTAs threads registers spilled   shared   SASS a weight"
+
+
+def arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__, "python scripts/inspect_kernels.py --targets 90 --dtypes bfloat16 --batch 1 8")
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], help="GPUs: 80, 90, ... (default: 80 90)")
+    parser.add_argument(
+        "--dtypes", choices=("bfloat16", "float16", "float32"), nargs="+", default=["bfloat16", "float16"]
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="rows (default: 1 16)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    for target in args.targets:
+        whole_number("a target", target, least=80)
+        for dtype in args.dtypes:
+            for batch in args.batch:
+                print(f"\nsm_{target}, {dtype}, batch {batch}\n{HEADER}")
+                print_table(target, common.DTYPES[dtype], batch)
+
+
+def print_table(target: int, dtype: torch.dtype, batch: int) -> None:
+    try:
+        from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
+    except ImportError as error:
+        raise ValueError(f"the compiler is missing ({error}): pip install triton") from None
+    for name, task in decode_kernels(Config(**SIZES), dtype, batch, target).items():
+        made = compile_ahead(task, dtype, target)
+        CTAs, threads = "x".join(str(n) for n in task.launch.grid), 32 * task.launch.options["num_warps"]
+        rate = instructions_per_weight(made, task.launch)
+        facts = f"{made.registers:>9} {made.spilled:>7} {made.shared:>8,} {len(made.sass):>6,}"
+        print(f"{name:<10} {CTAs:>6} {threads:>7} {facts} {f'{rate:.2f}' if rate else '-':>8}")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,55 @@
+"""Compile the decode kernels of a 7B for GPUs that are not here, and print one line of JSON for each.
+
+It runs in a process of its own: the interpreter of the other tests replaces the compiler.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+from inspect_kernels import SIZES
+
+from mistral import Config
+from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
+
+DEMO = dict(vocab_size=1024, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
+VARIANTS = [
+    (90, torch.bfloat16, 1, SIZES),
+    (80, torch.bfloat16, 1, SIZES),
+    (90, torch.float16, 16, SIZES),
+    (80, torch.float16, 16, SIZES),
+    (90, torch.float32, 3, SIZES | DEMO | dict(head_dim=64)),
+]
+
+
+def main():
+    for target, dtype, batch, sizes in VARIANTS:
+        for name, task in decode_kernels(Config(**sizes), dtype, batch, target).items():
+            made = compile_ahead(task, dtype, target)
+            products = [i for i, line in enumerate(made.sass) if line.startswith("HMMA")]
+            first, last = (products[0], products[-1] + 1) if products else (0, 0)
+            loads = [line.split()[0] for line in made.sass[:first] if line.startswith("LDG")]
+            facts = dict(
+                name=name,
+                target=target,
+                dtype=str(dtype).removeprefix("torch."),
+                registers=made.registers,
+                spilled=made.spilled,
+                shared=made.shared,
+                threads=32 * task.launch.options["num_warps"],
+                chunks=task.launch.constants.get("CHUNKS"),
+                wide_loads_ahead=sum(".128" in load for load in loads),
+                products=len(products),
+                widths=sorted(made.operand_widths),
+                detours=sum(made.count(kind, first, last) for kind in ("LDS", "STS", "SHFL")),
+                waits=made.count("ACQBULK"),
+                a_weight=instructions_per_weight(made, task.launch),
+            )
+            print(json.dumps(facts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

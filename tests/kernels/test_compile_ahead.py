@@ -1,0 +1,66 @@
+"""Every decode kernel compiles for GPUs that are not here, and the compiler keeps what the design promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = ("embed", "qkv", "attention", "output", "gate_up", "down", "head")
+MATRICES = ("qkv", "output", "gate_up", "down", "head")
+VARIANTS = [(90, "bfloat16"), (80, "bfloat16"), (90, "float16"), (80, "float16"), (90, "float32")]
+ROOM = 65536  # registers of a multiprocessor
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What became of each kernel, by (name, target, dtype)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, Path(__file__).with_name("compile_decode_kernels.py")]
+    result = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return {(line["name"], line["target"], line["dtype"]): line for line in lines}
+
+
+def test_every_kernel_compiles_for_every_target(compiled):
+    assert set(compiled) == {(name, *variant) for name in KERNELS for variant in VARIANTS}
+
+
+def test_nothing_spills(compiled):
+    assert {key: made["spilled"] for key, made in compiled.items() if made["spilled"]} == {}
+
+
+def test_two_blocks_of_threads_fit_a_multiprocessor(compiled):
+    for key, made in compiled.items():
+        if key[2] != "float32":  # which is there to be compared, not to be fast
+            assert 2 * made["threads"] * made["registers"] <= ROOM, key
+        # of shared memory there are 164 KB on Ampere and 228 on Hopper, less 1 KB a block
+        assert 2 * (made["shared"] + 1024) <= (164 if key[1] == 80 else 228) * 1024, key
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_weights_are_loaded_wide_and_ahead_of_their_use(compiled, name):
+    for target, dtype in VARIANTS[:4]:
+        made = compiled[name, target, dtype]
+        # Each chunk is two loads of 16 bytes a lane; at least the first round stands before the first product.
+        assert made["wide_loads_ahead"] >= 2 * made["chunks"]
+        assert made["chunks"] >= 4
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_weights_go_straight_into_the_tensor_cores(compiled, name):
+    for target, dtype in VARIANTS[:4]:
+        made = compiled[name, target, dtype]
+        assert made["products"] >= 16
+        assert made["widths"] == [2]
+        assert made["detours"] == 0  # neither shared memory nor shuffles between the first product and the last
+        # Bandwidth leaves time for 13 instructions a weight in 16 bits; a vector unit would take 3.6 for one row.
+        assert made["a_weight"] < 3.6
+
+
+def test_hopper_waits_for_the_producer_and_ampere_does_not_know_how(compiled):
+    for (_, target, _), made in compiled.items():
+        assert (made["waits"] > 0) == (target == 90)

@@ -1,0 +1,45 @@
+"""The prefill's attention and the sampler compile for GPUs that are not here, as their headers promise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What became of each kernel, by (name, target)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, Path(__file__).with_name("compile_prefill_and_sampling.py")]
+    result = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    return {(line["name"], line["target"]): line for line in lines}
+
+
+def test_all_of_them_compile_and_nothing_spills(compiled):
+    assert len(compiled) == 2 * 7
+    assert {key: made["spilled"] for key, made in compiled.items() if made["spilled"]} == {}
+
+
+def test_each_fits_a_multiprocessor_of_its_kind(compiled):
+    for (name, target), made in compiled.items():
+        assert made["threads"] * made["registers"] <= 65536, name
+        # What one block of threads may have: 99 KB on the smaller Amperes and Ada, 227 on Hopper
+        assert made["shared"] <= (99 if target == 80 else 227) * 1024, name
+
+
+def test_the_sampler_loads_four_logits_at_once(compiled):
+    for (name, _), made in compiled.items():
+        if name.startswith("sample"):
+            assert made["wide_loads"] >= 32  # 64 scores a thread: 16 loads, from the logits or the penalised ones
+
+
+def test_prefill_multiplies_on_tensor_cores_while_it_loads(compiled):
+    for (name, _), made in compiled.items():
+        if name.startswith("prefill") and "16" in name:
+            assert made["products"] > 0, name
+            assert made["copies_ahead"] > 0, name

@@ -1,0 +1,190 @@
+"""The fast engine against the reference engine: the same ids, the same lengths, the same errors.
+
+On a CPU most of it runs on the kernels' plain twins, which compute what the kernels compute (test_decode_kernels.py);
+a few steps run the kernels themselves in Triton's interpreter.
+"""
+
+import copy
+from random import Random
+
+import pytest
+import small
+import torch
+
+import mistral
+from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
+from mistral_kernels.decoder import Decoder
+from mistral_kernels.weights import weights_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GREEDY = mistral.Sampling(temperature=0)
+SIZES = dict(hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7)
+CLOSE = 2e-5  # float32, of logits up to about 10
+PLAIN = DEVICE == "cpu"
+
+
+def pair(batch_size=1, max_tokens=None, slack=16, plain=PLAIN, **changes):
+    """A reference decoder and a fast one, of equal models."""
+    model = small.model(torch.float32, **SIZES | changes).to(DEVICE)
+    fast = Decoder(copy.deepcopy(model), batch_size, max_tokens, slack=slack, plain=plain)
+    return mistral.Decoder(model, batch_size, max_tokens, slack=slack), fast
+
+
+def assert_same_logits(reference, fast):
+    difference = (reference.logits - fast.logits).abs().max()
+    assert difference < CLOSE * reference.logits.abs().max()
+
+
+def test_reads_steps_and_rewinds_in_any_order_give_what_the_reference_gives():
+    random = Random(1)
+    reference, fast = pair(batch_size=3)
+    for i in range(150):
+        kind = random.choice(("read", "read one", "step", "step", "step", "rewind")) if i else "read"
+        if kind == "read":
+            rows = [[random.randrange(101) for _ in range(random.randint(i == 0, 20))] for _ in range(3)]
+            calls = [decoder.read(rows) for decoder in (reference, fast)]
+        elif kind == "read one":
+            rows = [[random.randrange(101)] * random.randint(0, 1) for _ in range(3)]
+            calls = [decoder.read(rows) for decoder in (reference, fast)]
+        elif kind == "step":
+            calls = [decoder.step(GREEDY).tolist() for decoder in (reference, fast)]
+        else:
+            n = [random.randint(0, 3) for _ in range(3)]
+            calls = [error_of(decoder, n) for decoder in (reference, fast)]
+        assert calls[0] == calls[1], (i, kind)
+        assert reference.lengths == fast.lengths
+        if random.random() < 0.4:
+            assert_same_logits(reference, fast)
+    assert max(fast.lengths) > 20 * 7  # the window rolled over many times
+
+
+def error_of(decoder, n):
+    try:
+        return decoder.rewind(n)
+    except ValueError as error:
+        return str(error)
+
+
+def test_generation_that_runs_ahead_of_the_host_ends_where_the_references_ends():
+    reference, fast = pair()
+    assert fast.ahead == 2
+    rules = mistral.Sampling(temperature=0, repetition_penalty=1.2)
+    for prompt in ([5, 6, 7], [8], [3, 4]):  # one behind the other
+        options = dict(max_new_tokens=30, stop_tokens=range(0, 101, 9))
+        texts = [list(mistral.generate(decoder, prompt, rules, **options)) for decoder in (reference, fast)]
+        assert texts[0] == texts[1]
+        assert reference.lengths == fast.lengths
+    assert_same_logits(reference, fast)
+
+
+def test_rules_that_the_sampling_kernel_lacks_are_left_to_the_reference():
+    reference, fast = pair()
+    for decoder in (reference, fast):
+        decoder.read([[5, 6, 7]])
+    for i in range(30):
+        rules = (
+            mistral.Sampling(temperature=0, no_repeat_ngram_size=2),
+            mistral.Sampling(temperature=0, repetition_penalty=1.5),
+        )[i % 3 == 0]
+        assert reference.step(rules).tolist() == fast.step(rules).tolist()
+
+
+def test_logits_that_are_not_numbers_are_an_error_although_nobody_looks_at_them():
+    _, fast = pair()
+    fast.model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not numbers"):
+        next(mistral.generate(fast, [5, 6, 7], GREEDY, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("changes", [dict(sliding_window=None), dict(num_key_value_heads=6), dict(rope_theta=1e6)])
+def test_other_shapes_and_no_window_give_the_references_text(changes):
+    reference, fast = pair(max_tokens=60, **changes)
+    options = dict(max_new_tokens=40, stop_tokens=())
+    texts = [list(mistral.generate(decoder, [5, 6, 7], GREEDY, **options)) for decoder in (reference, fast)]
+    assert texts[0] == texts[1]
+
+
+def test_the_kernels_themselves_give_the_references_logits_past_the_window():
+    if DEVICE == "cuda":
+        pytest.skip("on a GPU every test here runs the kernels")
+    model = small.model(torch.float32, **SIZES | dict(num_hidden_layers=1, sliding_window=3))
+    cache, twin_cache = model.new_cache(2, slack=1), model.new_cache(2, slack=1)
+    step, twin = DecodeStep(model, cache, KERNELS), DecodeStep(model, twin_cache, REFERENCES)
+    tokens = small.tokens(2, 6)
+    for t in range(6):
+        for one in (step, twin):
+            one.tokens.copy_(tokens[:, t])
+            one.run(torch.full((2,), t))
+        assert (step.logits - twin.logits).abs().max() < CLOSE * twin.logits.abs().max()
+    assert (step.logits - model(tokens)[:, -1]).abs().max() < CLOSE * twin.logits.abs().max()
+
+
+def test_regrouped_weights_are_the_models_own_and_regrouped_once():
+    model = small.model(torch.float32, **SIZES)
+    logits = model(small.tokens(1, 9))
+    weights = weights_of(model)
+    attention = model.model.layers[1].self_attn
+    assert weights.layers[1].qkv.data_ptr() == attention.q_proj.weight.data_ptr()
+    stored = attention.v_proj.weight.untyped_storage()
+    assert stored.data_ptr() == attention.q_proj.weight.untyped_storage().data_ptr()
+    assert stored.nbytes() == weights.layers[1].qkv.nbytes
+    assert weights_of(model).layers[1].qkv.data_ptr() == weights.layers[1].qkv.data_ptr()
+    assert torch.equal(model(small.tokens(1, 9)), logits)
+    assert torch.equal(weights.layers[0].gate_up[:160], model.model.layers[0].mlp.gate_proj.weight)
+
+
+def test_what_the_kernels_cannot_do_is_named():
+    model = small.model(torch.float32, **SIZES | dict(intermediate_size=50))
+    with pytest.raises(ValueError, match="a multiple of 32"):
+        decoder = Decoder(model)
+        decoder.read([[1]])
+        decoder.step(GREEDY)
+        decoder.logits  # noqa: B018
+    with pytest.raises(ValueError, match="packed .*load without packed"):
+        Decoder(mistral.load("demo", device="cpu", packed=True)[0], plain=True)
+    with pytest.raises(ValueError, match="a CUDA graph needs the kernels and a GPU"):
+        Decoder(small.model(torch.float32, **SIZES), plain=True, graph=True)
+
+
+def test_greedy_text_of_the_demo_is_the_references_for_1000_tokens_past_its_window():
+    model, tokenizer = mistral.load("demo", device=DEVICE)
+    reference, fast = mistral.Decoder(model), Decoder(copy.deepcopy(model), plain=PLAIN)
+    prompt = tokenizer.encode("Hello. " * 330)
+    assert len(prompt) > 900
+    banned = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    banned[list(model.config.eos_token_id)] = False
+    for decoder in (reference, fast):
+        decoder.read([prompt])
+    for i in range(1100):
+        ids = [decoder.step(GREEDY, banned.to(DEVICE)).tolist() for decoder in (reference, fast)]
+        assert ids[0] == ids[1], i
+    assert fast.lengths[0] > model.config.sliding_window + 1000
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_the_bits_of_single_launches():
+    model = small.model(torch.bfloat16, **SIZES).cuda()
+    texts = []
+    for graph in (True, False):
+        decoder = Decoder(model, 2, graph=graph)
+        decoder.read([[4, 5, 6], [7]])
+        steps = [decoder.step(mistral.Sampling(seed=3)) for _ in range(40)]
+        texts.append((torch.stack(steps), decoder.logits))
+    assert all(torch.equal(*both) for both in zip(*texts))
+
+
+@pytest.mark.gpu
+def test_bfloat16_is_at_least_as_close_to_float32_as_the_references_own():
+    exact = mistral.load("demo", device="cuda", dtype=torch.float32)[0]
+    coarse = mistral.load("demo", device="cuda", dtype=torch.bfloat16)[0]
+    tokens = small.tokens(1, 600, vocab_size=1000)[0].tolist()
+    wanted = exact(torch.tensor([tokens], device="cuda"))[0, 500:].float()
+    errors = []
+    for decoder in (mistral.Decoder(copy.deepcopy(coarse)), Decoder(coarse)):
+        decoder.read([tokens[:500]])
+        made = []
+        for id in tokens[500:]:
+            decoder.read([[id]])
+            made.append(decoder.logits[0].float())
+        errors.append((torch.stack(made) - wanted).abs().mean().item())
+    assert errors[1] <= 1.05 * errors[0]

@@ -1,0 +1,289 @@
+"""The sampling kernel against the rules in mistral/sampling.py: the same tokens can be drawn, and as often.
+
+On a CPU the kernel runs in Triton's interpreter.
+"""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from mistral import Sampling
+from mistral.decoder import NO_NUMBERS, NOTHING_LEFT
+from mistral.sampling import next_ids, processed_scores
+from mistral_kernels.sampler import Sampler
+from mistral_kernels.sampling import kth_highest
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+V = 70  # no multiple of 32, and not a power of two of groups
+
+
+def random_logits(B=1, ties=False, scale=3.0):
+    logits = torch.randn(B, V) * scale
+    return ((logits * 2).round() / 2 if ties else logits).to(DEVICE)
+
+
+def nothing(B):
+    return torch.full((B, 1), -1, device=DEVICE)
+
+
+def draw(logits, sampling, mask=None, steps=1, plain=False):
+    """int64 [steps, B]: what comes at the same logits, step after step."""
+    B, V = logits.shape
+    sampler, ids, drawn = Sampler(B, V, DEVICE, plain), torch.full((B,), -7, device=DEVICE), []
+    sampler.prepare(sampling, mask, nothing(B))
+    for _ in range(steps):
+        sampler.run(logits, ids)
+        drawn.append(ids.clone())
+    assert sampler.counts.tolist() == [steps] * B
+    return torch.stack(drawn)
+
+
+def probabilities(logits, sampling, mask=None):
+    """[B, V] by the reference; 0 where it cannot draw."""
+    B = logits.shape[0]
+    return processed_scores(logits, sampling, nothing(B), torch.zeros(B, device=DEVICE), mask).softmax(-1)
+
+
+CASES = [
+    dict(),
+    dict(temperature=0.3),
+    dict(top_k=1),
+    dict(top_k=7),
+    dict(top_k=V - 1),
+    dict(top_k=10**6),
+    dict(top_p=0.0),
+    dict(top_p=0.3),
+    dict(top_p=0.9),
+    dict(min_p=0.1),
+    dict(min_p=1.0),
+    dict(temperature=0.7, top_k=30, top_p=0.8, min_p=0.02),
+    dict(temperature=2.0, top_k=12, top_p=0.5),
+]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("values", CASES, ids=str)
+def test_only_what_the_reference_keeps_is_drawn(values, ties):
+    logits, sampling = random_logits(ties=ties), Sampling(seed=5, **values)
+    lowest = logits[probabilities(logits, sampling) > 0].min()
+    # By their scores: which of equals stay at the border of top-p is up to the reference's sort.
+    assert (logits[0, draw(logits, sampling, steps=12)] >= lowest).all()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(temperature=1.3),
+        dict(top_k=9, temperature=2.0),
+        dict(top_p=0.6),
+        dict(temperature=1.5, top_k=40, top_p=0.5, min_p=0.3),
+    ],
+    ids=str,
+)
+def test_frequencies_are_the_probabilities_of_the_reference(values, plain):
+    logits, sampling, n = random_logits(scale=0.7), Sampling(seed=1, **values), 300
+    expected = probabilities(logits, sampling)[0].cpu() * n
+    counts = draw(logits, sampling, steps=n, plain=plain).flatten().bincount(minlength=V).cpu()
+    assert counts[expected == 0].sum() == 0
+    rare = (expected > 0) & (expected < 5)  # together, where each alone has too few for the approximation
+    cells = [(counts[i].item(), expected[i].item()) for i in torch.nonzero(expected >= 5).flatten()]
+    cells += [(counts[rare].sum().item(), expected[rare].sum().item())] * bool(rare.any())
+    chi_square, freedom = sum((c - e) ** 2 / e for c, e in cells), len(cells) - 1
+    assert freedom >= 5
+    # Five standard deviations of chi-square; the seed is fixed.
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_at_the_border_of_top_p_the_higher_ids_of_as_many_equals_as_in_the_reference_stay():
+    logits = torch.full((1, 40), -30.0, device=DEVICE)
+    logits[0, [2, 3, 33, 39]] = 1.0
+    for top_p, kept in ((0.0, {39}), (0.2, {39}), (0.45, {33, 39}), (0.55, {3, 33, 39}), (0.95, {2, 3, 33, 39})):
+        sampling = Sampling(top_p=top_p, seed=3)
+        assert (probabilities(logits, sampling) > 0).sum() == len(kept)
+        assert set(draw(logits, sampling, steps=40).flatten().tolist()) == kept
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_ties_with_the_kth_stays(plain):
+    logits = torch.full((1, 40), -4.0, device=DEVICE)
+    logits[0, [5, 7]], logits[0, 9] = 0.0, -0.0
+    assert set(draw(logits, Sampling(top_k=2, seed=0), steps=40, plain=plain).flatten().tolist()) == {5, 7, 9}
+
+
+@triton.jit
+def border_kernel(scores, out, k, SIZE: tl.constexpr):
+    z = tl.load(scores + tl.arange(0, SIZE))
+    border = kth_highest(z, tl.max(z), k)
+    tl.store(out + tl.arange(0, SIZE), z >= border)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_bisection_finds_the_k_highest_of_any_size(scale):
+    scores = torch.randn(64, device=DEVICE) * scale
+    scores[3:20] = scores[21]
+    scores[40], scores[41], scores[50:] = 0.0, -0.0, -math.inf
+    for k in (1, 2, 17, 30, 49, 50, 51, 64):
+        kept = torch.zeros(64, dtype=torch.bool, device=DEVICE)
+        border_kernel[(1,)](scores, kept, k, 64)
+        assert torch.equal(kept, scores >= scores.topk(k).values[-1]), k
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_greedy_is_the_first_of_the_best(plain):
+    logits = random_logits(3, ties=True)
+    logits[1, [4, 44]] = 99.0
+    assert (
+        draw(logits, Sampling(temperature=0, top_k=1, typical_p=0.5), plain=plain)[0].tolist()
+        == logits.argmax(-1).tolist()
+    )
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_ids_that_occurred_are_penalised_and_the_chosen_one_joins_them(plain):
+    B, logits = 3, random_logits(3)
+    history = torch.full((B, 12), -1, device=DEVICE)
+    history[0, :4], history[2, :2] = torch.arange(4, device=DEVICE), logits[2].topk(2).indices
+    lengths = torch.tensor([4, 0, 2], device=DEVICE)
+    mask = torch.rand(B, V, device=DEVICE) < 0.6
+    sampling, sampler = Sampling(temperature=0, repetition_penalty=2.5), Sampler(B, V, DEVICE, plain)
+    ids = torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    given = history.clone()
+    for _ in range(6):
+        expected = next_ids(logits, sampling, history, lengths, mask, None)
+        sampler.prepare(sampling, mask, given)  # looked at once: afterwards the kernel knows what it has chosen
+        sampler.run(logits, ids)
+        assert ids.tolist() == expected.tolist()
+        history.scatter_(1, lengths[:, None], ids[:, None])
+        lengths += 1
+    sampler.forget()
+    sampler.prepare(sampling, None, given)
+    sampler.run(logits, ids)
+    assert ids.tolist() == next_ids(logits, sampling, given, torch.tensor([4, 0, 2]), None, None).tolist()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_seed_repeats_rows_differ_and_random_numbers_go_on(plain):
+    logits, ids = torch.zeros(2, V, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    sampler, texts = Sampler(2, V, DEVICE, plain), []
+    for seed in (2**64 - 1, 7, 2**64 - 1, 2**64 - 1):
+        text = []
+        for _ in range(8):
+            sampler.prepare(Sampling(seed=seed), None, nothing(2))
+            sampler.run(logits, ids)
+            text.append(ids.tolist())
+        texts.append(text)
+    first, other, again, further = texts
+    assert first == again != other
+    assert further not in (first, other)
+    assert [row[0] for row in first] != [row[1] for row in first]
+    sampler.counts -= 8
+    sampler.run(logits, ids)
+    assert ids.tolist() == further[0]
+
+
+def test_without_a_seed_the_global_generator_starts_the_random_numbers():
+    logits = torch.zeros(1, V, device=DEVICE)
+    texts = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        texts.append(draw(logits, Sampling(), steps=8).tolist())
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 0.7])
+def test_what_is_no_number_is_not_chosen_and_the_id_lies_inside(temperature, plain):
+    sampling = Sampling(temperature=temperature, top_k=4, top_p=0.5, repetition_penalty=1.1, seed=0)
+    logits = random_logits(4)
+    logits[0] = math.nan
+    logits[1] = -math.inf
+    logits[2, :-1] = math.nan
+    logits[3, 5] = math.inf
+    assert draw(logits, sampling, plain=plain)[0].tolist() == [0, 0, V - 1, 5]
+    nowhere = torch.zeros(V, dtype=torch.bool, device=DEVICE)
+    assert draw(random_logits(2), sampling, nowhere, plain=plain)[0].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_each_row_says_what_was_wrong_with_its_choice(temperature, plain):
+    logits, mask = random_logits(4), torch.ones(4, V, dtype=torch.bool, device=DEVICE)
+    logits[1, 3], mask[1, 3] = math.nan, False  # a number is missing even where it is forbidden
+    logits[2] = -math.inf
+    mask[3] = False
+    sampler, ids = Sampler(4, V, DEVICE, plain), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    for given, expected in (
+        (None, [0, NO_NUMBERS, NOTHING_LEFT, 0]),
+        (mask, [0, NO_NUMBERS, NOTHING_LEFT, NOTHING_LEFT]),
+    ):
+        sampler.prepare(Sampling(temperature=temperature, seed=0), given, nothing(4))
+        sampler.run(logits, ids)
+        assert sampler.problems.tolist() == expected
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mask_is_obeyed_until_it_is_gone(temperature, plain):
+    logits, sampling = random_logits(2), Sampling(temperature=temperature, top_p=0.9, seed=1)
+    sampler, ids = Sampler(2, V, DEVICE, plain), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    mask = torch.zeros(2, V, dtype=torch.bool)
+    mask[0, 69] = mask[1, 31] = True
+    for given, expected in ((mask, [69, 31]), (mask[1], [31, 31])):
+        sampler.prepare(sampling, given, nothing(2))
+        sampler.run(logits, ids)
+        assert ids.tolist() == expected
+    logits[:, 12] = 60.0
+    sampler.prepare(sampling, None, nothing(2))
+    sampler.run(logits, ids)
+    assert ids.tolist() == [12, 12]
+
+
+def test_what_the_kernel_does_not_have_is_left_to_the_reference():
+    supported = [Sampling(), Sampling(temperature=0, typical_p=0.5), Sampling(top_k=5, top_p=0.5, min_p=0.1)]
+    assert all(map(Sampler.supports, supported))
+    for sampling in (
+        Sampling(typical_p=0.5),
+        Sampling(no_repeat_ngram_size=3),
+        Sampling(temperature=0, no_repeat_ngram_size=1),
+    ):
+        assert not Sampler.supports(sampling)
+        with pytest.raises(ValueError, match="typical_p nor no_repeat_ngram_size"):
+            Sampler(1, V, DEVICE).prepare(sampling, None, nothing(1))
+    with pytest.raises(ValueError, match="logits in torch.float16: the sampling kernel takes float32"):
+        Sampler(1, V, DEVICE).run(random_logits().half(), torch.zeros(1, dtype=torch.int64, device=DEVICE))
+
+
+def test_preparing_and_running_reads_nothing_from_the_device(no_host_reads):
+    sampler, ids = Sampler(2, V, DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    sampler.prepare(Sampling(repetition_penalty=1.2, seed=3), torch.ones(V, dtype=torch.bool), nothing(2))
+    if DEVICE == "cuda":  # the interpreter itself reads
+        sampler.run(random_logits(2), ids)
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_all_settings():
+    B, V = 5, 32_002
+    logits, ids = torch.randn(B, V, device=DEVICE) * 3, torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    sampler = Sampler(B, V, DEVICE)
+    sampler.prepare(Sampling(), None, nothing(B))
+    sampler.run(logits, ids)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler.run(logits, ids)
+    mask = torch.rand(B, V, device=DEVICE) < 0.5
+    for number, values in enumerate([dict(temperature=0), *CASES]):
+        sampling = Sampling(seed=100 + number, repetition_penalty=1.5, **values)
+        sampler.forget()
+        sampler.prepare(sampling, mask, nothing(B))
+        kept = probabilities(logits, sampling, mask) > 0
+        for _ in range(20):
+            graph.replay()
+            assert kept.gather(1, ids[:, None]).all() or sampling.temperature == 0
+            sampler.forget()
+            sampler.prepare(sampling, mask, nothing(B))
+        if sampling.temperature == 0:
+            assert torch.equal(ids, logits.masked_fill(~mask, -math.inf).argmax(-1))

@@ -1,0 +1,160 @@
+"""`open_engine` takes what works and says why; a named engine is that one, or a line that tells what is missing."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+import small
+import torch
+
+import mistral
+from mistral_kernels import engines, open_engine
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engines, "DRIVER", tmp_path / "none")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """The model claims to be on a GPU of compute capability 9.0; nothing runs there."""
+    monkeypatch.setattr(mistral.Mistral, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name)
+
+
+def model(**changes):
+    """Of sizes that the kernels can do."""
+    sizes = dict(hidden_size=32, intermediate_size=64, head_dim=16, num_attention_heads=4, num_key_value_heads=2)
+    return small.model(torch.float32, **(sizes | changes))
+
+
+def refusing(message):
+    def open_it(model, sizes):
+        raise ValueError(message)
+
+    return open_it
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("tried 9 GB")
+
+
+def test_auto_without_a_gpu_is_the_reference(no_gpu):
+    decoder, note = open_engine("auto", model(), batch_size=2, max_tokens=9)
+    assert type(decoder) is mistral.Decoder
+    assert (decoder.batch_size, note) == (2, "engine: eager: no GPU")
+
+
+def test_slack_and_room_reach_the_decoder():
+    decoder, note = open_engine("eager", model(sliding_window=None), max_tokens=9, slack=0)
+    assert (decoder.limit, note) == (9, "engine: eager")
+
+
+def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(no_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(engines, "DRIVER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in open_engine("auto", model())[1]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "a newer NVIDIA driver" in open_engine("auto", model())[1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert open_engine("auto", model())[1] == "engine: eager: the model is on cpu"
+
+
+def test_auto_on_a_gpu_is_the_kernels(a_gpu, monkeypatch):
+    monkeypatch.setattr(engines, "_open_kernels", lambda model, sizes: sizes)
+    decoder, note = open_engine("auto", model(), 3, 10)
+    assert decoder == dict(batch_size=3, max_tokens=10, slack=16)
+    assert note == "engine: kernels (CUDA sm_90, Triton 3.6)"
+
+
+def test_auto_goes_on_to_the_next_that_works_and_says_why(a_gpu, monkeypatch):
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    decoder, note = open_engine("auto", model(), batch_size=17)
+    assert decoder == "compiled"
+    assert note.startswith("engine: compile (CUDA sm_90); not kernels: the kernels take at most 16 rows at once")
+    monkeypatch.setattr(engines, "_open_compiled", refusing("no compiler"))
+    monkeypatch.setattr(engines, "Decoder", lambda model, **sizes: "eager")
+    decoder, note = open_engine("auto", model(), batch_size=17)
+    assert decoder == "eager"
+    assert note.startswith("engine: eager; not kernels: the kernels take")
+    assert note.endswith("; not compile: no compiler")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({}, 17, "at most 16 rows at once, not 17: use smaller batches"),
+        ({"hidden_size": 40}, 1, "hidden_size to be a multiple of 32, not 40"),
+        ({"intermediate_size": 56}, 1, "intermediate_size to be a multiple of 32"),
+        ({"head_dim": 8}, 1, "a head_dim of 16, 32"),
+        ({"num_attention_heads": 34}, 1, "at most 16 query heads to a key/value head, not 17"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_do_is_one_clear_line(changes, rows, message, a_gpu):
+    with pytest.raises(ValueError, match=message):
+        open_engine("kernels", model(**changes), rows)
+
+
+def test_packed_weights_and_other_dtypes_are_told():
+    packed, _ = mistral.load(small.DATA / "gguf/q8_0.gguf", device="cpu", packed=True, sliding_window=None)
+    with pytest.raises(ValueError, match="load the checkpoint without packed"):
+        open_engine("kernels", packed, max_tokens=9)
+    with pytest.raises(ValueError, match="know no float64"):
+        open_engine("kernels", model().double())
+
+
+def test_the_machine_is_looked_at(a_gpu, monkeypatch):
+    assert engines.kernels_problem(model()) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 or later, not 7.5" in engines.kernels_problem(model())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "an AMD one" in engines.kernels_problem(model())
+    sys.modules["triton"].__version__ = "3.5.1"
+    assert "Triton 3.5.1 is too old, 3.6 is needed" in engines.kernels_problem(model())
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    assert "Triton is not installed" in engines.kernels_problem(model())
+
+
+def test_without_a_gpu_the_kernels_are_refused(no_gpu):
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match="need an NVIDIA GPU: no GPU"):
+        open_engine("kernels", model())
+
+
+def test_whatever_fails_underneath_is_one_line(a_gpu, monkeypatch):
+    class Decoder:
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError("Triton Error [CUDA]:\n the PTX was compiled with an unsupported toolchain")
+
+    monkeypatch.setitem(sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder))
+    with pytest.raises(ValueError, match="an unsupported toolchain; update the NVIDIA driver") as info:
+        open_engine("kernels", model())
+    assert "\n" not in str(info.value)
+    monkeypatch.setattr(Decoder, "__init__", out_of_memory)
+    with pytest.raises(mistral.NotEnoughMemory, match="tried 9 GB"):
+        open_engine("kernels", model())
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match="no engine 'fast'; there are auto, eager, compile, kernels"):
+        open_engine("fast", model())
+
+
+def test_importing_needs_no_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import mistral_kernels; print(mistral_kernels.open_engine.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT)
+    assert result.stdout.strip() == "open_engine", result.stderr
