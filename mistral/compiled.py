@@ -12,11 +12,10 @@ few sizes   The reference attends to the slots in use, and their number grows by
 one graph   On a GPU everything from the token to the logits is recorded as a CUDA graph, one for each size, so that
             some hundred kernels are started at once. (Not yet run on a GPU.)
 
-On a CPU the product of a matrix and one vector is spelled out as a sum of products: the loop that is generated for it
-reads the matrix in one stream, which the library routine behind `nn.Linear` does not reach.
+On a CPU the matrix products stay PyTorch's own. Spelled out as sums of products, for which the compiler generates
+loops, they were slower (docs/benchmarks/README.md).
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -47,9 +46,6 @@ class CompiledDecoder(Decoder):
         super().__init__(model, batch_size, max_tokens, slack=slack)
         self._sizes = sizes(self._cache.num_slots)
         self._steps: dict[int, Callable[[Tensor], Tensor]] = {}
-        spell_out = model.device.type == "cpu" and batch_size == 1
-        self._blocks = [spelled_out(block) if spell_out else block for block in model.model.layers]
-        self._head = spelled_out(model.lm_head) if spell_out else model.lm_head
         # By reading, not measured: this lets the GPU's compiler make matrix-vector products itself and tune them.
         options = {"coordinate_descent_tuning": True} if model.device.type == "cuda" else None
         how = dict(fullgraph=True, dynamic=False, backend=self.backend, options=options)
@@ -74,9 +70,9 @@ class CompiledDecoder(Decoder):
         cache.begin(plan)
         x = trunk.embed_tokens(tokens)  # [B, 1, D]
         cos, sin = trunk.rotary(plan.positions, x.dtype)
-        for block, keys, values in zip(self._blocks, cache.keys, cache.values):
+        for block, keys, values in zip(trunk.layers, cache.keys, cache.values):
             x = self._run_block(block, x, cos, sin, mask, keys, values, plan.rows, plan.slots)
-        logits = self._run_head(trunk.norm, self._head, x)
+        logits = self._run_head(trunk.norm, self.model.lm_head, x)
         cache.commit(plan)
         return logits
 
@@ -158,30 +154,6 @@ class _Ring:
         self.keys[self.rows, :, self.slots] = k.transpose(1, 2)  # indexed: [B, 1, K, H]
         self.values[self.rows, :, self.slots] = v.transpose(1, 2)
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
-
-
-class _SumOfProducts(nn.Module):
-    """`nn.Linear` on one vector, with the same weight."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return (x[..., None, :].to(wide) * self.weight.to(wide)).sum(-1).to(x.dtype)
-
-
-def spelled_out(module: nn.Module) -> nn.Module:
-    """The module with its matrices as sums of products. It shares the weights; `module` stays as it is."""
-    if isinstance(module, nn.Linear):
-        return _SumOfProducts(module)
-    twin = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-    for owner in list(twin.modules()):
-        for name, child in list(owner.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(owner, name, _SumOfProducts(child))
-    return twin
 
 
 class _State:

@@ -9,7 +9,7 @@ import small
 import torch
 
 import mistral
-from mistral.compiled import CompiledDecoder, sizes, spelled_out
+from mistral.compiled import CompiledDecoder, sizes
 
 GREEDY = mistral.Sampling(temperature=0.0)
 
@@ -114,18 +114,6 @@ def test_sizes_end_with_the_whole_ring_and_are_few(num_slots):
     assert found[-1] == num_slots
     assert len(found) <= 6
     assert all(bigger <= 2 * smaller for smaller, bigger in zip(found, found[1:]))
-
-
-def test_sums_of_products_share_the_weights_and_leave_the_module_alone():
-    linear = torch.nn.Linear(7, 5, bias=False)
-    block = torch.nn.Sequential(linear, torch.nn.Tanh())
-    twin = spelled_out(block)
-    assert block[0] is linear
-    assert twin[0].weight is linear.weight
-    x = torch.randn(1, 3, 7)
-    assert (twin(x) - block(x)).abs().max() < 1e-6
-    half = x.bfloat16()
-    assert twin.bfloat16()(half).dtype == torch.bfloat16
 
 
 def test_no_room_is_an_error_and_changes_nothing(traced):
