@@ -4,26 +4,10 @@ import argparse
 
 import common
 import torch
+from benchmark_parts.sizes import config
 
-from mistral import Config
 from mistral.config import whole_number
 
-# Mistral-7B, table 1; the vocabulary of v0.1 and the two tokens that Hermes adds
-SIZES = dict(
-    vocab_size=32002,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    sliding_window=4096,
-    max_position_embeddings=32768,
-    tie_word_embeddings=False,
-    eos_token_id=(2,),
-)
 HEADER = "kernel       CTAs threads registers spilled   shared   SASS a weight"
 
 
@@ -52,7 +36,7 @@ def print_table(target: int, dtype: torch.dtype, batch: int) -> None:
         from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
     except ImportError as error:
         raise ValueError(f"the compiler is missing ({error}): pip install triton") from None
-    for name, task in decode_kernels(Config(**SIZES), dtype, batch, target).items():
+    for name, task in decode_kernels(config("7b"), dtype, batch, target).items():
         made = compile_ahead(task, dtype, target)
         CTAs, threads = "x".join(str(n) for n in task.launch.grid), 32 * task.launch.options["num_warps"]
         rate = instructions_per_weight(made, task.launch)

@@ -57,11 +57,15 @@ class Case:
         return f"batch {self.batch}, context {self.context:,}"
 
 
+def config(size: str) -> mistral.Config:
+    """The numbers of a size by its name."""
+    return mistral.Config(**SIZES[size], **COMMON, eos_token_id=(2,))
+
+
 def make_model(size: str, device: torch.device, dtype: torch.dtype) -> mistral.Mistral:
     """Random weights of the size's shapes, made where they are used: nothing is read or copied."""
-    config = mistral.Config(**SIZES[size], **COMMON, eos_token_id=(2,))
     with torch.device("meta"):
-        model = mistral.Mistral(config)
+        model = mistral.Mistral(config(size))
     model = model.to(dtype).to_empty(device=device)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -10,24 +10,23 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-from inspect_kernels import SIZES
+from benchmark_parts.sizes import config
 
-from mistral import Config
+from mistral.demo.training import CONFIG as DEMO
 from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
 
-DEMO = dict(vocab_size=1024, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
 VARIANTS = [
-    (90, torch.bfloat16, 1, SIZES),
-    (80, torch.bfloat16, 1, SIZES),
-    (90, torch.float16, 16, SIZES),
-    (80, torch.float16, 16, SIZES),
-    (90, torch.float32, 3, SIZES | DEMO | dict(head_dim=64)),
+    (90, torch.bfloat16, 1, config("7b")),
+    (80, torch.bfloat16, 1, config("7b")),
+    (90, torch.float16, 16, config("7b")),
+    (80, torch.float16, 16, config("7b")),
+    (90, torch.float32, 3, DEMO),
 ]
 
 
 def main():
-    for target, dtype, batch, sizes in VARIANTS:
-        for name, task in decode_kernels(Config(**sizes), dtype, batch, target).items():
+    for target, dtype, batch, model in VARIANTS:
+        for name, task in decode_kernels(model, dtype, batch, target).items():
             made = compile_ahead(task, dtype, target)
             products = [i for i, line in enumerate(made.sass) if line.startswith("HMMA")]
             first, last = (products[0], products[-1] + 1) if products else (0, 0)
