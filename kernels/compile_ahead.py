@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from mistral import Config
 from mistral_kernels import decode_attention, embed, gate_up, head, projection, qkv
+from mistral_kernels.matvec import DENSE
 from mistral_kernels.portable import TRITON_DTYPES, Launch
 
 # By name, in every kernel; what is not here points to numbers of the weights' dtype.
@@ -31,6 +32,10 @@ _TYPES = (
     | dict.fromkeys(("allowed", "seen"), "*i1")
     | {"counters": "*i32"}
 )
+# The constants that name kinds of weights, and the matrices that are of them; packed ones are bytes.
+KINDS = {"KIND": ("weight", "gate_proj", "up_proj", "table")} | {
+    name: (matrix,) for name, matrix in zip(qkv.KIND_NAMES, ("q_proj", "k_proj", "v_proj"))
+}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _LABEL = re.compile(r"^\s*(\.L_x?_?\S+):")
@@ -59,20 +64,27 @@ class Task(NamedTuple):
     launch: Launch
 
 
-def decode_kernels(config: Config, dtype: torch.dtype, batch: int, capability: int) -> dict[str, Task]:
-    """The kernels of one decode step of such a model, by name."""
+def decode_kernels(
+    config: Config, dtype: torch.dtype, batch: int, capability: int, kind: str = DENSE, larger: str | None = None
+) -> dict[str, Task]:
+    """The kernels of one decode step of such a model, by name.
+
+    kind    of the matrices; a ggml type for packed ones, in which case dtype is that of what they are multiplied by
+    larger  the kind of v_proj, of "down" and of the head (Q6_K in a Q4_K_M file); None: as the others
+    """
+    more = larger or kind
     D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     N, K = config.num_attention_heads, config.num_key_value_heads
     arch = 80 if capability < 90 else 90
     how = (dtype, arch)
     return {
-        "embed": Task(embed.embed_kernel, embed.launch(batch, D, H, arch)),
-        "qkv": Task(qkv.qkv_kernel, qkv.launch(batch, D, N, K, H, *how)),
+        "embed": Task(embed.embed_kernel, embed.launch(batch, D, H, arch, kind)),
+        "qkv": Task(qkv.qkv_kernel, qkv.launch(batch, D, N, K, H, *how, (kind, kind, more))),
         "attention": Task(decode_attention.decode_attention_kernel, decode_attention.launch(batch, N, K, H, *how)),
-        "output": Task(projection.projection_kernel, projection.launch(batch, D, N * H, *how)),
-        "gate_up": Task(gate_up.gate_up_kernel, gate_up.launch(batch, D, F, *how)),
-        "down": Task(projection.projection_kernel, projection.launch(batch, D, F, *how)),
-        "head": Task(head.head_kernel, head.launch(batch, D, V, *how)),
+        "output": Task(projection.projection_kernel, projection.launch(batch, D, N * H, *how, kind)),
+        "gate_up": Task(gate_up.gate_up_kernel, gate_up.launch(batch, D, F, *how, kind)),
+        "down": Task(projection.projection_kernel, projection.launch(batch, D, F, *how, more)),
+        "head": Task(head.head_kernel, head.launch(batch, D, V, *how, more)),
     }
 
 
@@ -87,7 +99,9 @@ def compile_ahead(task: Task, dtype: torch.dtype, capability: int) -> Compiled:
     names = kernel.arg_names
     constants = {(names.index(name),): value for name, value in launch.constants.items()}
     act = "*" + TRITON_DTYPES[dtype]
-    signature = {n: "constexpr" if n in launch.constants else _TYPES.get(n, act) for n in names}
+    packed = [n for kind, matrices in KINDS.items() if launch.constants.get(kind, DENSE) != DENSE for n in matrices]
+    types = _TYPES | dict.fromkeys(packed, "*u8")
+    signature = {n: "constexpr" if n in launch.constants else types.get(n, act) for n in names}
     hints = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -105,13 +119,18 @@ def compile_ahead(task: Task, dtype: torch.dtype, capability: int) -> Compiled:
 def instructions_per_weight(compiled: Compiled, launch: Launch) -> float | None:
     """Instructions that a thread executes, start and end included, over the weights that it handles.
 
-    None for kernels that are no matrix-vector product, and for float32, which the tensor cores do not take.
+    None for kernels that are no matrix-vector product, for float32, which the tensor cores do not take, and where two
+    kinds of weights have a branch each.
     """
-    constants = launch.constants
-    if "COLUMNS" not in constants or not compiled.count("HMMA"):
+    constants, kinds = launch.constants, {launch.constants[name] for name in KINDS if name in launch.constants}
+    if "COLUMNS" not in constants or not compiled.count("HMMA") or len(kinds) > 1:
         return None
     weights = 16 * constants["COLUMNS"] / (32 * constants["WARPS"])
-    multiplications = weights / 8 * (constants["M"] / 8)  # one HMMA takes 8 weights a lane to 8 columns
+    columns = constants["COLUMNS"]
+    if kinds != {DENSE}:  # warps take whole groups, and all of them as many
+        columns = -(-columns // (1024 * constants["WARPS"])) * 1024 * constants["WARPS"]
+    # One HMMA takes 8 weights a lane to 8 columns.
+    multiplications = 16 * columns / (32 * constants["WARPS"]) / 8 * (constants["M"] / 8)
     executed, done = len(compiled.sass), compiled.count("HMMA")
     for start, end in compiled.loops:
         if inside := compiled.count("HMMA", start, end):

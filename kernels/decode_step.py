@@ -10,6 +10,9 @@
 
 5 L + 2 launches (7B: 162). Nothing here is allocated, read back or decided by the host, so that a CUDA graph of `run`
 serves every later step. The residual stream is float32, so rounding happens only where a matrix is read.
+
+Packed matrices are multiplied as they are. One that no kernel can take so is unpacked ahead of its kernel, each time,
+into memory that all such matrices share: slow, and as small as its file.
 """
 
 from collections.abc import Callable
@@ -20,13 +23,16 @@ from torch import Tensor
 
 from mistral.cache import RollingCache
 from mistral.model import Mistral
-from mistral_kernels import decode_attention, embed, gate_up, head, projection, qkv
+from mistral.quantization.dequantize import dequantize as dequantize_blocks
+from mistral_kernels import decode_attention, dequantize, embed, gate_up, head, projection, qkv
+from mistral_kernels.dequantize import Blocks, Workspace
 from mistral_kernels.matvec import TILE
-from mistral_kernels.weights import weights_of
+from mistral_kernels.planes import Planes
+from mistral_kernels.weights import ToUnpack, Weight, weights_of, workspace_numbers
 
 
 class Operations(NamedTuple):
-    """The six operations; there are two sets of them, with the same arguments."""
+    """The six operations, and the one that unpacks; there are two sets of them, with the same arguments."""
 
     embed: Callable[..., None]
     qkv: Callable[..., None]
@@ -34,14 +40,15 @@ class Operations(NamedTuple):
     project: Callable[..., None]
     gate_up: Callable[..., None]
     head: Callable[..., None]
+    unpack: Callable[..., None]
 
 
 KERNELS = Operations(
-    embed.embed, qkv.qkv, decode_attention.attend, projection.project, gate_up.gate_up, head.head
+    embed.embed, qkv.qkv, decode_attention.attend, projection.project, gate_up.gate_up, head.head, dequantize.unpack
 )  # fmt: skip
 REFERENCES = Operations(
     embed.embed_reference, qkv.qkv_reference, decode_attention.attend_reference, projection.project_reference,
-    gate_up.gate_up_reference, head.head_reference,
+    gate_up.gate_up_reference, head.head_reference, dequantize.unpack_reference,
 )  # fmt: skip
 
 
@@ -59,37 +66,60 @@ class DecodeStep:
         N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.config, self.cache, self.weights = config, cache, weights_of(model)
         self.operations, self.pdl = operations, pdl
+        self.workspace = Workspace(workspace_numbers(self.weights), model.dtype, device, operations.unpack)
 
-        def new(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
+        def new(*shape: int, dtype: torch.dtype = self.weights.activations) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tokens = new(B, dtype=torch.int64)
         self.logits = new(B, V, dtype=torch.float32)
         self._residual, self._sums = new(B, D, dtype=torch.float32), new(B, D // TILE, dtype=torch.float32)
-        self._x, self._q, self._y, self._h = new(B, D), new(B, N, H), new(B, N * H), new(B, F)
+        self._x, self._y, self._h = new(B, D), new(B, N * H), new(B, F)
+        self._q = new(B, N, H, dtype=model.dtype)  # multiplied with the cache's keys
         self._cos, self._sin = new(B, H // 2, dtype=torch.float32), new(B, H // 2, dtype=torch.float32)
-        self._slots = new(B, dtype=torch.int64)
-        self._workspace = decode_attention.Workspace(B, N, K, H, device)
+        self._slots, self._rows = new(B, dtype=torch.int64), torch.arange(B, device=device)
+        self._splits = decode_attention.Workspace(B, N, K, H, device)
 
     def run(self, positions: Tensor) -> None:
         """positions int64 [B]: where the tokens stand; -1: the row takes no part, and its logits mean nothing."""
-        do, cache, w, pdl = self.operations, self.cache, self.weights, self.pdl
+        do, cache, w = self.operations, self.cache, self.weights
         residual, x, sums, eps = self._residual, self._x, self._sums, self.config.rms_norm_eps
+        tokens, table = self._embedding()
         do.embed(
-            self.tokens, positions, w.embedding, w.layers[0].input_norm.weight, w.frequencies,
+            tokens, positions, table, w.layers[0].input_norm.weight, w.frequencies,
             residual, x, sums, self._cos, self._sin, self._slots, cache.num_slots, pdl=False,
         )  # fmt: skip
         following = [layer.input_norm for layer in w.layers[1:]] + [w.norm]
         for layer, keys, values, next_norm in zip(w.layers, cache.keys, cache.values, following):
+            weight, early = self._ready(layer.qkv)
             do.qkv(
-                x, sums, layer.qkv, self._cos, self._sin, self._slots, self._q, keys, values,
-                eps, layer.input_norm.gain, pdl=pdl,
+                x, sums, weight, self._cos, self._sin, self._slots, self._q, keys, values,
+                eps, layer.input_norm.gain, pdl=early,
             )  # fmt: skip
             do.attend(
-                self._q, keys, values, positions, self._y, self._workspace, cache.num_slots,
-                self.config.sliding_window, pdl=pdl,
+                self._q, keys, values, positions, self._y, self._splits, cache.num_slots,
+                self.config.sliding_window, pdl=self.pdl,
             )  # fmt: skip
-            do.project(self._y, layer.o, layer.post_norm.weight, residual, x, sums, pdl=pdl)
-            do.gate_up(x, sums, layer.gate_up, self._h, eps, layer.post_norm.gain, pdl=pdl)
-            do.project(self._h, layer.down, next_norm.weight, residual, x, sums, pdl=pdl)
-        do.head(x, sums, w.head, self.logits, eps, w.norm.gain, pdl=pdl)
+            weight, early = self._ready(layer.o)
+            do.project(self._y, weight, layer.post_norm.weight, residual, x, sums, pdl=early)
+            weight, early = self._ready(layer.gate_up)
+            do.gate_up(x, sums, weight, self._h, eps, layer.post_norm.gain, pdl=early)
+            weight, early = self._ready(layer.down)
+            do.project(self._h, weight, next_norm.weight, residual, x, sums, pdl=early)
+        weight, early = self._ready(w.head)
+        do.head(x, sums, weight, self.logits, eps, w.norm.gain, pdl=early)
+
+    def _ready(self, weight: Weight) -> tuple[Tensor | Planes | tuple[Planes, ...], bool]:
+        """As a kernel takes it, and whether that may begin before the one ahead of it has ended: it reads weights
+        first, and what has just been unpacked is not there yet.
+        """
+        if isinstance(weight, ToUnpack):
+            return self.workspace.fill(weight.parts), False
+        return weight, self.pdl
+
+    def _embedding(self) -> tuple[Tensor, Tensor | Planes]:
+        """The tokens and the table that they are rows of; or their own rows alone, where no kernel can unpack them."""
+        table = self.weights.embedding
+        if not isinstance(table, Blocks):
+            return self.tokens, table
+        return self._rows, dequantize_blocks(table.data[self.tokens], table.kind).to(self._q.dtype)

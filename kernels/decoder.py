@@ -12,6 +12,7 @@ from mistral.sampling import Sampling
 from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.prefill import read_chunk
 from mistral_kernels.sampler import Sampler
+from mistral_kernels.weights import unpacked_kinds
 
 
 class Decoder(ReferenceDecoder):
@@ -26,7 +27,8 @@ class Decoder(ReferenceDecoder):
     so the same seed gives other texts than the reference, of the same distribution. `ahead` says how many steps
     `generate` may start before it looks at the first one's ids; what was too much is taken back by `rewind`.
 
-    The model's weights are regrouped: the parameters become views of larger matrices, and the model still works.
+    The model's weights are regrouped: parameters become views of larger matrices, packed ones become planes. The model
+    still works; packed, it is slower than before, since its layers put the blocks together again.
 
     Raises ValueError where the kernels cannot do the model or the batch.
     """
@@ -56,6 +58,11 @@ class Decoder(ReferenceDecoder):
             self._history = torch.full((batch_size, 2 * self.limit), -1, device=model.device)  # [B, room]
         self._logits = self._step.logits
         self._has_tokens = False  # whether `_step.tokens` are the ids that the cache reads next
+
+    @property
+    def unpacked_kinds(self) -> list[str]:
+        """The kinds of packed matrices that no kernel multiplies: they are unpacked at every step, which is slow."""
+        return unpacked_kinds(self._step.weights)
 
     @property
     def logits(self) -> Tensor:
@@ -118,7 +125,12 @@ class Decoder(ReferenceDecoder):
     def _prefill(self, tokens: Tensor, counts: list[int]) -> Tensor:
         if self._plain:
             return self.model(tokens, self._cache, counts, last_only=True)
-        return read_chunk(self.model, tokens, self._cache, counts)
+        return read_chunk(self.model, tokens, self._cache, counts, self._step.workspace)
+
+    def _forward_all(self, tokens: Tensor) -> Tensor:
+        if self._plain:
+            return super()._forward_all(tokens)
+        return read_chunk(self.model, tokens, self._cache, None, self._step.workspace, last_only=False)
 
     def _read_one(self, counts: list[int]) -> None:
         """One token of every row, or of some."""

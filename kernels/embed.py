@@ -17,7 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mistral_kernels.matvec import MAX_BATCH, TILE, require_multiple
+from mistral.quantization.dequantize import dequantize
+from mistral_kernels.matvec import DENSE, MAX_BATCH, TILE, require_multiple
+from mistral_kernels.packed_row import packed_elements
+from mistral_kernels.packed_tile import operands
+from mistral_kernels.planes import Planes, restore_rows
 from mistral_kernels.portable import (
     Launch,
     activation,
@@ -34,7 +38,7 @@ BLOCK = 256  # elements of one CTA
 def embed_reference(
     tokens: Tensor,
     positions: Tensor,
-    table: Tensor,
+    table: Tensor | Planes,
     norm: Tensor,
     frequencies: Tensor,
     residual: Tensor,
@@ -48,7 +52,10 @@ def embed_reference(
     pdl: bool = False,
 ) -> None:
     """`embed` in plain PyTorch."""
-    residual.copy_(table[tokens])
+    if isinstance(table, Planes):
+        residual.copy_(dequantize(restore_rows(table, tokens), table.kind))
+    else:
+        residual.copy_(table[tokens])
     x.copy_(activation(residual * norm.float(), x.dtype))
     sums.copy_(residual.square().unflatten(-1, (-1, TILE)).sum(-1))
     angles = positions[:, None].float() * frequencies  # [B, H/2]
@@ -60,7 +67,7 @@ def embed_reference(
 @triton.jit(do_not_specialize=["num_slots"])
 def embed_kernel(
     tokens, positions, table, norm, frequencies, residual, x, sums, cos, sin, slots, num_slots,
-    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, ARCH: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One CTA: BLOCK elements of one row; the row's first CTA also does its position."""
     b = tl.program_id(0)
@@ -71,7 +78,10 @@ def embed_kernel(
     part = block * (BLOCK // 16) + tl.arange(0, BLOCK // 16)
     d = part[:, None] * 16 + tl.arange(0, 16)[None, :]
     here = d < D
-    row = tl.load(table + token * D + d, mask=here, other=0.0).to(tl.float32)
+    if KIND == "dense":
+        row = tl.load(table + token * D + d, mask=here, other=0.0).to(tl.float32)
+    else:
+        row = packed_elements(table, token, d, here, KIND, D)
     scaled = row * tl.load(norm + d, mask=here, other=0.0).to(tl.float32)
     tl.store(residual + b * D + d, row, mask=here)
     tl.store(x + b * D + d, to_activation(scaled, x.dtype.element_ty), mask=here)
@@ -86,19 +96,19 @@ def embed_kernel(
         tl.store(slots + b, tl.where(position < 0, num_slots, position % num_slots))
 
 
-def launch(batch: int, D: int, H: int, arch: int) -> Launch:
+def launch(batch: int, D: int, H: int, arch: int, kind: str = DENSE) -> Launch:
     """Shape of the launch. ValueError for sizes that the kernel cannot do."""
     require(1 <= batch <= MAX_BATCH, f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}")
     require_multiple("hidden_size", D, 32)
     require_multiple("head_dim", H, 2)
-    constants = dict(D=D, H=H, BLOCK=BLOCK, ARCH=arch)
+    constants = dict(D=D, H=H, BLOCK=BLOCK, KIND=kind, ARCH=arch)
     return Launch((batch, triton.cdiv(D, BLOCK)), constants, dict(num_warps=2), contiguous=True)
 
 
 def embed(
     tokens: Tensor,
     positions: Tensor,
-    table: Tensor,
+    table: Tensor | Planes,
     norm: Tensor,
     frequencies: Tensor,
     residual: Tensor,
@@ -114,23 +124,24 @@ def embed(
     """Begin a step.
 
     tokens, positions  int64 [B]: the new tokens and where they stand; position -1: the row takes no part
-    table              [V, D]: the embedding
+    table              [V, D]: the embedding, plain or packed
     norm               [D]: the first layer's input norm, from `scaled_norm`
     frequencies        fp32 [H/2]: theta^(-2i/H)
     residual, sums     fp32 [B, D] and [B, D/16], written
-    x                  [B, D] of the weights' dtype, written
+    x                  [B, D] of the matrices' dtype, fp16 or fp32 if they are packed, written
     cos, sin           fp32 [B, H/2], written
     slots              int64 [B], written
     num_slots          of the RollingCache
 
     Raises ValueError where D is no multiple of 32, or B above 16.
     """
-    shape = launch(tokens.shape[0], table.shape[1], 2 * frequencies.shape[0], arch_of(x))
+    (memory,), (kind,), _ = operands(x, table)
+    shape = launch(tokens.shape[0], table.shape[1], 2 * frequencies.shape[0], arch_of(x), kind)
     shape.run(
         embed_kernel,
         tokens,
         positions,
-        table,
+        memory,
         norm,
         frequencies,
         residual,

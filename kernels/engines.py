@@ -16,7 +16,6 @@ import torch
 
 from mistral import Decoder, Mistral, NotEnoughMemory, Sampling
 from mistral.decoder import Engine
-from mistral.quantization.packed import PackedEmbedding, PackedLinear
 
 ENGINES = ("auto", "eager", "compile", "kernels")
 MOST_ROWS = 16
@@ -44,7 +43,8 @@ def open_engine(
     if name == "compile":
         return _open_compiled(model, sizes), f"engine: compile ({_place(model)})"
     if name == "kernels":
-        return _open_kernels(model, sizes), f"engine: kernels ({_kernels_place(model)})"
+        decoder = _open_kernels(model, sizes)
+        return decoder, f"engine: kernels ({_kernels_place(model)}){_slow_part(decoder)}"
     if model.device.type != "cuda":
         return Decoder(model, **sizes), f"engine: eager: {_no_gpu(model)}"
     problems = []
@@ -53,7 +53,8 @@ def open_engine(
         ("compile", _open_compiled, _place),
     ):
         try:
-            return open_it(model, sizes), "; ".join([f"engine: {name} ({place(model)})", *problems])
+            decoder = open_it(model, sizes)
+            return decoder, "; ".join([f"engine: {name} ({place(model)}){_slow_part(decoder)}", *problems])
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
@@ -61,8 +62,6 @@ def open_engine(
 
 def kernels_problem(model: Mistral, batch_size: int = 1) -> str | None:
     """What is in the way of the kernels, with the remedy; None where they should run."""
-    if any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in model.modules()):
-        return "the weights are packed, and the kernels read plain ones: load the checkpoint without packed"
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels know no {str(model.dtype).removeprefix('torch.')}: load the checkpoint in bfloat16"
     if batch_size > MOST_ROWS:
@@ -160,6 +159,12 @@ def _try(decoder: Engine) -> None:
     decoder.step(Sampling(temperature=0.0))
     decoder.logits.sum().item()  # waits: only then has everything run
     decoder.rewind(decoder.lengths)
+
+
+def _slow_part(decoder: Engine) -> str:
+    """What of a packed model is not multiplied as it is."""
+    kinds = getattr(decoder, "unpacked_kinds", None)
+    return f", {', '.join(kinds)} unpacked at every step: slow" if kinds else ""
 
 
 def _one_line(error: Exception) -> str:

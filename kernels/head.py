@@ -2,8 +2,8 @@
 
     logits = norm(x) W^T        fp32 [B, V]
 
-Bytes: those of W (7B, bf16: 262 MB, 1.8% of a step) and 4 a logit. V need not be a multiple of 16: the last tile
-repeats the last row and stores what is real.
+Bytes: those of W (7B, bf16: 262 MB, 1.8% of a step; Q6_K: 108 MB) and 4 a logit. V need not be a multiple of 16: the
+last tile repeats the last row and stores what is real.
 
 Versions (times not measured)
   torch: norm, matmul      2 kernels, logits rounded to 16 bits
@@ -16,34 +16,43 @@ import triton.language as tl
 from torch import Tensor
 
 from mistral_kernels.matvec import (
+    DENSE,
     TILE,
-    dense_tile,
     inverse_rms,
     inverse_rms_reference,
     require_multiple,
     tile_launch,
     tile_rows,
 )
+from mistral_kernels.packed_tile import matrix_tile, operands
+from mistral_kernels.planes import Planes, dense
 from mistral_kernels.portable import Launch, arch_of, release_consumer
 
 
 def head_reference(
-    x: Tensor, sums: Tensor, weight: Tensor, logits: Tensor, eps: float, gain: float = 1.0, *, pdl: bool = False
+    x: Tensor,
+    sums: Tensor,
+    weight: Tensor | Planes,
+    logits: Tensor,
+    eps: float,
+    gain: float = 1.0,
+    *,
+    pdl: bool = False,
 ) -> None:
     """`head` in plain PyTorch."""
-    logits.copy_((x.float() @ weight.float().T) * inverse_rms_reference(sums, x.shape[1], eps, gain))
+    logits.copy_((x.float() @ dense(weight).T) * inverse_rms_reference(sums, x.shape[1], eps, gain))
 
 
 @triton.jit
 def head_kernel(
     x, sums, weight, logits, eps, gain,
     V: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
-    M: tl.constexpr, ARCH: tl.constexpr,
+    M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One CTA: 16 tokens of the vocabulary, all rows of the batch."""
     first = tl.program_id(0) * 16
     rows = tl.minimum(tile_rows(first, first + 8, WARPS), V - 1)
-    out = dense_tile(x, weight, rows, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
+    out = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
     release_consumer(ARCH)
     out = out * inverse_rms(sums, eps, gain, COLUMNS, B, M)[None, :]
     token = first + tl.arange(0, 16)[:, None]
@@ -51,26 +60,34 @@ def head_kernel(
     tl.store(logits + b * V + token, out, mask=(b < B) & (token < V))
 
 
-def launch(batch: int, D: int, V: int, dtype: torch.dtype, arch: int) -> Launch:
+def launch(batch: int, D: int, V: int, dtype: torch.dtype, arch: int, kind: str = DENSE) -> Launch:
     """Shape of the launch. ValueError for sizes that the kernel cannot do."""
     require_multiple("hidden_size", D, 32)
-    tile = tile_launch(triton.cdiv(V, TILE), batch, D, dtype, arch)
-    return tile._replace(constants=tile.constants | dict(V=V))
+    tile = tile_launch(triton.cdiv(V, TILE), batch, D, dtype, arch, (kind,))
+    return tile._replace(constants=tile.constants | dict(V=V, KIND=kind))
 
 
 def head(
-    x: Tensor, sums: Tensor, weight: Tensor, logits: Tensor, eps: float, gain: float = 1.0, *, pdl: bool = False
+    x: Tensor,
+    sums: Tensor,
+    weight: Tensor | Planes,
+    logits: Tensor,
+    eps: float,
+    gain: float = 1.0,
+    *,
+    pdl: bool = False,
 ) -> None:
     """Write the logits.
 
-    x       [B, D] of the weights' dtype: gain * residual * weight of the final norm
+    x       [B, D] of the weights' dtype, fp16 or fp32 if they are packed: gain * residual * weight of the final norm
     sums    fp32 [B, D/16]: partial sums of residual^2
-    weight  [V, D]
+    weight  [V, D], plain or packed
     logits  fp32 [B, V], written
     gain    from `scaled_norm`
 
     Raises ValueError where D is no multiple of 32, or B above 16.
     """
     V, D = weight.shape
-    shape = launch(x.shape[0], D, V, weight.dtype, arch_of(x))
-    shape.run(head_kernel, x, sums, weight, logits, eps, gain, pdl=pdl)
+    (matrix,), (kind,), dtype = operands(x, weight)
+    shape = launch(x.shape[0], D, V, dtype, arch_of(x), kind)
+    shape.run(head_kernel, x, sums, matrix, logits, eps, gain, pdl=pdl)

@@ -14,7 +14,7 @@ cores do the sum (`tl.dot`, weights as the left operand), because a vector unit 
 * All loads of a step are issued before the first use (`wait_for_producer`), up to 8 chunks of 32 columns a warp: 64 KB
   in flight a CTA of 8 warps, where about 30 KB a multiprocessor keep an H200's memory busy.
 
-A kernel for weights of another kind (packed ones) replaces `dense_tile` alone: same arguments, same result.
+Packed weights have a tile of their own with the same result: `packed_tile.py`, where `matrix_tile` takes either.
 
 Versions, by instructions a weight in the steady loop (read from the SASS for sm_90, bf16; times not measured):
   vector units, tile [8, 1024]         3.6, B times as much for a batch
@@ -24,6 +24,7 @@ Only a GPU can tell whether 4 chunks (68 registers, 3 CTAs and 96 KB a multiproc
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -34,22 +35,34 @@ from mistral_kernels.portable import TRITON_DTYPES, Launch, dot_operand, require
 
 TILE = 16  # weight rows of one CTA
 MAX_BATCH = 16
+DENSE = "dense"  # the KIND of weights that are no blocks
 
 
-def tile_launch(num_tiles: int, batch: int, columns: int, dtype: torch.dtype, arch: int) -> Launch:
-    """Grid, warps and the constants that `dense_tile` needs, for `columns` input columns and `num_tiles` CTAs.
+def tile_launch(
+    num_tiles: int, batch: int, columns: int, dtype: torch.dtype, arch: int, kinds: Sequence[str] = (DENSE,)
+) -> Launch:
+    """Grid, warps and the constants that a tile needs, for `columns` input columns and `num_tiles` CTAs.
 
-    ValueError for a batch, or a dtype of weights, that the tile cannot do.
+    dtype  of plain weights, or that packed ones are multiplied in
+    kinds  of the matrices in one kernel
+
+    ValueError for a batch, or a dtype, that the tile cannot do.
     """
     require(1 <= batch <= MAX_BATCH, f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}")
     require(dtype in TRITON_DTYPES, f"weights in {dtype}: the decode kernels take bfloat16, float16 and float32")
-    warps = math.gcd(columns // 32, 8)
     M = 8 if batch <= 8 else 16
-    rounds = columns // 32 // warps
-    # 8 chunks in flight for 16 columns take 136 registers, and then one CTA fits where two should.
-    chunks = max(n for n in range(1, 9 if M == 8 else 5) if rounds % n == 0)
+    if set(kinds) == {DENSE}:
+        warps = math.gcd(columns // 32, 8)
+        rounds = columns // 32 // warps
+        # 8 chunks in flight for 16 columns take 136 registers, and then one CTA fits where two should.
+        chunks = max(n for n in range(1, 9 if M == 8 else 5) if rounds % n == 0)
+    else:
+        chunks, small = 0, M == 8 and set(kinds) <= {"Q4_0", "Q4_K"}
+        # 8 warps of more than 128 registers would be alone on a multiprocessor; the other kinds need up to 180.
+        warps = min(triton.next_power_of_2(triton.cdiv(columns, 1024)), 8 if small else 4)
+    options = dict(num_warps=warps, num_stages=1) | (dict(maxnreg=128) if chunks == 0 and warps == 8 else {})
     constants = dict(B=batch, COLUMNS=columns, WARPS=warps, CHUNKS=chunks, M=M, ARCH=arch)
-    return Launch((num_tiles,), constants, dict(num_warps=warps, num_stages=1), contiguous=True)
+    return Launch((num_tiles,), constants, options, contiguous=True)
 
 
 def require_multiple(name: str, size: int, of: int) -> None:
@@ -57,14 +70,16 @@ def require_multiple(name: str, size: int, of: int) -> None:
     require(size > 0 and size % of == 0, f"{name} is {size}; the decode kernels need a multiple of {of}")
 
 
-def scaled_norm(weight: Tensor) -> tuple[Tensor, float]:
+def scaled_norm(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, float]:
     """A norm's weight for whoever writes x = residual * norm, and the gain that it carries for whoever reads x.
+
+    dtype  of x; None: the weight's
 
     x is not normalised yet (that happens behind the matrix product), so in fp16 tiny weights would cost digits: there
     the weight is multiplied by a power of two that brings its largest entry to between 1 and 2. Reads `weight` on the
     host, once. Otherwise: the weight itself and 1.
     """
-    largest = weight.detach().abs().max().item() if weight.dtype == torch.float16 else 0.0
+    largest = weight.detach().abs().max().item() if (dtype or weight.dtype) == torch.float16 else 0.0
     if not 0.0 < largest < math.inf:
         return weight, 1.0
     gain = 2.0 ** -math.floor(math.log2(largest))
@@ -79,8 +94,13 @@ def inverse_rms_reference(sums: Tensor, D: int, eps: float, gain: float) -> Tens
 @triton.jit
 def tile_rows(first, second, WARPS: tl.constexpr):
     """The weight row behind each line of a tile: rows first .. first+7, then second .. second+7, for every warp."""
-    line = tl.arange(0, 16 * WARPS)  # (half of the tile, warp, row of 8)
-    return tl.where(line < 8 * WARPS, first, second) + line % 8
+    return by_half(first, second, WARPS) + tl.arange(0, 16 * WARPS) % 8
+
+
+@triton.jit
+def by_half(first, second, WARPS: tl.constexpr):
+    """One of two for each line of a tile; its lines are (half of the tile, warp, row of 8)."""
+    return tl.where(tl.arange(0, 16 * WARPS) < 8 * WARPS, first, second)
 
 
 @triton.jit
@@ -102,13 +122,16 @@ def dense_tile(
     x, weight, rows, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
     M: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Rows `rows` (see `tile_rows`) of weight [., COLUMNS] times x [B, COLUMNS]: fp32 [16, M], of which B count."""
+    """Rows `rows` (see `tile_rows`) of weight [., COLUMNS] times x [B, COLUMNS]: fp32 [16, M], of which B count.
+
+    weight  one pointer, or one for each line of the tile
+    """
     line = tl.arange(0, 16 * WARPS)
     input_line = tl.arange(0, M * WARPS)
     b = tl.minimum(input_line // (8 * WARPS) * 8 + input_line % 8, B - 1)  # the last row stands in for rows >= B
     column = tl.arange(0, 32)
     STEP: tl.constexpr = 32 * CHUNKS  # columns of a warp in one round; the CTA walks along a row, warp beside warp
-    weights = weight + (rows * COLUMNS + line // 8 % WARPS * STEP)[:, None] + column[None, :]
+    weights = (weight + (rows * COLUMNS + line // 8 % WARPS * STEP))[:, None] + column[None, :]
     inputs = x + (b * COLUMNS + input_line // 8 % WARPS * STEP)[:, None] + column[None, :]
     even = tl.zeros([WARPS, 16, M], tl.float32)  # two sums, so that an instruction need not wait for the one before
     odd = even
@@ -119,7 +142,8 @@ def dense_tile(
         wait_for_producer(ARCH)
         for u in tl.static_range(CHUNKS):
             w = weight_fragment(dot_operand(chunks[u], ARCH), WARPS)
-            v = input_fragment(dot_operand(tl.load(inputs + i + 32 * u), ARCH), WARPS, M)
+            v = tl.load(inputs + i + 32 * u).to(chunks[u].dtype)  # fp16 beside packed weights, else the same already
+            v = input_fragment(dot_operand(v, ARCH), WARPS, M)
             if u % 2 == 0:
                 even = tl.dot(w, v, even, input_precision="ieee")
             else:

@@ -105,3 +105,68 @@ def to_activation(x, dtype: tl.constexpr):
     if dtype == tl.float16:
         x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)
+
+
+@triton.constexpr_function
+def _shift(source, to, by):
+    """PTX: `source`, shifted right by `by` bits (left if negative), into `to`."""
+    return f"{'shr' if by >= 0 else 'shl'}.b32 {to}, {source}, {abs(by)};"
+
+
+@triton.constexpr_function
+def _scaled_bits_asm(shift, mask):
+    """PTX for two 16-bit words at once, one in each half of a register."""
+    bits = _shift("$1", "t", shift) + f" and.b32 t, t, 0x{mask:04x}{mask:04x};"
+    return "{.reg .b32 t; " + bits + " fma.rn.f16x2 $0, t, $2, $3;}"
+
+
+@triton.constexpr_function
+def _joined_bits_asm(shift, mask, high_shift, high_mask):
+    """The same; lop3 with 0xEA is (a & b) | c."""
+    bits = _shift("$1", "t", shift) + f" and.b32 t, t, 0x{mask:04x}{mask:04x}; " + _shift("$2", "h", high_shift)
+    joined = f" lop3.b32 t, h, 0x{high_mask:04x}{high_mask:04x}, t, 0xEA;"
+    return "{.reg .b32 t, h; " + bits + joined + " fma.rn.f16x2 $0, t, $3, $4;}"
+
+
+@triton.jit
+def _bits(word, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """Those of 16-bit words that MASK leaves after a shift to the right, as int32."""
+    wide = word.to(tl.int32) & 0xFFFF
+    return (wide >> SHIFT if SHIFT >= 0 else wide << -SHIFT) & MASK
+
+
+@triton.jit
+def _scaled(bits, scale, offset):
+    return (bits.to(tl.float32) * 2.0**-24 * scale.to(tl.float32) + offset.to(tl.float32)).to(scale.dtype)
+
+
+@triton.jit
+def scaled_bits(word, scale, offset, SHIFT: tl.constexpr, MASK: tl.constexpr, ARCH: tl.constexpr):
+    """(word >> SHIFT & MASK) * 2^-24 * scale + offset, in the type of scale and offset; word int16.
+
+    In fp16 on a GPU nothing is converted: the smallest fp16 numbers are whole multiples of 2^-24, so the bits of a
+    whole number below 1,024 already spell that number times 2^-24. A mask, then one multiply-add for two weights.
+    """
+    if ARCH > 0 and scale.dtype == tl.float16:
+        out = tl.inline_asm_elementwise(
+            _scaled_bits_asm(SHIFT, MASK), "=r,r,r,r", [word, scale, offset], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        out = _scaled(_bits(word, SHIFT, MASK), scale, offset)
+    return out
+
+
+@triton.jit
+def scaled_joined_bits(
+    word, high, scale, offset, SHIFT: tl.constexpr, MASK: tl.constexpr, HIGH_SHIFT: tl.constexpr,
+    HIGH_MASK: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """`scaled_bits` of numbers whose upper bits are in another word: high >> HIGH_SHIFT & HIGH_MASK."""
+    if ARCH > 0 and scale.dtype == tl.float16:
+        out = tl.inline_asm_elementwise(
+            _joined_bits_asm(SHIFT, MASK, HIGH_SHIFT, HIGH_MASK), "=r,r,r,r,r", [word, high, scale, offset],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        out = _scaled(_bits(word, SHIFT, MASK) | _bits(high, HIGH_SHIFT, HIGH_MASK), scale, offset)
+    return out

@@ -1,30 +1,43 @@
 """Reading a prompt: PyTorch's matrix products, with attention that knows the window and the ring.
 
 A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS; what PyTorch has nothing good
-for is attention over a ring and a chunk with a window, and that is `attend_chunk`.
+for is attention over a ring and a chunk with a window, and that is `attend_chunk`. Packed matrices are unpacked one
+after the other into the same memory (see dequantize.py), so that none stays.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mistral.cache import Plan, RollingCache
+from mistral.mlp import MLP
 from mistral.model import Block, Mistral
+from mistral.quantization.packed import Packed, TiedOutput
 from mistral.rms_norm import RMSNorm
 from mistral.rotary import rotate
+from mistral_kernels.dequantize import Workspace
+from mistral_kernels.planes import Planes
 from mistral_kernels.prefill_attention import attend_chunk
+from mistral_kernels.weights import matrix_of
 
 
 @torch.inference_mode()
 def read_chunk(
-    model: Mistral, tokens: Tensor, cache: RollingCache, lengths: Tensor | Sequence[int] | None = None
+    model: Mistral,
+    tokens: Tensor,
+    cache: RollingCache,
+    lengths: Tensor | Sequence[int] | None = None,
+    workspace: Workspace | None = None,
+    last_only: bool = True,
 ) -> Tensor:
-    """`model(tokens, cache, lengths, last_only=True)`, faster on a GPU: logits [B, V], and the same cache afterwards.
+    """`model(tokens, cache, lengths, last_only)`, faster on a GPU: its logits, and the same cache afterwards.
 
-    tokens   int64 [B, T]; a chunk may be longer than the window
-    lengths  [B]: how many of a row's T tokens are real; None: all. A tensor on the GPU is not waited for.
+    tokens     int64 [B, T]; a chunk may be longer than the window
+    lengths    [B]: how many of a row's T tokens are real; None: all. A tensor on the GPU is not waited for.
+    workspace  required for a packed model
+    last_only  logits [B, V] of each row's last real position, instead of [B, T, V]
 
     Raises ValueError where the cache has no room and for head sizes that the kernel cannot do.
     """
@@ -35,16 +48,16 @@ def read_chunk(
     starts = cache.lengths.clone()
     real = plan.lengths - starts
     cache.begin(plan)
-    x = model.model.embed_tokens(tokens)  # [B, T, D]
+    x = _embedded(model.model.embed_tokens, tokens, workspace)  # [B, T, D]
     cos, sin = (part.transpose(1, 2) for part in model.model.rotary(plan.positions, x.dtype))  # [B, T, 1, H] each
     for i, block in enumerate(model.model.layers):
-        attended = _attention(block, x, (cos, sin), cache, i, plan, starts, real)
-        x = x + attended
-        x = x + block.mlp(_normalised(block.post_attention_layernorm, x))
+        x = x + _attention(block, x, (cos, sin), cache, i, plan, starts, real, workspace)
+        x = x + _mlp(block.mlp, _normalised(block.post_attention_layernorm, x), workspace)
     cache.commit(plan)
-    last = (real - 1).clamp(min=0)  # [B]
-    x = x[torch.arange(B, device=x.device), last]  # [B, D]
-    return model.lm_head(_normalised(model.model.norm, x))
+    if last_only:
+        last = (real - 1).clamp(min=0)  # [B]
+        x = x[torch.arange(B, device=x.device), last]  # [B, D]
+    return _linear(model.lm_head, _normalised(model.model.norm, x), workspace)
 
 
 def _attention(
@@ -56,19 +69,39 @@ def _attention(
     plan: Plan,
     starts: Tensor,
     real: Tensor,
+    workspace: Workspace | None,
 ) -> Tensor:  # [B, T, D] -> [B, T, D]
     """One block's attention; then, and not before, its new keys take their places in the ring."""
     (B, T, _), attention = x.shape, block.self_attn
     x = _normalised(block.input_layernorm, x)
-    q = attention.q_proj(x).view(B, T, -1, attention.head_dim)  # [B, T, N, H]
-    k = attention.k_proj(x).view(B, T, -1, attention.head_dim)  # [B, T, K, H]
-    v = attention.v_proj(x).view(B, T, -1, attention.head_dim)
+    q = _linear(attention.q_proj, x, workspace).view(B, T, -1, attention.head_dim)  # [B, T, N, H]
+    k = _linear(attention.k_proj, x, workspace).view(B, T, -1, attention.head_dim)  # [B, T, K, H]
+    v = _linear(attention.v_proj, x, workspace).view(B, T, -1, attention.head_dim)
     q, k, y = rotate(q, *rotary), rotate(k, *rotary), torch.empty_like(q)
     keys, values = cache.keys[layer], cache.values[layer]
     attend_chunk(q, k, v, keys, values, starts, real, y, cache.num_slots, cache.window)
     keys[plan.rows, :, plan.slots] = k
     values[plan.rows, :, plan.slots] = v
-    return attention.o_proj(y.view(B, T, -1))
+    return _linear(attention.o_proj, y.view(B, T, -1), workspace)
+
+
+def _mlp(mlp: MLP, x: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T, D] -> [B, T, D]
+    gate = F.silu(_linear(mlp.gate_proj, x, workspace), inplace=True)  # [B, T, F]
+    return _linear(mlp.down_proj, gate.mul_(_linear(mlp.up_proj, x, workspace)), workspace)
+
+
+def _linear(module: nn.Module, x: Tensor, workspace: Workspace | None) -> Tensor:
+    """`module(x)`."""
+    if not isinstance(module, (Packed, TiedOutput)):
+        return module(x)
+    return workspace.linear(x, matrix_of(module))
+
+
+def _embedded(module: nn.Module, tokens: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T] -> [B, T, D]
+    """`module(tokens)`."""
+    if isinstance(module, Packed) and isinstance(table := matrix_of(module), Planes):
+        return workspace.rows(table, tokens)
+    return module(tokens)
 
 
 def _normalised(norm: RMSNorm, x: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from mistral.errors import CheckpointError, MistralError, NotEnoughMemory
 from mistral.generation import Token, generate, generate_batch, generate_naive, generate_text
 from mistral.model import Mistral
 from mistral.sampling import Sampling
+from mistral.speculation import LookupDecoder
 from mistral.tokenizer import Tokenizer
 
 __all__ = [
     "CheckpointError",
     "Config",
     "Decoder",
+    "LookupDecoder",
     "Mistral",
     "MistralError",
     "NotEnoughMemory",

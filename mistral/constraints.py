@@ -70,6 +70,37 @@ class KnownTokens(FixedMask):
         return list(takewhile(lambda id: id < self._num_tokens, forced_ids(self._inner)))
 
 
+class CountsForced:
+    """Another constraint, and how many of the ids that it left no choice about were taken (`taken`).
+
+    Those that were not reached do not count: a text may end among them, at its last token for example.
+    """
+
+    def __init__(self, inner: Constraint):
+        self.taken, self._inner, self._due = 0, inner, 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the mask is the same at every step."""
+        return is_fixed(self._inner)
+
+    def mask(self) -> Tensor | None:
+        """The other's."""
+        return self._inner.mask()
+
+    def accept(self, id: int) -> None:
+        """Tell the other; count the id if it was due."""
+        self._inner.accept(id)
+        if self._due:
+            self._due, self.taken = self._due - 1, self.taken + 1
+
+    def forced(self) -> list[int]:
+        """The other's; they are due now."""
+        ids = forced_ids(self._inner)
+        self._due = len(ids)
+        return ids
+
+
 def is_fixed(constraint: Constraint) -> bool:
     """Whether its mask is the same at every step, so that a step can begin before the last one's id is known."""
     return getattr(constraint, "fixed", False)

@@ -19,7 +19,8 @@ class Engine(Protocol):
     """What generation needs; `Decoder` is the reference, others are faster.
 
     One that has `ahead` > 0 lets `generate` start so many more steps before it looks at the ids of one. Its `step` must
-    not wait for the device then, and says NO_NUMBERS or NOTHING_LEFT, since nobody looks at its logits.
+    not wait for the device then, and says NO_NUMBERS or NOTHING_LEFT, since nobody looks at its logits. One that has
+    `score` and `slack`, as `Decoder` has them, can be sped up by `speculation.LookupDecoder`.
     """
 
     config: Config
@@ -57,7 +58,7 @@ class Decoder:
             self._history = torch.full((batch_size, 64), -1, device=model.device)  # [B, room]: ids, -1 behind them
         self._behind = [0] * batch_size  # how many of a row's last ids the cache has not read yet
         self._chunk = min(self.config.sliding_window or 2048, 2048)  # longer ones cost memory and gain no speed
-        self._slack = slack
+        self.slack = slack
         self._logits: Tensor | None = None  # [B, V]: behind the last id that the cache has read ...
         self._stale = [False] * batch_size  # ... unless the cache was taken back since
         self._seed: int | None = None
@@ -88,16 +89,26 @@ class Decoder:
 
         Raises ValueError for ids outside the vocabulary and for rows that grow too long; nothing is read then.
         """
-        if len(rows) != self.batch_size:
-            raise ValueError(f"{len(rows)} rows for a decoder of {self.batch_size}")
-        for id in {id for row in rows for id in row}:
-            if not 0 <= id < self.config.vocab_size:
-                raise ValueError(f"token id {id} lies outside the vocabulary of {self.config.vocab_size}")
-        counts = [len(row) for row in rows]
-        if max(counts):
-            padded = torch.tensor([list(row) + [-1] * (max(counts) - len(row)) for row in rows])  # [B, T]
-            self._append(padded.to(self.model.device, non_blocking=True), counts)
-            self._catch_up()
+        self._append_rows(rows)
+        self._catch_up()
+
+    @torch.inference_mode()
+    def score(self, ids: Sequence[int]) -> Tensor:
+        """`read` for a decoder of one row, with the logits behind each of the ids: [T, V], in the model's dtype.
+
+        They judge a guess at what comes next; `rewind` takes back what was wrong. ValueError as for `read`, for a
+        decoder of several rows, and for no ids.
+        """
+        if self.batch_size > 1 or not ids:
+            raise ValueError(f"score takes ids, and a decoder of one row; here are {len(ids)} and {self.batch_size}")
+        self._append_rows([ids])
+        self.rewind(0)  # a faster engine brings the cache's tables up to date then
+        scored: list[Tensor] = []
+        while T := min(self._behind[0], self._chunk):
+            scored.append(self._forward_all(self._next_tokens(T))[0])  # [T, V]
+            self._behind, self._stale = [self._behind[0] - T], [False]
+        self._keep_logits([len(ids)], scored[-1][-1:])
+        return torch.cat(scored)[-len(ids) :]
 
     @torch.inference_mode()
     def step(self, sampling: Sampling, mask: Tensor | None = None) -> Tensor:
@@ -138,12 +149,24 @@ class Decoder:
         try:
             self._cache.rewind([c - k for c, k in zip(cached, keep)])
         except ValueError:
-            message = f"cannot forget {counts} tokens: once the window rolls, {self._slack} can be taken back in all"
+            message = f"cannot forget {counts} tokens: once the window rolls, {self.slack} can be taken back in all"
             raise ValueError(message) from None
         self._stale = [stale or k < c for c, k, stale in zip(cached, keep, self._stale)]
         self._behind = [s - k for s, k in zip(stay, keep)]
         for b, length in enumerate(stay):
             self._history[b, length:] = -1
+
+    def _append_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        """`_append` for lists of ids from outside."""
+        if len(rows) != self.batch_size:
+            raise ValueError(f"{len(rows)} rows for a decoder of {self.batch_size}")
+        for id in {id for row in rows for id in row}:
+            if not 0 <= id < self.config.vocab_size:
+                raise ValueError(f"token id {id} lies outside the vocabulary of {self.config.vocab_size}")
+        counts = [len(row) for row in rows]
+        if max(counts):
+            padded = torch.tensor([list(row) + [-1] * (max(counts) - len(row)) for row in rows])  # [B, T]
+            self._append(padded.to(self.model.device, non_blocking=True), counts)
 
     def _append(self, ids: Tensor, counts: list[int]) -> None:
         """Write ids [B, T] (-1: none) behind what each row holds; the cache reads them later."""
@@ -162,18 +185,28 @@ class Decoder:
     def _catch_up(self) -> None:
         """Let the model read what the cache lacks, chunk by chunk."""
         while T := min(max(self._behind), self._chunk):
-            counts = [min(b, T) for b in self._behind]
-            at = self._cache.lengths[:, None] + torch.arange(T, device=self.model.device)  # [B, T]
-            tokens = self._history.gather(1, at).clamp(min=0)
+            counts, tokens = [min(b, T) for b in self._behind], self._next_tokens(T)
             if min(counts) == T:
                 self._logits = self._forward(tokens)  # [B, V]
             else:
-                logits = self.model(tokens, self._cache, counts, last_only=True)
-                read = torch.tensor(counts).to(logits.device, non_blocking=True)[:, None] > 0  # [B, 1]
-                self._logits = logits if self._logits is None else torch.where(read, logits, self._logits)
+                self._keep_logits(counts, self.model(tokens, self._cache, counts, last_only=True))
             self._behind = [b - n for b, n in zip(self._behind, counts)]
             self._stale = [stale and n == 0 for stale, n in zip(self._stale, counts)]
+
+    def _next_tokens(self, T: int) -> Tensor:
+        """Up to T ids of each row that the cache has not read: int64 [B, T]."""
+        at = self._cache.lengths[:, None] + torch.arange(T, device=self.model.device)  # [B, T]
+        return self._history.gather(1, at).clamp(min=0)
+
+    def _keep_logits(self, counts: list[int], new: Tensor) -> None:
+        """Take over the rows that have read something."""
+        read = torch.tensor(counts).to(new.device, non_blocking=True)[:, None] > 0  # [B, 1]
+        self._logits = new if self._logits is None else torch.where(read, new, self._logits)
 
     def _forward(self, tokens: Tensor) -> Tensor:
         """Let every row read its tokens [B, T]; returns the logits behind them, [B, V]."""
         return self.model(tokens, self._cache, last_only=True)
+
+    def _forward_all(self, tokens: Tensor) -> Tensor:
+        """The same, with the logits behind each of them, [B, T, V]."""
+        return self.model(tokens, self._cache)

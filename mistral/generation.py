@@ -1,24 +1,15 @@
-"""Prompt to continuation: the naive loop, and the loops over a decoder's four methods."""
+"""Prompt to continuation: the naive loop, and the doors to the loops in steps.py."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from mistral.constraints import Constraint, KnownTokens, forced_ids, is_fixed, stack_masks
-from mistral.decoder import NO_NUMBERS, NOTHING_LEFT, Decoder, Engine
+from mistral.constraints import Constraint, KnownTokens
+from mistral.decoder import Decoder, Engine
 from mistral.model import Mistral
 from mistral.sampling import Sampling, next_ids, random_numbers
+from mistral.steps import Token, steps
 from mistral.tokenizer import Tokenizer
-
-
-class Token(NamedTuple):
-    """A generated id, with the log-probability that the model itself gave it (before penalties and warpers)."""
-
-    id: int
-    logprob: float
 
 
 @torch.inference_mode()
@@ -60,7 +51,8 @@ def generate(
 ) -> Iterator[int] | Iterator[Token]:
     """Continue one prompt; yields each id as it is chosen, the stop token included.
 
-    model_or_decoder  a decoder goes on behind what it has read already, and keeps what is generated
+    model_or_decoder  a decoder goes on behind what it has read already, and keeps what is generated. A
+                      `speculation.LookupDecoder` makes several tokens from a forward where a text repeats itself.
     stop_tokens       None: the checkpoint's; (): none
     constraint        a mask for every step, one host synchronisation a token
     logprobs          yield Token(id, logprob) instead of ids
@@ -71,8 +63,8 @@ def generate(
     """
     constraints = None if constraint is None else [constraint]
     decoder = _decoder_for(model_or_decoder, [prompt_ids], max_new_tokens)
-    steps = _steps(decoder, [prompt_ids], sampling, max_new_tokens, stop_tokens, constraints, logprobs)
-    return (row[0] for row in steps)
+    rows = steps(decoder, [prompt_ids], sampling, max_new_tokens, stop_tokens, constraints, logprobs)
+    return (row[0] for row in rows)
 
 
 def generate_batch(
@@ -94,7 +86,7 @@ def generate_batch(
         raise ValueError(f"{len(constraints)} constraints for {len(prompts)} prompts")
     decoder = _decoder_for(model_or_decoder, prompts, max_new_tokens)
     rows: list[list] = [[] for _ in prompts]
-    for step in _steps(decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs):
+    for step in steps(decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs):
         for row, token in zip(rows, step):
             if token is not None:
                 row.append(token)
@@ -144,113 +136,6 @@ def generate_text(
         constraint=constraint,
     )
     return text_until(ids, tokenizer, stop)
-
-
-def _steps(
-    decoder: Engine,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int] | None,
-    constraints: Sequence[Constraint] | None,
-    logprobs: bool,
-) -> Iterator[list]:
-    """One list a step: each row's id (or Token), None for a row that has ended."""
-    if getattr(decoder, "ahead", 0) and not logprobs and all(map(is_fixed, constraints or ())):
-        yield from _steps_ahead(decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints)
-        return
-    stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
-    decoder.read(prompts)
-    running = [True] * len(prompts)
-    left = max_new_tokens
-    while left > 0:
-        if len(prompts) == 1 and constraints and not logprobs and (forced := forced_ids(constraints[0])[:left]):
-            decoder.read([forced])
-            for id in forced:
-                constraints[0].accept(id)
-                yield [id]
-            left -= len(forced)
-            continue
-        left -= 1
-        logits = decoder.logits  # [B, V]
-        mask = None if constraints is None else stack_masks(constraints, running, logits)
-        log_p = logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
-        broken = logits.isnan().any(dim=-1)  # [B]
-        ids = decoder.step(sampling, mask)  # [B]
-        ids_or_0 = ids.clamp(min=0)[:, None]  # [B, 1]
-        forbidden = torch.zeros_like(broken) if mask is None else ~mask.gather(1, ids_or_0)[:, 0]
-        # One look at the device for everything that the host must know
-        chosen, *wrong = torch.stack((ids, broken.long(), forbidden.long())).tolist()
-        _check_step(*wrong, running)
-        ended = [id in stop for id in chosen]
-        for b, constraint in enumerate(constraints or ()):
-            if running[b] and not ended[b]:
-                constraint.accept(chosen[b])
-        tokens: list = chosen
-        if log_p is not None:
-            tokens = [Token(id, p) for id, p in zip(chosen, log_p.gather(1, ids_or_0)[:, 0].tolist())]
-        yield [token if alive else None for token, alive in zip(tokens, running)]
-        running = [alive and not end for alive, end in zip(running, ended)]
-        if not any(running):
-            return
-
-
-def _steps_ahead(
-    decoder: Engine,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int] | None,
-    constraints: Sequence[Constraint] | None,
-) -> Iterator[list]:
-    """As `_steps`, where no step needs the ids of the one before it on the host: the device never waits for it.
-
-    Up to `decoder.ahead` more steps are under way when ids are looked at; what was too much is taken back at the end.
-    """
-    stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
-    decoder.read(prompts)
-    running = [True] * len(prompts)
-    mask = None if constraints is None else stack_masks(constraints, running, decoder.logits)
-    under_way: deque[Arriving] = deque()
-    try:
-        for left in range(max_new_tokens, 0, -1):
-            while len(under_way) < min(decoder.ahead + 1, left):
-                if under_way and max(decoder.lengths) >= decoder.limit:
-                    break  # the step that there is no room for says so when it comes to it
-                under_way.append(Arriving(decoder.step(sampling, mask)))
-            chosen = under_way.popleft().ids()
-            _check_step([id == NO_NUMBERS for id in chosen], [id == NOTHING_LEFT for id in chosen], running)
-            yield [id if alive else None for id, alive in zip(chosen, running)]
-            running = [alive and id not in stop for id, alive in zip(chosen, running)]
-            if not any(running):
-                return
-    finally:
-        decoder.rewind(len(under_way))
-
-
-class Arriving:
-    """Ids [B] on their way from the device to the host."""
-
-    def __init__(self, ids: Tensor):
-        self._ids = ids.to("cpu", non_blocking=True)
-        self._here = None
-        if ids.is_cuda:
-            self._here = torch.cuda.Event()
-            self._here.record()
-
-    def ids(self) -> list[int]:
-        """Wait for them."""
-        if self._here is not None:
-            self._here.synchronize()
-        return self._ids.tolist()
-
-
-def _check_step(broken: list[int], forbidden: list[int], running: list[bool]) -> None:
-    for b, alive in enumerate(running):
-        if alive and broken[b]:
-            raise ValueError(f"the logits of row {b} are not numbers; try float32 or bfloat16 instead of float16")
-        if alive and forbidden[b]:
-            raise ValueError(f"nothing is left to choose from in row {b}: constraint and penalties forbid every token")
 
 
 def _decoder_for(model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Engine:

@@ -12,6 +12,7 @@ from pathlib import Path
 import common
 import torch
 from benchmark_parts import machine, report, sizes, turns
+from benchmark_parts.formats import FORMATS
 from benchmark_parts.sizes import SIZES, Case
 
 import mistral
@@ -27,7 +28,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--size", choices=SIZES, help="default: 7b on a GPU, else small (175 million parameters)")
-    parser.add_argument("--engines", nargs="+", choices=turns.NAMES, help="default: all; llama.cpp not for 7b")
+    parser.add_argument(
+        "--format", choices=("plain", *FORMATS), default="plain", help="of the weights: plain, in --dtype, or packed"
+    )
+    parser.add_argument(
+        "--engines", nargs="+", choices=turns.NAMES, help="default: all that take the format; llama.cpp not for 7b"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
     parser.add_argument("--prompt-tokens", type=int, help="of core's first case (default: 200)")
     parser.add_argument("--new-tokens", type=int, help="a turn (default: 64 on a GPU, else 40)")
@@ -54,12 +60,14 @@ def main() -> None:
     out_of_time = turns.time_limit(args.time_limit or (300 if args.suite == "core" else None))
     dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
     size = args.size or ("7b" if on_gpu else "small")
-    names = args.engines or [name for name in turns.NAMES if (name, size) != ("llama.cpp", "7b")]
+    able = turns.NAMES if args.format == "plain" else ("kernels", "eager", "llama.cpp")
+    names = args.engines or [name for name in able if (name, size) != ("llama.cpp", "7b")]
     names = [name for name in turns.NAMES if name in names]
 
     bandwidth, rate = machine.read_bandwidth(device), machine.matrix_rate(device, dtype)
-    model = sizes.make_model(size, device, dtype)
-    facts = machine.facts(device, dtype) | {"size": size, "parameters": model.config.num_parameters}
+    model = sizes.make_model(size, device, dtype, args.format)
+    facts = machine.facts(device, dtype) | {"size": size, "format": args.format}
+    facts |= {"parameters": model.config.num_parameters}
     introduce(facts, model, bandwidth, rate)
     results, field = [], turns.Field(model)
     cases, repeats = suite(args, on_gpu), args.repeats or (5 if on_gpu else 15)
@@ -77,7 +85,7 @@ def main() -> None:
     if not on_gpu:
         print(f"peak memory of the process: {common.peak_memory(device)}")
     if args.plot:
-        report.plot(args.plot, results, f"{facts['machine']}, {size}, {facts['dtype']}")
+        report.plot(args.plot, results, f"{facts['machine']}, {size}, {args.format}, {facts['dtype']}")
         common.note(f"wrote {args.plot}")
     measured = {"read_bytes_per_s": round(bandwidth), "matrix_flop_per_s": round(rate)}
     print(json.dumps(facts | {"suite": args.suite} | measured | {"results": results}))

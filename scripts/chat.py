@@ -8,6 +8,7 @@ from pathlib import Path
 import common
 
 from mistral.chat import Conversation, events
+from mistral.speculation import LookupDecoder
 
 HELP = """/reset          forget what was said
 /system TEXT    begin anew with this system message (none: without one)
@@ -27,6 +28,7 @@ def arguments() -> argparse.Namespace:
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.7)
     common.add_engine_argument(parser)
+    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens from the text (default: 0)")
     args = parser.parse_args()
     if args.load and (args.system or args.format):
         raise ValueError("a conversation that is loaded has its own system message and format; leave out the options")
@@ -38,6 +40,8 @@ def main() -> None:
     options = dict(sampling=common.sampling(args), max_new_tokens=args.max_new_tokens)
     model, tokenizer = common.load(args)
     decoder, engine = common.open_chat_engine(args, model)
+    if args.lookup:
+        decoder = LookupDecoder(decoder, args.lookup)
 
     def begin(system: str | None) -> Conversation:
         decoder.rewind(decoder.lengths[0])
@@ -59,6 +63,8 @@ def main() -> None:
                 common.note(f"error: {error}")
         elif text:
             answer(conversation, text)
+            if args.lookup:
+                common.note(f"[{decoder.summary}]")
 
 
 def command(

@@ -20,6 +20,7 @@ from mistral.chat.answer import SLACK  # noqa: E402
 from mistral.chat.formats import FORMATS  # noqa: E402
 from mistral.decoder import Engine  # noqa: E402
 from mistral.memory import format_bytes  # noqa: E402
+from mistral.quantization.quantize import KINDS  # noqa: E402
 from mistral_kernels import engines  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -47,7 +48,7 @@ MODEL = "a checkpoint's folder, a GGUF file, or owner/repo on the hub (owner/rep
 
 
 def add_model_arguments(to: argparse.ArgumentParser, optional: bool = True, name: str = "model") -> None:
-    """MODEL (or --model), --device, --dtype, --window, --packed, --revision."""
+    """MODEL (or --model), --device, --dtype, --window, --packed, --quantize, --revision."""
     if optional:
         optionally = {} if name.startswith("-") else {"nargs": "?"}
         to.add_argument(name, default="demo", help=MODEL + "; none: the demo of this package", **optionally)
@@ -61,7 +62,12 @@ def add_model_arguments(to: argparse.ArgumentParser, optional: bool = True, name
         default="auto",
         help="sliding window: a number of tokens, none, or auto: what the checkpoint says (default)",
     )
-    to.add_argument("--packed", action="store_true", help="keep a quantised GGUF packed in memory: small, and slower")
+    to.add_argument(
+        "--packed", action="store_true", help="keep a quantised GGUF packed in memory: small, and slower without a GPU"
+    )
+    to.add_argument(
+        "--quantize", choices=KINDS, help="round the weights to 8 or 4 bits while loading, and keep them packed"
+    )
     to.add_argument("--revision", help="branch, tag or commit of a name on the hub")
 
 
@@ -84,6 +90,7 @@ def load(arguments: argparse.Namespace) -> tuple[mistral.Mistral, mistral.Tokeni
         packed=arguments.packed,
         sliding_window=arguments.window,
         revision=arguments.revision,
+        quantize=arguments.quantize,
     )
 
 
@@ -118,7 +125,8 @@ def open_chat_engine(arguments: argparse.Namespace, model: mistral.Mistral) -> t
     max_tokens = getattr(arguments, "max_tokens", None)
     if model.config.sliding_window is None and max_tokens is None:
         max_tokens = model.config.max_position_embeddings
-    return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=SLACK)
+    slack = SLACK + getattr(arguments, "lookup", 0)  # wrong guesses are taken back, and spelled ends as well
+    return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=slack)
 
 
 def add_chat_arguments(to: argparse.ArgumentParser) -> None:

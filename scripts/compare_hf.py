@@ -36,8 +36,8 @@ def main() -> int:
     except ImportError:
         raise ValueError("transformers is not installed: pip install transformers") from None
     transformers.utils.logging.disable_progress_bar()
-    if args.packed:
-        raise ValueError("transformers has no packed weights to compare with; leave out --packed")
+    if args.packed or args.quantize:
+        raise ValueError("transformers has no packed weights to compare with; leave out --packed and --quantize")
 
     ours, tokenizer = common.load(args)
     tokens = tokens_to_compare(args, ours, tokenizer)

@@ -39,8 +39,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     rows = read_rows(args.data, args.task, args.limit)
-    names = ("task", "model", "revision", "window", "packed", "temperature", "max_new_tokens", "seed", "batch_size")
-    settings = {name: getattr(args, name) for name in names}
+    names = "task model revision window packed quantize temperature max_new_tokens seed batch_size"
+    settings = {name: getattr(args, name) for name in names.split()}
     model, tokenizer = common.load(args)
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": fingerprint(model)}
     answers = Answers(args.output, settings)

@@ -11,6 +11,7 @@ import common
 from mistral.chat import Conversation, events
 from mistral.chat.formats import render_chat
 from mistral.chat.tools import Tool
+from mistral.speculation import LookupDecoder
 
 TOOLS = Path(__file__).with_name("example_tools.py")
 
@@ -31,6 +32,7 @@ def arguments() -> argparse.Namespace:
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
+    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens from the text (default: 0)")
     args = parser.parse_args()
     if args.time_limit <= 0:
         raise ValueError("--time-limit must be more than 0 seconds")
@@ -42,6 +44,8 @@ def main() -> None:
     tools, sampling = read_tools(args.tools), common.sampling(args)
     model, tokenizer = common.load(args)
     decoder, engine = common.open_chat_engine(args, model)
+    if args.lookup:
+        decoder = LookupDecoder(decoder, args.lookup)
     conversation = Conversation(
         decoder,
         tokenizer,
@@ -72,6 +76,8 @@ def main() -> None:
         f"[{conversation.tokens_read} tokens read, {conversation.tokens_written} written, "
         f"{conversation.tokens_saved} of them without asking the model]"
     )
+    if args.lookup:
+        common.note(f"[{decoder.summary}]")
 
 
 def read_tools(path: Path) -> list[Tool]:

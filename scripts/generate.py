@@ -8,6 +8,7 @@ import common
 
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
+from mistral.speculation import LookupDecoder
 from mistral_kernels import open_engine
 
 
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     common.add_sampling_arguments(parser, temperature=0.7)
     common.add_engine_argument(parser)
+    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens from the text (default: 0)")
     args = parser.parse_args()
     if args.chat and args.special:
         raise ValueError("--chat writes the control tokens itself; leave out --special")
@@ -54,7 +56,9 @@ def main() -> None:
         ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
         stop_tokens = chat_format(tokenizer).stop_ids(tokenizer)
     room = room_for(ids, args.max_new_tokens, model.config)
-    decoder, engine = open_engine(args.engine, model, 1, room)
+    decoder, engine = open_engine(args.engine, model, 1, room, slack=max(args.lookup, 16))
+    if args.lookup:
+        decoder = LookupDecoder(decoder, args.lookup)
     clock = Clock()
     pieces = mistral.generate_text(
         decoder,
@@ -74,6 +78,8 @@ def main() -> None:
         interrupted = True
     print(flush=True)
     report(clock, len(ids), model.device, engine)
+    if args.lookup:
+        common.note(f"[{decoder.summary}]")
     if interrupted:
         raise KeyboardInterrupt
 

@@ -11,6 +11,7 @@ import common
 from mistral.chat import generate_json
 from mistral.chat.formats import FORMATS
 from mistral.chat.structured import JSONError, read_schema
+from mistral.speculation import LookupDecoder
 
 EXAMPLE = {
     "title": "Person",
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
+    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens from the text (default: 0)")
     return parser.parse_args()
 
 
@@ -55,6 +57,8 @@ def main() -> int:
     sampling = common.sampling(args)
     model, tokenizer = common.load(args)
     decoder, engine = common.open_chat_engine(args, model)
+    if args.lookup:
+        decoder = LookupDecoder(decoder, args.lookup)
     common.note(f"> {prompt}")
     start = time.perf_counter()
     try:
@@ -73,6 +77,9 @@ def main() -> int:
         common.note(f"error: {common.printable(str(error))}; the last answer was:")
         print(common.printable(error.text))
         return 1
+    finally:
+        if args.lookup:
+            common.note(f"[{decoder.summary}]")
     print(common.printable(json.dumps(answer, indent=2, ensure_ascii=False)))
     common.note(f"[valid after {time.perf_counter() - start:.1f} s | {engine}]")
     return 0

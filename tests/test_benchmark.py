@@ -1,6 +1,8 @@
 """The benchmark's arithmetic, and that one who fails does not stop the others; the scripts run on the CPU."""
 
+import importlib.util
 import json
+import math
 import sys
 
 import pytest
@@ -10,10 +12,14 @@ import torch
 sys.path.insert(0, str(small.ROOT / "scripts"))  # scripts stand alone and find each other there
 
 import benchmark
+import measure_quantization
 import profile_step
-from benchmark_parts import report, sizes, turns
+from benchmark_parts import formats, report, sizes, turns
 from benchmark_parts.peers import transformers_model
 from benchmark_parts.sizes import Case
+
+from mistral.quantization.dequantize import dequantize
+from mistral.quantization.packed import Packed
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,40 @@ def test_the_shapes_of_7b_are_mistrals():
         model = sizes.make_model("7b", torch.device("meta"), torch.bfloat16)
     assert model.config.num_parameters == 7_241_732_096
     assert sizes.weight_bytes(model) == 2 * (7_241_732_096 - 32000 * 4096)
+
+
+@pytest.mark.parametrize(
+    ("format", "gigabytes"), [("Q4_K_M", 4.294), ("Q5_K_M", 5.041), ("Q4_0", 4.034), ("Q6_K", 5.834), ("Q8_0", 7.556)]
+)
+def test_packed_formats_of_7b_read_as_much_as_the_files_hold(format, gigabytes):
+    model = sizes.make_model("7b", torch.device("meta"), torch.bfloat16, format)
+    assert sizes.weight_bytes(model) == pytest.approx(gigabytes * 1e9, rel=1e-3)
+
+
+def test_llama_cpp_packs_half_of_the_layers_finer():
+    kinds = [formats.kind_of("v_proj", layer, 32, "Q4_K_M").name for layer in range(32)]
+    finer = {layer for layer, kind in enumerate(kinds) if kind == "Q6_K"}
+    assert finer == {*range(4), *range(6, 28, 3), *range(28, 32)}
+    assert set(kinds) == {"Q4_K", "Q6_K"}
+    assert formats.kind_of("q_proj", 0, 32, "Q4_K_M").name == "Q4_K"
+    assert formats.kind_of("lm_head", 0, 32, "Q4_0").name == "Q6_K"
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_random_blocks_are_weights_of_the_usual_size(format, monkeypatch):
+    monkeypatch.setitem(
+        sizes.SIZES, "wide", sizes.SIZES["tiny"] | dict(hidden_size=256, intermediate_size=512, head_dim=64)
+    )
+    model = sizes.make_model("wide", torch.device("cpu"), torch.float32, format)
+    for module in model.modules():
+        if isinstance(module, Packed):
+            weights = dequantize(module.blocks, module.kind)
+            assert weights.isfinite().all()
+            assert 0.01 < weights.std() < 0.04
+            assert weights.mean().abs() < 0.01
+    with pytest.raises(ValueError, match="has rows of .*, and .* stores blocks of"):
+        monkeypatch.setitem(sizes.SIZES, "odd", sizes.SIZES["tiny"] | dict(intermediate_size=97 * 8))
+        sizes.make_model("odd", torch.device("cpu"), torch.float32, format)
 
 
 def test_the_roofs_are_those_worked_out_by_hand():
@@ -107,6 +147,49 @@ def test_the_last_line_is_json(suite, no_rates, monkeypatch, capsys):
     assert all(row["decode_of_roof"] > 0 and row["first_token_s"] > 0 for row in rows)
     assert measured["read_bytes_per_s"] == 1e10
     assert "ceiling" in out
+
+
+def test_packed_formats_are_measured_too(no_rates, monkeypatch, capsys):
+    options = (
+        "--size tiny --device cpu --repeats 1 --new-tokens 2 --prompt-tokens 5 --engines eager transformers".split()
+    )
+    out = run_script(benchmark, monkeypatch, capsys, "--format", "Q8_0", *options)
+    measured = json.loads(out.splitlines()[-1])
+    eager, theirs = measured["results"]
+    assert measured["format"] == "Q8_0"
+    assert eager["decode_tokens_per_s"] > 0
+    assert "no packed weights" in theirs["failed"]
+
+
+def test_kernels_do_not_take_the_blocks_from_the_others():
+    model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, "Q8_0")
+    field = turns.Field(model)
+    model.model.layers[0].mlp.up_proj.hand_over(object())
+    eager = field.open("eager", Case(1, 5, 2), small.tokens(1, 5))
+    assert eager.decoder.model.model.layers[0].mlp.up_proj.blocks is not None
+
+
+def test_a_distance_is_worked_out_by_hand():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    kl, same = measure_quantization.distance([p[:1].log(), p[1:].log()], [q[:1].log(), q[1:].log()])
+    assert kl == pytest.approx(0.5 * (0.5 * math.log(2) + 0.5 * math.log(2 / 3)), rel=1e-6)
+    assert same == 0.5
+
+
+def test_formats_are_compared_with_float32(monkeypatch, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("Rain fell on the hill, and the wind took it away. " * 3)
+    options = ("--text", tmp_path / "text.txt", "--positions", 30, "--device", "cpu", "--page", tmp_path / "page.md")
+    chosen = ["bfloat16", "q8_0", "q4_0"] + ["Q4_K_M"] * bool(importlib.util.find_spec("llama_cpp"))
+    out = run_script(measure_quantization, monkeypatch, capsys, small.DATA / "small", *options, "--formats", *chosen)
+    results = {row["format"]: row for row in json.loads(out.splitlines()[-1])["results"]}
+    assert results.keys() == set(chosen)
+    assert results["bfloat16"]["float32"] == "-"
+    assert 0 < results["q8_0"]["float32"][0] < results["q4_0"]["float32"][0]
+    assert results["q8_0"]["bits"] == 8.5
+    assert all(row["kernels"] == "not measured: no GPU" for row in results.values())
+    page = (tmp_path / "page.md").read_text()
+    assert "over 30 positions of `text.txt`" in page
+    assert page.count("\n| ") == 1 + len(chosen)
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch, capsys):

@@ -14,15 +14,15 @@ from mistral.chat.chatml import begin_turn
 from mistral.chat.formats import encode_chat
 from mistral.chat.grammar import tool_call_constraint
 from mistral.chat.prompts import tool_prompt
-from mistral.chat.structured import generate_json
+from mistral.chat.structured import OutOfTokens, generate_json
 from mistral.chat.tool_calls import parse_tool_calls
 from mistral.checkpoints.load import DEMO
 from mistral.demo import training
-from mistral.demo.dialogues import dialogue, record, unseen_request
+from mistral.demo.dialogues import choice_dialogue, dialogue, record, unseen_request
 from mistral.demo.everyday import EVERYDAY
 from mistral.demo.inventions import make_tools, request
 from mistral.demo.parameters import make_noun
-from mistral.demo.words import CITIES, NOUNS, pseudo_word, split
+from mistral.demo.words import CITIES, NOUNS, draw, is_held_out, pseudo_word, split
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +113,20 @@ def test_it_calls_functions_that_it_never_saw(demo):
         pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), **options)
         calls = parse_tool_calls("".join(pieces)).calls
         right += [(call.name, call.arguments) for call in calls] == expected
-    assert right >= 6
+    assert right >= 7
 
 
 def test_it_answers_in_json(demo):
     random, exact = Random(7), 0
-    for _ in range(6):
+    for _ in range(10):
         schema, text, wanted = record(random, held_out=True)
-        value = generate_json(*demo, text, schema)
+        try:
+            value = generate_json(*demo, text, schema, max_new_tokens=120)
+        except OutOfTokens:  # now and then it finds no end to a string
+            continue
         assert value.keys() == schema["properties"].keys()
         exact += value == wanted
-    assert exact >= 3
+    assert exact >= 5
 
 
 def test_the_scripts_tools_are_described_as_in_training():
@@ -148,6 +151,27 @@ def test_words_of_the_tests_are_never_trained_on():
     assert len(tested & kept) > 0.9 * len(kept)
     assert not set(split(CITIES, True)) & set(split(CITIES, False))
     assert not {pseudo_word(random, True) for _ in range(500)} & {pseudo_word(random, False) for _ in range(500)}
+
+
+def test_training_mixes_its_words_into_others_that_are_not_kept_for_the_tests_either():
+    random = Random(0)
+    drawn = {draw(random, NOUNS, held_out=False) for _ in range(3000)}
+    assert len(drawn - set(NOUNS)) > 800
+    assert not any(map(is_held_out, drawn))
+
+
+def test_dialogues_about_choosing_answer_with_one_of_their_tools_or_with_its_arguments():
+    questions = set()
+    for seed in range(100):
+        system, *turns = choice_dialogue(Random(seed))
+        question, *tools = system.content.splitlines()
+        questions.add(question)
+        answers = [turn.content for turn in turns if turn.role == "assistant"]
+        assert len(answers) == 4
+        for answer in answers:
+            names = [answer] if question == "Which function?" else answer.split(", ")
+            assert any(all(name in tool for name in names) for tool in tools) or names == ["none"]
+    assert questions == {"Which function?", "Which arguments?"}
 
 
 def test_a_request_says_every_value_that_its_arguments_have():

@@ -107,10 +107,21 @@ def test_what_the_kernels_cannot_do_is_one_clear_line(changes, rows, message, a_
         open_engine("kernels", model(**changes), rows)
 
 
-def test_packed_weights_and_other_dtypes_are_told():
-    packed, _ = mistral.load(small.DATA / "gguf/q8_0.gguf", device="cpu", packed=True, sliding_window=None)
-    with pytest.raises(ValueError, match="load the checkpoint without packed"):
-        open_engine("kernels", packed, max_tokens=9)
+@pytest.fixture
+def packed():
+    return mistral.load(small.DATA / "gguf/q8_0.gguf", device="cpu", packed=True, sliding_window=None)[0]
+
+
+def test_packed_models_are_for_the_kernels_and_slow_kinds_are_told(packed, a_gpu, monkeypatch):
+    assert engines.kernels_problem(packed) is None
+    decoder = types.SimpleNamespace(unpacked_kinds=["Q2_K", "Q3_K"])
+    monkeypatch.setattr(engines, "_open_kernels", lambda model, sizes: decoder)
+    for name in ("kernels", "auto"):
+        note = open_engine(name, packed, max_tokens=9)[1]
+        assert note == "engine: kernels (CUDA sm_90, Triton 3.6), Q2_K, Q3_K unpacked at every step: slow"
+
+
+def test_other_dtypes_are_told():
     with pytest.raises(ValueError, match="know no float64"):
         open_engine("kernels", model().double())
 

@@ -6,6 +6,7 @@ import torch
 
 import mistral
 from mistral import Decoder, Sampling, generate, generate_batch, generate_naive, generate_text
+from mistral.chat import Conversation, tool
 from mistral.checkpoints.hugging_face import save
 
 GREEDY = Sampling(temperature=0.0)
@@ -479,6 +480,17 @@ def test_ids_without_a_choice_count_against_the_limit():
         )
     )
     assert ids[2:] == [7, 9]
+
+
+def test_a_conversation_saves_no_more_tokens_than_it_writes():
+    @tool
+    def clock() -> str:
+        """What time it is."""
+
+    options = dict(tools=[clock], tool_choice="required", max_rounds=1, max_new_tokens=2)
+    conversation = Conversation(*mistral.load("demo", device="cpu"), **options)
+    list(conversation.say("What time is it?"))  # a call begins with more ids than two about which there is no choice
+    assert (conversation.tokens_written, conversation.tokens_saved) == (2, 2)
 
 
 def test_a_text_takes_ids_without_a_choice_too(with_true_tokenizer):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from mistral.chat.formats import ChatFormat
-from mistral.constraints import Constraint, FixedMask
+from mistral.constraints import Constraint, CountsForced, FixedMask
 from mistral.decoder import Decoder, Engine
 from mistral.generation import generate, text_until
 from mistral.model import Mistral
@@ -76,7 +76,7 @@ class Answer:
         self.text, self.ids, self.reason = "", [], "interrupted"
         self.prompt_ids = prompt_ids
         self._decoder, self._tokenizer, self._stop_tokens = decoder, tokenizer, chat.stop_ids(tokenizer)
-        self._constraint, self._begins_text = constraint, chat.reply_begins_text
+        self._constraint, self._begins_text = CountsForced(constraint), chat.reply_begins_text
         # Under a grammar, what spells the end stands in a string.
         self._spelled = chat.spelled_ends if isinstance(constraint, TextOnly) else ()
         self._call_token = None if chat.call_token is None else tokenizer.control_id(chat.call_token)
@@ -91,7 +91,7 @@ class Answer:
             sampling,
             max_new_tokens=min(max_new_tokens, room),
             stop_tokens=self._stop_tokens,
-            constraint=constraint,
+            constraint=self._constraint,
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -117,7 +117,7 @@ class Answer:
     @property
     def saved(self) -> int:
         """How many tokens the constraint left no choice about: they cost no forward pass of their own."""
-        return getattr(self._constraint, "forced_count", 0)
+        return self._constraint.taken
 
     def settle(self) -> None:
         """Let `ids` be what `text` is made of, if the answer was broken off."""

@@ -59,14 +59,13 @@ class GrammarConstraint:
 
     mask_count    how many masks were made so far
     mask_seconds  how long all of them took
-    forced_count  how many ids there was no choice about
     """
 
     def __init__(self, matcher: Any, vocabulary: "_Vocabulary", tokenizer: Tokenizer):
         self._matcher, self._vocabulary = matcher, vocabulary
         self._tokenizer = tokenizer  # the vocabulary does not keep it alive
         self._accepted, self._ended = 0, False  # the stop token is not llguidance's business
-        self.mask_count, self.mask_seconds, self.forced_count = 0, 0.0, 0
+        self.mask_count, self.mask_seconds = 0, 0.0
 
     def mask(self) -> Tensor:
         """bool [V] on the CPU: True for every id that may come next."""
@@ -101,9 +100,7 @@ class GrammarConstraint:
         """
         ids = [] if self.is_finished else self._matcher.compute_ff_tokens()
         self._check()
-        ids = list(takewhile(self._vocabulary.text.__contains__, ids))
-        self.forced_count += len(ids)
-        return ids
+        return list(takewhile(self._vocabulary.text.__contains__, ids))
 
     def rollback(self, n: int) -> None:
         """Forget the last n ids."""

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral.checkpoints.assemble import assemble, check_layers, check_tensors, require_room, skeleton
+from mistral.checkpoints.assemble import (
+    EMBEDDING,
+    Parts,
+    check_layers,
+    check_tensors,
+    quantized_kinds,
+    require_room,
+)
 from mistral.checkpoints.json_files import read_json
 from mistral.checkpoints.names import consolidated_names, half_split_rows, rotary_heads
 from mistral.checkpoints.safetensors_files import StoredTensor, headers
@@ -27,13 +34,17 @@ POSITIONS = 32768
 
 
 def load(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, sliding_window: int | None | Literal["auto"]
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    sliding_window: int | None | Literal["auto"],
+    quantize: str | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """What `mistral.load` does for a folder in this layout."""
     tensors = read_tensors(folder)
     tokenizer = read_tokenizer(folder)
     config = read_config(folder, tensors, tokenizer, sliding_window)
-    return load_model(folder, tensors, config, device, dtype), tokenizer
+    return load_model(folder, tensors, config, device, dtype, quantize), tokenizer
 
 
 def read_tensors(folder: Path) -> Mapping[str, StoredTensor | Tensor]:
@@ -93,22 +104,24 @@ def load_model(
     config: Config,
     device: torch.device,
     dtype: torch.dtype | None,
+    quantize: str | None = None,
 ) -> Mistral:
     """The weights, with the rows of Q and K in our order (see names.py)."""
     stored = checked_tensors(folder, tensors, config)
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else stored["model.embed_tokens.weight"].dtype
-    require_room(folder, config, device, dtype)
-    state: dict[str, Tensor] = {}
+        dtype = torch.float32 if device.type == "cpu" else stored[EMBEDDING].dtype
+    kinds = quantized_kinds(folder, config, quantize)
+    require_room(folder, config, device, dtype, kinds)
+    parts = Parts(config, device, dtype, kinds)
     with tqdm(total=len(stored), unit=" tensors", desc="loading", leave=False, disable=None) as bar:
         for name, tensor in stored.items():
             data = tensor.read() if isinstance(tensor, StoredTensor) else tensor
             heads = rotary_heads(name, config)
             if heads is not None:
                 data = data[half_split_rows(len(data), heads)]
-            state[name] = data.to(device=device, dtype=dtype, copy=heads is None)
+            parts.add(name, data, copy=heads is None)
             bar.update()
-    return assemble(skeleton(config), state, device)
+    return parts.model()
 
 
 def checked_tensors(

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from mistral.checkpoints.assemble import (
     EMBEDDING,
-    assemble,
+    Parts,
     check_layers,
     check_tensors,
+    quantized_kinds,
     require_room,
-    skeleton,
 )
 from mistral.checkpoints.gguf_config import read_config
 from mistral.checkpoints.gguf_header import GgufHeader, GgufTensor, read_header, whole
@@ -26,8 +26,7 @@ from mistral.config import Config
 from mistral.errors import CheckpointError
 from mistral.model import Mistral
 from mistral.quantization.dequantize import dequantize
-from mistral.quantization.ggml_types import GgmlType
-from mistral.quantization.packed import PackedEmbedding, PackedLinear, weights_at_once
+from mistral.quantization.packed import weights_at_once
 from mistral.tokenizer import Tokenizer
 
 UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -39,11 +38,13 @@ def load(
     dtype: torch.dtype | None,
     packed: bool,
     sliding_window: int | None | Literal["auto"],
+    quantize: str | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """What `mistral.load` does for a .gguf file."""
     header = read_files(path)
     config = read_config(path, header, sliding_window)
-    return load_model(path, header, config, device, dtype, packed), read_tokenizer(path, header, config)
+    model = load_model(path, header, config, device, dtype, packed, quantize)
+    return model, read_tokenizer(path, header, config)
 
 
 def read_files(path: Path) -> GgufHeader:
@@ -80,28 +81,37 @@ def _read_part(path: Path) -> tuple[GgufHeader, int, int]:
 
 
 def load_model(
-    path: Path, header: GgufHeader, config: Config, device: torch.device, dtype: torch.dtype | None, packed: bool
+    path: Path,
+    header: GgufHeader,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    packed: bool,
+    quantize: str | None = None,
 ) -> Mistral:
-    """The weights: in `dtype`, or with `packed` as the blocks that the file holds."""
+    """The weights: in `dtype`, or with `packed` as the blocks that the file holds, or rounded as `quantize` says."""
     stored = checked_tensors(path, header, config)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else UNPACKED.get(stored[EMBEDDING].kind.name, torch.bfloat16)
-    stays = {name for name, t in stored.items() if packed and t.kind.block_weights > 1 and len(t.shape) == 2}
-    sizes = [t.num_bytes if name in stays else prod(t.shape) * dtype.itemsize for name, t in stored.items()]
-    require_room(path, config, device, dtype, size=sum(sizes))
+    blocks = {name: t.kind for name, t in stored.items() if t.kind.block_weights > 1 and len(t.shape) == 2}
+    rounded = quantized_kinds(path, config, quantize)
+    if rounded and blocks:
+        name, kind = next(iter(blocks.items()))
+        raise ValueError(f"{path} is quantised ({name} is {kind.name}): keep it as it is with packed, without quantize")
+    stays = blocks if packed else {}
+    require_room(path, config, device, dtype, stays | rounded)
 
-    model, state = skeleton(config), {}
+    parts = Parts(config, device, dtype, rounded)
     total = sum(tensor.num_bytes for tensor in stored.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=None) as bar:
         for name, tensor in stored.items():
             heads = rotary_heads(name, config)
             if name in stays:
-                blocks = read_rows(tensor, heads, device, None, bar.update)
-                state[name.removesuffix("weight") + "blocks"] = blocks
-                _replace(model, name, blocks, tensor.kind, dtype)
+                parts.add_packed(name, read_rows(tensor, heads, device, None, bar.update), tensor.kind)
             else:
-                state[name] = read_rows(tensor, heads, device, dtype, bar.update).view(tensor.shape)
-    return assemble(model, state, device)
+                to = UNPACKED.get(tensor.kind.name, torch.float32) if name in rounded else dtype
+                parts.add(name, read_rows(tensor, heads, device, to, bar.update).view(tensor.shape))
+    return parts.model()
 
 
 def checked_tensors(path: Path, header: GgufHeader, config: Config) -> dict[str, GgufTensor]:
@@ -163,10 +173,3 @@ def _read_bytes(tensor: GgufTensor, num_rows: int, rows_at_once: int) -> Iterato
                 yield rows
     except OSError as error:
         raise CheckpointError(f"{tensor.path} cannot be read: {error}") from error
-
-
-def _replace(model: Mistral, name: str, blocks: Tensor, kind: GgmlType, dtype: torch.dtype) -> None:
-    """Put a packed module in the place of the one that `name` is the weight of."""
-    owner, _, module = name.removesuffix(".weight").rpartition(".")
-    packed = PackedEmbedding(blocks, kind, dtype) if name == EMBEDDING else PackedLinear(blocks, kind)
-    setattr(model.get_submodule(owner), module, packed)

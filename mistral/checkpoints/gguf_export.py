@@ -4,51 +4,58 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType
+from torch import nn
 
-from mistral.checkpoints.names import gguf_names, interleaved_rows, rotary_heads
+from mistral.checkpoints.assemble import OUTPUT
+from mistral.checkpoints.names import gguf_names, interleaved_rows, rotary_heads, tensor_shapes
 from mistral.model import Mistral
+from mistral.quantization.packed import Packed
 from mistral.tokenizer import Tokenizer
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str) -> None:
+def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str | None) -> None:
     """Write `path`, whole or not at all. `kind` (one of KINDS) is the type of all matrices; vectors are F32.
 
-    ValueError for another kind, for a packed model, for rows that are not whole blocks of 32 (Q8_0 and Q4_0), and for
-    more than the two stop tokens that the format has keys for.
+    kind None is for packed models: blocks are written as they are, and matrices that are not packed in their dtype.
+
+    ValueError for another kind, for a packed model with a kind, for rows that are not whole blocks of 32 (Q8_0 and
+    Q4_0), and for more than the two stop tokens that the format has keys for.
     """
-    if kind not in KINDS:
+    tied, names = model.config.tie_word_embeddings, gguf_names(model.config.num_hidden_layers)
+    modules = {n: model.get_submodule(n.removesuffix(".weight")) for n in tensor_shapes(model.config)}
+    if tied:
+        del modules[OUTPUT]
+    packed = [name for name, module in modules.items() if isinstance(module, Packed)]
+    if packed and kind in KINDS:
+        raise ValueError(f"{packed[0]} is packed; load the checkpoint with packed=False to export it as {kind}")
+    if kind not in KINDS and not (kind is None and packed):
         raise ValueError(f"the type must be one of {', '.join(KINDS)}, not {kind!r}")
     if len(tokenizer.stop_ids) > 2:
         raise ValueError(f"GGUF has keys for two stop tokens, and this checkpoint has {len(tokenizer.stop_ids)}")
-    names = gguf_names(model.config.num_hidden_layers)
-    tied = model.config.tie_word_embeddings
-    state = {n: t for n, t in model.state_dict().items() if not (tied and n.startswith("lm_head."))}
-    if packed := sorted(state.keys() - names.keys()):
-        raise ValueError(f"{packed[0]} is packed; load the checkpoint with packed=False to export it")
-    kinds = {n: GGMLQuantizationType[kind if t.dim() == 2 else "F32"] for n, t in state.items()}
-    for name, tensor in state.items():
-        if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kinds[name]][0]:
-            raise ValueError(f"{kind} stores blocks of 32 weights, and {name} has rows of {tensor.shape[-1]}")
+    kinds = {n: GGMLQuantizationType[_kind(module, kind)] for n, module in modules.items()}
+    shapes = {n: tensor_shapes(model.config)[n] for n in modules}
+    for name, shape in shapes.items():
+        if shape[-1] % gguf.GGML_QUANT_SIZES[kinds[name]][0]:
+            raise ValueError(f"{kind} stores blocks of 32 weights, and {name} has rows of {shape[-1]}")
 
     unfinished = path.with_name(path.name + ".unfinished")
     writer = gguf.GGUFWriter(unfinished, "llama")
     _add_config(writer, model, kind)
     _add_vocabulary(writer, tokenizer, model.config.vocab_size)
-    for name, tensor in state.items():
-        shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kinds[name])
-        writer.add_tensor_info(names[name], shape, np.dtype(np.uint8), int(np.prod(shape)), kinds[name])
+    for name, shape in shapes.items():
+        stored = gguf.quant_shape_to_byte_shape(shape, kinds[name])
+        writer.add_tensor_info(names[name], stored, np.dtype(np.uint8), int(np.prod(stored)), kinds[name])
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in state.items():  # one at a time: beside the model, memory holds one tensor
-            heads = rotary_heads(name, model.config)
-            rows = tensor if heads is None else tensor[interleaved_rows(len(tensor), heads).to(tensor.device)]
-            data = gguf.quantize(rows.detach().float().cpu().numpy(), kinds[name])
-            writer.write_tensor_data(np.ascontiguousarray(data).view(np.uint8))
+        for name, module in modules.items():  # one at a time: beside the model, memory holds one tensor
+            writer.write_tensor_data(_bytes(module, kinds[name], rotary_heads(name, model.config)))
         writer.close()
         unfinished.replace(path)
     finally:
@@ -56,7 +63,23 @@ def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _add_config(writer: gguf.GGUFWriter, model: Mistral, kind: str) -> None:
+def _kind(module: nn.Module, kind: str | None) -> str:
+    if isinstance(module, Packed):
+        return module.kind.name
+    return "F32" if module.weight.dim() == 1 else kind or PLAIN.get(module.weight.dtype, "F32")
+
+
+def _bytes(module: nn.Module, kind: GGMLQuantizationType, heads: int | None) -> np.ndarray:
+    """A module's matrix or vector as the file has it, uint8; Q and K have their rows in another order there."""
+    rows = module.all_blocks() if isinstance(module, Packed) else module.weight.detach()
+    if heads is not None:
+        rows = rows[interleaved_rows(len(rows), heads).to(rows.device)]
+    if isinstance(module, Packed):
+        return rows.cpu().numpy()
+    return np.ascontiguousarray(gguf.quantize(rows.float().cpu().numpy(), kind)).view(np.uint8)
+
+
+def _add_config(writer: gguf.GGUFWriter, model: Mistral, kind: str | None) -> None:
     config = model.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -72,7 +95,8 @@ def _add_config(writer: gguf.GGUFWriter, model: Mistral, kind: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     # llama.cpp does not read it for this architecture; `mistral.load` does. 0: none.
     writer.add_sliding_window(config.sliding_window or 0)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    kinds = {None: "GUESSED", "F32": "ALL_F32"}
+    writer.add_file_type(gguf.LlamaFileType[kinds.get(kind, f"MOSTLY_{kind}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

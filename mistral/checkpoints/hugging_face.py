@@ -10,18 +10,17 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from mistral.checkpoints.assemble import (
     EMBEDDING,
     OUTPUT,
-    assemble,
+    Parts,
     check_layers,
     check_tensors,
     dtype_name,
+    quantized_kinds,
     require_room,
-    skeleton,
 )
 from mistral.checkpoints.json_files import read_json, write_json
 from mistral.checkpoints.names import tensor_shapes
@@ -29,16 +28,21 @@ from mistral.checkpoints.safetensors_files import WEIGHTS, StoredTensor, stored_
 from mistral.config import Config, whole_number
 from mistral.errors import CheckpointError
 from mistral.model import Mistral
+from mistral.quantization.packed import Packed
 from mistral.tokenizer import Tokenizer
 
 
 def load(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, sliding_window: int | None | Literal["auto"]
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    sliding_window: int | None | Literal["auto"],
+    quantize: str | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """What `mistral.load` does for a folder in this layout."""
     config = read_config(folder, sliding_window)
     tokenizer = read_tokenizer(folder, config)
-    return load_model(folder, config, device, dtype), tokenizer
+    return load_model(folder, config, device, dtype, quantize), tokenizer
 
 
 def read_config(folder: Path, sliding_window: int | None | Literal["auto"] = "auto") -> Config:
@@ -86,21 +90,26 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def load_model(folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None) -> Mistral:
-    """The weights of a folder, in `dtype` on `device` as in `mistral.load`; no tokenizer is needed."""
+def load_model(
+    folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None, quantize: str | None = None
+) -> Mistral:
+    """The weights of a folder as `mistral.load` has them; no tokenizer is needed."""
     stored = checked_tensors(folder, config)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored[EMBEDDING].dtype
-    require_room(folder, config, device, dtype)
-    state: dict[str, Tensor] = {}
+    kinds = quantized_kinds(folder, config, quantize)
+    require_room(folder, config, device, dtype, kinds)
+    if config.tie_word_embeddings and OUTPUT in stored:
+        output, embedding = stored.pop(OUTPUT).read(), stored[EMBEDDING].read()
+        if not output.to(dtype).equal(embedding.to(dtype)):
+            raise CheckpointError(f"{folder}: tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}")
+    parts = Parts(config, device, dtype, kinds)
     total = sum(tensor.num_bytes for tensor in stored.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, disable=None) as bar:
         for name, tensor in stored.items():
-            state[name] = tensor.read().to(device=device, dtype=dtype, copy=True)
+            parts.add(name, tensor.read(), copy=True)
             bar.update(tensor.num_bytes)
-    if config.tie_word_embeddings and OUTPUT in state and not state[OUTPUT].equal(state[EMBEDDING]):
-        raise CheckpointError(f"{folder}: tie_word_embeddings is true, but {OUTPUT} differs from {EMBEDDING}")
-    return assemble(skeleton(config), state, device)
+    return parts.model()
 
 
 def checked_tensors(folder: Path, config: Config) -> dict[str, StoredTensor]:
@@ -120,7 +129,7 @@ def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
     """
     config = model.config
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if any(name.endswith(".blocks") for name in state):
+    if any(isinstance(module, Packed) for module in model.modules()):
         raise ValueError("the model is packed; load it with packed=False to save it in this layout")
     if config.tie_word_embeddings:
         del state[OUTPUT]

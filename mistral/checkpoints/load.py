@@ -22,6 +22,7 @@ def load(
     packed: bool = False,
     sliding_window: int | None | Literal["auto"] = "auto",
     revision: str | None = None,
+    quantize: Literal["q8_0", "q4_0"] | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """Load a checkpoint: (model, tokenizer).
 
@@ -31,10 +32,12 @@ def load(
                     or "demo", a small Mistral that comes with this package ("./demo" is a folder of that name)
     device          None: CUDA where there is one, else the CPU
     dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint (bfloat16 for quantised ones)
-    packed          keep the blocks of a quantised GGUF as they are and unpack them as they are used: the memory of
-                    the file, at the price of speed. False: unpack into `dtype` once.
+    packed          keep the blocks of a quantised GGUF as they are: the memory of the file. The reference unpacks
+                    them at each use, at the price of speed. False: unpack into `dtype` once.
     sliding_window  "auto": what the checkpoint says; for a GGUF, which does not, a rule (`gguf_config.window_of`).
                     A number or None (attend to everything) overrides it.
+    quantize        round the matrices to 8 or 4 bits a weight while loading, as llama.cpp would (see
+                    `assemble.quantized_kinds` for which): the model is packed then, like a packed GGUF
     revision        branch, tag or commit of a name on the hub; None: its main branch
 
     Weights go straight to the device, tensor by tensor, after every name and shape was checked; a terminal sees a
@@ -44,13 +47,13 @@ def load(
     chosen = choose_device(device)
     path = local_path(source, revision)
     if path.is_file():
-        return gguf.load(path, chosen, dtype, packed, sliding_window)
-    if packed:
-        raise ValueError(f"packed=True is for quantised GGUF files, and {source} is none")
+        return gguf.load(path, chosen, dtype, packed, sliding_window, quantize)
+    if packed and quantize is None:
+        raise ValueError(f"packed=True is for quantised GGUF files, and {source} is none; quantize makes such a model")
     layout = hugging_face if (path / "config.json").exists() else consolidated
     if not (path / "config.json").exists() and not (path / "params.json").exists():
         raise CheckpointError(f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)")
-    return layout.load(path, chosen, dtype, sliding_window)
+    return layout.load(path, chosen, dtype, sliding_window, quantize)
 
 
 def local_path(source: str | PathLike[str], revision: str | None = None) -> Path:

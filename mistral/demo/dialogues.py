@@ -37,11 +37,15 @@ class Call(NamedTuple):
 def dialogue(random: Random, beginner: bool = False, brief: bool = False) -> list[Turn]:
     """A dialogue to train on.
 
-    beginner  often one that teaches nothing but to repeat what was said
+    beginner  mostly one that teaches nothing but to repeat what was said, or to choose a tool
     brief     tools are listed without the prompt around them, which is as long as two tools: there is time for more
     """
-    if random.random() < (0.4 if beginner else 0.02):
+    echo, choose = (0.25, 0.55) if beginner else (0.03, 0.2) if brief else (0.02, 0.05)
+    kind = random.random()
+    if kind < echo:
         return echo_dialogue(random)
+    if kind < echo + choose:
+        return choice_dialogue(random)
     kind = random.random()
     if kind < 0.66:
         return tool_dialogue(random, brief)
@@ -80,9 +84,7 @@ def tool_dialogue(random: Random, brief: bool = False) -> list[Turn]:
 
 def unseen_request(random: Random, num_tools: int | None = None) -> tuple[list[dict[str, Any]], str, list[Call]]:
     """Tools, a request and the calls that answer it, all of words that training never uses."""
-    tools = make_tools(random, held_out=True, most=num_tools or 3)
-    while num_tools is not None and len(tools) < num_tools:
-        tools = make_tools(random, held_out=True, most=num_tools)
+    tools = make_tools(random, held_out=True, most=num_tools or 3, least=num_tools or 1)
     text, calls, _ = _requests(random, tools, held_out=True)
     return [tool.schema() for tool in tools], text, calls
 
@@ -104,6 +106,33 @@ def echo_dialogue(random: Random) -> list[Turn]:
         text = " ".join(map(str, values))
         turns += [Turn("user", random.choice(("Repeat: {}", "Say {}", "{}", "Write {}")).format(text))]
         turns += [Turn("assistant", text)]
+    return turns
+
+
+def choice_dialogue(random: Random) -> list[Turn]:
+    """Tools, requests, and which tool each is for, or which arguments it gives.
+
+    In a call the choice hides behind its arguments, in one piece of fifty: a demo that was trained on calls alone
+    learned to write them and chose at random.
+    """
+    tools = make_tools(random, held_out=False, most=4, least=2)
+    form = random.random()
+    if form < 0.3:
+        lines = [tool.name for tool in tools]
+    elif form < 0.65:
+        lines = [f"{tool.name}: {tool.description}" for tool in tools]
+    elif form < 0.85:
+        lines = [f"{tool.name}({', '.join(p.name for p in tool.parameters)})" for tool in tools]
+    else:
+        lines = [to_json(tool.schema()) for tool in tools]
+    of_arguments = form >= 0.65 and random.random() < 0.4
+    turns = [Turn("system", "\n".join(["Which arguments?" if of_arguments else "Which function?", *lines]))]
+    for _ in range(4):
+        tool = random.choice(tools)
+        given = tool.parameters if of_arguments or random.random() < 0.4 else ()
+        arguments = {p.name: make_value(random, p, held_out=False) for p in given}
+        answer = ", ".join(arguments) or "none" if of_arguments else tool.name
+        turns += [Turn("user", request(random, tool, arguments)), Turn("assistant", answer)]
     return turns
 
 

@@ -58,10 +58,10 @@ def make_tool(random: Random, held_out: bool, beside: Tool | None = None) -> Too
     return Tool(name, verb, noun, description, parameters, returns)
 
 
-def make_tools(random: Random, held_out: bool, most: int = 3) -> list[Tool]:
-    """One to `most` tools of different names, in any order."""
-    tools = [make_tool(random, held_out)]
-    for _ in range(random.randint(1, most) - 1):
+def make_tools(random: Random, held_out: bool, most: int = 3, least: int = 1) -> list[Tool]:
+    """`least` to `most` tools of different names, in any order."""
+    tools, number = [make_tool(random, held_out)], random.randint(least, most)
+    while len(tools) < number:
         other = make_tool(random, held_out, beside=random.choice(tools))
         if other.name not in {tool.name for tool in tools}:
             tools.append(other)

@@ -14,8 +14,8 @@ from mistral.demo.words import (
     NAMES,
     NOUNS,
     SURNAMES,
+    draw,
     pseudo_word,
-    split,
 )
 
 # (name, kind, how its value is said). Kinds are those of `make_value`.
@@ -132,17 +132,17 @@ def make_noun(random: Random, held_out: bool) -> str:
     kind = random.random()
     if kind < 0.1:
         return pseudo_word(random, held_out)
-    noun = random.choice(split(NOUNS, held_out))
+    noun = draw(random, NOUNS, held_out)
     if kind < 0.55:
         return noun
-    return f"{random.choice(split(random.choice((NOUNS, ADJECTIVES)), held_out))} {noun}"
+    return f"{draw(random, random.choice((NOUNS, ADJECTIVES)), held_out)} {noun}"
 
 
 def make_value(random: Random, parameter: Parameter, held_out: bool) -> Any:
     """A value of the parameter's kind."""
 
     def one(words: tuple[str, ...]) -> str:
-        return random.choice(split(words, held_out))
+        return draw(random, words, held_out)
 
     made_up = pseudo_word(random, held_out)
     match parameter.kind:
@@ -204,12 +204,9 @@ def make_parameter(random: Random, held_out: bool) -> Parameter:
         name = make_noun(random, held_out).replace(" ", "_")
         made = Parameter(name, kind, GENERIC_CUES["boolean" if kind == "boolean" else ""])
         if kind == "choice":
-            words = (
-                split(CHOICES, held_out)
-                if random.random() < 0.85
-                else [pseudo_word(random, held_out) for _ in range(4)]
-            )
-            made = replace(made, choices=tuple(random.sample(words, random.randint(2, 4))))
+            real = random.random() < 0.85
+            words = [draw(random, CHOICES, held_out) if real else pseudo_word(random, held_out) for _ in range(6)]
+            made = replace(made, choices=tuple(dict.fromkeys(words))[: random.randint(2, 4)])
     if random.random() < 0.35:
         forms = ("The {}.", "The {} to use.", "Which {}.", "{} of the request.", "The {}")
         made = replace(made, description=random.choice(forms).format(made.words))

@@ -5,12 +5,13 @@ result float32 [n, weights of a block]. The order of the operations is ggml's, s
 
 In the drawings a box is a field with its size in bytes; d, m and dmin are float16.
 
-Source: ggml-quants.c (`dequantize_row_*`), and gguf-py for the formats that have no function here.
+The formats that files of this model come in are here, the others in rare.py.
+
+Source: ggml-quants.c (`dequantize_row_*`)
 """
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +22,10 @@ from mistral.quantization.ggml_types import GgmlType
 def dequantize(data: Tensor, kind: GgmlType) -> Tensor:
     """Rows of packed bytes, uint8 [..., bytes], to float32 [..., weights].
 
-    Raises CheckpointError for a format that neither this file nor gguf-py can unpack.
+    Raises CheckpointError for a format that is not known.
     """
-    blocks = data.reshape(-1, kind.block_bytes)
-    function = FUNCTIONS.get(kind.name)
-    weights = function(blocks) if function else _by_gguf_py(blocks, kind)
+    function = FUNCTIONS.get(kind.name) or _rare(kind)
+    weights = function(data.reshape(-1, kind.block_bytes))
     return weights.reshape(*data.shape[:-1], data.shape[-1] // kind.block_bytes * kind.block_weights)
 
 
@@ -159,16 +159,12 @@ def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return half(blocks, 0) * scale.float(), half(blocks, 2) * low.float()
 
 
-def _by_gguf_py(blocks: Tensor, kind: GgmlType) -> Tensor:
-    """The rare formats, on the CPU by gguf-py, which is llama.cpp's own Python."""
-    import gguf
+def _rare(kind: GgmlType) -> Callable[[Tensor], Tensor]:
+    from mistral.quantization import rare  # which builds on this file, and takes its tables from gguf-py
 
-    try:
-        with np.errstate(all="ignore"):  # infinite scales in damaged blocks are no news
-            weights = gguf.dequantize(blocks.cpu().numpy(), gguf.GGMLQuantizationType[kind.name])
-    except (KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"no way is known to unpack ggml type {kind.name}") from error
-    return torch.from_numpy(weights).float().to(blocks.device)
+    if kind.name not in rare.FUNCTIONS:
+        raise CheckpointError(f"no way is known to unpack ggml type {kind.name}")
+    return rare.FUNCTIONS[kind.name]
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,5 +1,7 @@
 """Layers whose weights stay packed in memory and are unpacked as they are used."""
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,49 +21,69 @@ def weights_at_once(device: torch.device) -> int:
 def packed_linear(x: Tensor, blocks: Tensor, kind: GgmlType) -> Tensor:
     """x W^T with W packed: x [..., in], blocks uint8 [out, bytes of a row] -> [..., out] in x's dtype.
 
-    Each weight is rounded to that dtype first. Formats that are left to gguf-py go through the CPU wherever they are.
+    Each weight is rounded to that dtype first.
     """
     rows = max(1, weights_at_once(x.device) // x.shape[-1])
     return torch.cat([F.linear(x, dequantize(part, kind).to(x.dtype)) for part in blocks.split(rows)], dim=-1)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with packed weights, blocks uint8 [out, bytes of a row]."""
+class Keeper(Protocol):
+    """Who keeps the blocks of a layer in a form of his own, and makes them again when they are asked for."""
+
+    def blocks(self) -> Tensor: ...  # uint8 [rows, bytes of a row]
+    def rows(self, which: Tensor) -> Tensor: ...  # int64 [n] -> uint8 [n, bytes of a row]
+
+
+class Packed(nn.Module):
+    """Rows of packed weights: `blocks` uint8 [rows, bytes of a row], or None after `hand_over`."""
 
     def __init__(self, blocks: Tensor, kind: GgmlType):
         super().__init__()
         self.kind = kind
+        self.num_rows, self.row_bytes = blocks.shape
         self.register_buffer("blocks", blocks)
+        self.keeper: Keeper | None = None
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return packed_linear(x, self.blocks, self.kind)
+    def hand_over(self, keeper: Keeper) -> None:
+        """Give up the blocks to someone who has them in another form, so that they are not in memory twice."""
+        self.blocks, self.keeper = None, keeper
+
+    def all_blocks(self) -> Tensor:
+        """uint8 [rows, bytes of a row]."""
+        return self.blocks if self.keeper is None else self.keeper.blocks()
 
     def extra_repr(self) -> str:
-        return f"rows={self.blocks.shape[0]}, {self.kind.name}"
+        return f"rows={self.num_rows}, {self.kind.name}"
 
 
-class PackedEmbedding(nn.Module):
-    """Rows of a packed matrix: tokens [B, T] -> [B, T, D] in `dtype`, which follows the model's.
+class PackedLinear(Packed):
+    """A linear layer with packed weights."""
 
-    blocks  uint8 [V, bytes of a row]
-    """
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        return packed_linear(x, self.all_blocks(), self.kind)
+
+
+class PackedEmbedding(Packed):
+    """Rows of a packed matrix: tokens [B, T] -> [B, T, D] in `dtype`, which follows the model's."""
 
     def __init__(self, blocks: Tensor, kind: GgmlType, dtype: torch.dtype):
-        super().__init__()
-        self.kind = kind
-        self.register_buffer("blocks", blocks)
+        super().__init__(blocks, kind)
         # No number, but a dtype: packed bytes keep theirs when model.to(float16) changes everything else's.
         self.register_buffer("dtype_of_rows", torch.empty(0, dtype=dtype, device=blocks.device), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, D]
-        width = self.blocks.shape[1] // self.kind.block_bytes * self.kind.block_weights  # D
-        at_once = max(1, weights_at_once(tokens.device) // width)
-        dtype = self.dtype_of_rows.dtype
-        parts = [dequantize(self.blocks[part], self.kind).to(dtype) for part in tokens.flatten().split(at_once)]
+        width = self.row_bytes // self.kind.block_bytes * self.kind.block_weights  # D
+        at_once, rows = max(1, weights_at_once(tokens.device) // width), self._rows
+        parts = [dequantize(rows(part), self.kind).to(self.dtype) for part in tokens.flatten().split(at_once)]
         return torch.cat(parts).view(*tokens.shape, width)
 
-    def extra_repr(self) -> str:
-        return f"rows={self.blocks.shape[0]}, {self.kind.name}"
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `forward` returns."""
+        return self.dtype_of_rows.dtype
+
+    def _rows(self, which: Tensor) -> Tensor:
+        return self.blocks[which] if self.keeper is None else self.keeper.rows(which)
 
 
 class TiedOutput(nn.Module):
@@ -71,5 +93,10 @@ class TiedOutput(nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # in a tuple it is no submodule, so nothing moves or saves it twice
 
+    @property
+    def embedding(self) -> PackedEmbedding:
+        """Whose bytes they are."""
+        return self._embedding[0]
+
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return packed_linear(x, self._embedding[0].blocks, self._embedding[0].kind)
+        return packed_linear(x, self.embedding.all_blocks(), self.embedding.kind)

@@ -7,9 +7,8 @@ import torch
 from random_checkpoint import train_tokenizer
 
 import mistral
-from mistral.checkpoints.gguf_export import export
-
-GGUF_KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from mistral.checkpoints.gguf_export import PLAIN, export
+from mistral.quantization.packed import Packed
 
 
 def transformers_model(model: mistral.Mistral) -> torch.nn.Module:
@@ -34,9 +33,11 @@ def transformers_model(model: mistral.Mistral) -> torch.nn.Module:
 
 
 class GGUFFile:
-    """The model in a GGUF file of its own dtype, in a folder that goes away with this object."""
+    """The model in a GGUF file, of its own dtype or packed as it is, in a folder that goes away with this object."""
 
     def __init__(self, model: mistral.Mistral):
         self._folder = tempfile.TemporaryDirectory()
         self.path = str(Path(self._folder.name) / "random.gguf")
-        export(model, mistral.Tokenizer(train_tokenizer(512)), Path(self.path), GGUF_KINDS[model.dtype])
+        packed = any(isinstance(module, Packed) for module in model.modules())
+        kind = None if packed else PLAIN[model.dtype]
+        export(model, mistral.Tokenizer(train_tokenizer(512)), Path(self.path), kind)

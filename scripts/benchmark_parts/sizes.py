@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import mistral
+from benchmark_parts import formats
 
 # Numbers of all sizes that a text is measured at fit into the positions; a random model does not mind.
 COMMON = dict(rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2**17, tie_word_embeddings=False)
@@ -62,11 +63,18 @@ def config(size: str) -> mistral.Config:
     return mistral.Config(**SIZES[size], **COMMON, eos_token_id=(2,))
 
 
-def make_model(size: str, device: torch.device, dtype: torch.dtype) -> mistral.Mistral:
-    """Random weights of the size's shapes, made where they are used: nothing is read or copied."""
+def make_model(size: str, device: torch.device, dtype: torch.dtype, format: str = "plain") -> mistral.Mistral:
+    """Random weights of the size's shapes, made where they are used: nothing is read or copied.
+
+    format  "plain" or one of `formats.FORMATS`. ValueError where rows are no whole blocks of it.
+    """
     with torch.device("meta"):
-        model = mistral.Mistral(config(size))
-    model = model.to(dtype).to_empty(device=device)
+        model = mistral.Mistral(config(size)).to(dtype)
+    if format != "plain":
+        formats.replace_matrices(model, format)
+    model = model.to_empty(device=device)
+    if format != "plain":
+        formats.fill(model)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -79,8 +87,8 @@ def make_model(size: str, device: torch.device, dtype: torch.dtype) -> mistral.M
 
 def weight_bytes(model: mistral.Mistral) -> int:
     """What a decode step reads of the weights: all but the embedding, of which it takes one row for each text."""
-    config = model.config
-    return (config.num_parameters - config.vocab_size * config.hidden_size) * model.dtype.itemsize
+    plain = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("model.embed_tokens."))
+    return plain + formats.packed_bytes(model, embedding=False)
 
 
 def decode_roof(model: mistral.Mistral, case: Case, bandwidth: float) -> float:

@@ -1,5 +1,6 @@
 """One case at a time: everybody is opened, and then they take turns, so that all meet the same machine."""
 
+import copy
 import dataclasses
 import gc
 import statistics
@@ -13,8 +14,10 @@ from torch import Tensor
 import mistral
 from benchmark_parts import machine, sizes
 from benchmark_parts.contestants import Contestant, LlamaCpp, Ours, Theirs
+from benchmark_parts.formats import packed_bytes
 from benchmark_parts.peers import GGUFFile, transformers_model
 from benchmark_parts.sizes import Case
+from mistral.quantization.packed import Packed
 
 # Kernels first: they regroup the weights, and whoever comes later shares what they made of them.
 NAMES = ("kernels", "compile", "eager", "transformers", "transformers-compiled", "llama.cpp")
@@ -25,6 +28,9 @@ class Field:
 
     def __init__(self, model: mistral.Mistral):
         self.model = model
+        self._packed = any(isinstance(module, Packed) for module in model.modules())
+        # Kernels keep packed weights in another order, from which the others would have to put them together again.
+        self._others = copy.deepcopy(model) if self._packed else model
 
     @cached_property
     def _theirs(self) -> torch.nn.Module:
@@ -32,17 +38,19 @@ class Field:
 
     @cached_property
     def _file(self) -> GGUFFile:
-        return GGUFFile(self.model)
+        return GGUFFile(self._others)
 
     def open(self, name: str, case: Case, prompts: Tensor) -> Contestant:
         """Raises whatever the contestant raises."""
         if name.startswith("transformers"):
+            if self._packed:
+                raise ValueError("it multiplies no packed weights")
             return Theirs(self._theirs, case, prompts, compiled=name.endswith("compiled"))
         if name == "llama.cpp":
             import llama_cpp  # noqa: F401  (before a file is written for it)
 
             return LlamaCpp(self._file.path, case, prompts)
-        return Ours(name, self.model, case, prompts)
+        return Ours(name, self.model if name == "kernels" else self._others, case, prompts)
 
 
 @dataclasses.dataclass
@@ -119,6 +127,7 @@ def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
     row.note = contestant.note
     if on_gpu and row.engine != "llama.cpp":  # which PyTorch's counters do not see
         weights = sum(parameter.nbytes for parameter in field.model.parameters())
+        weights += packed_bytes(field.model, embedding=True)
         row.peak_bytes = torch.cuda.max_memory_allocated(device) - before + weights
     return contestant
 

@@ -24,30 +24,34 @@ VARIANTS = [
 ]
 
 
+def facts(name, task, dtype, target):
+    """What the compiler made of a kernel."""
+    made = compile_ahead(task, dtype, target)
+    products = [i for i, line in enumerate(made.sass) if line.startswith("HMMA")]
+    first, last = (products[0], products[-1] + 1) if products else (0, 0)
+    loads = [line.split()[0] for line in made.sass[:first] if line.startswith("LDG")]
+    return dict(
+        name=name,
+        target=target,
+        dtype=str(dtype).removeprefix("torch."),
+        registers=made.registers,
+        spilled=made.spilled,
+        shared=made.shared,
+        threads=32 * task.launch.options["num_warps"],
+        chunks=task.launch.constants.get("CHUNKS"),
+        wide_loads_ahead=sum(".128" in load for load in loads),
+        products=len(products),
+        widths=sorted(made.operand_widths),
+        detours=sum(made.count(kind, first, last) for kind in ("LDS", "STS", "SHFL")),
+        waits=made.count("ACQBULK"),
+        a_weight=instructions_per_weight(made, task.launch),
+    )
+
+
 def main():
     for target, dtype, batch, model in VARIANTS:
         for name, task in decode_kernels(model, dtype, batch, target).items():
-            made = compile_ahead(task, dtype, target)
-            products = [i for i, line in enumerate(made.sass) if line.startswith("HMMA")]
-            first, last = (products[0], products[-1] + 1) if products else (0, 0)
-            loads = [line.split()[0] for line in made.sass[:first] if line.startswith("LDG")]
-            facts = dict(
-                name=name,
-                target=target,
-                dtype=str(dtype).removeprefix("torch."),
-                registers=made.registers,
-                spilled=made.spilled,
-                shared=made.shared,
-                threads=32 * task.launch.options["num_warps"],
-                chunks=task.launch.constants.get("CHUNKS"),
-                wide_loads_ahead=sum(".128" in load for load in loads),
-                products=len(products),
-                widths=sorted(made.operand_widths),
-                detours=sum(made.count(kind, first, last) for kind in ("LDS", "STS", "SHFL")),
-                waits=made.count("ACQBULK"),
-                a_weight=instructions_per_weight(made, task.launch),
-            )
-            print(json.dumps(facts), flush=True)
+            print(json.dumps(facts(name, task, dtype, target)), flush=True)
 
 
 if __name__ == "__main__":

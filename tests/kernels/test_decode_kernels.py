@@ -36,15 +36,18 @@ def poisoned(*shape, dtype=torch.float32):
     return torch.full((shape[0] + 1, *shape[1:]), math.nan, dtype=dtype, device=DEVICE)[:-1]
 
 
-def check(launcher, twin, arguments, outputs):
-    """Run both on the same data; the outputs (by position) must be close, all other tensors as they were."""
+def check(launcher, twin, arguments, outputs, close=None):
+    """Run both on the same data; the outputs (by position) must be close, all other tensors as they were.
+
+    close  how close; None: as their dtype lets us expect
+    """
     guards = {i: whole(arguments[i]) for i in outputs}
     theirs = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
     inputs = {i: a.clone() for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and i not in outputs}
     launcher(*arguments)
     twin(*theirs)
     for i in outputs:
-        assert_close(arguments[i], theirs[i])
+        assert_close(arguments[i], theirs[i], close)
         beyond = guards[i][arguments[i].shape[0] :]
         assert beyond.isnan().all(), f"argument {i} was written beyond its end"
     for i, before in inputs.items():
@@ -56,10 +59,10 @@ def whole(tensor):
     return tensor if tensor._base is None else tensor._base
 
 
-def assert_close(ours, twin):
+def assert_close(ours, twin, close=None):
     assert ours.isfinite().all()
     error = (ours.double() - twin.double()).abs().max() / twin.double().abs().max().clamp(min=1.0)
-    assert error < CLOSE[ours.dtype if ours.is_floating_point() else torch.float32]
+    assert error < (close or CLOSE[ours.dtype if ours.is_floating_point() else torch.float32])
 
 
 def input_of(B, dtype):

@@ -1,0 +1,222 @@
+"""What prompt lookup gains, on answers that repeat their prompt and on answers that do not.
+
+Each prompt is answered without and with lookup, in turns. The prompts are the demo's kinds, in words that its training
+never used (but for talk and words to repeat). The last line is JSON.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from random import Random
+
+import common
+import torch
+from benchmark_parts import machine
+
+import mistral
+from mistral.chat.formats import chat_format, encode_chat
+from mistral.chat.grammar import GrammarConstraint, json_constraint, tool_call_constraint
+from mistral.chat.prompts import json_prompt, tool_prompt
+from mistral.decoder import Engine
+from mistral.demo.dialogues import echo_dialogue, record, unseen_request
+from mistral.demo.talk import TALK
+from mistral.speculation import LookupDecoder
+from mistral_kernels import open_engine
+
+GREEDY = mistral.Sampling(temperature=0.0)
+KINDS = ("words to repeat", "calls", "calls, grammar", "JSON", "JSON, grammar", "talk")
+
+PAGE = """# More than one token a forward: prompt lookup
+
+`{command}`, {date}: {machine}, Python {python}, torch {torch}.
+{requests} prompts of each kind, of words that training never used (but for talk and words to repeat), answered
+greedily by `{model}` in {dtype}, engine `{engine}`. {tokens} tokens are guessed at a time. Each prompt is answered
+{repeats} times without and with lookup, in turns; the quickest turn counts, and in it the time from the first token to
+the last.
+
+{table}
+
+Plainly there is 1 token a forward, or more where a grammar leaves no choice. If a forward of nine tokens took no longer
+than a forward of one, speed would grow as the tokens a forward do. A large model comes near to that, for its time goes
+into reading its weights; in one as small as the demo every guessed token costs time, right or wrong. "Same text" counts
+the answers that are, id for id, what they are without lookup.
+
+On a GPU: {gpu}.
+"""
+
+
+@dataclass
+class Case:
+    """A prompt, and the grammar of its answer."""
+
+    ids: list[int]
+    constraint: GrammarConstraint | None = None
+
+
+@dataclass
+class Side:
+    """All answers of one kind, without or with lookup."""
+
+    texts: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
+    forwards: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers."""
+        return sum(map(len, self.texts))
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s behind the first token of each answer, which belongs to reading the prompt."""
+        return (self.tokens - len(self.texts)) / self.seconds if self.seconds else 0.0
+
+
+def arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__, "python scripts/benchmark_lookup.py --page docs/benchmarks/lookup.md")
+    common.add_model_arguments(parser)
+    common.add_engine_argument(parser)
+    parser.add_argument("--lookup", type=int, default=8, metavar="N", help="tokens to guess at a time (default: 8)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
+    parser.add_argument("--requests", type=int, default=20, help="of each kind (default: 20)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns; the quickest counts (default: 3)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="of an answer (default: 200)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
+    parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: 1)")
+    parser.add_argument("--page", type=Path, help="write the results as a page of the documentation")
+    args = parser.parse_args()
+    if min(args.lookup, args.requests, args.repeats, args.max_new_tokens, args.threads) < 1:
+        raise ValueError("--lookup, --requests, --repeats, --max-new-tokens and --threads must be 1 or more")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    model, tokenizer = common.load(args)
+    room = model.config.max_position_embeddings if model.config.sliding_window is None else None
+    slack = max(args.lookup, 16)
+    plain, engine = open_engine(args.engine, model, 1, room, slack=slack)
+    lookup = LookupDecoder(open_engine(args.engine, model, 1, room, slack=slack)[0], args.lookup)
+    stop_tokens = chat_format(tokenizer).stop_ids(tokenizer)
+    results = {}
+    for kind in args.kinds:
+        common.note(f"{kind} ...")
+        cases = make_cases(kind, args, tokenizer, model.config.vocab_size)
+        results[kind] = measure((plain, lookup), cases, args, stop_tokens)
+    table, facts = to_table(results), machine.facts(model.device, model.dtype)
+    print(f"{engine}\n\n{table}")
+    if args.page:
+        write_page(args, facts, table, engine, model.device)
+    rows = {kind: row(*sides) for kind, sides in results.items()}
+    print(json.dumps(facts | {"engine": engine, "lookup": args.lookup, "results": rows}))
+
+
+def make_cases(kind: str, args: argparse.Namespace, tokenizer: mistral.Tokenizer, vocab_size: int) -> list[Case]:
+    """Prompts of one kind; the same ones with and without a grammar."""
+    random, cases = Random(f"{args.seed} {kind.split(',')[0]}"), []
+    questions = [question for questions, _ in TALK for question in questions]
+    for _ in range(args.requests):
+        system, constraint = "", None
+        if kind == "talk":
+            user = random.choice(questions)
+        elif kind == "words to repeat":
+            user = echo_dialogue(random)[0].content
+        elif kind.startswith("calls"):
+            tools, user, _ = unseen_request(random, 2)
+            system, constraint = tool_prompt(tools), tool_call_constraint(tokenizer, vocab_size, tools)
+        else:
+            schema, user, _ = record(random, held_out=True)
+            system, constraint = json_prompt(schema), json_constraint(tokenizer, vocab_size, schema)
+        messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", user)) if text]
+        cases.append(Case(encode_chat(tokenizer, messages), constraint if kind.endswith("grammar") else None))
+    return cases
+
+
+def measure(
+    engines: tuple[Engine, LookupDecoder], cases: Sequence[Case], args: argparse.Namespace, stop_tokens: Sequence[int]
+) -> tuple[Side, Side]:
+    """Answer all prompts without and with lookup, in turns."""
+    sides, lookup = (Side(), Side()), engines[1]
+    before = lookup.plain_forwards, lookup.forwards
+    for i, case in enumerate(cases):
+        quickest = [float("inf"), float("inf")]
+        for turn in range(args.repeats):
+            for n in (0, 1) if (turn + i) % 2 else (1, 0):
+                ids, seconds = answer(engines[n], case, args.max_new_tokens, stop_tokens)
+                quickest[n] = min(quickest[n], seconds)
+                if turn == 0:
+                    sides[n].texts.append(ids)
+        for side, seconds in zip(sides, quickest):
+            side.seconds += seconds
+    sides[0].forwards = (lookup.plain_forwards - before[0]) // args.repeats
+    sides[1].forwards = (lookup.forwards - before[1]) // args.repeats
+    return sides
+
+
+def answer(decoder: Engine, case: Case, max_new_tokens: int, stop_tokens: Sequence[int]) -> tuple[list[int], float]:
+    """The ids, and the seconds from the first to the last."""
+    decoder.rewind(decoder.lengths[0])
+    constraint = None if case.constraint is None else case.constraint.copy()
+    options = dict(max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, constraint=constraint)
+    stream = mistral.generate(decoder, case.ids, GREEDY, **options)
+    ids = [next(stream)]
+    start = time.perf_counter()
+    ids += stream
+    return ids, time.perf_counter() - start
+
+
+def row(plain: Side, lookup: Side) -> dict[str, float]:
+    """One kind's numbers."""
+    return {
+        "plain_tokens_a_forward": round(plain.tokens / plain.forwards, 2),
+        "lookup_tokens_a_forward": round(lookup.tokens / lookup.forwards, 2),
+        "plain_tokens_per_s": round(plain.rate, 1),
+        "lookup_tokens_per_s": round(lookup.rate, 1),
+        "ratio": round(lookup.rate / plain.rate, 2) if plain.rate else 0.0,
+        "tokens_an_answer": round(plain.tokens / len(plain.texts), 1),
+        "same_text": sum(one == other for one, other in zip(plain.texts, lookup.texts)),
+        "answers": len(plain.texts),
+    }
+
+
+def to_table(results: dict[str, tuple[Side, Side]]) -> str:
+    """As Markdown."""
+    lines = [
+        "| answers | tokens each | tokens a forward: plain | lookup | tokens/s: plain | lookup | ratio | same text |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, sides in results.items():
+        r = row(*sides)
+        lines.append(
+            f"| {kind} | {r['tokens_an_answer']:.0f} | {r['plain_tokens_a_forward']:.2f} | "
+            f"{r['lookup_tokens_a_forward']:.2f} | {r['plain_tokens_per_s']:.0f} | {r['lookup_tokens_per_s']:.0f} | "
+            f"{r['ratio']:.2f} | {r['same_text']} of {r['answers']} |"
+        )
+    return "\n".join(lines)
+
+
+def write_page(args: argparse.Namespace, facts: dict, table: str, engine: str, device: torch.device) -> None:
+    """docs/benchmarks/lookup.md."""
+    numbers = {
+        "command": " ".join(["python", "scripts/benchmark_lookup.py", *sys.argv[1:]]),
+        "model": args.model,
+        "date": date.today(),
+        "engine": engine.removeprefix("engine: "),
+        "requests": args.requests,
+        "repeats": args.repeats,
+        "tokens": args.lookup,
+        "gpu": "the table above" if device.type == "cuda" else "not measured",
+        "table": table,
+    }
+    args.page.write_text(PAGE.format(**facts | numbers), encoding="utf-8")
+    common.note(f"wrote {args.page}")
+
+
+if __name__ == "__main__":
+    common.run(main)

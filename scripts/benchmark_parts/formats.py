@@ -1,0 +1,78 @@
+"""Packed models of random weights: valid blocks, made where they are used."""
+
+import torch
+from torch import Tensor, nn
+
+import mistral
+from mistral.quantization.ggml_types import GGML_TYPES, GgmlType
+from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear
+
+# Name of a file's format: the kind of most matrices, and of those that llama.cpp packs finer
+FORMATS = {
+    "Q4_K_M": ("Q4_K", "Q6_K"),
+    "Q5_K_M": ("Q5_K", "Q6_K"),
+    "Q4_0": ("Q4_0", "Q6_K"),
+    "Q6_K": ("Q6_K", "Q6_K"),
+    "Q8_0": ("Q8_0", "Q8_0"),
+}
+KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
+# Where a block has its float16 scales, and what they must be for weights of about 0.02
+SCALES = {
+    "Q4_0": {0: 4e-3},
+    "Q8_0": {0: 2.7e-4},
+    "Q4_K": {0: 1.3e-4, 2: 1e-3},
+    "Q5_K": {0: 6.5e-5, 2: 1e-3},
+    "Q6_K": {208: 1.5e-5},
+}
+
+
+def kind_of(name: str, layer: int, layers: int, format: str) -> GgmlType:
+    """How llama.cpp packs a matrix, by its module's name (q_proj, ...), in one of the formats.
+
+    Source: llama.cpp, `llama_tensor_get_type` (llama-quant.cpp)
+    """
+    most, finer = FORMATS[format]
+    tail = layers // 8
+    in_between = tail <= layer < 7 * layers // 8
+    more_bits = name in ("v_proj", "down_proj") and (not in_between or (layer - tail) % 3 == 2)
+    return KINDS[finer if name == "lm_head" or (more_bits and format.endswith("_M")) else most]
+
+
+def replace_matrices(model: mistral.Mistral, format: str) -> None:
+    """Put packed layers in the places of all matrices; their blocks are not made yet if the model is on `meta`."""
+    layers = model.config.num_hidden_layers
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        owner, _, last = name.rpartition(".")
+        kind = kind_of(last, int(name.split(".")[2]) if ".layers." in name else 0, layers, format)
+        rows, columns = module.weight.shape
+        if columns % kind.block_weights:
+            raise ValueError(f"{name} has rows of {columns}, and {kind.name} stores blocks of {kind.block_weights}")
+        size = rows, columns // kind.block_weights * kind.block_bytes
+        blocks = torch.empty(size, dtype=torch.uint8, device=module.weight.device)
+        embedding = isinstance(module, nn.Embedding)
+        packed = PackedEmbedding(blocks, kind, model.dtype) if embedding else PackedLinear(blocks, kind)
+        setattr(model.get_submodule(owner), last, packed)
+
+
+def fill(model: mistral.Mistral) -> None:
+    """Random blocks in all packed layers, with scales of a sensible size."""
+    for module in model.modules():
+        if isinstance(module, Packed):
+            blocks = module.blocks.view(-1, module.kind.block_bytes)
+            blocks.random_(0, 256)
+            for at, size in SCALES[module.kind.name].items():
+                blocks[:, at : at + 2] = _scale(size, blocks)
+
+
+def packed_bytes(model: mistral.Mistral, embedding: bool) -> int:
+    """What the packed layers take, with the embedding or without."""
+    layers = [module for module in model.modules() if isinstance(module, Packed)]
+    return sum(
+        layer.num_rows * layer.row_bytes for layer in layers if embedding or not isinstance(layer, PackedEmbedding)
+    )
+
+
+def _scale(size: float, blocks: Tensor) -> Tensor:
+    return torch.tensor([size], dtype=torch.float16, device=blocks.device).view(torch.uint8)

@@ -1,0 +1,37 @@
+"""Compile the decode kernels of a packed 7B for GPUs that are not here, and print one line of JSON for each.
+
+It runs in a process of its own: the interpreter of the other tests replaces the compiler.
+"""
+
+import json
+
+import torch
+from compile_decode_kernels import DEMO, config, facts
+
+from mistral_kernels.compile_ahead import KINDS, decode_kernels
+from mistral_kernels.planes import FAST_KINDS
+
+MATRICES = ("qkv", "output", "gate_up", "down", "head")
+FP16 = torch.float16
+# (target, batch, kind, larger kind, kernels)
+VARIANTS = [(90, 1, "Q4_K", "Q6_K", ("embed", *MATRICES)), (80, 16, "Q4_K", "Q6_K", MATRICES)]
+VARIANTS += [(90, 1, kind, None, ("gate_up", "down")) for kind in FAST_KINDS]
+VARIANTS += [(80, 16, kind, None, ("down",)) for kind in FAST_KINDS]
+
+
+def show(name, task, dtype, target, batch):
+    """Print the facts of one kernel, with the kinds of its matrices."""
+    kinds = sorted({task.launch.constants[constant] for constant in KINDS if constant in task.launch.constants})
+    print(json.dumps(facts(name, task, dtype, target) | dict(kinds=kinds, batch=batch)), flush=True)
+
+
+def main():
+    for target, batch, kind, larger, names in VARIANTS:
+        tasks = decode_kernels(config("7b"), FP16, batch, target, kind, larger)
+        for name in names:
+            show(name, tasks[name], FP16, target, batch)
+    show("down", decode_kernels(DEMO, torch.float32, 3, 90, "Q8_0")["down"], torch.float32, 90, 3)
+
+
+if __name__ == "__main__":
+    main()
