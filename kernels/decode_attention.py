@@ -194,7 +194,7 @@ def attend(
     q             [B, N, H] of the cache's dtype, rotated
     keys, values  [B, K, num_slots + 1, H]: one layer of a RollingCache
     positions     int64 [B]: where the new token stands; -1: the row takes no part, and its y is 0
-    y             [B, N * H] of the cache's dtype, written
+    y             [B, N * H] of the cache's dtype, or fp16 ahead of packed weights; written
     window        a query sees so many positions, its own included; None: all in the cache
 
     Raises ValueError for head sizes that are no power of two from 16 to 256, for more than 16 query heads a key/value

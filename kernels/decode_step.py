@@ -12,7 +12,7 @@
 serves every later step. The residual stream is float32, so rounding happens only where a matrix is read.
 
 Packed matrices are multiplied as they are. One that no kernel can take so is unpacked ahead of its kernel, each time,
-into memory that all such matrices share: slow, and as small as its file.
+into memory that all such matrices share, by more launches: slow, and as small as its file.
 """
 
 from collections.abc import Callable

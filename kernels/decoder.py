@@ -1,4 +1,4 @@
-"""The fast engine: the reference decoder's four methods, with one CUDA graph for each new token."""
+"""The fast engine: the reference decoder's methods, with one CUDA graph for each new token."""
 
 from collections.abc import Callable, Sequence
 
@@ -114,10 +114,7 @@ class Decoder(ReferenceDecoder):
                 self._read_one(counts)
             else:
                 settle(self._cache)
-                T = max(counts)
-                at = self._cache.lengths[:, None] + torch.arange(T, device=self.model.device)  # [B, T]
-                tokens = self._history.gather(1, at).clamp(min=0)
-                self._keep_logits(counts, self._prefill(tokens, counts))
+                self._keep_logits(counts, self._prefill(self._next_tokens(max(counts)), counts))
             self._behind = [b - n for b, n in zip(self._behind, counts)]
             self._stale = [stale and n == 0 for stale, n in zip(self._stale, counts)]
             self._has_tokens = False

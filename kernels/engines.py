@@ -16,6 +16,7 @@ import torch
 
 from mistral import Decoder, Mistral, NotEnoughMemory, Sampling
 from mistral.decoder import Engine
+from mistral.quantization.packed import Packed
 
 ENGINES = ("auto", "eager", "compile", "kernels")
 MOST_ROWS = 16
@@ -57,6 +58,7 @@ def open_engine(
             return decoder, "; ".join([f"engine: {name} ({place(model)}){_slow_part(decoder)}", *problems])
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
+            _put_back(model)
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
 
 
@@ -159,6 +161,13 @@ def _try(decoder: Engine) -> None:
     decoder.step(Sampling(temperature=0.0))
     decoder.logits.sum().item()  # waits: only then has everything run
     decoder.rewind(decoder.lengths)
+
+
+def _put_back(model: Mistral) -> None:
+    """Undo what kernels that do not run have done: other engines would make the blocks of their planes at every use."""
+    for module in model.modules():
+        if isinstance(module, Packed) and module.keeper is not None:
+            module.take_back()
 
 
 def _slow_part(decoder: Engine) -> str:

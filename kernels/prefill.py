@@ -39,7 +39,7 @@ def read_chunk(
     workspace  required for a packed model
     last_only  logits [B, V] of each row's last real position, instead of [B, T, V]
 
-    Raises ValueError where the cache has no room and for head sizes that the kernel cannot do.
+    Raises ValueError where the cache has no room, for head sizes that the kernel cannot do, and without the workspace.
     """
     B, T = tokens.shape
     if lengths is not None:
@@ -94,14 +94,20 @@ def _linear(module: nn.Module, x: Tensor, workspace: Workspace | None) -> Tensor
     """`module(x)`."""
     if not isinstance(module, (Packed, TiedOutput)):
         return module(x)
-    return workspace.linear(x, matrix_of(module))
+    return _required(workspace).linear(x, matrix_of(module))
 
 
 def _embedded(module: nn.Module, tokens: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T] -> [B, T, D]
     """`module(tokens)`."""
     if isinstance(module, Packed) and isinstance(table := matrix_of(module), Planes):
-        return workspace.rows(table, tokens)
+        return _required(workspace).rows(table, tokens)
     return module(tokens)
+
+
+def _required(workspace: Workspace | None) -> Workspace:
+    if workspace is None:
+        raise ValueError("a packed model is read with a workspace to unpack its matrices into")
+    return workspace
 
 
 def _normalised(norm: RMSNorm, x: Tensor) -> Tensor:

@@ -52,8 +52,9 @@ class LookupDecoder:
     max_ngram  how many of the last tokens must have occurred before; if they have not, one fewer is tried, ...
     min_ngram  ... down to this
 
-    The text is what it would be without (but for rounding, where two tokens are equally good): random numbers are drawn
-    as the reference engine draws them. What it costs: a look at every id, so the engine cannot run ahead of the host.
+    The text is what the reference's would be (but for rounding, where two tokens are equally good): random numbers are
+    drawn as it draws them, whatever engine computes the logits. What it costs: a look at every id, so the engine cannot
+    run ahead of the host.
 
     forwards        how many forwards were made; a prompt is one
     plain_forwards  how many there would be without lookup: one for each id that was chosen or thing that was read

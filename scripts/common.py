@@ -63,7 +63,7 @@ def add_model_arguments(to: argparse.ArgumentParser, optional: bool = True, name
         help="sliding window: a number of tokens, none, or auto: what the checkpoint says (default)",
     )
     to.add_argument(
-        "--packed", action="store_true", help="keep a quantised GGUF packed in memory: small, and slower without a GPU"
+        "--packed", action="store_true", help="keep a quantised GGUF packed in memory: small, and without a GPU slower"
     )
     to.add_argument(
         "--quantize", choices=KINDS, help="round the weights to 8 or 4 bits while loading, and keep them packed"
@@ -118,6 +118,20 @@ def add_engine_argument(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--engine", choices=engines.ENGINES, default="auto", help="default: auto, which takes what works and says why"
     )
+
+
+def add_lookup_argument(to: argparse.ArgumentParser) -> None:
+    """--lookup."""
+    to.add_argument(
+        "--lookup", type=count, default=0, metavar="N", help="guess N tokens at a time from the text (default: 0, none)"
+    )
+
+
+def count(text: str) -> int:
+    """A number of 0 or more, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+    return int(text)
 
 
 def open_chat_engine(arguments: argparse.Namespace, model: mistral.Mistral) -> tuple[Engine, str]:

@@ -14,6 +14,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="the file to write; it must not exist")
     parser.add_argument("--type", choices=KINDS, default="Q8_0", help="of the matrices (default: Q8_0)")
     args = parser.parse_args()
+    if args.packed or args.quantize:
+        raise ValueError("--type says how the weights are rounded; leave out --packed and --quantize")
     if args.output.exists():
         raise ValueError(f"{args.output} exists; remove it or name another file")
     if not args.output.absolute().parent.is_dir():

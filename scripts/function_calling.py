@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
-    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens from the text (default: 0)")
+    common.add_lookup_argument(parser)
     args = parser.parse_args()
     if args.time_limit <= 0:
         raise ValueError("--time-limit must be more than 0 seconds")

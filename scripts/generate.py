@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     common.add_sampling_arguments(parser, temperature=0.7)
     common.add_engine_argument(parser)
-    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens from the text (default: 0)")
+    common.add_lookup_argument(parser)
     args = parser.parse_args()
     if args.chat and args.special:
         raise ValueError("--chat writes the control tokens itself; leave out --special")

@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
-    parser.add_argument("--lookup", type=int, default=0, metavar="N", help="guess N tokens from the text (default: 0)")
+    common.add_lookup_argument(parser)
     return parser.parse_args()
 
 

@@ -8,6 +8,7 @@ import argparse
 import ctypes
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -135,10 +136,13 @@ def measure(
         if way == "float32" and name == PLAIN:
             result[way] = "-"
             continue
-        model = load(torch.float32 if way == "float32" else torch.bfloat16)
-        result["bits"] = round(bits(model), 2)
-        read = one_by_one if way == "kernels" else logits_of
-        result[way] = distance(wanted, [read(model, ids) for ids in rows])
+        try:
+            model = load(torch.float32 if way == "float32" else torch.bfloat16)
+            result["bits"] = round(bits(model), 2)
+            read = one_by_one if way == "kernels" else logits_of
+            result[way] = distance(wanted, [read(model, ids) for ids in rows])
+        except (ValueError, mistral.MistralError) as error:
+            result[way] = f"not measured: {error}"
     return result
 
 
@@ -231,7 +235,7 @@ def page(args: argparse.Namespace, positions: int, results: list[dict]) -> str:
         table="\n".join(head + [line(result) for result in results]),
         ways=" ".join(written),
         remark=DEMOS_OWN if args.model == "demo" else "",
-        arguments=" ".join([*([] if args.model == "demo" else [args.model]), f"--page {args.page}"]),
+        arguments=" ".join(sys.argv[1:]),
         versions=f"torch {torch.__version__}",
     )
 

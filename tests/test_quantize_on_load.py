@@ -176,3 +176,10 @@ def test_the_scripts_take_it():
     options = ["--max-new-tokens", "2", "--device", "cpu"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=small.ROOT)
     assert result.returncode == 0, result.stderr
+    load_it = "import sys; sys.path.insert(0, 'scripts'); import common; parser = common.parser('', ''); "
+    load_it += "common.add_model_arguments(parser); print(common.load(parser.parse_args())[0].lm_head)"
+    command = [sys.executable, "-c", load_it, str(SMALL), "--device", "cpu", "--quantize"]
+    result = subprocess.run([*command, "q8_0"], capture_output=True, text=True, cwd=small.ROOT)
+    assert result.stdout.startswith("PackedLinear("), result.stderr
+    refused = subprocess.run([*command, "q3_0"], capture_output=True, text=True, cwd=small.ROOT)
+    assert refused.returncode == 2

@@ -48,6 +48,10 @@ class Packed(nn.Module):
         """Give up the blocks to someone who has them in another form, so that they are not in memory twice."""
         self.blocks, self.keeper = None, keeper
 
+    def take_back(self) -> None:
+        """Keep the blocks again."""
+        self.blocks, self.keeper = self.all_blocks(), None
+
     def all_blocks(self) -> Tensor:
         """uint8 [rows, bytes of a row]."""
         return self.blocks if self.keeper is None else self.keeper.blocks()
