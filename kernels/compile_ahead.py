@@ -32,6 +32,7 @@ _TYPES = (
     | dict.fromkeys(("allowed", "seen"), "*i1")
     | {"counters": "*i32"}
 )
+_MODELS = ("q", "keys", "values", "norm")  # of the model's dtype, which beside packed weights is not their inputs'
 # The constants that name kinds of weights, and the matrices that are of them; packed ones are bytes.
 KINDS = {"KIND": ("weight", "gate_proj", "up_proj", "table")} | {
     name: (matrix,) for name, matrix in zip(qkv.KIND_NAMES, ("q_proj", "k_proj", "v_proj"))
@@ -88,8 +89,10 @@ def decode_kernels(
     }
 
 
-def compile_ahead(task: Task, dtype: torch.dtype, capability: int) -> Compiled:
+def compile_ahead(task: Task, dtype: torch.dtype, capability: int, model_dtype: torch.dtype | None = None) -> Compiled:
     """Compile a kernel for weights of `dtype` and compute capability `capability` (80, 90).
+
+    model_dtype  of the cache and the norms; None: the weights'. For packed ones `dtype` is that of their inputs
 
     Raises ValueError where TRITON_INTERPRET=1 has replaced the compiler.
     """
@@ -100,7 +103,7 @@ def compile_ahead(task: Task, dtype: torch.dtype, capability: int) -> Compiled:
     constants = {(names.index(name),): value for name, value in launch.constants.items()}
     act = "*" + TRITON_DTYPES[dtype]
     packed = [n for kind, matrices in KINDS.items() if launch.constants.get(kind, DENSE) != DENSE for n in matrices]
-    types = _TYPES | dict.fromkeys(packed, "*u8")
+    types = _TYPES | dict.fromkeys(_MODELS, "*" + TRITON_DTYPES[model_dtype or dtype]) | dict.fromkeys(packed, "*u8")
     signature = {n: "constexpr" if n in launch.constants else types.get(n, act) for n in names}
     hints = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)

@@ -31,8 +31,9 @@ from torch import Tensor
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import weights_at_once
+from mistral_kernels.packed_row import high_mask, high_place, scale_and_low, zero_point
 from mistral_kernels.packed_tile import body_bytes, high_pieces, low_pieces, row_block_bytes
-from mistral_kernels.planes import GROUP, HIGH_BITS, ROWS, Planes, restore, restore_rows
+from mistral_kernels.planes import GROUP, ROWS, Planes, restore, restore_rows
 from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, require
 
 
@@ -58,52 +59,6 @@ def unpack_reference(planes: Planes, out: Tensor, rows: Tensor | None = None) ->
     out.copy_(dequantize(blocks, planes.kind))
 
 
-@triton.constexpr_function
-def zero_point(kind):
-    """The number that stands for 0."""
-    return {"Q4_0": 8, "Q6_K": 32, "Q8_0": 128}.get(kind, 0)
-
-
-@triton.constexpr_function
-def high_mask(kind):
-    """The high bits of one number."""
-    return {"Q5_K": 1, "Q6_K": 3}.get(kind, 0)
-
-
-@triton.constexpr_function
-def high_shifts(kind, half):
-    """`HIGH_BITS` as digits to base 16, lowest first, as int32: the shifts for numbers 8 * half to 8 * half + 7."""
-    digits = sum(HIGH_BITS[kind], ())[8 * half : 8 * half + 8]
-    number = sum(digit << 4 * i for i, digit in enumerate(digits))
-    return number - 2**32 if number >= 2**31 else number
-
-
-@triton.jit
-def scale_and_low(data, head, tail, u, n, KIND: tl.constexpr):
-    """What number n of the words of piece u is multiplied by, and what is taken off then: fp32.
-
-    head, tail  where the head of the quarter begins, and the d of Q6_K, in bytes
-    """
-    halves = data.to(tl.pointer_type(tl.float16))
-    low = 0.0
-    if KIND == "Q4_K" or KIND == "Q5_K":
-        # d, dmin, then scales and mins as drawn at `_scales_and_mins` in dequantize.py
-        first = tl.load(data + head + 4 + u % 4).to(tl.int32)
-        second = tl.load(data + head + 8 + u % 4).to(tl.int32)
-        third = tl.load(data + head + 12 + u % 4).to(tl.int32)
-        scale = tl.where(u < 4, first & 63, (third & 15) | (first >> 6 << 4)).to(tl.float32)
-        low = tl.where(u < 4, second & 63, (third >> 4) | (second >> 6 << 4)).to(tl.float32)
-        scale *= tl.load(halves + head // 2).to(tl.float32)
-        low *= tl.load(halves + head // 2 + 1).to(tl.float32)
-    elif KIND == "Q6_K":
-        scale = tl.load(data.to(tl.pointer_type(tl.int8)) + head + 2 * u + n // 2).to(tl.float32)
-        scale *= tl.load(halves + tail // 2).to(tl.float32)
-    else:
-        block = u // 2 if KIND == "Q8_0" else u
-        scale = tl.load(halves + head // 2 + block).to(tl.float32)
-    return scale, low
-
-
 @triton.jit(do_not_specialize=["T"])
 def unpack_kernel(weight, ids, out, T, COLUMNS: tl.constexpr, KIND: tl.constexpr, CHOSEN: tl.constexpr):
     """One CTA: 8 rows of `out`, one group of columns; a line is 8 neighbouring weights."""
@@ -127,10 +82,8 @@ def unpack_kernel(weight, ids, out, T, COLUMNS: tl.constexpr, KIND: tl.constexpr
     number = tl.load((words + 256 * (u + 1))[:, None] + word).to(tl.int32)
     number = number >> (BITS * n)[:, None] & (1 << BITS) - 1
     if high_pieces(KIND) > 0:
-        SERVES: tl.constexpr = PIECES // high_pieces(KIND)  # so many pieces of low bits
-        high = tl.load((words + 256 * (1 + PIECES + u // SERVES))[:, None] + word).to(tl.int32)
-        at = u % SERVES * 4 + n
-        shift = tl.where(at < 8, high_shifts(KIND, 0), high_shifts(KIND, 1)) >> at % 8 * 4 & 15
+        piece, shift = high_place(u, n, KIND)
+        high = tl.load((words + 256 * piece)[:, None] + word).to(tl.int32)
         number |= (high >> shift[:, None] & high_mask(KIND)) << 4
     tail = row // 8 * BLOCK + BODY + group * 64 + row % 8 * 8 + quarter * 2
     scale, low = scale_and_low(weight, 2 * place, tail, u, n, KIND)

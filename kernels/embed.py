@@ -81,7 +81,7 @@ def embed_kernel(
     if KIND == "dense":
         row = tl.load(table + token * D + d, mask=here, other=0.0).to(tl.float32)
     else:
-        row = packed_elements(table, token, d, here, KIND, D)
+        row = packed_elements(table, token, d, KIND, D)
     scaled = row * tl.load(norm + d, mask=here, other=0.0).to(tl.float32)
     tl.store(residual + b * D + d, row, mask=here)
     tl.store(x + b * D + d, to_activation(scaled, x.dtype.element_ty), mask=here)

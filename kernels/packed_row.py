@@ -1,7 +1,6 @@
-"""Elements of a packed row as numbers, one by one: what the embedding needs.
+"""The numbers of packed rows one by one: for the embedding, and (in dequantize.py) for whole matrices.
 
-The arithmetic is ggml's own, in float32, so infinite and NaN scales come out as there. A row is a few KB: how long the
-code takes does not matter.
+The arithmetic is ggml's own, in float32, so infinite and NaN scales come out as there.
 
 Sources: the formats are drawn in mistral/quantization/dequantize.py, the order of the bytes in planes.py.
 """
@@ -9,71 +8,83 @@ Sources: the formats are drawn in mistral/quantization/dequantize.py, the order 
 import triton
 import triton.language as tl
 
-from mistral_kernels.packed_tile import body_bytes, high_pieces, row_block_bytes
+from mistral_kernels.packed_tile import body_bytes, high_pieces, low_pieces, row_block_bytes
 from mistral_kernels.planes import HIGH_BITS
 
 
 @triton.constexpr_function
-def high_bit(kind, v, n):
-    """At which bit of a word the upper bits of number n begin, in the v-th of the pieces that it serves."""
-    return HIGH_BITS[kind][v][n]
+def zero_point(kind):
+    """The number that stands for 0."""
+    return {"Q4_0": 8, "Q6_K": 32, "Q8_0": 128}.get(kind, 0)
+
+
+@triton.constexpr_function
+def high_mask(kind):
+    """The high bits of one number."""
+    return {"Q5_K": 1, "Q6_K": 3}.get(kind, 0)
+
+
+@triton.constexpr_function
+def high_shifts(kind, half):
+    """`HIGH_BITS` as digits to base 16, lowest first, as int32: the shifts for numbers 8 * half to 8 * half + 7."""
+    digits = sum(HIGH_BITS[kind], ())[8 * half : 8 * half + 8]
+    number = sum(digit << 4 * i for i, digit in enumerate(digits))
+    return number - 2**32 if number >= 2**31 else number
 
 
 @triton.jit
-def high_number(start, piece, n, word, here, KIND: tl.constexpr):
-    """The upper bits of number n of the words of a piece of nibbles, where they belong in the number."""
-    PER: tl.constexpr = 8 // high_pieces(KIND)
-    words = start + (9 + piece // PER) * 256 + word
-    bits = tl.load(words, mask=here, other=0).to(tl.int32) & 0xFFFF
-    shift = n * 0
-    for v in tl.static_range(PER):
-        for i in tl.static_range(4):
-            shift = tl.where((piece % PER == v) & (n == i), high_bit(KIND, v, i), shift)
-    return (bits >> shift & (1 if KIND == "Q5_K" else 3)) << 4
+def high_place(u, n, KIND: tl.constexpr):
+    """Where the high bits of number n of the words of piece u are: in which piece, and from which bit of its words."""
+    SERVES: tl.constexpr = low_pieces(KIND) // high_pieces(KIND)  # so many pieces of low bits
+    at = u % SERVES * 4 + n
+    shift = tl.where(at < 8, high_shifts(KIND, 0), high_shifts(KIND, 1)) >> at % 8 * 4 & 15
+    return 1 + low_pieces(KIND) + u // SERVES, shift
 
 
 @triton.jit
-def k_scales(head, piece, here):
-    """Scale and min, 6 bits each, of a group of 32 weights: see `_scales_and_mins` in dequantize.py."""
-    g = piece % 4
-    first = tl.load(head + 4 + g, mask=here, other=0).to(tl.int32)
-    second = tl.load(head + 8 + g, mask=here, other=0).to(tl.int32)
-    third = tl.load(head + 12 + g, mask=here, other=0).to(tl.int32)
-    scale = tl.where(piece < 4, first & 63, third & 15 | first >> 6 << 4)
-    low = tl.where(piece < 4, second & 63, third >> 4 | second >> 6 << 4)
-    return scale.to(tl.float32), low.to(tl.float32)
+def scale_and_low(data, head, tail, u, n, KIND: tl.constexpr):
+    """What number n of the words of piece u is multiplied by, and what is taken off then: fp32.
 
-
-@triton.jit
-def half_at(pointer, here):
-    """The fp16 numbers there, as fp32."""
-    return tl.load(pointer.to(tl.pointer_type(tl.float16)), mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def packed_elements(data, row, d, here, KIND: tl.constexpr, COLUMNS: tl.constexpr):
-    """Elements d of a row of planes [., COLUMNS], fp32, 0 where not `here`; row and d of one shape, or row a scalar."""
-    BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
-    GROUPS: tl.constexpr = (COLUMNS + 1023) // 1024
-    NUMBERS: tl.constexpr = 2 if KIND == "Q8_0" else 4  # of a word
-    group, quarter, piece = d // 1024, d // 256 % 4, d % 256 // (8 * NUMBERS)
-    n, word = d // 8 % NUMBERS, d % 8
-    block = data + row // 8 * row_block_bytes(KIND, COLUMNS)
-    head = block + group * (BODY // GROUPS) + row % 8 * 64 + quarter * 16
-    words = head.to(tl.pointer_type(tl.int16))
-    bits = tl.load(words + (1 + piece) * 256 + word, mask=here, other=0).to(tl.int32) & 0xFFFF
-    number = bits >> n * (16 // NUMBERS) & (0xFF if KIND == "Q8_0" else 0xF)
-    if high_pieces(KIND) > 0:
-        number = number | high_number(words, piece, n, word, here, KIND)
-    number = number.to(tl.float32)
+    head, tail  where the head of the quarter begins, and the d of Q6_K, in bytes
+    """
+    halves = data.to(tl.pointer_type(tl.float16))
+    low = 0.0
     if KIND == "Q4_K" or KIND == "Q5_K":
-        scale, low = k_scales(head, piece, here)
-        out = half_at(head, here) * scale * number - half_at(head + 2, here) * low
+        # d, dmin, then scales and mins as drawn at `_scales_and_mins` in dequantize.py
+        first = tl.load(data + head + 4 + u % 4).to(tl.int32)
+        second = tl.load(data + head + 8 + u % 4).to(tl.int32)
+        third = tl.load(data + head + 12 + u % 4).to(tl.int32)
+        scale = tl.where(u < 4, first & 63, (third & 15) | (first >> 6 << 4)).to(tl.float32)
+        low = tl.where(u < 4, second & 63, (third >> 4) | (second >> 6 << 4)).to(tl.float32)
+        scale *= tl.load(halves + head // 2).to(tl.float32)
+        low *= tl.load(halves + head // 2 + 1).to(tl.float32)
     elif KIND == "Q6_K":
-        scale = tl.load(head.to(tl.pointer_type(tl.int8)) + 2 * piece + n // 2, mask=here, other=0).to(tl.float32)
-        out = half_at(block + BODY + group * 64 + row % 8 * 8 + quarter * 2, here) * scale * (number - 32.0)
-    elif KIND == "Q8_0":
-        out = half_at(head + piece // 2 * 2, here) * (number - 128.0)
+        scale = tl.load(data.to(tl.pointer_type(tl.int8)) + head + 2 * u + n // 2).to(tl.float32)
+        scale *= tl.load(halves + tail // 2).to(tl.float32)
     else:
-        out = half_at(head + piece * 2, here) * (number - 8.0)
+        block = u // 2 if KIND == "Q8_0" else u
+        scale = tl.load(halves + head // 2 + block).to(tl.float32)
+    return scale, low
+
+
+@triton.jit
+def packed_elements(data, row, d, KIND: tl.constexpr, COLUMNS: tl.constexpr):
+    """Elements d of a row of planes [., COLUMNS], fp32. Behind its end are zeros, up to a multiple of 1,024."""
+    BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
+    GROUP_BYTES: tl.constexpr = 512 * (1 + low_pieces(KIND) + high_pieces(KIND))
+    BITS: tl.constexpr = low_pieces(KIND) // 2
+    NUMBERS: tl.constexpr = 16 // BITS  # of a word
+    group, quarter = d // 1024, d // 256 % 4
+    u, n, word = d % 256 // (8 * NUMBERS), d // 8 % NUMBERS, d % 8
+    block = row // 8 * row_block_bytes(KIND, COLUMNS)
+    head = block + group * GROUP_BYTES + row % 8 * 64 + quarter * 16
+    words = data.to(tl.pointer_type(tl.int16)) + head // 2 + word
+    number = tl.load(words + 256 * (u + 1)).to(tl.int32) >> BITS * n & (1 << BITS) - 1
+    if high_pieces(KIND) > 0:
+        piece, shift = high_place(u, n, KIND)
+        number |= (tl.load(words + 256 * piece).to(tl.int32) >> shift & high_mask(KIND)) << 4
+    scale, low = scale_and_low(data, head, block + BODY + group * 64 + row % 8 * 8 + quarter * 2, u, n, KIND)
+    out = scale * (number - zero_point(KIND)).to(tl.float32)
+    if KIND == "Q4_K" or KIND == "Q5_K":
+        out -= low
     return out

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mistral.cache import RollingCache, window_mask
 from mistral.decoder import Decoder
 from mistral.model import Block, Mistral
-from mistral.quantization.packed import PackedEmbedding, PackedLinear
+from mistral.quantization.packed import Packed
 from mistral.rms_norm import RMSNorm
 
 SMALLEST, MOST_SIZES = 256, 6
@@ -41,7 +41,7 @@ class CompiledDecoder(Decoder):
     backend: str | Callable = "inductor"  # of torch.compile
 
     def __init__(self, model: Mistral, batch_size: int = 1, max_tokens: int | None = None, *, slack: int = 16):
-        if any(isinstance(module, (PackedLinear, PackedEmbedding)) for module in model.modules()):
+        if any(isinstance(module, Packed) for module in model.modules()):
             raise ValueError(f"packed weights cannot be compiled: {REMEDY}, or load the checkpoint unpacked")
         super().__init__(model, batch_size, max_tokens, slack=slack)
         self._sizes = sizes(self._cache.num_slots)

@@ -160,9 +160,8 @@ class Decoder:
         """`_append` for lists of ids from outside."""
         if len(rows) != self.batch_size:
             raise ValueError(f"{len(rows)} rows for a decoder of {self.batch_size}")
-        for id in {id for row in rows for id in row}:
-            if not 0 <= id < self.config.vocab_size:
-                raise ValueError(f"token id {id} lies outside the vocabulary of {self.config.vocab_size}")
+        for row in rows:
+            check_ids(row, self.config)
         counts = [len(row) for row in rows]
         if max(counts):
             padded = torch.tensor([list(row) + [-1] * (max(counts) - len(row)) for row in rows])  # [B, T]
@@ -210,3 +209,10 @@ class Decoder:
     def _forward_all(self, tokens: Tensor) -> Tensor:
         """The same, with the logits behind each of them, [B, T, V]."""
         return self.model(tokens, self._cache)
+
+
+def check_ids(ids: Sequence[int], config: Config) -> None:
+    """Raises ValueError for an id outside the vocabulary."""
+    for id in set(ids):
+        if not 0 <= id < config.vocab_size:
+            raise ValueError(f"token id {id} lies outside the vocabulary of {config.vocab_size}")

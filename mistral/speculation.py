@@ -25,7 +25,7 @@ from os.path import commonprefix
 import torch
 from torch import Tensor
 
-from mistral.decoder import Engine
+from mistral.decoder import Engine, check_ids
 from mistral.sampling import Sampling, next_ids, random_numbers
 
 LONG = 64  # ids that are read without a guess: nobody asks for the logits behind each token of a prompt
@@ -103,9 +103,7 @@ class LookupDecoder:
         if len(rows) != 1:
             raise ValueError(f"{len(rows)} rows for a decoder of 1")
         self._check_room(len(rows[0]))
-        for id in rows[0]:
-            if not 0 <= id < self.config.vocab_size:
-                raise ValueError(f"token id {id} lies outside the vocabulary of {self.config.vocab_size}")
+        check_ids(rows[0], self.config)
         if rows[0]:
             self._append(rows[0])
             self._catch_up()

@@ -69,7 +69,7 @@ def main() -> None:
     facts = machine.facts(device, dtype) | {"size": size, "format": args.format}
     facts |= {"parameters": model.config.num_parameters}
     introduce(facts, model, bandwidth, rate)
-    results, field = [], turns.Field(model)
+    results, field = [], turns.Field(model, names)
     cases, repeats = suite(args, on_gpu), args.repeats or (5 if on_gpu else 15)
     for case in cases:
         # It takes a minute to compile theirs for a case: in core there is time for one.

@@ -118,10 +118,10 @@ def test_who_fails_is_a_row_and_the_others_go_on(tiny, monkeypatch):
         def generate(self, n):
             pass
 
-    field = turns.Field(tiny)
+    names = ["kernels", "transformers", "eager"]
+    field = turns.Field(tiny, names)
     ours = field.open
     monkeypatch.setattr(field, "open", lambda name, *rest: Broken() if name == "transformers" else ours(name, *rest))
-    names = ["kernels", "transformers", "eager"]
     rows = turns.run_case(field, names, Case(1, 5, 2), 3, lambda: "", lambda line: None)
     results = {row.engine: row.result(tiny, 1e10, 1e11) for row in rows}
     assert results["transformers"]["failed"] == "OutOfMemoryError: tried to allocate 99 GB"
@@ -132,7 +132,9 @@ def test_who_fails_is_a_row_and_the_others_go_on(tiny, monkeypatch):
 
 
 def test_nothing_begins_after_the_time_limit(tiny):
-    rows = turns.run_case(turns.Field(tiny), ["eager"], Case(1, 5, 2), 3, turns.time_limit(-1), lambda line: None)
+    rows = turns.run_case(
+        turns.Field(tiny, ["eager"]), ["eager"], Case(1, 5, 2), 3, turns.time_limit(-1), lambda line: None
+    )
     assert "time limit" in rows[0].result(tiny, 1e10, 1e11)["failed"]
 
 
@@ -163,7 +165,7 @@ def test_packed_formats_are_measured_too(no_rates, monkeypatch, capsys):
 
 def test_kernels_do_not_take_the_blocks_from_the_others():
     model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, "Q8_0")
-    field = turns.Field(model)
+    field = turns.Field(model, ["kernels", "eager"])
     model.model.layers[0].mlp.up_proj.hand_over(object())
     eager = field.open("eager", Case(1, 5, 2), small.tokens(1, 5))
     assert eager.decoder.model.model.layers[0].mlp.up_proj.blocks is not None
@@ -226,3 +228,8 @@ def test_our_kernels_bytes_are_all_the_weights():
     weights = sum(moved.values()) - moved["decode_attention_kernel"] - moved["embed_kernel"]
     assert weights == sizes.weight_bytes(model) - norms
     assert moved["decode_attention_kernel"] == 4096 * 131_072
+
+
+def test_a_packed_model_that_one_contestant_runs_is_not_copied():
+    model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, "Q8_0")
+    assert turns.Field(model, ["eager"]).open("eager", Case(1, 5, 2), small.tokens(1, 5)).decoder.model is model

@@ -103,7 +103,7 @@ class Parts:
     kinds  the tensors that `add` rounds to a packed format
     """
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, GgmlType] = {}):
+    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, GgmlType]):
         with torch.device("meta"):
             self._model = Mistral(config)
         self._state: dict[str, Tensor] = {}

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
 from torch import nn
 
 from mistral.checkpoints.assemble import OUTPUT
+from mistral.checkpoints.gguf import UNPACKED
 from mistral.checkpoints.names import gguf_names, interleaved_rows, rotary_heads, tensor_shapes
 from mistral.model import Mistral
 from mistral.quantization.packed import Packed
 from mistral.tokenizer import Tokenizer
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+PLAIN = {dtype: kind for kind, dtype in UNPACKED.items()}
 
 
 def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str | None) -> None:

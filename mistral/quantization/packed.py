@@ -1,5 +1,6 @@
 """Layers whose weights stay packed in memory and are unpacked as they are used."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -51,6 +52,17 @@ class Packed(nn.Module):
     def take_back(self) -> None:
         """Keep the blocks again."""
         self.blocks, self.keeper = self.all_blocks(), None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        # `model.to(...)` moves the blocks; what a keeper has of them it cannot know of.
+        if self.keeper is not None:
+            self.take_back()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.keeper is not None:
+            destination[prefix + "blocks"] = self.keeper.blocks()
 
     def all_blocks(self) -> Tensor:
         """uint8 [rows, bytes of a row]."""

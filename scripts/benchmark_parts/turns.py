@@ -24,13 +24,14 @@ NAMES = ("kernels", "compile", "eager", "transformers", "transformers-compiled",
 
 
 class Field:
-    """Opens contestants by name; what peers need is made when the first of them asks."""
+    """Opens the contestants in `names`; what peers need is made when the first of them asks."""
 
-    def __init__(self, model: mistral.Mistral):
+    def __init__(self, model: mistral.Mistral, names: Sequence[str]):
         self.model = model
         self._packed = any(isinstance(module, Packed) for module in model.modules())
         # Kernels keep packed weights in another order, from which the others would have to put them together again.
-        self._others = copy.deepcopy(model) if self._packed else model
+        apart = self._packed and "kernels" in names and len(names) > 1
+        self._others = copy.deepcopy(model) if apart else model
 
     @cached_property
     def _theirs(self) -> torch.nn.Module:

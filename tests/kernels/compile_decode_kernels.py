@@ -24,9 +24,9 @@ VARIANTS = [
 ]
 
 
-def facts(name, task, dtype, target):
+def facts(name, task, dtype, target, model_dtype=None):
     """What the compiler made of a kernel."""
-    made = compile_ahead(task, dtype, target)
+    made = compile_ahead(task, dtype, target, model_dtype)
     products = [i for i, line in enumerate(made.sass) if line.startswith("HMMA")]
     first, last = (products[0], products[-1] + 1) if products else (0, 0)
     loads = [line.split()[0] for line in made.sass[:first] if line.startswith("LDG")]

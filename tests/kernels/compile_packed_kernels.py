@@ -14,15 +14,16 @@ from mistral_kernels.planes import FAST_KINDS
 MATRICES = ("qkv", "output", "gate_up", "down", "head")
 FP16 = torch.float16
 # (target, batch, kind, larger kind, kernels)
-VARIANTS = [(90, 1, "Q4_K", "Q6_K", ("embed", *MATRICES)), (80, 16, "Q4_K", "Q6_K", MATRICES)]
+VARIANTS = [(90, 1, "Q4_K", "Q6_K", ("embed", "attention", *MATRICES)), (80, 16, "Q4_K", "Q6_K", MATRICES)]
 VARIANTS += [(90, 1, kind, None, ("gate_up", "down")) for kind in FAST_KINDS]
 VARIANTS += [(80, 16, kind, None, ("down",)) for kind in FAST_KINDS]
 
 
 def show(name, task, dtype, target, batch):
-    """Print the facts of one kernel, with the kinds of its matrices."""
+    """Print the facts of one kernel, with the kinds of its matrices. The model is in bfloat16, as most are."""
     kinds = sorted({task.launch.constants[constant] for constant in KINDS if constant in task.launch.constants})
-    print(json.dumps(facts(name, task, dtype, target) | dict(kinds=kinds, batch=batch)), flush=True)
+    model_dtype = torch.bfloat16 if dtype == FP16 else dtype
+    print(json.dumps(facts(name, task, dtype, target, model_dtype) | dict(kinds=kinds, batch=batch)), flush=True)
 
 
 def main():
