@@ -15,6 +15,7 @@ How a page is written, and what tests/test_docs.py checks:
 Every other block, and a ```text anywhere else, is shown and not run. Fences begin at the left margin.
 """
 
+import argparse
 import contextlib
 import io
 import re
@@ -118,7 +119,9 @@ def refreshed(page: str, name: str = "page.md") -> str:
 
 
 def main() -> None:
-    for path in map(Path, sys.argv[1:] or sorted((ROOT / "docs").rglob("*.md"))):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")
+    for path in parser.parse_args().pages or sorted((ROOT / "docs").rglob("*.md")):
         page = path.read_text()
         new = refreshed(page, path.name)
         if new != page:

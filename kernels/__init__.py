@@ -1,6 +1,7 @@
-"""Mistral's decode step in Triton, fused. The reference is the package `mistral`; the doors are the same.
+"""What the package `mistral` computes, in fused Triton kernels for one GPU.
 
-Importing this needs neither a GPU nor Triton.
+`Decoder` has the methods of `mistral.Decoder`; `open_engine` chooses between the engines. Importing this needs neither
+a GPU nor Triton.
 """
 
 from typing import Any

@@ -18,21 +18,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mistral import Config
-from mistral_kernels import decode_attention, embed, gate_up, head, projection, qkv
+from mistral_kernels import decode_attention, embed, gate_up, head, projection, qkv, short_linear
 from mistral_kernels.matvec import DENSE
 from mistral_kernels.portable import TRITON_DTYPES, Launch
 
 # By name, in every kernel; what is not here points to numbers of the weights' dtype.
 _TYPES = (
-    dict.fromkeys(("residual", "sums", "weights", "cos", "sin", "frequencies", "logits", "scores", "reals"), "*fp32")
+    dict.fromkeys(("residual", "sums", "cos", "sin", "frequencies", "logits", "scores", "floats"), "*fp32")
+    | dict.fromkeys(("partial_outputs", "stats"), "*fp32")
     | dict.fromkeys(("tokens", "positions", "slots", "starts", "lengths"), "*i64")
-    | dict.fromkeys(("wholes", "counts", "ids", "problems"), "*i64")
+    | dict.fromkeys(("integers", "counts", "ids", "problems"), "*i64")
     | dict.fromkeys(("eps", "gain", "scale"), "fp32")
-    | dict.fromkeys(("ring", "num_slots", "window", "T"), "i32")
+    | dict.fromkeys(("ring_size", "num_slots", "window", "T", "out_features"), "i32")
     | dict.fromkeys(("allowed", "seen"), "*i1")
-    | {"counters": "*i32"}
+    | {"counters": "*i32", "inverse": "*fp32"}
 )
-_MODELS = ("q", "keys", "values", "norm")  # of the model's dtype, which beside packed weights is not their inputs'
+# Of the model's dtype, which beside packed weights is not their inputs'
+_MODELS = ("q", "keys", "values", "norm", "inputs", "outputs")
 # The constants that name kinds of weights, and the matrices that are of them; packed ones are bytes.
 KINDS = {"KIND": ("weight", "gate_proj", "up_proj", "table")} | {
     name: (matrix,) for name, matrix in zip(qkv.KIND_NAMES, ("q_proj", "k_proj", "v_proj"))
@@ -86,6 +88,24 @@ def decode_kernels(
         "gate_up": Task(gate_up.gate_up_kernel, gate_up.launch(batch, D, F, *how, kind)),
         "down": Task(projection.projection_kernel, projection.launch(batch, D, F, *how, more)),
         "head": Task(head.head_kernel, head.launch(batch, D, V, *how, more)),
+    }
+
+
+def short_kernels(
+    config: Config, dtype: torch.dtype, T: int, capability: int, kind: str, larger: str | None = None
+) -> dict[str, Task]:
+    """The kernels that multiply T rows of a short chunk with such a model's packed matrices, by name.
+
+    The other arguments are those of `decode_kernels`. All matrices as wide as up_proj run the code of "short up".
+    """
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    more, how = larger or kind, (dtype, 80 if capability < 90 else 90)
+    kernel, launch = short_linear.short_linear_kernel, short_linear.launch
+    return {
+        "scale": Task(short_linear.scale_rows_kernel, short_linear.scale_launch(T, F)),
+        "short up": Task(kernel, launch(T, D, F, *how, kind)),
+        "short down": Task(kernel, launch(T, F, D, *how, more)),
+        "short head": Task(kernel, launch(T, D, V, *how, more)),
     }
 
 

@@ -5,14 +5,14 @@
 Sources: Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html (the split);
 Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867 (the running maximum).
 
-One CTA takes one key/value head of one row and one of SPLITS parts of its keys, and does the G query heads that share
-them together: they are the rows of one `tl.dot`, so every key is read once. Position p lives in slot p mod S; the
-window is a run of consecutive positions, so its slots are a run that wraps at most once, and exactly the live ones are
-read. How many there are follows from `positions` on the device: one CUDA graph serves every length.
+One CTA takes one key/value head of one row and one of SPLITS parts of its keys. The G query heads that share these are
+the rows of one `tl.dot`, so every key is read once. Position p lives in slot p mod S; the window is a run of
+consecutive positions, so its slots are a run that wraps at most once, and only those are read. How many there are
+follows from `positions` on the device: one CUDA graph serves every length.
 
-The parts meet in the same kernel: each CTA writes its sum, its maximum and its weight, and counts itself; the one that
-counts last adds all parts up, in their order, so the result has the same bits whoever comes last. It sets the counter
-back to zero for the next call.
+The parts meet in the same kernel: each CTA writes its weighted sum of values, its maximum and its sum of weights, and
+counts itself. The CTA that counts last adds all parts up, in their order, so the result has the same bits whoever comes
+last, and sets the counter back to zero for the next call.
 
 Bytes: 4 K H a live position and row in 16 bits (7B: 16.8 MB for 4,096 positions, 3.9 us at 4.3 TB/s).
 
@@ -21,6 +21,8 @@ Versions (times not measured; instructions a thread for 64 keys, read from the S
   tl.dot, the G heads padded to 16 rows            350; loads pipelined in 3 stages of 64 keys
   combine in a second kernel                       one more launch, 1 to 2 us, for the 1 us that it takes here
 """
+
+import math
 
 import torch
 import triton
@@ -49,17 +51,18 @@ def num_splits(batch: int, K: int) -> int:
     return max(n for n in (1, 2, 4, 8, 16) if n == 1 or batch * K * n <= FULL_GPU)
 
 
-class Workspace:
-    """What the CTAs of one `attend` tell each other; one serves all layers, since they run one after the other.
+class Partials:
+    """Where the CTAs of one `attend` leave their parts; one serves all layers, since they run one after the other.
 
     splits  how many parts the keys are cut into; None: `num_splits`
     """
 
     def __init__(self, batch: int, N: int, K: int, H: int, device: torch.device | str, *, splits: int | None = None):
         self.splits = splits or num_splits(batch, K)
-        self.sums = torch.empty(batch * N * self.splits * H, dtype=torch.float32, device=device)
-        self.weights = torch.empty(batch * N * self.splits * 2, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(batch * K, dtype=torch.int32, device=device)
+        parts, G = (batch * K, self.splits), N // K
+        self.outputs = torch.empty(*parts, G, H, dtype=torch.float32, device=device)  # weighted sums of values
+        self.stats = torch.empty(*parts, 2, G, dtype=torch.float32, device=device)  # largest scores; sums of weights
+        self.counters = torch.zeros(batch * K, dtype=torch.int32, device=device)  # how many parts are there
 
 
 def attend_reference(
@@ -68,7 +71,7 @@ def attend_reference(
     values: Tensor,
     positions: Tensor,
     y: Tensor,
-    workspace: Workspace,
+    partials: Partials,
     num_slots: int,
     window: int | None,
     *,
@@ -87,24 +90,25 @@ def attend_reference(
 
 @triton.jit
 def combine(
-    y, sums, weights, index, G: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr
+    y, partial_outputs, stats, index, G: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """Add up the parts of one key/value head and row, and store its G heads of y."""
     g = tl.arange(0, GROUP)
     real = g < G
     head = g[:, None] * H + tl.arange(0, H)[None, :]
     top = tl.full([GROUP], -1e30, tl.float32)
+    # ".cg" reads past the L1 cache, which does not know what other CTAs have written.
     for part in tl.static_range(SPLITS):
-        line = weights + (index * SPLITS + part) * 2 * G + g
-        top = tl.maximum(top, tl.load(line, mask=real, other=-1e30, cache_modifier=".cg"))
+        stat = stats + (index * SPLITS + part) * 2 * G + g
+        top = tl.maximum(top, tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg"))
     total = tl.zeros([GROUP], tl.float32)
     out = tl.zeros([GROUP, H], tl.float32)
     for part in tl.static_range(SPLITS):
         at = index * SPLITS + part
-        line = weights + at * 2 * G + g
-        factor = tl.exp2(tl.load(line, mask=real, other=-1e30, cache_modifier=".cg") - top)
-        total += factor * tl.load(line + G, mask=real, other=0.0, cache_modifier=".cg")
-        mine = tl.load(sums + at * G * H + head, mask=real[:, None], other=0.0, cache_modifier=".cg")
+        stat = stats + at * 2 * G + g
+        factor = tl.exp2(tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg") - top)
+        total += factor * tl.load(stat + G, mask=real, other=0.0, cache_modifier=".cg")
+        mine = tl.load(partial_outputs + at * G * H + head, mask=real[:, None], other=0.0, cache_modifier=".cg")
         out += factor[:, None] * mine
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]  # a row that takes no part has no key, and gets 0
     tl.store(y + index * G * H + head, to_activation(out, y.dtype.element_ty), mask=real[:, None])
@@ -112,7 +116,7 @@ def combine(
 
 @triton.jit(do_not_specialize=["num_slots", "window"])
 def decode_attention_kernel(
-    q, keys, values, positions, y, sums, weights, counters, num_slots, window, scale,
+    q, keys, values, positions, y, partial_outputs, stats, counters, num_slots, window, scale,
     K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -124,11 +128,11 @@ def decode_attention_kernel(
     live = tl.minimum(position + 1, window)
     start = (position + 1 - live) % num_slots  # the slot of the oldest
     share = tl.cdiv(live, SPLITS * BLOCK) * BLOCK
-    low = split * share
+    low = split * share  # of the live positions, oldest first, this part has low .. high - 1
     high = tl.minimum(low + share, live)
 
     d = tl.arange(0, H)
-    m = tl.arange(0, 16)
+    m = tl.arange(0, 16)  # the G heads, filled up to the least that `tl.dot` takes
     ring = index.to(tl.int64) * (num_slots + 1) * H
     heads = index * G + tl.minimum(m, G - 1)
     query = dot_operand(tl.load(q + heads[:, None] * H + d[None, :]), ARCH)
@@ -152,14 +156,14 @@ def decode_attention_kernel(
 
     part = index * SPLITS + split
     real = m < G
-    tl.store(sums + (part * G + m[:, None]) * H + d[None, :], out, mask=real[:, None])
-    tl.store(weights + part * 2 * G + m, top, mask=real)
-    tl.store(weights + part * 2 * G + G + m, total, mask=real)
+    tl.store(partial_outputs + (part * G + m[:, None]) * H + d[None, :], out, mask=real[:, None])
+    tl.store(stats + part * 2 * G + m, top, mask=real)
+    tl.store(stats + part * 2 * G + G + m, total, mask=real)
     tl.debug_barrier()  # one thread counts for all of them, so all must have stored
     before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
     release_consumer(ARCH)
     if before == SPLITS - 1:
-        combine(y, sums, weights, index, G, GROUP, H, SPLITS)
+        combine(y, partial_outputs, stats, index, G, GROUP, H, SPLITS)
         tl.store(counters + index, 0)
 
 
@@ -171,10 +175,10 @@ def launch(batch: int, N: int, K: int, H: int, dtype: torch.dtype, arch: int, sp
     G = N // K
     require(G <= 16, f"{G} query heads share a key/value head; the decode kernels take up to 16")
     splits = splits or num_splits(batch, K)
-    stages = 3 if H * dtype.itemsize <= 256 else 1  # 72 KB of shared memory for a head of 128 in 16 bits
+    stages = 3 if H * dtype.itemsize <= 256 else 1  # 70 KB of shared memory for a head of 128 in 16 bits
     group = triton.next_power_of_2(G)
     constants = dict(K=K, G=G, GROUP=group, H=H, SPLITS=splits, BLOCK=BLOCK, STAGES=stages, ARCH=arch)
-    return Launch((batch * K, splits), constants, dict(num_warps=4, num_stages=stages), contiguous=True)
+    return Launch((batch * K, splits), constants, dict(num_warps=4, num_stages=stages))
 
 
 def attend(
@@ -183,26 +187,29 @@ def attend(
     values: Tensor,
     positions: Tensor,
     y: Tensor,
-    workspace: Workspace,
+    partials: Partials,
     num_slots: int,
     window: int | None,
     *,
     pdl: bool = False,
 ) -> None:
-    """Write each row's attention over what it remembers, the new token included (its key must be stored).
+    """Write each row's attention over what it remembers, the new token included: its key and value must be stored.
 
     q             [B, N, H] of the cache's dtype, rotated
     keys, values  [B, K, num_slots + 1, H]: one layer of a RollingCache
     positions     int64 [B]: where the new token stands; -1: the row takes no part, and its y is 0
-    y             [B, N * H] of the cache's dtype, or fp16 ahead of packed weights; written
+    y             [B, N * H] of the cache's dtype, or fp16 where the model has packed weights; written
+    partials      made for these B, N, K and H
+    num_slots     S of the RollingCache
     window        a query sees so many positions, its own included; None: all in the cache
+    pdl           see `Launch.run`
 
     Raises ValueError for head sizes that are no power of two from 16 to 256, for more than 16 query heads a key/value
-    head, and B above 16.
+    head, B above 16, other dtypes and tensors with gaps, and where no kernel can run.
     """
     (B, N, H), K = q.shape, keys.shape[1]
-    shape = launch(B, N, K, H, keys.dtype, arch_of(q), workspace.splits)
-    scratch = (workspace.sums, workspace.weights, workspace.counters)
-    scale = H**-0.5 * 1.4426950408889634  # 1 / ln 2: exp2 is what the GPU has
+    shape = launch(B, N, K, H, keys.dtype, arch_of(q), partials.splits)
+    parts = (partials.outputs, partials.stats, partials.counters)
+    scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
     seen = min(window or num_slots, num_slots)
-    shape.run(decode_attention_kernel, q, keys, values, positions, y, *scratch, num_slots, seen, scale, pdl=pdl)
+    shape.run(decode_attention_kernel, q, keys, values, positions, y, *parts, num_slots, seen, scale, pdl=pdl)

@@ -8,11 +8,13 @@
                      project    residual += h down^T;  x
     head                                                      x -> logits
 
-5 L + 2 launches (7B: 162). Nothing here is allocated, read back or decided by the host, so that a CUDA graph of `run`
-serves every later step. The residual stream is float32, so rounding happens only where a matrix is read.
+5 launches a layer and 2 more (7B: 162). Nothing is read back or decided by the host, and what the kernels pass on stays
+in place, so that a CUDA graph of `run` serves every later step. The residual stream is float32: only what a matrix
+reads is rounded.
 
-Packed matrices are multiplied as they are. One that no kernel can take so is unpacked ahead of its kernel, each time,
-into memory that all such matrices share, by more launches: slow, and as small as its file.
+Packed matrices are multiplied as they are. One that no kernel can take like that is unpacked ahead of its kernel, at
+every step, into memory that all such matrices share. That takes more launches and is slow, but the model stays as small
+as its file.
 """
 
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from mistral_kernels.weights import ToUnpack, Weight, weights_of, workspace_numb
 
 
 class Operations(NamedTuple):
-    """The six operations, and the one that unpacks; there are two sets of them, with the same arguments."""
+    """The six operations of a step, and the one that unpacks matrices. There are two sets, with the same arguments."""
 
     embed: Callable[..., None]
     qkv: Callable[..., None]
@@ -53,11 +55,12 @@ REFERENCES = Operations(
 
 
 class DecodeStep:
-    """`run` reads `tokens` [B] at `positions` [B], writes their keys and values, and leaves `logits` [B, V] fp32.
+    """The model with its cache and buffers: `run` reads `tokens`, int64 [B], and leaves `logits`, fp32 [B, V].
 
-    cache       a RollingCache of the model, for its ring; its tables are the caller's business
+    cache       a RollingCache of the model. Keys and values are written into it; which slot holds which position (its
+                tables) is the caller's business.
     operations  KERNELS, or REFERENCES: the same in plain PyTorch, for a CPU and for debugging
-    pdl         programmatic dependent launch
+    pdl         programmatic dependent launch, see `Launch.run`
     """
 
     def __init__(self, model: Mistral, cache: RollingCache, operations: Operations = KERNELS, pdl: bool = False):
@@ -78,26 +81,30 @@ class DecodeStep:
         self._q = new(B, N, H, dtype=model.dtype)  # multiplied with the cache's keys
         self._cos, self._sin = new(B, H // 2, dtype=torch.float32), new(B, H // 2, dtype=torch.float32)
         self._slots, self._rows = new(B, dtype=torch.int64), torch.arange(B, device=device)
-        self._splits = decode_attention.Workspace(B, N, K, H, device)
+        self._partials = decode_attention.Partials(B, N, K, H, device)
 
     def run(self, positions: Tensor) -> None:
-        """positions int64 [B]: where the tokens stand; -1: the row takes no part, and its logits mean nothing."""
+        """One forward of `tokens` at `positions`, int64 [B]; -1: the row takes no part, and its logits mean nothing.
+
+        Raises ValueError where a kernel cannot do the model's sizes, its dtype or the batch, and where none can run.
+        """
         do, cache, w = self.operations, self.cache, self.weights
         residual, x, sums, eps = self._residual, self._x, self._sums, self.config.rms_norm_eps
         tokens, table = self._embedding()
         do.embed(
             tokens, positions, table, w.layers[0].input_norm.weight, w.frequencies,
-            residual, x, sums, self._cos, self._sin, self._slots, cache.num_slots, pdl=False,
+            residual, x, sums, self._cos, self._sin, self._slots, cache.num_slots,
+            pdl=False,  # what runs ahead of it is none of these kernels: only a plain launch waits for its end
         )  # fmt: skip
-        following = [layer.input_norm for layer in w.layers[1:]] + [w.norm]
-        for layer, keys, values, next_norm in zip(w.layers, cache.keys, cache.values, following):
+        next_norms = [layer.input_norm for layer in w.layers[1:]] + [w.norm]
+        for layer, keys, values, next_norm in zip(w.layers, cache.keys, cache.values, next_norms):
             weight, early = self._ready(layer.qkv)
             do.qkv(
                 x, sums, weight, self._cos, self._sin, self._slots, self._q, keys, values,
                 eps, layer.input_norm.gain, pdl=early,
             )  # fmt: skip
             do.attend(
-                self._q, keys, values, positions, self._y, self._splits, cache.num_slots,
+                self._q, keys, values, positions, self._y, self._partials, cache.num_slots,
                 self.config.sliding_window, pdl=self.pdl,
             )  # fmt: skip
             weight, early = self._ready(layer.o)
@@ -110,8 +117,9 @@ class DecodeStep:
         do.head(x, sums, weight, self.logits, eps, w.norm.gain, pdl=early)
 
     def _ready(self, weight: Weight) -> tuple[Tensor | Planes | tuple[Planes, ...], bool]:
-        """As a kernel takes it, and whether that may begin before the one ahead of it has ended: it reads weights
-        first, and what has just been unpacked is not there yet.
+        """A matrix as its kernel takes it, and whether that kernel may begin before the one ahead of it has ended.
+
+        Not after an unpacking: a kernel loads weights before it waits, and they might not be there yet.
         """
         if isinstance(weight, ToUnpack):
             return self.workspace.fill(weight.parts), False

@@ -48,7 +48,8 @@ class Decoder(ReferenceDecoder):
         on_gpu = model.device.type == "cuda"
         if graph and (plain or not on_gpu):
             raise ValueError("a CUDA graph needs the kernels and a GPU")
-        self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph or (graph is None and on_gpu) else None
+        graph = on_gpu and not plain if graph is None else graph
+        self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph else None
         self.ahead = min(2, slack)
         self._plain = plain
         with torch.inference_mode():

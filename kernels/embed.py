@@ -6,7 +6,7 @@
     slot     = position mod S, where the ring of S slots keeps this position; S itself, which nobody reads, for a row
                with position -1: it takes no part in this step
 
-Bytes: a few KB a row. A launch is all that it costs, so there is one for all of it.
+Bytes: some 40 KB a row (7B). A launch is nearly all that it costs, so there is one for all of it.
 
 Versions (times not measured)
   torch: gather, square, sum, cosine, sine, ...   about 10 kernels
@@ -81,7 +81,7 @@ def embed_kernel(
     if KIND == "dense":
         row = tl.load(table + token * D + d, mask=here, other=0.0).to(tl.float32)
     else:
-        row = packed_elements(table, token, d, KIND, D)
+        row = packed_elements(table, token, d, KIND, D)  # zeros from D on
     scaled = row * tl.load(norm + d, mask=here, other=0.0).to(tl.float32)
     tl.store(residual + b * D + d, row, mask=here)
     tl.store(x + b * D + d, to_activation(scaled, x.dtype.element_ty), mask=here)
@@ -102,7 +102,7 @@ def launch(batch: int, D: int, H: int, arch: int, kind: str = DENSE) -> Launch:
     require_multiple("hidden_size", D, 32)
     require_multiple("head_dim", H, 2)
     constants = dict(D=D, H=H, BLOCK=BLOCK, KIND=kind, ARCH=arch)
-    return Launch((batch, triton.cdiv(D, BLOCK)), constants, dict(num_warps=2), contiguous=True)
+    return Launch((batch, triton.cdiv(D, BLOCK)), constants, dict(num_warps=2))
 
 
 def embed(
@@ -128,28 +128,16 @@ def embed(
     norm               [D]: the first layer's input norm, from `scaled_norm`
     frequencies        fp32 [H/2]: theta^(-2i/H)
     residual, sums     fp32 [B, D] and [B, D/16], written
-    x                  [B, D] of the matrices' dtype, fp16 or fp32 if they are packed, written
+    x                  [B, D] of the weights' dtype, or where the model has packed weights fp16 (fp32, if the model is
+                       in fp32); written
     cos, sin           fp32 [B, H/2], written
     slots              int64 [B], written
-    num_slots          of the RollingCache
+    num_slots          S of the RollingCache
+    pdl                see `Launch.run`
 
-    Raises ValueError where D is no multiple of 32, or B above 16.
+    Raises ValueError where D is no multiple of 32 or B is above 16, for tensors with gaps, and where no kernel can run.
     """
     (memory,), (kind,), _ = operands(x, table)
     shape = launch(tokens.shape[0], table.shape[1], 2 * frequencies.shape[0], arch_of(x), kind)
-    shape.run(
-        embed_kernel,
-        tokens,
-        positions,
-        memory,
-        norm,
-        frequencies,
-        residual,
-        x,
-        sums,
-        cos,
-        sin,
-        slots,
-        num_slots,
-        pdl=pdl,
-    )
+    written = (residual, x, sums, cos, sin, slots)
+    shape.run(embed_kernel, tokens, positions, memory, norm, frequencies, *written, num_slots, pdl=pdl)

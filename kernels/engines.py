@@ -155,9 +155,14 @@ def _open_kernels(model: Mistral, sizes: dict) -> Engine:
 @torch.inference_mode()
 def _try(decoder: Engine) -> None:
     """Read and write something, which compiles what is needed and shows what fails; then forget it."""
+    rows = decoder.batch_size
     if decoder.limit < 3:
         return
-    decoder.read([[0, 0]] * decoder.batch_size)
+    # Packed matrices have one kernel for up to 8 rows in all, one for up to 16, and are unpacked for more.
+    for T in sorted({2, MOST_ROWS // rows, MOST_ROWS // rows + 1}):
+        if 1 < T < decoder.limit:
+            decoder.rewind(decoder.lengths)
+            decoder.read([[0] * T] * rows)
     decoder.step(Sampling(temperature=0.0))
     decoder.logits.sum().item()  # waits: only then has everything run
     decoder.rewind(decoder.lengths)

@@ -89,13 +89,16 @@ def gate_up(
 ) -> None:
     """Write silu(gate) * up.
 
-    x       [B, D] of the weights' dtype, fp16 or fp32 if they are packed: gain * residual * norm weight
-    sums    fp32 [B, D/16]: partial sums of residual^2
-    weight  [2F, D]: gate_proj above up_proj; or the two, packed
-    h       [B, F] of x's dtype, written
-    gain    from `scaled_norm`
+    x          [B, D]: gain * residual * norm weight; of the weights' dtype, or where the model has packed weights fp16
+               (fp32, if the model is in fp32)
+    sums       fp32 [B, D/16]: partial sums of residual^2
+    weight     [2F, D]: gate_proj above up_proj; or the two, packed
+    h          [B, F] of x's dtype, written
+    eps, gain  of the norm; gain is from `scaled_norm`
+    pdl        see `Launch.run`
 
-    Raises ValueError where D or F is no multiple of 32, B above 16, or the two are packed in different ways.
+    Raises ValueError where D or F is no multiple of 32, B is above 16 or the two are packed in different ways, for
+    other dtypes, for tensors with gaps, and where no kernel can run.
     """
     gate, up = weight if isinstance(weight, tuple) else weight.chunk(2)
     F, D = gate.shape

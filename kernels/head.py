@@ -79,13 +79,16 @@ def head(
 ) -> None:
     """Write the logits.
 
-    x       [B, D] of the weights' dtype, fp16 or fp32 if they are packed: gain * residual * weight of the final norm
-    sums    fp32 [B, D/16]: partial sums of residual^2
-    weight  [V, D], plain or packed
-    logits  fp32 [B, V], written
-    gain    from `scaled_norm`
+    x          [B, D]: gain * residual * weight of the final norm; of the weights' dtype, or where the model has packed
+               weights fp16 (fp32, if the model is in fp32)
+    sums       fp32 [B, D/16]: partial sums of residual^2
+    weight     [V, D], plain or packed
+    logits     fp32 [B, V], written
+    eps, gain  of the norm; gain is from `scaled_norm`
+    pdl        see `Launch.run`
 
-    Raises ValueError where D is no multiple of 32, or B above 16.
+    Raises ValueError where D is no multiple of 32 or B above 16, for other dtypes, for tensors with gaps, and where no
+    kernel can run.
     """
     V, D = weight.shape
     (matrix,), (kind,), dtype = operands(x, weight)

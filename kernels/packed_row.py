@@ -1,6 +1,6 @@
-"""The numbers of packed rows one by one: for the embedding, and (in dequantize.py) for whole matrices.
+"""The weights of packed rows one by one: for the embedding, and (in dequantize.py) for whole matrices.
 
-The arithmetic is ggml's own, in float32, so infinite and NaN scales come out as there.
+The arithmetic is ggml's own, in float32, so infinite and NaN scales give what they give there.
 
 Sources: the formats are drawn in mistral/quantization/dequantize.py, the order of the bytes in planes.py.
 """
@@ -14,19 +14,19 @@ from mistral_kernels.planes import HIGH_BITS
 
 @triton.constexpr_function
 def zero_point(kind):
-    """The number that stands for 0."""
+    """The number that stands for weight 0."""
     return {"Q4_0": 8, "Q6_K": 32, "Q8_0": 128}.get(kind, 0)
 
 
 @triton.constexpr_function
 def high_mask(kind):
-    """The high bits of one number."""
+    """The high bits of one number, moved down to bit 0."""
     return {"Q5_K": 1, "Q6_K": 3}.get(kind, 0)
 
 
 @triton.constexpr_function
 def high_shifts(kind, half):
-    """`HIGH_BITS` as digits to base 16, lowest first, as int32: the shifts for numbers 8 * half to 8 * half + 7."""
+    """`HIGH_BITS` 8 * half to 8 * half + 7 as the digits, to base 16 and lowest first, of one int32."""
     digits = sum(HIGH_BITS[kind], ())[8 * half : 8 * half + 8]
     number = sum(digit << 4 * i for i, digit in enumerate(digits))
     return number - 2**32 if number >= 2**31 else number
@@ -34,7 +34,7 @@ def high_shifts(kind, half):
 
 @triton.jit
 def high_place(u, n, KIND: tl.constexpr):
-    """Where the high bits of number n of the words of piece u are: in which piece, and from which bit of its words."""
+    """Of number n of the words of piece u: the piece that has its high bits, and at which bit of a word they begin."""
     SERVES: tl.constexpr = low_pieces(KIND) // high_pieces(KIND)  # so many pieces of low bits
     at = u % SERVES * 4 + n
     shift = tl.where(at < 8, high_shifts(KIND, 0), high_shifts(KIND, 1)) >> at % 8 * 4 & 15
@@ -43,9 +43,9 @@ def high_place(u, n, KIND: tl.constexpr):
 
 @triton.jit
 def scale_and_low(data, head, tail, u, n, KIND: tl.constexpr):
-    """What number n of the words of piece u is multiplied by, and what is taken off then: fp32.
+    """What number n of the words of piece u is multiplied by, and what is then taken off: fp32.
 
-    head, tail  where the head of the quarter begins, and the d of Q6_K, in bytes
+    head, tail  at which byte the head of the quarter is, and the d of Q6_K
     """
     halves = data.to(tl.pointer_type(tl.float16))
     low = 0.0
@@ -68,18 +68,21 @@ def scale_and_low(data, head, tail, u, n, KIND: tl.constexpr):
 
 
 @triton.jit
-def packed_elements(data, row, d, KIND: tl.constexpr, COLUMNS: tl.constexpr):
-    """Elements d of a row of planes [., COLUMNS], fp32. Behind its end are zeros, up to a multiple of 1,024."""
+def packed_elements(data, row, column, KIND: tl.constexpr, COLUMNS: tl.constexpr):
+    """Some columns of a row of planes [., COLUMNS]: fp32, of the shape of `column`.
+
+    Behind the row's end are zeros, up to a multiple of 1,024 columns.
+    """
     BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
     GROUP_BYTES: tl.constexpr = 512 * (1 + low_pieces(KIND) + high_pieces(KIND))
-    BITS: tl.constexpr = low_pieces(KIND) // 2
+    BITS: tl.constexpr = low_pieces(KIND) // 2  # 8 pieces of 4 bits, 16 of 8
     NUMBERS: tl.constexpr = 16 // BITS  # of a word
-    group, quarter = d // 1024, d // 256 % 4
-    u, n, word = d % 256 // (8 * NUMBERS), d // 8 % NUMBERS, d % 8
+    group, quarter = column // 1024, column // 256 % 4
+    u, n, word = column % 256 // (8 * NUMBERS), column // 8 % NUMBERS, column % 8
     block = row // 8 * row_block_bytes(KIND, COLUMNS)
     head = block + group * GROUP_BYTES + row % 8 * 64 + quarter * 16
     words = data.to(tl.pointer_type(tl.int16)) + head // 2 + word
-    number = tl.load(words + 256 * (u + 1)).to(tl.int32) >> BITS * n & (1 << BITS) - 1
+    number = tl.load(words + 256 * (u + 1)).to(tl.int32) >> BITS * n & (1 << BITS) - 1  # piece 0 is the head
     if high_pieces(KIND) > 0:
         piece, shift = high_place(u, n, KIND)
         number |= (tl.load(words + 256 * piece).to(tl.int32) >> shift & high_mask(KIND)) << 4

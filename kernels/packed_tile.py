@@ -12,17 +12,18 @@ Three things bring it to 2, or 3 for 5 and 6 bits:
   are 8 neighbours. No weight passes through shared memory, and nothing is shuffled.
 * The scales of 256 weights are 16 bytes too, and the lane that multiplies these weights loads them.
 
-A warp takes groups of 1,024 columns, each lane of four one quarter of it. All loads of a group are issued before the
-first use.
+A warp takes groups of 1,024 columns, and of a row in a group each of four lanes takes a quarter. All loads of a group
+are issued before the first use.
 
 The weights that come out differ from ggml's by 2e-4 (Q8_0) to 7e-4 (Q5_K) of their size, root mean square; rounded to
-bf16 they would by 1.7e-3. In float32 the code is the same, and exact to the last bits: so it meets the reference.
+bf16 they would by 1.7e-3. With inputs in float32 the same code is exact to the last bits; so it is compared with the
+reference.
 
-Versions, instructions a weight (read from the SASS for sm_90, 4,096 columns, batch up to 8; times not measured)
-                                             Q4_K    Q6_K
-  scale and subtract each weight              6.3       -
-  integer products (dp4a), 8-bit inputs       1.6       -     15 times the error, and B times as much for a batch
-  this one                                    2.0     3.0
+Versions, instructions a weight (read from the SASS for sm_90, batch up to 8; times not measured)
+                                                     Q4_K    Q6_K
+  scale and subtract each weight, the loop alone      6.3       -
+  integer products (dp4a), 8-bit inputs, the same     1.6       -     off by 5e-3, and a batch pays B times
+  this one, a whole kernel of 4,096 columns           2.1     3.2
 """
 
 import torch
@@ -38,7 +39,8 @@ from mistral_kernels.portable import require, scaled_bits, scaled_joined_bits, w
 def operands(x: Tensor, *weights: Tensor | Planes) -> tuple[list[Tensor], list[str], torch.dtype]:
     """What a kernel needs to know of its matrices: their memory, their kinds, and the dtype that it computes in.
 
-    ValueError for packed weights beside plain ones, and with inputs in bfloat16, which is too coarse for their scales.
+    Raises ValueError for packed weights beside plain ones, with inputs in bfloat16, which is too coarse for their
+    scales, and of 2^31 bytes or more.
     """
     packed = [weight for weight in weights if isinstance(weight, Planes)]
     if not packed:
@@ -94,9 +96,10 @@ def pointers(
     data, rows, group, AT: tl.constexpr, GROUP_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """To what each row has from byte AT on, as numbers of `dtype`: [lines, 1].
+    """Where each line has its part of what begins at byte AT of a row block: pointers to `dtype`, [lines, 1].
 
-    Whole elements are counted, not bytes: only then does the compiler see that 16 bytes can be loaded at once.
+    The part of the next group is GROUP_BYTES on, that of the next of the 8 rows ROW_BYTES. Whole elements are counted,
+    not bytes: only then does the compiler see that 16 bytes can be loaded at once.
     """
     SIZE: tl.constexpr = dtype.primitive_bitwidth // 8
     at = rows // 8 * (BLOCK_BYTES // SIZE) + rows % 8 * (ROW_BYTES // SIZE) + group * (GROUP_BYTES // SIZE)
@@ -105,7 +108,7 @@ def pointers(
 
 @triton.jit
 def load_once(pointer, here, MASKED: tl.constexpr):
-    """Weights leave the caches to the inputs."""
+    """Load weights: they are read once, so they leave the caches to the inputs. 0 where not `here`."""
     if MASKED:
         loaded = tl.load(pointer, mask=here, other=0, eviction_policy="evict_first")
     else:
@@ -127,7 +130,10 @@ def unsigned_byte(word, i: tl.constexpr):
 
 @triton.jit
 def scale_and_offset(head, d, guard, u: tl.constexpr, n: tl.constexpr, KIND: tl.constexpr):
-    """Of number n of the words of piece u: fp32 [lines, 4] each, times the guard, and the scale also times 2^24."""
+    """Of number n of the words of piece u, for number * scale + offset = weight: fp32 [lines, 4] each.
+
+    Both are multiplied by the guard, and the scale also by 2^24, since `scaled_bits` reads a number as 2^-24 of it.
+    """
     if KIND == "Q4_K" or KIND == "Q5_K":
         # d, dmin, then scales and mins as drawn at `_scales_and_mins` in dequantize.py
         if u < 4:
@@ -194,7 +200,7 @@ def packed_tile(
     x, data, rows, KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
     M: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Rows `rows` (see `tile_rows`) of planes [., COLUMNS] times x [B, COLUMNS]: fp32 [16, M], of which B count.
+    """Rows `rows` (see `tile_rows`) of planes [., COLUMNS] times x [B, COLUMNS]: fp32 [16, M]; B columns are real.
 
     data  the planes' bytes: one pointer, or one for each line of the tile
     """
@@ -204,7 +210,7 @@ def packed_tile(
     BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
     line = tl.arange(0, 16 * WARPS)
     input_line = tl.arange(0, M * WARPS)
-    b = tl.minimum(input_line // (8 * WARPS) * 8 + input_line % 8, B - 1)  # the last row stands in for rows >= B
+    b = tl.minimum(input_line // (8 * WARPS) * 8 + input_line % 8, B - 1)  # row B - 1 stands in for rows >= B
     word = tl.arange(0, 32)[None, :]
     guard = tl.load(pointers(data, rows, 0, guards_at(KIND, COLUMNS), 0, 4, BLOCK, tl.float32))
     even = tl.zeros([WARPS, 16, M], tl.float32)  # two sums, so that an instruction need not wait for the one before
@@ -249,7 +255,7 @@ def matrix_tile(
     x, weight, rows, KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
     CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """The tile that goes with the kind of weights."""
+    """`dense_tile` or `packed_tile`, by the kind of weights: fp32 [16, M]."""
     if KIND == "dense":
         out = dense_tile(x, weight, rows, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
     else:

@@ -27,17 +27,16 @@ class Launch(NamedTuple):
 
     grid: tuple[int, ...]
     constants: dict[str, Any]  # the kernel's constexpr arguments
-    options: dict[str, Any]  # num_warps, num_stages
-    contiguous: bool = False  # whether the kernel takes every tensor to be without gaps
+    options: dict[str, Any]  # num_warps, num_stages, maxnreg
 
     def run(self, kernel: Any, *arguments: Any, pdl: bool = False) -> None:
         """Start `kernel`; with `pdl` its CTAs may begin before the kernel ahead of it in the stream has ended.
 
-        ValueError for a tensor with gaps where the kernel cannot know of them: it sees addresses, not strides.
+        ValueError for a tensor with gaps: kernels see addresses, not strides.
         """
-        for name, argument in zip(kernel.arg_names, arguments if self.contiguous else ()):
+        for name, argument in zip(kernel.arg_names, arguments):
             if isinstance(argument, Tensor) and not argument.is_contiguous():
-                raise ValueError(f"{name} {list(argument.shape)} must be contiguous for the decode kernels")
+                raise ValueError(f"{name} {list(argument.shape)} must be contiguous for these kernels")
         options = self.options | {"launch_pdl": True} if pdl else self.options
         kernel[self.grid](*arguments, **self.constants, **options)
 
@@ -73,10 +72,10 @@ def require(condition: bool, message: str) -> None:
 
 @triton.jit
 def wait_for_producer(ARCH: tl.constexpr):
-    """Between the loads of weights and the first use of what the kernel before this one wrote.
+    """Stands between the loads of weights and the first use of what the kernel before this one wrote.
 
-    It is needed even without dependent launch: it is the only thing that keeps ptxas from sinking the loads of weights
-    to where they are used, 18 in flight a thread with it and 7 without (read from the SASS).
+    It is needed even without dependent launch: it is the only thing that keeps ptxas from moving the loads of weights
+    down to where they are used. With it a thread has 18 loads in flight, without it 7 (Q4_K, read from the SASS).
     """
     if ARCH >= 90:
         tl.extra.cuda.gdc_wait()

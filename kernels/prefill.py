@@ -2,7 +2,8 @@
 
 A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS; what PyTorch has nothing good
 for is attention over a ring and a chunk with a window, and that is `attend_chunk`. Packed matrices are unpacked one
-after the other into the same memory (see dequantize.py), so that none stays.
+after the other into the same memory (see dequantize.py), so that none stays. At most 16 rows, such as a guess that is
+read along with the last token, are bound by memory as a decode step is, and multiply them as they are: short_linear.py.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from mistral.quantization.packed import Packed, TiedOutput
 from mistral.rms_norm import RMSNorm
 from mistral.rotary import rotate
 from mistral_kernels.dequantize import Workspace
+from mistral_kernels.matvec import MAX_BATCH
 from mistral_kernels.planes import Planes
 from mistral_kernels.prefill_attention import attend_chunk
+from mistral_kernels.short_linear import scale_rows, short_linear
 from mistral_kernels.weights import matrix_of
 
 
@@ -57,7 +60,7 @@ def read_chunk(
     if last_only:
         last = (real - 1).clamp(min=0)  # [B]
         x = x[torch.arange(B, device=x.device), last]  # [B, D]
-    return _linear(model.lm_head, _normalised(model.model.norm, x), workspace)
+    return _linear(_normalised(model.model.norm, x), workspace, model.lm_head)[0]
 
 
 def _attention(
@@ -74,27 +77,37 @@ def _attention(
     """One block's attention; then, and not before, its new keys take their places in the ring."""
     (B, T, _), attention = x.shape, block.self_attn
     x = _normalised(block.input_layernorm, x)
-    q = _linear(attention.q_proj, x, workspace).view(B, T, -1, attention.head_dim)  # [B, T, N, H]
-    k = _linear(attention.k_proj, x, workspace).view(B, T, -1, attention.head_dim)  # [B, T, K, H]
-    v = _linear(attention.v_proj, x, workspace).view(B, T, -1, attention.head_dim)
+    q, k, v = (
+        heads.view(B, T, -1, attention.head_dim)  # [B, T, N, H] and twice [B, T, K, H]
+        for heads in _linear(x, workspace, attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     q, k, y = rotate(q, *rotary), rotate(k, *rotary), torch.empty_like(q)
     keys, values = cache.keys[layer], cache.values[layer]
     attend_chunk(q, k, v, keys, values, starts, real, y, cache.num_slots, cache.window)
     keys[plan.rows, :, plan.slots] = k
     values[plan.rows, :, plan.slots] = v
-    return _linear(attention.o_proj, y.view(B, T, -1), workspace)
+    return _linear(y.view(B, T, -1), workspace, attention.o_proj)[0]
 
 
 def _mlp(mlp: MLP, x: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T, D] -> [B, T, D]
-    gate = F.silu(_linear(mlp.gate_proj, x, workspace), inplace=True)  # [B, T, F]
-    return _linear(mlp.down_proj, gate.mul_(_linear(mlp.up_proj, x, workspace)), workspace)
+    gate, up = _linear(x, workspace, mlp.gate_proj, mlp.up_proj)  # [B, T, F] each
+    return _linear(F.silu(gate, inplace=True).mul_(up), workspace, mlp.down_proj)[0]
 
 
-def _linear(module: nn.Module, x: Tensor, workspace: Workspace | None) -> Tensor:
-    """`module(x)`."""
-    if not isinstance(module, (Packed, TiedOutput)):
-        return module(x)
-    return _required(workspace).linear(x, matrix_of(module))
+def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> list[Tensor]:
+    """`module(x)` of each: [..., in] -> [..., out]."""
+    results, rows, scaled = [], x.flatten(0, -2), None
+    for module in modules:
+        if not isinstance(module, (Packed, TiedOutput)):
+            results.append(module(x))
+        elif isinstance(matrix := matrix_of(module), Planes) and len(rows) <= MAX_BATCH:
+            scaled = scaled or scale_rows(rows)
+            y = x.new_empty(len(rows), matrix.rows)
+            short_linear(*scaled, matrix, y)
+            results.append(y.view(*x.shape[:-1], -1))
+        else:
+            results.append(_required(workspace).linear(x, matrix))
+    return results
 
 
 def _embedded(module: nn.Module, tokens: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T] -> [B, T, D]

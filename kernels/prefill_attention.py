@@ -23,6 +23,8 @@ Versions (times not measured)
   this one                                   masks on the borders only; sm_90, heads of 128: wgmma, 216 registers
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -64,11 +66,12 @@ def walk(
     STRIDE: tl.constexpr, H: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys low <= r < high into account: key r lies in row first + r, or that less `wrap`,
-    and rows are STRIDE elements apart.
+    """Take the keys low <= r < high into account, for the queries i .. i + QUERIES - 1.
 
-    The running maximum, the sum of weights and the weighted sum of values go in and come out, for the queries i .. i +
-    QUERIES - 1. Source: Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867
+    Key r lies in row (first + r) mod wrap, and rows are STRIDE elements apart. The running maximum, the sum of weights
+    and the weighted sum of values go in and come out.
+
+    Source: Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867
     """
     d = tl.arange(0, H)
     mine = i + tl.arange(0, QUERIES)
@@ -116,7 +119,7 @@ def prefill_attention_kernel(
         query = dot_operand(query, ARCH)
         top = tl.full([QUERIES], -1e30, tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
-        low = tl.maximum(i - window + 1, -start)
+        low = tl.maximum(i - window + 1, -start)  # the first key that any of these queries sees
         oldest = (start + tl.minimum(low, 0)) % num_slots  # the slot of the first key that is seen
         ring = (b * K + head) * (num_slots + 1) * H
         top, total, out = walk(
@@ -161,19 +164,21 @@ def attend_chunk(
 ) -> None:
     """Write the attention of T new tokens of each row over themselves and over what the ring holds.
 
-    q             [B, T, N, H], rotated
+    q             [B, T, N, H], rotated, in bfloat16, float16 or float32, as all of them are
     k, v          [B, T, K, H]; k rotated
-    keys, values  [B, K, num_slots + 1, H]: one layer of a RollingCache, without the chunk
+    keys, values  [B, K, S + 1, H]: one layer of a RollingCache, without the chunk
     starts        int64 [B]: the position of each row's first new token, which is how many the row holds already
     lengths       int64 [B]: how many of a row's T tokens are real; behind them y means nothing (but is finite)
     y             [B, T, N, H], written
+    num_slots     S of the RollingCache
     window        a query sees so many positions, its own included; None: all
     queries       in a tile; None: what suits the dtype
 
-    Raises ValueError for head sizes that are no power of two from 16 to 256, and for tensors with gaps.
+    Raises ValueError for head sizes that are no power of two from 16 to 256, other dtypes and tensors with gaps, and
+    where no kernel can run.
     """
     (B, T, N, H), K = q.shape, k.shape[2]
     shape = launch(B, T, N, K, H, q.dtype, arch_of(q), queries)
-    scale = H**-0.5 * 1.4426950408889634  # 1 / ln 2: exp2 is what the GPU has
+    scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
     tensors = (q, k, v, keys, values, starts, lengths, y)
     shape.run(prefill_attention_kernel, *tensors, T, num_slots, window or 2**30, scale)

@@ -11,7 +11,7 @@ Bytes: those of W (7B, bf16: O 33.6 MB, down 117.4 MB; Q4_K: 9.5 and 33.1 MB); e
 
 Versions (times not measured)
   torch: matmul, add, norm              3 kernels
-  this one, a CTA for 16 rows           256 CTAs of 8 warps on 132 multiprocessors, 97% of them busy to the end
+  this one, a CTA for 16 rows           256 CTAs, two on a multiprocessor: 97% of the places on 132 are taken
 """
 
 import torch
@@ -29,7 +29,7 @@ def project_reference(
     y: Tensor, weight: Tensor | Planes, norm: Tensor, residual: Tensor, x: Tensor, sums: Tensor, *, pdl: bool = False
 ) -> None:
     """`project` in plain PyTorch."""
-    residual += y.float() @ dense(weight).T  # [B, D]
+    residual += y.float() @ dense(weight).T
     x.copy_(activation(residual * norm.float(), x.dtype))
     sums.copy_(residual.square().unflatten(-1, (-1, TILE)).sum(-1))
 
@@ -49,7 +49,7 @@ def projection_kernel(
     b = tl.arange(0, M)
     at = b[None, :] * D + d[:, None]
     real = b[None, :] < B
-    new = out + tl.load(residual + at, mask=real, other=0.0)
+    new = out + tl.load(residual + at, mask=real, other=0.0)  # [16, M]
     tl.store(residual + at, new, mask=real)
     scaled = new * tl.load(norm + d).to(tl.float32)[:, None]
     tl.store(x + at, to_activation(scaled, x.dtype.element_ty), mask=real)
@@ -69,13 +69,16 @@ def project(
 ) -> None:
     """Add y W^T to the residual, and prepare the input of the next matrix.
 
-    y         [B, in] of the weights' dtype, fp16 or fp32 if they are packed: heads of the attention, or the MLP's h
+    y         [B, in]: heads of the attention, or the MLP's h; of the weights' dtype, or where the model has packed
+              weights fp16 (fp32, if the model is in fp32)
     weight    [D, in], plain or packed
     norm      [D]: the norm ahead of the next matrix, from `scaled_norm`
     residual  fp32 [B, D], read and written
     x, sums   [B, D] of y's dtype and fp32 [B, D/16], written
+    pdl       see `Launch.run`
 
-    Raises ValueError where D or in is no multiple of 32, or B above 16.
+    Raises ValueError where D or in is no multiple of 32 or B is above 16, for other dtypes, for tensors with gaps, and
+    where no kernel can run.
     """
     D, columns = weight.shape
     (matrix,), (kind,), dtype = operands(y, weight)

@@ -4,10 +4,10 @@
 
 Sources: mistral/rotary.py (the rotation), mistral/cache.py (the ring).
 
-Plain weights are one tensor, queries above keys above values. Packed ones are three; a file may pack values with more
-bits than the others, and a kind of its own is a branch of its own in the kernel. A tile is 8 rows i .. i+7 of a head
-and the 8 rows that stand H/2 below, so both elements of a rotated pair meet in one thread. Cosines and sines come from
-the step's first kernel: 32 layers turn by the same angles.
+Plain weights are one tensor, queries above keys above values. Packed ones are three, since a file may pack values with
+more bits than the others; each kind of its own is a branch of its own in the kernel. A tile is 8 rows i .. i+7 of a
+head and the 8 rows that stand H/2 below, so both elements of a rotated pair meet in one thread. Cosines and sines come
+from the step's first kernel: all layers turn by the same angles.
 
 Bytes: those of W (7B, bf16: 50.3 MB; Q4_K: 14.3 MB).
 
@@ -60,7 +60,7 @@ def qkv_reference(
     out = (x.float() @ dense(weight).T) * inverse_rms_reference(sums, x.shape[1], eps, gain)
     out = out.view(B, N + 2 * K, H)
     first, second = out[:, : N + K].chunk(2, dim=-1)  # [B, N + K, H/2] each
-    c, s = cos[:, None], sin[:, None]
+    c, s = cos[:, None], sin[:, None]  # [B, 1, H/2] each
     turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
     q.copy_(activation(turned[:, :N], q.dtype))
     rows = torch.arange(B, device=slots.device)
@@ -73,7 +73,7 @@ def one_of(
     takes_second, x, first, second, rows, KIND: tl.constexpr, SECOND_KIND: tl.constexpr, B: tl.constexpr,
     COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one of two matrices; where both are of a kind, it is one piece of code with one of two addresses."""
+    """A tile of one of two matrices; if both are of one kind, it is one piece of code with one of two addresses."""
     if KIND == SECOND_KIND:
         weight = tl.where(takes_second, second, first)
         out = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
@@ -84,9 +84,9 @@ def one_of(
     return out
 
 
-@triton.jit(do_not_specialize=["ring"])
+@triton.jit(do_not_specialize=["ring_size"])
 def qkv_kernel(
-    x, sums, q_proj, k_proj, v_proj, cos, sin, slots, q, keys, values, eps, gain, ring,
+    x, sums, q_proj, k_proj, v_proj, cos, sin, slots, q, keys, values, eps, gain, ring_size,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
     CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr, Q_KIND: tl.constexpr, K_KIND: tl.constexpr,
     V_KIND: tl.constexpr,
@@ -118,8 +118,8 @@ def qkv_kernel(
         to = q + (b * N + head)[None, :] * H + i
     else:
         slot = tl.load(slots + b, mask=real, other=0)
-        line = (b * K + (head - N) % K) * ring + slot  # int64, as slots are: the ring of a long cache needs it
-        to = (keys if head < N + K else values) + line[None, :] * H + i
+        place = (b * K + (head - N) % K) * ring_size + slot  # int64, as slots are: the ring of a long cache needs it
+        to = (keys if head < N + K else values) + place[None, :] * H + i
     tl.store(to, to_activation(first, q.dtype.element_ty), mask=real[None, :])
     tl.store(to + HALF, to_activation(second, q.dtype.element_ty), mask=real[None, :])
 
@@ -151,15 +151,19 @@ def qkv(
 ) -> None:
     """Write the rotated queries, and the rotated key and the value of each row into its slot.
 
-    x             [B, D] of the weights' dtype, fp16 or fp32 if they are packed: gain * residual * norm weight
+    x             [B, D]: gain * residual * norm weight; of the weights' dtype, or where the model has packed weights
+                  fp16 (fp32, if the model is in fp32)
     sums          fp32 [B, D/16]: partial sums of residual^2
     weight        [(N + 2K) H, D]: q_proj above k_proj above v_proj; or the three, packed
     cos, sin      fp32 [B, H/2] of each row's position
-    slots         int64 [B]: where the key goes
+    slots         int64 [B]: the slot for each row's key and value; S: the one that nobody reads
     q             [B, N, H] of the cache's dtype, written
-    keys, values  [B, K, slots, H]: one layer of a RollingCache, written in one slot a row
+    keys, values  [B, K, S + 1, H]: one layer of a RollingCache, written in one slot a row
+    eps, gain     of the norm; gain is from `scaled_norm`
+    pdl           see `Launch.run`
 
-    Raises ValueError where D is no multiple of 32 or H none of 16, or B is above 16.
+    Raises ValueError where D is no multiple of 32, H none of 16 or B above 16, for other dtypes, for tensors with gaps,
+    and where no kernel can run.
     """
     (B, N, H), K = q.shape, keys.shape[1]
     parts = weight if isinstance(weight, tuple) else weight.split((N * H, K * H, K * H))

@@ -1,24 +1,26 @@
 """Logits to the next id on the GPU: one kernel, whose settings live on the device, so that one CUDA graph serves all.
 
 The rules, their order and their treatment of ties are those of mistral/sampling.py: repetition penalty, mask,
-temperature, top-k, top-p, min-p. (Typical-p and banned n-grams are left to it; `supports` says so.)
+temperature, top-k, top-p, min-p. (Typical-p and banned n-grams are left to it: see `Sampler.supports`.)
 
 One CTA takes one row and holds it in registers. What a token must pass to be drawn:
 
   top-k   at most k - 1 scores are higher (what ties with the k-th stays). The k-th score is found by bisection on the
           bits of a float, whose order is that of the floats; it ends as soon as a border has exactly k above it.
   top-p   the tokens above it have less than p of the mass that top-k left; of equal ones the higher id stands above
-          (the reference leaves that to its sort), and the uppermost always passes. No sorting: draw one of them, ask
-          how much stands above it, and if that is p or more, draw again from what stands above. This draws from the
-          kept tokens exactly, for a rejected token takes along only what is rejected too; p or more of the mass is
-          kept, so it seldom takes more than two rounds.
-  min-p   at least min_p times the probability of the best: what is below is cut off before the draw. It stands below
-          all that is kept, so top-p does not notice.
+          (the reference leaves that to its sort), and the uppermost always passes. No sorting: draw a token, ask how
+          much stands above it, and if that is p or more, reject it and draw again from what stands above. This draws
+          from the kept tokens exactly, since a rejected token takes along only what is rejected too. p or more of the
+          mass is kept, so it seldom takes more than two rounds.
+  min-p   at least min_p times as probable as the best: the others are cut off before the draw. They do not change what
+          stands above a token that is kept, so top-p comes out the same.
 
 A draw takes a group of 32 neighbours by the groups' sums, then one of them by a second random number. The random
-numbers are Philox of (seed, how many ids the row has drawn, row, round): https://doi.org/10.1145/2063384.2063405
+numbers are Philox of (seed, how many ids the row has drawn, row, round).
 
-Bytes: 4 a logit; 10 more where ids are penalised or forbidden (32,000 tokens: 128 KB and 320 KB a row).
+Source: Parallel random numbers: as easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405 (Philox)
+
+Bytes: 4 a logit; 10 more where ids are penalised or forbidden (32,000 tokens: 128 KB, and 320 KB more, a row).
 Where V is no multiple of 4 the rows of a batch are loaded number by number.
 
 Versions (times not measured)
@@ -45,19 +47,13 @@ BROKEN, EMPTY = tl.constexpr(NO_NUMBERS), tl.constexpr(NOTHING_LEFT)
 LOWEST_KEY = tl.constexpr(-2139095041)  # `float_of` of it is -infinity
 
 
-def supports(sampling: Sampling) -> bool:
-    """Whether the kernel has the rules that `sampling` asks for."""
-    typical = sampling.typical_p < 1 and sampling.temperature != 0
-    return not typical and sampling.no_repeat_ngram_size == 0
-
-
 def sample_reference(
     logits: Tensor,
     allowed: Tensor,
     seen: Tensor,
     scores: Tensor,
-    reals: Tensor,
-    wholes: Tensor,
+    floats: Tensor,
+    integers: Tensor,
     counts: Tensor,
     ids: Tensor,
     problems: Tensor,
@@ -65,7 +61,8 @@ def sample_reference(
     pdl: bool = False,
 ) -> None:
     """`sample` in plain PyTorch: the same ids can come, with the same probabilities, by other random numbers."""
-    (temperature, top_p, min_p, penalty), (top_k, seed, masked) = reals.tolist(), wholes.tolist()
+    (temperature, top_p, min_p, penalty), (top_k, seed, masked) = floats.tolist(), integers.tolist()
+    # As float32 the least temperature that `Sampling` takes, 1e-5, is a little smaller.
     sampling = Sampling(temperature=temperature and max(temperature, 1e-5), top_k=top_k, top_p=top_p, min_p=min_p)
     z = torch.where(logits.isnan(), -math.inf, logits)
     z = z.clamp(max=1e28)  # finite still when penalty and temperature have divided it
@@ -94,7 +91,7 @@ def float_of(key):
 
 @triton.jit
 def kth_highest(z, top, k):
-    """A border with at least k of z, and only what ties with the k-th besides, at or above it; `top` is the maximum."""
+    """A border that the k highest of z, what ties with the k-th, and no others reach; `top` is the maximum of z."""
     low = tl.full([], LOWEST_KEY, tl.int32)
     bits = top.to(tl.int32, bitcast=True)
     high = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -130,19 +127,20 @@ def apply_flags(logits, allowed, seen, scores, penalty, masked, V: tl.constexpr,
 
 
 @triton.jit
-def draw(z, top, token, reals, wholes, counts, b, V: tl.constexpr, GROUPS: tl.constexpr):
+def draw(z, top, token, floats, integers, counts, b, V: tl.constexpr, GROUPS: tl.constexpr):
     """A token in proportion to exp(z), of those that the rules keep; z [GROUPS, 32]. 0 where none is left."""
-    k, count = tl.load(wholes).to(tl.int32), tl.load(counts + b).to(tl.int32)
+    k, count = tl.load(integers).to(tl.int32), tl.load(counts + b).to(tl.int32)
     if (k > 0) & (k < V):
         z = tl.where(z >= kth_highest(z, top, k), z, float("-inf"))
     p = tl.exp(z - tl.maximum(top, -LARGEST))
     total = tl.sum(p)
-    p = tl.where(p >= tl.load(reals + 2), p, 0.0) * (1.0 / tl.maximum(total, 1.0))  # the best one alone is 1
+    # Probabilities, of which min-p has cut off some. Where a token is left the total is 1 or more: the best alone is 1.
+    p = tl.where(p >= tl.load(floats + 2), p, 0.0) * (1.0 / tl.maximum(total, 1.0))
     chosen = tl.full([], 0, tl.int32)
     round = chosen
     trying = total > 0.0
     while trying:
-        top_p, seed = tl.load(reals + 1, volatile=True), tl.load(wholes + 1)  # again each time: p needs the registers
+        top_p, seed = tl.load(floats + 1, volatile=True), tl.load(integers + 1)  # each time: p needs the registers
         first, second, _, _ = tl.philox(seed, count, b, round, round * 0)
         group = pick(tl.sum(p, 1), tl.uint_to_uniform_float(first), GROUPS)
         inside = tl.where(tl.arange(0, GROUPS)[:, None] == group, p, 0.0)
@@ -157,7 +155,7 @@ def draw(z, top, token, reals, wholes, counts, b, V: tl.constexpr, GROUPS: tl.co
 
 @triton.jit
 def sample_kernel(
-    logits, allowed, seen, scores, reals, wholes, counts, ids, problems,
+    logits, allowed, seen, scores, floats, integers, counts, ids, problems,
     V: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One CTA: one row."""
@@ -165,7 +163,7 @@ def sample_kernel(
     token = tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
     wait_for_producer(ARCH)
     release_consumer(ARCH)
-    temperature, penalty, masked = tl.load(reals), tl.load(reals + 3), tl.load(wholes + 2) != 0
+    temperature, penalty, masked = tl.load(floats), tl.load(floats + 3), tl.load(integers + 2) != 0
     if masked | (penalty != 1.0):
         apply_flags(logits + b * V, allowed + b * V, seen + b * V, scores + b * V, penalty, masked, V, BLOCK)
         z = tl.load(scores + b * V + token, mask=token < V, other=float("-inf"))
@@ -180,7 +178,7 @@ def sample_kernel(
     tl.store(problems + b, problem.to(tl.int64))
     chosen = tl.min(tl.where(z == top, token, V - 1))
     if temperature != 0.0:
-        chosen = draw(z, top, token, reals, wholes, counts, b, V, GROUPS)
+        chosen = draw(z, top, token, floats, integers, counts, b, V, GROUPS)
     tl.store(ids + b, chosen.to(tl.int64))
     tl.store(seen + b * V + chosen, True)
     tl.store(counts + b, tl.load(counts + b) + 1)
@@ -191,7 +189,8 @@ def launch(batch: int, V: int, arch: int) -> Launch:
     require(V <= 2**17, f"a vocabulary of {V}; the sampling kernel takes up to {2**17}")
     groups = triton.next_power_of_2(triton.cdiv(V, 32))
     warps = 16 if groups >= 512 else 4
-    return Launch((batch,), dict(V=V, GROUPS=groups, BLOCK=128 * warps, ARCH=arch), dict(num_warps=warps))
+    constants = dict(V=V, GROUPS=groups, BLOCK=128 * warps, ARCH=arch)
+    return Launch((batch,), constants, dict(num_warps=warps))
 
 
 def sample(
@@ -199,8 +198,8 @@ def sample(
     allowed: Tensor,
     seen: Tensor,
     scores: Tensor,
-    reals: Tensor,
-    wholes: Tensor,
+    floats: Tensor,
+    integers: Tensor,
     counts: Tensor,
     ids: Tensor,
     problems: Tensor,
@@ -209,19 +208,21 @@ def sample(
 ) -> None:
     """Choose each row's next id. `Sampler` owns what lies between the logits and the ids.
 
-    logits   fp32 [B, V]
-    allowed  bool [B, V]: the mask; read only if there is one
-    seen     bool [B, V]: which ids occurred in a row; the chosen one is added
-    scores   fp32 [B, V]: overwritten
-    reals    fp32 [4]: temperature, top_p, min_p, repetition_penalty
-    wholes   int64 [3]: top_k (0: all), seed, whether there is a mask
-    counts   int64 [B]: how many ids each row has drawn; one more afterwards
-    ids      int64 [B], written; in range, whatever the problem
-    problems int64 [B], written: 0; NO_NUMBERS where a score is none (it counts as -inf); NOTHING_LEFT (the id is 0)
+    logits    fp32 [B, V]
+    allowed   bool [B, V]: the mask; read only if there is one
+    seen      bool [B, V]: which ids occurred in a row; the chosen one is added
+    scores    fp32 [B, V]: overwritten
+    floats    fp32 [4]: temperature, top_p, min_p, repetition_penalty
+    integers  int64 [3]: top_k (0: all), seed, whether there is a mask
+    counts    int64 [B]: how many ids each row has drawn; one more afterwards
+    ids       int64 [B], written; in range, whatever the problem
+    problems  int64 [B], written: NO_NUMBERS where a logit is NaN (it counts as -inf), NOTHING_LEFT where no id can be
+              drawn (it is 0 then), else 0
+    pdl       see `Launch.run`
 
-    Raises ValueError for
-    logits of another type and for more than 131,072 tokens.
+    Raises ValueError for logits of another dtype, for more than 131,072 tokens, for tensors with gaps, and where no
+    kernel can run.
     """
     require(logits.dtype == torch.float32, f"logits in {logits.dtype}: the sampling kernel takes float32")
     shape = launch(*logits.shape, arch_of(logits))
-    shape.run(sample_kernel, logits, allowed, seen, scores, reals, wholes, counts, ids, problems, pdl=pdl)
+    shape.run(sample_kernel, logits, allowed, seen, scores, floats, integers, counts, ids, problems, pdl=pdl)

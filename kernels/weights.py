@@ -1,8 +1,9 @@
-"""The model's own weights as the kernels read them: nothing is copied that stays.
+"""The model's own weights as the kernels read them; no matrix stays in memory twice.
 
 Plain matrices that read the same x lie above each other in one tensor, and the model's parameters become views of it.
-Packed ones become planes, and the model's layers give up their blocks and read them from the planes (slowly: they are
-put together again at each use). What has no planes stays as it is, to be unpacked before each use.
+Packed ones become planes, and the model's layers give up their blocks: where the model itself needs them, they are made
+again from the planes at each use, which is slow. A matrix whose kind has no planes stays as it is, to be unpacked
+before each use.
 """
 
 from collections.abc import Sequence
@@ -29,17 +30,17 @@ class Scaled(NamedTuple):
 
 @dataclass(frozen=True)
 class ToUnpack:
-    """Matrices with the same input that no kernel takes as they are: they are unpacked above each other first."""
+    """Matrices with the same input that no kernel takes together as they are: unpacked above each other first."""
 
     parts: tuple[Matrix, ...]
 
 
-# What a kernel takes, but for the last, which a Workspace makes a Tensor of.
+# The first three are what kernels take. Of a ToUnpack a Workspace (dequantize.py) makes a Tensor.
 Weight = Tensor | Planes | tuple[Planes, ...] | ToUnpack
 
 
 class LayerWeights(NamedTuple):
-    """One block."""
+    """Those of one block."""
 
     qkv: Weight  # [(N + 2K) H, D]
     o: Weight  # [D, N H]
@@ -50,28 +51,28 @@ class LayerWeights(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The whole model."""
+    """Those of the whole model."""
 
     embedding: Matrix  # [V, D]
     frequencies: Tensor  # fp32 [H/2]
     layers: list[LayerWeights]
     norm: Scaled
     head: Weight  # [V, D]
-    activations: torch.dtype  # of the matrices' inputs
+    activations: torch.dtype  # of the matrices' inputs, x, y and h
 
 
 class InPlanes:
-    """Who keeps the blocks of a layer of the model: see `mistral.quantization.packed.Keeper`."""
+    """A `Keeper` (mistral/quantization/packed.py) of a layer's blocks, which has them as planes."""
 
     def __init__(self, planes: Planes):
         self.planes = planes
 
     def blocks(self) -> Tensor:
-        """All of them, made again."""
+        """All of them, made again: uint8 [rows, bytes of a row]."""
         return restore(self.planes)
 
     def rows(self, which: Tensor) -> Tensor:
-        """Those of some rows."""
+        """Those of some rows: int64 [n] -> uint8 [n, bytes of a row]."""
         return restore_rows(self.planes, which)
 
 
@@ -79,15 +80,16 @@ class InPlanes:
 def weights_of(model: Mistral) -> Weights:
     """The weights of a model; those of Q, K, V and those of gate and up now lie above each other in one matrix each.
 
-    The model stays what it is: its parameters become views of those matrices, its packed layers read the planes. Matrix
-    by matrix, so that little is in memory twice.
+    The model computes what it did: its parameters become views of those matrices, its packed layers read the planes.
+    It is changed matrix by matrix, so that little is in memory twice at any time.
     """
     trunk = model.model
     embedding, head = repacked(trunk.embed_tokens), _weight(model.lm_head)
     matrices = [_matrices(layer) for layer in trunk.layers]
-    # The scales of packed weights need more digits than bfloat16 has, and so their inputs come in float16.
-    planes = [isinstance(part, Planes) for weight in (embedding, head, *sum(matrices, ())) for part in _direct(weight)]
-    activations = torch.float16 if any(planes) and model.dtype != torch.float32 else model.dtype
+    # Packed weights are multiplied in the dtype of x, and their scales need more digits than bfloat16 has.
+    read = [part for weight in (embedding, head, *sum(matrices, ())) for part in _as_they_are(weight)]
+    packed = any(isinstance(part, Planes) for part in read)
+    activations = torch.float16 if packed and model.dtype != torch.float32 else model.dtype
 
     def scaled(norm: RMSNorm) -> Scaled:
         return Scaled(*scaled_norm(norm.weight.data, activations))
@@ -100,7 +102,7 @@ def weights_of(model: Mistral) -> Weights:
 
 
 def matrix_of(module: nn.Module) -> Matrix:
-    """The matrix of a layer, as it is."""
+    """The matrix of a layer, in the form that it has now."""
     if isinstance(module, TiedOutput):
         return matrix_of(module.embedding)
     if not isinstance(module, Packed):
@@ -111,7 +113,7 @@ def matrix_of(module: nn.Module) -> Matrix:
 def repacked(module: nn.Module) -> Matrix:
     """The matrix of a layer; one that is packed in a kind that has kernels becomes planes and gives up its blocks.
 
-    Waits for the device then: where scales are infinite or no numbers, the blocks stay, and are unpacked.
+    Waits for the device then: where scales are infinite or NaN, the blocks stay, to be unpacked.
     """
     layer = module.embedding if isinstance(module, TiedOutput) else module
     if isinstance(layer, Packed) and layer.keeper is None and layer.kind.name in FAST_KINDS:
@@ -122,7 +124,7 @@ def repacked(module: nn.Module) -> Matrix:
 
 
 def unpacked_kinds(weights: Weights) -> list[str]:
-    """The kinds of matrices that are unpacked at every step."""
+    """The names of the kinds of matrices that are unpacked at every step, sorted."""
     parts = [part for weight in _all(weights) if isinstance(weight, ToUnpack) for part in weight.parts]
     return sorted({part.kind.name for part in parts if not isinstance(part, Tensor)})
 
@@ -132,15 +134,15 @@ def workspace_numbers(weights: Weights) -> int:
 
     The output matrix, the largest, is read for few rows of a prompt and may come in pieces there.
     """
-    at_once = [sum(map(_numbers, weight.parts)) for weight in _all(weights) if isinstance(weight, ToUnpack)]
-    *layers, head = [
-        [_numbers(part) for part in _parts(weight) if not isinstance(part, Tensor)] for weight in _all(weights)
-    ]
-    return max(at_once + sum(layers, []) + [min(size, 1 << 24) for size in head], default=0)
+    *layers, head = _all(weights)
+    sizes = [sum(map(_numbers, weight.parts)) for weight in (*layers, head) if isinstance(weight, ToUnpack)]
+    sizes += [_numbers(part) for weight in layers for part in _packed_parts(weight)]
+    sizes += [min(_numbers(part), 1 << 24) for part in _packed_parts(head)]
+    return max(sizes, default=0)
 
 
 def _all(weights: Weights) -> list[Weight]:
-    """The output matrix is the last."""
+    """The matrices of the layers, and behind them the output matrix."""
     return [weight for layer in weights.layers for weight in layer[:4]] + [weights.head]
 
 
@@ -150,11 +152,17 @@ def _parts(weight: Weight) -> tuple[Matrix, ...]:
     return weight if isinstance(weight, tuple) else (weight,)
 
 
-def _direct(weight: Weight | Blocks) -> tuple[Matrix, ...]:
+def _packed_parts(weight: Weight) -> list[Matrix]:
+    return [part for part in _parts(weight) if not isinstance(part, Tensor)]
+
+
+def _as_they_are(weight: Weight | Blocks) -> tuple[Matrix, ...]:
+    """The matrices that a kernel reads without unpacking."""
     return () if isinstance(weight, (ToUnpack, Blocks)) else _parts(weight)
 
 
 def _numbers(matrix: Matrix) -> int:
+    """How many numbers it has."""
     rows, columns = matrix.shape
     return rows * columns
 
@@ -171,7 +179,7 @@ def _matrices(layer: Block) -> tuple[Weight, ...]:
 
 
 def _weight(*modules: nn.Module, one_kind: bool = False) -> Weight:
-    """The matrices of some layers. `one_kind`: the kernel multiplies packed ones only if they are of one kind."""
+    """The matrices of some layers, for one kernel; `one_kind`: which takes packed ones only if they are of one kind."""
     if all(isinstance(module, nn.Linear) for module in modules):
         return stacked(modules)
     parts = tuple(map(repacked, modules))
@@ -181,7 +189,7 @@ def _weight(*modules: nn.Module, one_kind: bool = False) -> Weight:
 
 
 def stacked(linears: Sequence[nn.Linear]) -> Tensor:
-    """Their weights above each other as one matrix, of which their own are views from then on."""
+    """Their weights above each other as one [rows of all, columns], of which their own are views from then on."""
     weights = [linear.weight.data for linear in linears]
     rows, columns = [len(weight) for weight in weights], weights[0].shape[1]
     first, ends = weights[0], [weight.data_ptr() + weight.nbytes for weight in weights]

@@ -4,10 +4,11 @@ from mistral.checkpoints.load import load
 from mistral.config import Config
 from mistral.decoder import Decoder
 from mistral.errors import CheckpointError, MistralError, NotEnoughMemory
-from mistral.generation import Token, generate, generate_batch, generate_naive, generate_text
+from mistral.generation import generate, generate_batch, generate_naive, generate_text
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.speculation import LookupDecoder
+from mistral.steps import Token
 from mistral.tokenizer import Tokenizer
 
 __all__ = [

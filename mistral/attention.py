@@ -74,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and H <= 256:  # up to this size the kernels share heads themselves
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     if T == 1:
-        # One query: its G heads lie down on the query axis, so that nothing needs to be repeated.
+        # One query: the G heads that share keys and values become G queries of one head, and nothing is repeated.
         return F.scaled_dot_product_attention(q.view(B, N // G, G, H), k, v, attn_mask=mask).view(B, N, 1, H)
     k = k.repeat_interleave(G, dim=1)  # [B, N, keys, H]
     v = v.repeat_interleave(G, dim=1)

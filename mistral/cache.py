@@ -29,17 +29,17 @@ class Plan:
     """What one forward reads and writes, the same in every layer."""
 
     positions: Tensor  # [B, T]: where the new tokens stand
-    mask: Tensor | None  # [B, 1, T, keys]
-    rows: Tensor  # [B, 1]: 0 .. B-1, beside slots
+    mask: Tensor | None  # [B, 1, T, keys]; None: as `attention.attend` takes it
+    rows: Tensor  # [B, 1]: 0 .. B-1, to index with slots
     slots: Tensor  # [B, T]: where the new keys go
-    used: int  # slots worth reading
+    used: int  # how many slots to read, from the first on
     write_first: bool  # write, then read the ring alone; else read ring and chunk, then write
     slot_positions: Tensor  # [B, S + 1]: the table after this forward
     lengths: Tensor  # [B]: tokens a row holds after this forward
     peaks: Tensor  # [B]: the most it ever held
-    lengths_at_most: list[int]  # the same two as the host knows them
+    lengths_at_most: list[int]  # upper bounds of the same two, which the host knows without asking the device
     peaks_at_most: list[int]
-    exact: bool
+    exact: bool  # True: the two lists are the numbers themselves
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,17 @@ class RollingCache:
             raise ValueError("this model has no sliding window, so its cache needs max_tokens")
         self.window, self.slack, self.batch_size = window, slack, batch_size
         self.num_slots = cache_slots(window, max_tokens, slack)
-        self.wraps = window is not None and self.num_slots == window + slack
+        self.wraps = window is not None and self.num_slots == window + slack  # False: num_slots tokens fill it
         # Zeros, not empty memory: a masked slot has weight 0, and 0 * nan would be nan.
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, self.num_slots + 1, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layers, B, K, S + 1, H]
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.slot_positions = torch.full((batch_size, self.num_slots + 1), -1, device=device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.slot_positions = torch.full((batch_size, self.num_slots + 1), -1, device=device)  # [B, S + 1]
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # [B]: tokens that a row holds
         self.peaks = torch.zeros_like(self.lengths)  # the most that a row ever held: what was evicted follows from it
-        self.lengths_at_most = [0] * batch_size
+        self.lengths_at_most = [0] * batch_size  # upper bounds of the same two, on the host
         self.peaks_at_most = [0] * batch_size
-        self.exact = True  # whether the two lists are more than bounds
+        self.exact = True  # the two lists are the numbers themselves, not upper bounds
 
     def plan(self, num_tokens: int, lengths: Tensor | Sequence[int] | None = None) -> Plan:
         """The next forward, of [B, num_tokens] tokens of which `lengths` [B] are real (None: all).
@@ -209,8 +209,8 @@ class RollingCache:
     def _may_write_first(self, num_tokens: int, peak: int) -> bool:
         """Whether the keys of a chunk can be written before its queries read the ring, which saves a copy of it.
 
-        Token p of a chunk of T evicts position p - S, the last one p + T-1 - S. The chunk's first query, at p, still
-        sees positions above p - W. So T - 1 - S <= -W must hold, or T <= S - W + 1, or nothing is evicted at all.
+        T tokens from position p on evict positions up to p + T-1 - S. The first query, at p, still sees those above
+        p - W. So p + T-1 - S <= p - W must hold, that is T <= S - W + 1; or nothing is evicted at all.
         """
         if max(self.peaks_at_most) == 0:
             return False  # nothing to read: the chunk attends to itself
@@ -228,12 +228,12 @@ class RollingCache:
         return self_mask(positions, self.window)
 
     def _check_room(self, at_most: list[int], ends: Tensor, exact: bool) -> list[int]:
-        """The bounds, tightened where they hit the end; ValueError where the cache is full or was left in pieces."""
+        """The bounds, tightened where they hit the end. ValueError where there is no room or what is needed is gone."""
         for length, peak in zip(self.lengths_at_most, self.peaks_at_most):
             if self.wraps and peak > self.num_slots and peak - length > self.slack:
                 raise ValueError("a forward was broken off and has overwritten what is still needed: start a new cache")
         if not self.wraps and max(at_most) > self.num_slots:
-            # The one place that may wait for the device, and only when a bound, not a known length, has hit the end.
+            # The one place of a forward that may wait for the device: when a bound, not a known length, hits the end.
             at_most = at_most if exact else ends.tolist()
             if max(at_most) > self.num_slots:
                 raise ValueError(f"{max(at_most)} tokens do not fit into a cache made for max_tokens={self.num_slots}")
@@ -245,7 +245,7 @@ def self_mask(positions: Tensor, window: int | None) -> Tensor | None:
 
     None where the window is longer than they are: plain causal attention is the same, and has a faster kernel.
     """
-    if window is None or positions.shape[1] < window:
+    if window is None or positions.shape[1] < window:  # not <=: at T = W transformers makes a mask
         return None
     return window_mask(positions, positions, window)
 

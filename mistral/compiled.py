@@ -27,7 +27,8 @@ from mistral.model import Block, Mistral
 from mistral.quantization.packed import Packed
 from mistral.rms_norm import RMSNorm
 
-SMALLEST, MOST_SIZES = 256, 6
+SMALLEST = 256  # halving makes no size of fewer slots
+MOST_SIZES = 6
 REMEDY = "use the eager engine, mistral.Decoder (--engine eager)"
 
 
@@ -162,17 +163,13 @@ class _State:
     def __init__(self, cache: RollingCache):
         self.cache = cache
         self.tensors = [tensor.clone() for tensor in (cache.lengths, cache.peaks, cache.slot_positions)]
-        self.lists = list(cache.lengths_at_most), list(cache.peaks_at_most), cache.exact
+        self.on_host = cache.lengths_at_most, cache.peaks_at_most, cache.exact  # the lists are replaced, never changed
 
     def restore(self) -> None:
         cache = self.cache
         for tensor, before in zip((cache.lengths, cache.peaks, cache.slot_positions), self.tensors):
             tensor.copy_(before)
-        cache.lengths_at_most, cache.peaks_at_most, cache.exact = (
-            list(self.lists[0]),
-            list(self.lists[1]),
-            self.lists[2],
-        )
+        cache.lengths_at_most, cache.peaks_at_most, cache.exact = self.on_host
 
 
 def _reason(error: Exception) -> str:

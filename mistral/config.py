@@ -5,7 +5,7 @@ from typing import Any
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """`value` itself. ValueError, naming it, where it is no whole number of at least `least`."""
+    """`value` itself. ValueError, naming it, where it is no whole number from `least` to 2**31 - 1."""
     if type(value) is not int or not least <= value < 2**31:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return value
@@ -15,7 +15,7 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 class Config:
     """Shape and constants of one Mistral model, under Hugging Face's field names.
 
-    No field has a default: a number of the architecture is read from the checkpoint or it is an error.
+    No field has a default: what a checkpoint leaves out follows from a rule that its reader documents, or is an error.
     Raises ValueError for values that no Mistral can have.
     Source: Mistral 7B, table 1, https://arxiv.org/abs/2310.06825
     """
@@ -23,7 +23,7 @@ class Config:
     vocab_size: int  # V: rows of the embedding; may exceed the tokens that the tokenizer knows
     hidden_size: int  # D
     intermediate_size: int  # F
-    num_hidden_layers: int
+    num_hidden_layers: int  # blocks
     num_attention_heads: int  # N
     num_key_value_heads: int  # K; each serves G = N/K query heads
     head_dim: int  # H; not D/N in every checkpoint

@@ -13,9 +13,9 @@ from mistral.decoder import Engine
 class Constraint(Protocol):
     """Says which ids may come next; a grammar, for example.
 
-    It may have one more method, `forced() -> list[int]`: ids of which each is the only one that may come, no stop token
-    among them. `generate` then appends them without asking the model: they cost one forward together instead of one
-    each.
+    It may have two things more. `forced() -> list[int]` gives ids of which each is the only one that may come, no stop
+    token among them; `generate` appends them without asking the model, so they cost one forward together instead of
+    one each. `fixed`, if it is True, says that the mask is the same at every step, so that an engine may run ahead.
     """
 
     def mask(self) -> Tensor | None:
@@ -28,7 +28,7 @@ class Constraint(Protocol):
 class FixedMask:
     """A constraint to the same ids at every step; they are copied to the decoder's device once."""
 
-    fixed = True  # the mask does not depend on what is accepted
+    fixed = True
 
     def __init__(self, decoder: Engine, allowed: Sequence[bool]):
         self._decoder, self._mask, self._placed = decoder, torch.tensor(allowed), False  # [V]
@@ -71,7 +71,7 @@ class KnownTokens(FixedMask):
 
 
 class CountsForced:
-    """Another constraint, and how many of the ids that it left no choice about were taken (`taken`).
+    """Another constraint, and how many of the ids that it forced were taken (`taken`).
 
     Those that were not reached do not count: a text may end among them, at its last token for example.
     """

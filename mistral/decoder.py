@@ -16,15 +16,18 @@ NO_NUMBERS, NOTHING_LEFT = -1, -2
 
 
 class Engine(Protocol):
-    """What generation needs; `Decoder` is the reference, others are faster.
+    """What generation needs; `Decoder` is the reference and describes each method, others are faster.
 
     One that has `ahead` > 0 lets `generate` start so many more steps before it looks at the ids of one. Its `step` must
     not wait for the device then, and says NO_NUMBERS or NOTHING_LEFT, since nobody looks at its logits. One that has
     `score` and `slack`, as `Decoder` has them, can be sped up by `speculation.LookupDecoder`.
+
+    holder  whose tokens the engine holds: a conversation leaves itself here, to find out if another came between
     """
 
     config: Config
     batch_size: int
+    holder: object
 
     def read(self, rows: Sequence[Sequence[int]]) -> None: ...
     def step(self, sampling: Sampling, mask: Tensor | None = None) -> Tensor: ...
@@ -47,18 +50,18 @@ class Decoder:
     slack       how many tokens `rewind` can take back once the window has begun to roll
 
     A seed in `Sampling` starts the decoder's random numbers at the first step that brings it, and they go on from
-    there, through any number of calls, as long as the seed stays the same.
+    there, through any number of calls, as long as the seed stays the same. Raises what `Mistral.new_cache` raises.
     """
 
     def __init__(self, model: Mistral, batch_size: int = 1, max_tokens: int | None = None, *, slack: int = 16):
         self.model, self.config, self.batch_size = model, model.config, batch_size
         with torch.inference_mode():
             # One more than asked for: `rewind` reads the last token that stays again.
-            self._cache = model.new_cache(batch_size, max_tokens, slack and slack + 1)
+            self._cache = model.new_cache(batch_size, max_tokens, slack + 1 if slack > 0 else slack)
             self._history = torch.full((batch_size, 64), -1, device=model.device)  # [B, room]: ids, -1 behind them
         self._behind = [0] * batch_size  # how many of a row's last ids the cache has not read yet
         self._chunk = min(self.config.sliding_window or 2048, 2048)  # longer ones cost memory and gain no speed
-        self.slack = slack
+        self.slack, self.holder = slack, None
         self._logits: Tensor | None = None  # [B, V]: behind the last id that the cache has read ...
         self._stale = [False] * batch_size  # ... unless the cache was taken back since
         self._seed: int | None = None
@@ -131,7 +134,8 @@ class Decoder:
     def rewind(self, n: int | Sequence[int]) -> None:
         """Forget the last n tokens of every row (or n[b] of row b).
 
-        All of a row can always be forgotten. ValueError beyond what the cache can take back otherwise.
+        All of a row can always be forgotten. Otherwise ValueError for more than the cache can take back; nothing is
+        forgotten then.
         """
         counts = [n] * self.batch_size if isinstance(n, int) else list(n)
         if len(counts) != self.batch_size or min(counts) < 0:

@@ -23,7 +23,8 @@ def generate_naive(
 ) -> Iterator[int]:
     """Generation with nothing clever: every step reads the whole text again. The loop to learn from.
 
-    `generate` gives the same tokens with a fraction of the work, and a test holds the two together.
+    `generate` gives the same tokens with a fraction of the work, and a test holds the two together. Arguments and
+    result are those of `generate`; ValueError for an empty prompt.
     """
     stop_tokens = model.config.eos_token_id if stop_tokens is None else stop_tokens
     device = model.device
@@ -58,8 +59,9 @@ def generate(
     logprobs          yield Token(id, logprob) instead of ids
 
     Raises ValueError for an empty prompt and for more tokens than there is room for: with a model at the call, with a
-    decoder when it comes to it. ValueError, too, where the constraint and the penalties together allow no id, and
-    where the logits are not numbers (float16 overflows in some fine-tunes).
+    decoder when it comes to it. ValueError, too, for ids outside the vocabulary, where the constraint and the penalties
+    together allow no id, and where the logits are not numbers (float16 overflows in some fine-tunes). NotEnoughMemory
+    where a model's cache does not fit.
     """
     constraints = None if constraint is None else [constraint]
     decoder = _decoder_for(model_or_decoder, [prompt_ids], max_new_tokens)
@@ -165,13 +167,13 @@ def text_until(ids: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str], st
     stream, held = tokenizer.stream(start), ""
     for id in ids:
         held += stream.feed(id)
-        # Which one ends first; of two that end together, the longer
+        # The one that ends first; of two that end together, the longer.
         found = [(held.find(s) + len(s), held.find(s)) for s in stop if s in held]
         if found:
             if text := held[: min(found)[1]]:
                 yield text
             return
-        # The longest end of the text that a stop string could begin with
+        # How much of the text's end could be the beginning of a stop string.
         open_end = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
         if len(held) > open_end:
             yield held[: len(held) - open_end]

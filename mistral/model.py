@@ -60,7 +60,7 @@ class Trunk(nn.Module):
     ) -> Tensor:  # [B, T] -> [B, T, D]
         if cache is None:
             plan = None
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]: the same in every row
             mask = self_mask(positions, self.config.sliding_window)
         else:
             plan = cache.plan(tokens.shape[1], lengths)
@@ -113,7 +113,7 @@ class Mistral(nn.Module):
         last_only  return only each row's last real position, [B, V], instead of [B, T, V]. The row of a sequence
                    with no real token means nothing.
 
-        Raises ValueError for tokens or lengths of another shape, and where the cache has no room.
+        Raises ValueError for arguments that are not as above or do not fit together, and where the cache has no room.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T >= 1, not {list(tokens.shape)}")
@@ -133,9 +133,9 @@ class Mistral(nn.Module):
     def new_cache(self, batch_size: int, max_tokens: int | None = None, slack: int = 0) -> RollingCache:
         """An empty cache in the model's dtype and on its device.
 
-        max_tokens  make room for so many tokens a row. Required without a window (32,768 tokens of a 7B take 4.3 GB
-                    a row). With a window the room for window + slack tokens is enough for any number, and max_tokens
-                    is a limit only below that, where it saves memory.
+        max_tokens  make room for so many tokens a row. Required without a window (32,768 tokens of a 7B in 16 bits
+                    take 4.3 GB a row). With one, room for window + slack tokens is enough for a text of any length,
+                    and max_tokens is a limit only below that, where it saves memory.
         slack       how many tokens `rewind` must be able to take back once the cache has begun to roll
 
         Raises ValueError for impossible sizes, NotEnoughMemory where it does not fit.

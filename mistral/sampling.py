@@ -45,7 +45,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        # Smaller positive values would make every score infinite.
+        # Scores that are divided by next to nothing overflow.
         sane = self.temperature == 0 or 1e-5 <= self.temperature < math.inf
         _require(sane, "temperature", "0 (greedy) or 0.00001 or more", self.temperature)
         _require(0 <= self.top_p <= 1, "top_p", "between 0 and 1", self.top_p)
@@ -87,15 +87,13 @@ def next_ids(
     return (scores.softmax(dim=-1) / exponential).argmax(dim=-1)
 
 
-def random_numbers(sampling: Sampling, device: torch.device) -> torch.Generator | None:
-    """The generator that the seed starts; None, which is PyTorch's global one, where there is no seed."""
-    return None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
-
-
 def processed_scores(
     logits: Tensor, sampling: Sampling, history: Tensor, lengths: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """Scores after penalties, mask and warpers: float32 [B, V], -inf where an id cannot be drawn."""
+    """Scores after penalties, mask and warpers: float32 [B, V], -inf where an id cannot be drawn.
+
+    Shapes as in `next_ids`. With temperature 0 there are no warpers.
+    """
     scores = logits.float()
     if sampling.repetition_penalty != 1:
         scores = penalize_repetition(scores, history, sampling.repetition_penalty)
@@ -119,7 +117,7 @@ def processed_scores(
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
-    """Push down, once, every id that occurred. scores [B, V], history [B, n] -> [B, V]."""
+    """Push down every id that occurred, once however often it did. scores [B, V], history [B, n] -> [B, V]."""
     seen = _marked(scores, history)
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
@@ -166,6 +164,11 @@ def keep_typical(scores: Tensor, mass: float) -> Tensor:
     drop = distance > distance.gather(1, last)
     drop[:, 0] = False
     return scores.masked_fill(drop.scatter(1, order, drop), NEVER)
+
+
+def random_numbers(sampling: Sampling, device: torch.device) -> torch.Generator | None:
+    """The generator that the seed starts; None, which is PyTorch's global one, where there is no seed."""
+    return None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
 
 
 def _marked(scores: Tensor, ids: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from mistral.decoder import Engine, check_ids
 from mistral.sampling import Sampling, next_ids, random_numbers
 
-LONG = 64  # ids that are read without a guess: nobody asks for the logits behind each token of a prompt
+LONG = 64  # more new ids are read without a guess, which would cost the logits behind each of them: they are a prompt
 
 
 def find_guess(text: str, tokens: int, max_ngram: int, min_ngram: int) -> str:
@@ -57,7 +57,7 @@ class LookupDecoder:
     run ahead of the host.
 
     forwards        how many forwards were made; a prompt is one
-    plain_forwards  how many there would be without lookup: one for each id that was chosen or thing that was read
+    plain_forwards  how many there would be without lookup: one for each id that was chosen, one for each text read
 
     Raises ValueError for an engine that cannot do this, and for numbers that make no sense.
     """
@@ -65,7 +65,7 @@ class LookupDecoder:
     def __init__(self, decoder: Engine, tokens: int = 8, max_ngram: int = 3, min_ngram: int = 1):
         _check(decoder, tokens, max_ngram, min_ngram)
         self.config, self.batch_size, self.limit = decoder.config, 1, decoder.limit
-        self.slack = decoder.slack - tokens
+        self.slack, self.holder = decoder.slack - tokens, None
         self.forwards = self.plain_forwards = 0
         self._decoder, self._tokens, self._ngrams = decoder, tokens, (max_ngram, min_ngram)
         self._text = ""  # one character for each id
@@ -89,7 +89,7 @@ class LookupDecoder:
 
     @property
     def tokens_a_forward(self) -> float:
-        """How many ids a forward brought, those not counted about which a grammar leaves no choice. 1: no gain."""
+        """How many plain forwards each forward replaced, on average. 1: no gain."""
         return self.plain_forwards / max(self.forwards, 1)
 
     @property

@@ -68,7 +68,7 @@ def _step(
     ids = decoder.step(sampling, mask)  # [B]
     ids_or_0 = ids.clamp(min=0)[:, None]  # [B, 1]
     forbidden = torch.zeros_like(broken) if mask is None else ~mask.gather(1, ids_or_0)[:, 0]
-    # One look at the device for everything that the host must know
+    # One look at the device for everything that the host must know.
     chosen, *wrong = torch.stack((ids, broken.long(), forbidden.long())).tolist()
     _check_step(*wrong, running)
     if log_p is None:
@@ -83,7 +83,7 @@ def _steps_ahead(
     stop: frozenset[int],
     constraints: Sequence[Constraint] | None,
 ) -> Iterator[list]:
-    """As `steps`, where no step needs the ids of the one before it on the host: the device never waits for it.
+    """As `steps`, where no step needs the ids of the one before it on the host: the device never waits for the host.
 
     Up to `decoder.ahead` more steps are under way when ids are looked at; what was too much is taken back at the end.
     """

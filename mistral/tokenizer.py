@@ -25,7 +25,8 @@ class Tokenizer:
     stop_ids     ids at which generation ends; the first is `eos_id`. None: the sentencepiece model's end token.
     bos_id       the token that begins a text. None: the sentencepiece model's own.
 
-    Raises CheckpointError for bytes that are no sentencepiece model, and for added tokens that contradict it.
+    Raises CheckpointError for bytes that are no sentencepiece model, for added tokens that contradict it, and for a
+    `bos_id` that is no control token.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class Tokenizer:
         self._bytes = [self._piece_bytes(id, piece) for id, piece in enumerate(pieces)]
         self._control_id = {text: id for id, text in self._control.items()}
         longest_first = sorted(self._control_id, key=len, reverse=True)
-        self._special = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+        any_control = "|".join(map(re.escape, longest_first)) or "(?!)"  # which never matches
+        self._special = re.compile(f"({any_control})")
         self.adds_space = "".join(self._pieces.encode("a", out_type=str)).startswith(SPACE)
         # A newline belongs to no piece but its own, so text behind one is split as if nothing stood before it.
         self._newline = self._pieces.encode("\n")
@@ -126,15 +128,16 @@ class Tokenizer:
     def vocabulary(self) -> list[tuple[str, float, int]]:
         """Text, score and kind of every id, with the numbers that sentencepiece and GGUF give the kinds.
 
-        1 ordinary, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Added tokens are control tokens.
+        1 ordinary, 2 unknown, 3 control, 5 unused, 6 byte. (4 is user-defined, which the library calls ordinary.) Added
+        tokens are control tokens; an id between them that has no token is unused, as [PAD<id>].
         """
-        kinds = ((2, self._pieces.IsUnknown), (3, self._pieces.IsControl), (5, self._pieces.IsUnused))
-        kinds += ((6, self._pieces.IsByte),)
+        pieces = self._pieces
+        kinds = {2: pieces.IsUnknown, 3: pieces.IsControl, 5: pieces.IsUnused, 6: pieces.IsByte}
         entries = []
-        for id in range(len(self._pieces)):
-            kind = next((number for number, holds in kinds if holds(id)), 1)
-            entries.append((self._pieces.IdToPiece(id), self._pieces.GetScore(id), kind))
-        for id in range(len(self._pieces), self.vocab_size):
+        for id in range(len(pieces)):
+            kind = next((number for number, holds in kinds.items() if holds(id)), 1)
+            entries.append((pieces.IdToPiece(id), pieces.GetScore(id), kind))
+        for id in range(len(pieces), self.vocab_size):
             entries.append((self.added.get(id, f"[PAD{id}]"), -1000.0, 3 if id in self.added else 5))
         return entries
 
@@ -162,7 +165,7 @@ class TextStream:
         if piece is None:  # a control token, or an id without a token: the text before it has ended
             text = self.finish()
             self._at_start = id in self._tokenizer.control_ids
-            return text + (self._tokenizer.control_text(id) or "" if self._control else "")
+            return text + ((self._tokenizer.control_text(id) or "") if self._control else "")
         if self._at_start and self._tokenizer._begins_with_space(id):
             piece = piece[1:]
         self._at_start = False

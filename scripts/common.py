@@ -143,6 +143,25 @@ def open_chat_engine(arguments: argparse.Namespace, model: mistral.Mistral) -> t
     return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=slack)
 
 
+def open_batch_engines(
+    arguments: argparse.Namespace, model: mistral.Mistral, max_tokens: int
+) -> Callable[[int], Engine]:
+    """Gives the empty decoder that --engine names for a number of rows; each is made once, and says which it is.
+
+    max_tokens  the room that each row needs
+    """
+    made: dict[int, Engine] = {}
+
+    def empty_decoder(rows: int) -> Engine:
+        if rows not in made:
+            made[rows], line = engines.open_engine(arguments.engine, model, rows, max_tokens, slack=0)
+            note(f"{line}, {rows} at once")
+        made[rows].rewind(made[rows].lengths)
+        return made[rows]
+
+    return empty_decoder
+
+
 def add_chat_arguments(to: argparse.ArgumentParser) -> None:
     """--format and --max-tokens."""
     to.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")

@@ -22,6 +22,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("task", choices=RULES)
     common.add_model_arguments(parser, name="--model")
+    common.add_engine_argument(parser)
     parser.add_argument("--data", required=True, help="rows: .jsonl, .parquet, or owner/name of a dataset on the hub")
     parser.add_argument("--output", type=Path, help="keep every answer in this .jsonl; the same command goes on there")
     parser.add_argument("--rules", choices=("paper", "fixed", "both"), default="both", help="default: both")
@@ -39,14 +40,14 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     rows = read_rows(args.data, args.task, args.limit)
-    names = "task model revision window packed quantize temperature max_new_tokens seed batch_size"
+    names = "task model revision window packed quantize engine temperature max_new_tokens seed batch_size"
     settings = {name: getattr(args, name) for name in names.split()}
     model, tokenizer = common.load(args)
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": fingerprint(model)}
     answers = Answers(args.output, settings)
     sampling = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed")}
     ask = ModelAnswers(model, tokenizer, **sampling)
-    ask.check(rows)
+    ask.empty_decoder = common.open_batch_engines(args, model, ask.check(rows))
     if args.output is None:
         common.note("the answers are not kept: --output FILE keeps them")
     verdicts: dict[str, list[Verdict]] = {name: [] for name in RULES[args.task]}

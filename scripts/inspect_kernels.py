@@ -42,11 +42,14 @@ def main() -> None:
 
 def print_table(target: int, kind: str, dtype: torch.dtype, batch: int) -> None:
     try:
-        from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
+        from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight, short_kernels
     except ImportError as error:
         raise ValueError(f"the compiler is missing ({error}): pip install triton") from None
     kinds = ("Q4_K", "Q6_K") if kind == "Q4_K_M" else (kind,)  # that file keeps some matrices with more bits
-    for name, task in decode_kernels(config("7b"), dtype, batch, target, *kinds).items():
+    tasks = decode_kernels(config("7b"), dtype, batch, target, *kinds)
+    if kind != "dense":
+        tasks |= short_kernels(config("7b"), dtype, batch, target, *kinds)
+    for name, task in tasks.items():
         made = compile_ahead(task, dtype, target)
         CTAs, threads = "x".join(str(n) for n in task.launch.grid), 32 * task.launch.options["num_warps"]
         rate = instructions_per_weight(made, task.launch)

@@ -22,6 +22,8 @@ from mistral.demo.everyday import EVERYDAY
 from mistral.demo.talk import TALK
 from mistral.demo.training import CONFIG
 
+MAX_NEW_TOKENS = 200
+
 PAGE = """# The demo
 
 `mistral.load("demo")` is a small Mistral that comes with this package: {parameters:.1f} million parameters, \
@@ -59,6 +61,7 @@ follows the schema. What went wrong in the calls:
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__, "python scripts/measure_demo.py --page docs/demo.md")
     common.add_model_arguments(parser)
+    common.add_engine_argument(parser)
     parser.add_argument("--requests", type=int, default=300, help="of each kind (default: 300)")
     parser.add_argument("--batch-size", type=int, default=50, help="default: 50")
     parser.add_argument("--seed", type=int, default=1)
@@ -69,20 +72,21 @@ def arguments() -> argparse.Namespace:
 class Runner:
     """Answers prompts greedily, in batches."""
 
-    def __init__(self, model: mistral.Mistral, tokenizer: mistral.Tokenizer, batch_size: int):
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+    def __init__(self, model: mistral.Mistral, tokenizer: mistral.Tokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
 
     def answers(self, prompts: Sequence[tuple[str, str]], constraints: Sequence | None, note: str) -> list[str]:
         """One answer for each (system, user)."""
-        rows = [self._ids(*prompt) for prompt in prompts]
+        rows, size = [self._ids(*prompt) for prompt in prompts], self.args.batch_size
+        empty_decoder = common.open_batch_engines(self.args, self.model, max(map(len, rows)) + MAX_NEW_TOKENS)
         texts = []
-        for i in tqdm(range(0, len(rows), self.batch_size), desc=note, leave=False):
-            end = i + self.batch_size
+        for i in tqdm(range(0, len(rows), size), desc=note, leave=False):
+            end = i + size
             made = mistral.generate_batch(
-                self.model,
+                empty_decoder(len(rows[i:end])),
                 rows[i:end],
                 mistral.Sampling(temperature=0),
-                max_new_tokens=200,
+                max_new_tokens=MAX_NEW_TOKENS,
                 constraints=constraints and constraints[i:end],
             )
             texts += [self._text(row) for row in made]
@@ -178,7 +182,7 @@ def main() -> None:
     if args.requests < 1 or args.batch_size < 1:
         raise ValueError("--requests and --batch-size must be 1 or more")
     model, tokenizer = common.load(args)
-    runner = Runner(model, tokenizer, args.batch_size)
+    runner = Runner(model, tokenizer, args)
     kinds = (("one tool", 1), ("two tools", 2), ("three tools", 3), ("the scripts' own tools, seen in training", None))
     calls = [measure_calls(runner, args, note, count) for note, count in kinds]
     records, talk = measure_records(runner, args), measure_talk(runner)

@@ -23,6 +23,7 @@ SLOW = 10.0  # seconds; a grammar or a mask that took longer hung
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__, "python scripts/stress_grammar.py --schemas 1000 --batch-size 20")
     common.add_model_arguments(parser)
+    common.add_engine_argument(parser)
     parser.add_argument("--schemas", type=int, default=1000, help="default: 1000")
     parser.add_argument("--batch-size", type=int, default=20, help="schemas that are answered at once (default: 20)")
     parser.add_argument("--max-new-tokens", type=int, default=500, help="the budget of one answer (default: 500)")
@@ -112,12 +113,19 @@ def stress(model: mistral.Mistral, tokenizer: mistral.Tokenizer, args: argparse.
             counts["nothing is valid"] += 1
         counts["hung"] += time.perf_counter() - start > SLOW
     sampling = mistral.Sampling(temperature=args.temperature, seed=args.seed)
+    systems = [{"role": "system", "content": json_prompt(schema)} for schema, _ in cases]
+    prompts = [encode_chat(tokenizer, [system, {"role": "user", "content": "Go"}]) for system in systems]
+    room = max(map(len, prompts), default=0) + args.max_new_tokens
+    empty_decoder = common.open_batch_engines(args, model, room)
     for i in tqdm(range(0, len(cases), args.batch_size), desc=name, leave=False):
-        batch = cases[i : i + args.batch_size]
-        systems = [{"role": "system", "content": json_prompt(schema)} for schema, _ in batch]
-        prompts = [encode_chat(tokenizer, [system, {"role": "user", "content": "Go"}]) for system in systems]
+        batch, told = cases[i : i + args.batch_size], prompts[i : i + args.batch_size]
+        constraints = [constraint for _, constraint in batch]
         rows = mistral.generate_batch(
-            model, prompts, sampling, max_new_tokens=args.max_new_tokens, constraints=[c for _, c in batch]
+            empty_decoder(len(batch)),
+            told,
+            sampling,
+            max_new_tokens=args.max_new_tokens,
+            constraints=constraints,
         )
         for (schema, constraint), ids in zip(batch, rows):
             ended = ids[-1] in tokenizer.stop_ids

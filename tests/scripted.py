@@ -21,7 +21,7 @@ class Scripted:
         self.batch_size, self.ids, self.pending, self.reads = 1, [], [], []
         self.answers = [answer if isinstance(answer, list) else written(answer) for answer in answers]
         self.slack, self.furthest = slack, 0
-        self.fail_after = fail_after
+        self.fail_after, self.holder = fail_after, None
 
     @property
     def lengths(self):

@@ -423,7 +423,7 @@ def test_text_that_spells_control_tokens_stays_text_in_every_role(name, request)
         ([user(3)], r"message 0 \(user\): the content is int, not text"),
         ([user(b"a")], r"message 0 \(user\): the content is bytes, not text"),
         ([user([])], r"message 0 \(user\): the content has parts other than"),
-        ([user([{"type": "image_url", "image_url": "x"}])], r"message 0 \(user\): the content has parts other than"),
+        ([user([{"type": "image_url", "image_url": "x"}])], r"parts other than \{.*\}, and only text can be written$"),
         ([user("a\ud800")], r"message 0 \(user\) is not valid Unicode: '\\ud800' at character 1"),
         ([user([{"type": "text", "text": "\udfff"}])], r"message 0 \(user\) is not valid Unicode"),
         ([user("a"), result("b")], r"message 1 \(tool\) is a function's result, and no assistant's"),
@@ -513,3 +513,9 @@ def test_a_result_cannot_close_its_tag():
 @pytest.mark.parametrize("style", ["json", "card", "eval", "eval_2024_07", "tool_use"])
 def test_a_call_is_written_alike_from_a_dict_and_from_text(style):
     assert write_call("f", '{"a": 1}', style) == write_call("f", {"a": 1}, style)
+
+
+def test_a_tool_style_that_there_is_not_is_refused():
+    for write in (lambda: tool_prompt([WEATHER], "yaml"), lambda: write_call("f", {}, "yaml")):
+        with pytest.raises(ValueError, match="no tool prompt 'yaml'; there are json, card"):
+            write()

@@ -12,9 +12,9 @@ from scripted import END, TOKENIZER, Scripted, call, written
 
 import mistral
 from mistral.chat import Conversation, Tool, encode_chat, tool
-from mistral.chat.answer import TextOnly
 from mistral.chat.conversation import ConversationError
 from mistral.chat.events import Call, End, Error, Result, Text
+from mistral.chat.free_text import TextOnly
 from mistral.chat.grammar import GrammarError
 
 
@@ -455,9 +455,41 @@ def test_mistrals_calls_begin_with_their_token_and_it_stands_nowhere_else():
         assert not any(mask[0, CALLS_TOKEN] for mask in engine.masks)
 
 
-def test_mistrals_calls_have_no_grammar_and_that_is_said():
-    with pytest.warns(UserWarning, match="no grammar for what follows .TOOL_CALLS"):
-        mistral_talk(tools=[add], grammar=True)
+@pytest.mark.parametrize("choice", ["required", "add"])
+def test_mistrals_calls_follow_the_tools_schemas(choice):
+    torch.manual_seed(0)
+    model = mistral.Mistral(small.config(vocab_size=32768, max_position_embeddings=8192))
+    said = dict(tools=[add, broken], tool_choice=choice, sampling=mistral.Sampling(seed=1))
+    for limit in (4000, 1):
+        conversation = Conversation(model, V3, max_new_tokens=limit, max_rounds=1, **said)
+        *events, end = conversation.say("Go")
+        assert conversation.tokens_written and conversation.tokens_saved
+        if limit == 1:
+            assert end == End("length")
+            continue
+        assert events and all(isinstance(event, Call) for event in events)
+        for event in events:
+            assert choice in ("required", event.name)
+            kind = int if event.name == "add" else str
+            assert all(isinstance(value, kind) for value in event.arguments.values())
+        assert end == End("max_rounds")
+
+
+def test_mistrals_answer_is_free_until_it_begins_with_the_calls_token():
+    _, conversation = mistral_talk(tools=[add], grammar=True)
+    constraint = conversation._constraints["auto"]
+    for first in (CALLS_TOKEN, V3.encode("Hello", bos=False)[0]):
+        one = constraint.copy()
+        assert one.mask()[CALLS_TOKEN] and one.mask()[first]
+        one.accept(first)
+        allowed = {V3.token_bytes(id).strip() for id in one.mask().nonzero().flatten().tolist() if id != 2}
+        assert (b"Hello" in allowed) == (first != CALLS_TOKEN)
+        assert b"[{" in allowed
+        assert not one.mask()[CALLS_TOKEN]
+    assert constraint.mask()[CALLS_TOKEN] and constraint.forced() == []
+
+
+def test_a_promised_call_needs_the_grammar():
     with pytest.raises(ConversationError, match="only a grammar keeps"):
         mistral_talk(tools=[add], tool_choice="required")
 

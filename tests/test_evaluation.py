@@ -10,6 +10,7 @@ from xml.etree.ElementTree import ParseError
 import pytest
 import small
 
+import mistral
 import mistral.evaluation.run as run_module
 from mistral.evaluation import fixed_rules, paper_rules
 from mistral.evaluation.rows import DataError, Row, read_rows
@@ -674,6 +675,20 @@ def test_a_row_is_answered_alike_whatever_was_asked_before(chat_model):
     assert [again([row])[0] for row in rows[1:]] == texts[1:]
     assert again([rows[0]]) != ModelAnswers(*chat_model, seed=2, **options)([rows[0]])
     assert len(first(rows)) == 3
+
+
+def test_another_engine_can_answer(chat_model):
+    rows, made = some_rows("one", "a longer one"), []
+
+    def empty_decoder(count):
+        made.append(mistral.Decoder(chat_model[0], count, room, slack=0))
+        return made[-1]
+
+    ask = ModelAnswers(*chat_model, temperature=0, max_new_tokens=5)
+    texts, room = ask(rows), ask.check(rows)
+    ask.empty_decoder = empty_decoder
+    assert ask(rows) == texts
+    assert made[0].limit == room == made[0].lengths[1]
 
 
 def test_a_row_that_is_too_long_is_named_before_any_is_asked(chat_model):

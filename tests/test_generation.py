@@ -126,6 +126,12 @@ def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
                 assert (decoder._history[b, len(row) :] == -1).all()
 
 
+@pytest.mark.parametrize("slack", [-1, -2])
+def test_a_negative_slack_is_refused(slack):
+    with pytest.raises(ValueError, match=f"slack {slack}"):
+        Decoder(small.model(), slack=slack)
+
+
 def test_everything_can_be_taken_back_and_begun_anew():
     model = small.model()
     decoder = Decoder(model, max_tokens=50)

@@ -169,6 +169,16 @@ def test_metadata_of_the_wrong_kind_is_refused(key, value, monkeypatch):
         load(FILES / "q8_0.gguf", sliding_window="auto")
 
 
+@pytest.mark.filterwarnings("ignore:.*names no sliding window")
+def test_a_bad_tokenizer_is_refused_before_a_weight_is_read(monkeypatch):
+    header = read_header(FILES / "q8_0.gguf")
+    forged = gguf.GgufHeader(header.metadata | {"tokenizer.ggml.model": "gpt2"}, header.tensors)
+    monkeypatch.setattr(gguf, "read_header", lambda path: forged)
+    monkeypatch.setattr(gguf, "load_model", lambda *_: pytest.fail("the weights were read"))
+    with pytest.raises(mistral.CheckpointError, match="gpt2"):
+        load(FILES / "q8_0.gguf")
+
+
 def test_a_scaling_factor_of_1_or_0_is_none(tmp_path):
     header = read_header(FILES / "q8_0.gguf")
     for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):

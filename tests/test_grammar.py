@@ -10,9 +10,15 @@ import small
 import torch
 
 import mistral
-from mistral.chat import grammar
+from mistral.chat import grammar_constraint
 from mistral.chat.bounded_schema import Limits, bounded_schema
-from mistral.chat.grammar import GrammarError, UnsupportedSchema, json_constraint, tool_call_constraint
+from mistral.chat.grammar import (
+    GrammarError,
+    UnsupportedSchema,
+    call_list_constraint,
+    json_constraint,
+    tool_call_constraint,
+)
 from mistral.chat.json_schema import SchemaError, compile_schema, problem
 from mistral.chat.prompts import write_call
 
@@ -271,6 +277,11 @@ def test_a_schema_that_nothing_is_valid_for_is_an_error(tokenizer, schema):
     assert not isinstance(raised.value, UnsupportedSchema) and "\n" not in str(raised.value)
 
 
+def test_an_empty_reference_is_not_taken_for_any_value():
+    with pytest.raises(UnsupportedSchema, match="does not begin with #/"):
+        bounded_schema({"type": "object", "properties": {"a": {}, "b": {"$ref": ""}}}, Limits())
+
+
 @pytest.mark.parametrize("schema", [5, None, {"type": "foo"}, {"$ref": "#/nowhere"}, {"minimum": "1"}, {"a": {1, 2}}])
 def test_a_malformed_schema_is_an_error(tokenizer, schema):
     with pytest.raises(SchemaError):
@@ -471,6 +482,24 @@ def test_when_no_tool_may_be_called_the_tag_cannot_be_written(tokenizer):
     assert allows(tool_constraint(tokenizer, "none", tools=[]), tokenizer, "Hello.")
 
 
+@pytest.mark.parametrize("choice", ["auto", "required", "add"])
+def test_random_tokens_end_in_a_list_of_calls(tokenizer, choice):
+    schemas = {tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"] for tool in TOOLS}
+    constraint, keys = call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, limits=SHORT), set()
+    for seed in range(8):
+        calls = json.loads(walk(constraint.copy(), tokenizer, seed))
+        assert 1 <= len(calls) <= SHORT.max_items
+        for call in calls:
+            assert choice in ("auto", "required", call["name"])
+            assert problem(compile_schema(schemas[call["name"]]), call["arguments"]) is None
+            assert re.fullmatch("[A-Za-z0-9]{9}", call.get("id", "123456789"))
+            keys |= call.keys()
+    assert keys == {"name", "arguments", "id"}
+    assert not allows(constraint, tokenizer, "[]") and not allows(constraint, tokenizer, "Hello")
+    assert not allows(constraint, tokenizer, '[{"name": "add", "arguments": {"x": 1}}] and so')
+    assert allows(constraint, tokenizer, ' [{"name": "add", "arguments": {"x": 1}, "id": "aB3456789"}]')
+
+
 def test_unusable_tools_are_errors(tokenizer):
     for tools, choice, message in (
         ([], "auto", "no tools"),
@@ -643,9 +672,9 @@ def test_a_vocabulary_is_prepared_once_and_let_go_with_its_tokenizer():
     made = small.true_tokenizer(stop_ids=[STOP])
     constraint = json_constraint(made, VOCAB_SIZE, INTEGER)
     json_constraint(made, VOCAB_SIZE, STRING)
-    assert len(grammar._VOCABULARIES[made]) == 1
+    assert len(grammar_constraint._VOCABULARIES[made]) == 1
     json_constraint(made, VOCAB_SIZE + 32, STRING)
-    assert len(grammar._VOCABULARIES[made]) == 2
+    assert len(grammar_constraint._VOCABULARIES[made]) == 2
     alive = weakref.ref(made)
     del made
     constraint.forced()

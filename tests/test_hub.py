@@ -175,6 +175,11 @@ def test_split_sets_are_fetched_whole(quantisation, expected):
     assert choose_files("a/b", FILES, quantisation, None) == expected
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "IQ4_XS", "TQ2_0", "F16", "BF16", "MXFP4", "NVFP4"])
+def test_a_quantisation_may_stand_behind_an_underscore(kind):
+    assert choose_files("a/b", [f"model_{kind}.gguf", "model_x.gguf"], kind, None) == [f"model_{kind}.gguf"]
+
+
 @pytest.mark.parametrize("quantisation", ["K_M", "Q4", "4_K_M", "Q8"])
 def test_a_part_of_a_quantisation_is_not_enough(quantisation):
     with pytest.raises(CheckpointError, match="There is: model-Q4_K_M, model-Q4_K_S, sub/model-Q8_0"):

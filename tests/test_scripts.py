@@ -385,6 +385,7 @@ def test_the_demo_is_measured_and_its_page_written(run_here, tmp_path):
     code, out, err = run_here("measure_demo", "--requests", 2, "--page", page)
     assert code == 0, err
     assert "| calls, all of the above | 6 |" in out
+    assert "engine: eager: " in err or "engine: kernels" in err
     assert page.read_text().startswith("# The demo")
 
 

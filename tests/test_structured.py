@@ -1,6 +1,7 @@
 """JSON by a schema: prompt, generate, parse, validate, try again."""
 
 import json
+from collections.abc import Callable
 
 import pytest
 from scripted import TOKENIZER, Scripted
@@ -74,6 +75,16 @@ def test_a_schema_may_be_a_file_or_a_pydantic_model(tmp_path):
     engine, person = ask('{"name": "Ada Lovelace", "age": 1}', '{"name": "Ada", "age": 36}', schema=Person)
     assert person == Person(name="Ada", age=36)
     assert "too long a name" in TOKENIZER.decode(engine.reads[1])
+
+
+def test_a_pydantic_model_without_a_schema_is_refused():
+    pydantic = pytest.importorskip("pydantic")
+
+    class Greeter(pydantic.BaseModel):
+        greet: Callable[[], str]
+
+    with pytest.raises(SchemaError, match="Greeter has no JSON schema"):
+        ask("{}", schema=Greeter)
 
 
 def test_what_is_no_schema_is_refused(tmp_path):

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
-
 from mistral.chat.formats import ChatFormat
-from mistral.constraints import Constraint, CountsForced, FixedMask
+from mistral.chat.free_text import TextOnly
+from mistral.constraints import Constraint, CountsForced
 from mistral.decoder import Decoder, Engine
 from mistral.generation import generate, text_until
 from mistral.model import Mistral
@@ -13,41 +12,6 @@ from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
 
 SLACK = 32  # tokens that can be taken back after the window rolled: an end of turn that the model spelled
-
-
-class TextOnly(FixedMask):
-    """A constraint to tokens that are text, and those that end it: no control token, no row without a token."""
-
-    def __init__(self, decoder: Engine, tokenizer: Tokenizer, stop_tokens: Sequence[int]):
-        ids = range(decoder.config.vocab_size)
-        super().__init__(decoder, [tokenizer.token_bytes(id) is not None or id in stop_tokens for id in ids])
-
-    def copy(self) -> "TextOnly":
-        """Itself: it remembers nothing."""
-        return self
-
-
-class TextOrCalls:
-    """A constraint to text, before which `call_token` may stand: what follows it then is a list of calls."""
-
-    def __init__(self, text: TextOnly, call_token: int):
-        self._text, self._call_token, self._begun = text, call_token, False
-
-    def mask(self) -> Tensor:
-        """bool [V] on the decoder's device."""
-        mask = self._text.mask()
-        if not self._begun:
-            mask = mask.clone()
-            mask[self._call_token] = True
-        return mask
-
-    def accept(self, id: int) -> None:
-        """From now on, text."""
-        self._begun = True
-
-    def copy(self) -> "TextOrCalls":
-        """One for another answer."""
-        return TextOrCalls(self._text, self._call_token)
 
 
 class Answer:

@@ -84,20 +84,26 @@ def bounded_schema(schema: Mapping[str, Any], limits: Limits, definitions: str =
 
 
 class _Bounder:
+    """Rewrites the parts of one schema.
+
+    definitions  by reference (None: any value) and depth, the name and the body of what is written once. A body is
+                 None where no value is valid.
+    """
+
     def __init__(self, root: dict[str, Any], validator: Any, limits: Limits, prefix: str):
         self.root, self._validator, self._limits, self._prefix = root, validator, limits, prefix
         self._options = Options(root)
-        self.definitions: dict[tuple[str, int], tuple[str, dict[str, Any] | None]] = {}
+        self.definitions: dict[tuple[str | None, int], tuple[str, dict[str, Any] | None]] = {}
 
     def schema(self, schema: Schema, depth: int) -> dict[str, Any] | None:
         """The bounded form of a part of the schema; None if no value is valid for it."""
         if schema is False:
             return None
-        says = [] if schema is True else [key for key in schema if key in KEYWORDS]
-        if says not in ([], ["$ref"]):
+        said = [] if schema is True else [key for key in schema if key in KEYWORDS]
+        if said not in ([], ["$ref"]):
             return self._any_of(schema, depth)
         # What is referred to, and the schema of any value, may occur often: written once for each depth
-        key = ("" if not says else schema["$ref"], depth)
+        key = (schema["$ref"] if said else None, depth)
         if key not in self.definitions:
             name = f"{self._prefix}{len(self.definitions)}"
             self.definitions[key] = (name, None)
@@ -143,26 +149,26 @@ class _Bounder:
         return {"string": self._string, "array": self._array, "object": self._object}[kind](option)
 
     def _string(self, option: Option) -> dict[str, Any] | None:
-        says, limit = option.keywords, self._limits.max_string
-        if "format" in says:
+        keywords, limit = option.keywords, self._limits.max_string
+        if "format" in keywords:
             limit = max(limit, 64)  # room for every date, address and uuid
-        shortest = says.get("minLength", 0)
-        longest = min(says.get("maxLength", math.inf), max(shortest, limit))
+        shortest = keywords.get("minLength", 0)
+        longest = min(keywords.get("maxLength", math.inf), max(shortest, limit))
         if shortest > longest:
             return None
         form = {"type": "string", "minLength": shortest, "maxLength": longest}
-        formats = says.get("format", ())
+        formats = keywords.get("format", ())
         rules = [{"format": name} for name in formats if name in GRAMMAR_FORMATS]
         rules += [{"pattern": FORMAT_PATTERNS[name]} for name in formats if name in FORMAT_PATTERNS]
-        rules += [{"pattern": part} for pattern in says.get("pattern", ()) for part in _patterns(pattern)]
+        rules += [{"pattern": part} for pattern in keywords.get("pattern", ()) for part in _patterns(pattern)]
         return form | {"allOf": rules} if rules else form
 
     def _number(self, kind: str, option: Option) -> dict[str, Any] | None:
-        says, digits = option.keywords, self._limits.max_digits
-        if Fraction(says.get("multipleOf", 1)).denominator > 1024:
-            raise UnsupportedSchema("multipleOf", f"validators round when they divide by {says['multipleOf']}")
-        lows = {key: Fraction(str(says[key])) for key in ("minimum", "exclusiveMinimum") if key in says}
-        highs = {key: Fraction(str(says[key])) for key in ("maximum", "exclusiveMaximum") if key in says}
+        keywords, digits = option.keywords, self._limits.max_digits
+        if Fraction(keywords.get("multipleOf", 1)).denominator > 1024:
+            raise UnsupportedSchema("multipleOf", f"validators round when they divide by {keywords['multipleOf']}")
+        lows = {key: Fraction(str(keywords[key])) for key in ("minimum", "exclusiveMinimum") if key in keywords}
+        highs = {key: Fraction(str(keywords[key])) for key in ("maximum", "exclusiveMaximum") if key in keywords}
         # A float is exact for 15 digits. Before the point there are as many as the least possible number needs.
         least = max([Fraction(0), *lows.values(), *(-high for high in highs.values())])
         behind = 0 if kind == "integer" else min(6, digits // 2)
@@ -173,7 +179,7 @@ class _Bounder:
         high = 10**before - step
         low = -high
         if kind == "number":
-            step = Fraction(says.get("multipleOf", step))
+            step = Fraction(keywords.get("multipleOf", step))
         # Among multiples of the step every bound can be inclusive. Of exclusive ones the grammar lets some through.
         for key, bound in lows.items():
             low = max(low, step * (math.ceil(bound / step) if key == "minimum" else math.floor(bound / step) + 1))
@@ -182,19 +188,19 @@ class _Bounder:
         if low > high:
             return None
         form = {"type": kind, "minimum": _as_number(low), "maximum": _as_number(high)}
-        return form | {"multipleOf": _as_number(Fraction(says.get("multipleOf", step)))}
+        return form | {"multipleOf": _as_number(Fraction(keywords.get("multipleOf", step)))}
 
     def _array(self, option: Option) -> dict[str, Any] | None:
-        says = option.keywords
-        shortest, places = says.get("minItems", 0), len(says.get("prefixItems", ()))
-        longest = min(says.get("maxItems", math.inf), max(shortest, self._limits.max_items))
+        keywords = option.keywords
+        shortest, places = keywords.get("minItems", 0), len(keywords.get("prefixItems", ()))
+        longest = min(keywords.get("maxItems", math.inf), max(shortest, self._limits.max_items))
         first = []
         while len(first) < min(places, longest):
             if (form := self.schema(option.item(len(first)), option.depth)) is None:
                 longest = len(first)
             else:
                 first.append(form)
-        rest = self.schema(says.get("items", True), option.depth) if longest > len(first) else None
+        rest = self.schema(keywords.get("items", True), option.depth) if longest > len(first) else None
         longest = longest if rest else len(first)
         if shortest > longest:
             return None
@@ -202,14 +208,14 @@ class _Bounder:
         return form | {"prefixItems": first} if first else form
 
     def _object(self, option: Option) -> dict[str, Any] | None:
-        says, names = option.keywords, option.names
-        if not names and ("properties" not in says or "additionalProperties" in says):
+        keywords, names = option.keywords, option.names
+        if not names and ("properties" not in keywords or "additionalProperties" in keywords):
             return self._map(option)
-        required = list(says.get("required", ()))
+        required = list(keywords.get("required", ()))
         forms = {name: self.schema(option.property(name), option.depth) for name in names}
         known = {name: form for name, form in forms.items() if form is not None}
-        least, most = says.get("minProperties", 0), says.get("maxProperties", math.inf)
-        if least > len(known) and says.get("additionalProperties") is not False:
+        least, most = keywords.get("minProperties", 0), keywords.get("maxProperties", math.inf)
+        if least > len(known) and keywords.get("additionalProperties") is not False:
             raise UnsupportedSchema("minProperties", f"{least} properties, and the schema gives {len(known)} names")
         if not known.keys() >= set(required) or least > len(known) or most < len(required):
             return None
@@ -219,14 +225,14 @@ class _Bounder:
 
     def _map(self, option: Option) -> dict[str, Any] | None:
         """An object whose properties may have any names: up to so many, with names up to so long."""
-        says = option.keywords
-        least = says.get("minProperties", 0)
-        if says.get("patternProperties"):
+        keywords = option.keywords
+        least = keywords.get("minProperties", 0)
+        if keywords.get("patternProperties"):
             raise UnsupportedSchema("patternProperties", "names of any length")
         if least > 1:
             raise UnsupportedSchema("minProperties", "a grammar does not see that two names are the same")
-        most = min(says.get("maxProperties", math.inf), max(least, self._limits.max_properties))
-        value = self.schema(says.get("additionalProperties", True), option.depth) if most else None
+        most = min(keywords.get("maxProperties", math.inf), max(least, self._limits.max_properties))
+        value = self.schema(keywords.get("additionalProperties", True), option.depth) if most else None
         if value is None or not most:
             return None if least else {"type": "object", "properties": {}, "additionalProperties": False}
         names = {f"^(?s:.{{0,{self._limits.max_string}}})$": value}

@@ -2,8 +2,8 @@
 
     [{"name": ..., "arguments": {...}, "id": nine letters or digits}, ...]
 
-Models leave out the "id" more often than not. A call without one, or with one that the format does not take, gets one
-here, for its result must name it.
+A model may leave out the "id". A call without one, or with one that the format does not take, gets one here, for its
+result must name it.
 """
 
 import json

@@ -5,9 +5,9 @@ from typing import Any
 
 from mistral.chat.literals import read_literals
 
-# What a message may begin with that is a call without the tags that were asked for, and the tags it may have instead
+# How a message may begin that is a call without `<tool_call>`, and the other tags that may stand around it
 BEGINNINGS = ("{", "[", "```", "<function", "<tool>", "<tools>", "<response>", "<json>", "<xml>")
-HEAD = max(map(len, BEGINNINGS))  # so many characters are enough to tell
+HEAD = max(map(len, BEGINNINGS))  # characters that are enough to tell
 OTHER_TAGS = ("function_call", "tool_call", "tool", "tools", "response", "json", "xml")
 _OPENING_TAG = re.compile(r"<(\w++)>")
 _FUNCTION = re.compile(r"""<function(?:=|\s+name=)(["']?)([^"'<>]++)\1>""")
@@ -46,7 +46,7 @@ def flattened(values: list[Any]) -> list[Any]:
 
 
 def could_begin_untagged(text: str) -> bool:
-    """Whether a message that begins so, perhaps with less than is needed to tell, may turn out to be untagged calls."""
+    """Whether a message that begins with this text may still turn out to be untagged calls."""
     head = text[:HEAD].lower()
     return any(head.startswith(beginning) or beginning.startswith(head) for beginning in BEGINNINGS)
 
@@ -56,7 +56,8 @@ def untagged_calls(message: str) -> list[tuple[str, dict[str, Any]]]:
 
     Read are objects and lists of them with "name" and "arguments" (or "parameters"), bare, in a code block
     (```json, ```xml or ```), in one of OTHER_TAGS, in a tag in a code block, and the arguments alone in
-    `<function=NAME>` or `<function name="NAME">`. llama.cpp's list of what models write in the place of Hermes' tags.
+    `<function=NAME>` or `<function name="NAME">`: the forms that llama.cpp took for Hermes' calls in 2025.
+    Source: https://github.com/ggml-org/llama.cpp, common/chat.cpp, common_chat_parse_hermes_2_pro
     """
     text = message.strip()
     if text.startswith("```") and text.endswith("```"):
@@ -67,9 +68,9 @@ def untagged_calls(message: str) -> list[tuple[str, dict[str, Any]]]:
     function = _FUNCTION.match(text)
     tag = _OPENING_TAG.match(text)
     if function and text.endswith("</function>"):
-        text = text[function.end() : -len("</function>")]
+        text = text[function.end() :].removesuffix("</function>")
     elif tag and tag[1].lower() in OTHER_TAGS and text.endswith(f"</{tag[1]}>"):
-        text = text[tag.end() : -len(tag[1]) - 3]
+        text = text[tag.end() :].removesuffix(f"</{tag[1]}>")
     try:
         values = flattened(read_literals(text))
         if function:

@@ -4,12 +4,10 @@ A conversation becomes segments first, each a control token's id or text, and ev
 never one string that is searched for control tokens: whatever a user, a tool or the model writes, text stays text.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from mistral.chat.messages import Checked, Message, check_messages, tool_schemas
+from mistral.chat.messages import CheckedMessage, Message, Tools, check_messages, tool_schemas
 from mistral.chat.prompts import tool_prompt, write_call, write_error, write_result
-from mistral.chat.tools import Tool
 from mistral.tokenizer import Tokenizer
 
 
@@ -20,7 +18,7 @@ class ChatML:
     conversation always begin with those of a shorter one.
     """
 
-    tool_style = "json"
+    tool_style = "json"  # see `prompts.tool_prompt`
     reply_begins_text = False
     spelled_ends = ("<|im_end|>", "<|im_start|>")
     has_tools = True
@@ -30,7 +28,7 @@ class ChatML:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Message],
-        tools: Sequence[Tool | Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         generate: bool = True,
     ) -> list[int]:
         """Ids of a whole conversation; tools are described in a system turn of their own before the messages."""
@@ -38,25 +36,25 @@ class ChatML:
         ids = tokenizer.encode("")
         if tools:
             ids += encode_turn(tokenizer, "system", tool_prompt(tool_schemas(tools), self.tool_style))
-        ids += self._turns(tokenizer, checked)
+        ids += self._encode_turns(tokenizer, checked)
         return ids + begin_turn(tokenizer, "assistant") if generate else ids
 
     def go_on(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-        """Ids behind the content that the assistant has written: the end of its turn, and the new messages."""
-        turns = self._turns(tokenizer, check_messages(messages, answered=True))
+        """Ids behind content that the assistant has written: the end of its turn, the new messages, its next turn."""
+        turns = self._encode_turns(tokenizer, check_messages(messages, answered=True))
         return end_turn(tokenizer) + turns + begin_turn(tokenizer, "assistant")
 
-    def can_go_on(self, history: Sequence[Message], new: Sequence[Message], tools: Any = None) -> bool:
-        """Always."""
+    def can_go_on(self, history: Sequence[Message], new: Sequence[Message], tools: Tools | None = None) -> bool:
+        """True: no turn depends on what follows it."""
         return True
 
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """`<|im_end|>` and the checkpoint's own; `<|im_start|>`, because a model that begins a turn has ended its."""
+        """`<|im_end|>`, the checkpoint's own, `</s>`, and `<|im_start|>`: to begin a turn is to end the one before."""
         start, end = _control_tokens(tokenizer)
-        also = tokenizer.control_id("</s>")
-        return tuple(dict.fromkeys([end, *tokenizer.stop_ids, start] + ([] if also is None else [also])))
+        ids = dict.fromkeys([end, *tokenizer.stop_ids, start, tokenizer.control_id("</s>")])
+        return tuple(id for id in ids if id is not None)
 
-    def _turns(self, tokenizer: Tokenizer, messages: Sequence[Checked]) -> list[int]:
+    def _encode_turns(self, tokenizer: Tokenizer, messages: Sequence[CheckedMessage]) -> list[int]:
         ids: list[int] = []
         results = ""
         for message, following in zip(messages, [*messages[1:], None]):
@@ -76,10 +74,10 @@ def encode_turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
     """Ids of one whole turn."""
     # Behind a control token every text has the leading space that words have, the newline included: Hermes was
     # trained with Hugging Face's legacy tokenizer.
-    return between_marks(tokenizer, f"{role}\n{content}") + tokenizer.encode("\n", bos=False)
+    return between_control_tokens(tokenizer, f"{role}\n{content}") + tokenizer.encode("\n", bos=False)
 
 
-def between_marks(tokenizer: Tokenizer, text: str) -> list[int]:
+def between_control_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of text between the two control tokens of a turn."""
     start, end = _control_tokens(tokenizer)
     return [start, *tokenizer.encode(text, bos=False), end]
@@ -102,7 +100,8 @@ def _control_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
     return start, end
 
 
-def _result(message: Checked) -> str:
+def _result(message: CheckedMessage) -> str:
+    """The text of a function's result, or of what went wrong, in its tag."""
     if message.error is not None:
         return write_error(message.error)
     if message.name is None:

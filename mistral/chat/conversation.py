@@ -32,8 +32,7 @@ class Conversation:
     system            the system message
     sampling          how tokens are chosen; None: greedily
     grammar           allow only calls that the tools' schemas allow (needs the extra `chat`). A schema that no grammar
-                      can express is a warning, and calls are then checked only after they are written. So it is with
-                      Mistral's own format.
+                      can express is a warning, and calls are then checked only after they are written.
     tool_choice       "auto"; "none"; "required": the first answer is a call; or the name of the tool to call first. The
                       last two need the grammar.
     format            a name of `mistral.chat.formats`; None: what the checkpoint's tokens tell
@@ -133,9 +132,8 @@ class Conversation:
         if head.get("tools") != made._schemas():
             raise ConversationError(f"{path} is a conversation with other tools; give those that it was begun with")
         try:
-            made._chat.begin(
-                tokenizer, messages, list(made.tools.values()) or None, generate=False
-            ) if messages else None
+            if messages:
+                made._chat.begin(tokenizer, messages, list(made.tools.values()) or None, generate=False)
         except ValueError as error:
             raise ConversationError(f"{path}: {error}") from error
         made.messages = messages

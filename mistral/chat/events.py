@@ -50,7 +50,7 @@ class Error:
 
 @dataclass(frozen=True)
 class End:
-    """The answer is complete; `reason` says why nothing follows."""
+    """Nothing follows; `Conversation.say` lists the reasons."""
 
     reason: str
 

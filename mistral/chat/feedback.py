@@ -1,6 +1,7 @@
-"""What the model is told about a call that went wrong, in the words of Hermes-Function-Calling.
+"""What the model is told when a call or an answer in JSON went wrong, in the words of Hermes-Function-Calling.
 
-One tag there is left open by mistake; here it is closed. Source: https://github.com/NousResearch/Hermes-Function-Calling
+`prompts.write_error` puts a tag around them, which is left open there in places. Source:
+https://github.com/NousResearch/Hermes-Function-Calling
 """
 
 AGAIN = "Please call this function again with correct arguments"
@@ -35,7 +36,7 @@ def not_executed(name: str, problem: str, tags: bool = True) -> str:
 
 
 def not_json(attempt: int, problem: str) -> str:
-    """An answer in JSON mode is not valid. There the model sees the error only; here its answer stays before it."""
+    """An answer in JSON mode is not valid. The source shows the model the error alone; here its answer stays, too."""
     return (
         f"Agent iteration {attempt} to assist with user query\nJson schema validation failed\n"
         f"Here's the error stacktrace: {problem}\nPlease return correct json object"

@@ -1,25 +1,22 @@
 """The chat formats by name, and the one door to them: messages to ids."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from mistral.chat.chatml import ChatML
 from mistral.chat.hermes_tool_use import HermesToolUse
-from mistral.chat.messages import Message
+from mistral.chat.messages import Message, Tools
 from mistral.chat.mistral_instruct import MistralInstructV1, MistralInstructV3
-from mistral.chat.tools import Tool
 from mistral.tokenizer import Tokenizer
-
-Tools = Sequence[Tool | Mapping[str, Any]]
 
 
 class ChatFormat(Protocol):
-    """How a conversation is written. All of it raises ValueError for what it cannot write, and names the message.
+    """How a conversation is written. Every method raises ValueError for what it cannot write, and names the message.
 
     reply_begins_text  the assistant's content is encoded as the beginning of a text, so that the first token a model
                        writes has a leading space which is not part of it: decode with `tokenizer.stream(start=True)`
-    spelled_ends       texts that end the assistant's turn, too: some fine-tunes spell its end
-    has_tools          the model may call functions
+    spelled_ends       texts that end the assistant's turn as its stop tokens do: some fine-tunes spell the end
+    has_tools          whether there is a form for functions, their calls and their results
     call_token         the control token behind which an answer is a list of calls; None: calls stand in the text, in
                        `<tool_call>`
     """
@@ -112,4 +109,5 @@ def render_chat(
     generate: bool = True,
 ) -> str:
     """What `encode_chat` encodes, as one string for people; in it, text that spells a control token looks like one."""
-    return tokenizer.decode(encode_chat(tokenizer, messages, tools=tools, format=format, generate=generate), True)
+    ids = encode_chat(tokenizer, messages, tools=tools, format=format, generate=generate)
+    return tokenizer.decode(ids, control=True)

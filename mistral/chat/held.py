@@ -1,12 +1,7 @@
 """What a decoder holds of a conversation."""
 
-from weakref import WeakKeyDictionary
-
 from mistral.chat.saved import ConversationError
 from mistral.decoder import Engine
-
-# Whose tokens a decoder holds. Their number alone does not tell: another conversation may have as many.
-_OWNERS: WeakKeyDictionary[Engine, object] = WeakKeyDictionary()
 
 
 class Held:
@@ -18,7 +13,7 @@ class Held:
 
     def __init__(self, decoder: Engine):
         self.tokens = self.messages = 0
-        self._decoder, self._left, self._mark = decoder, 0, object()
+        self._decoder, self._left = decoder, 0
 
     def forget(self) -> None:
         """Empty the decoder."""
@@ -34,7 +29,7 @@ class Held:
         length = self._decoder.lengths[0]
         if not length:
             self.forget()
-        elif length != self._left or _OWNERS.get(self._decoder) is not self._mark:
+        elif length != self._left or self._decoder.holder is not self:  # another conversation may have as many tokens
             raise ConversationError(
                 f"the decoder holds {length} tokens that are not this conversation's: give every conversation a "
                 f"decoder of its own, or empty it between their turns (decoder.rewind({length}))"
@@ -53,4 +48,4 @@ class Held:
     def leave(self) -> None:
         """Remember how the decoder is left, until the next turn."""
         self._left = self._decoder.lengths[0]
-        _OWNERS[self._decoder] = self._mark
+        self._decoder.holder = self

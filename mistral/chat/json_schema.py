@@ -71,6 +71,16 @@ def compile_schema(schema: Mapping[str, Any]) -> Any:
     return validator_class(copy, registry=Registry())
 
 
+def pydantic_schema(model: Any) -> dict[str, Any]:
+    """The JSON schema of a pydantic 2 model. SchemaError for what is no such class, and for one that has no schema."""
+    if not isinstance(model, type) or not hasattr(model, "model_json_schema"):
+        raise SchemaError(f"{model!r} is not a class made from pydantic 2's BaseModel")
+    try:
+        return model.model_json_schema()
+    except (RuntimeError, NameError, TypeError, AttributeError) as error:  # what pydantic's own errors are
+        raise SchemaError(f"{model.__name__} has no JSON schema: {one_line(str(error))}") from None
+
+
 def problem(validator: Any, value: Any) -> str | None:
     """What is wrong with a value, in one line for a model to read; None if it is valid."""
     from jsonschema.exceptions import best_match
@@ -105,6 +115,7 @@ def _explain(error: Any) -> str:
 
 @functools.cache
 def _validator_class() -> Any:
+    """jsonschema's for Draft 2020-12, with null valid wherever `nullable` is true, whatever the other keywords say."""
     try:
         from jsonschema import Draft202012Validator, validators
     except ImportError:
@@ -173,6 +184,7 @@ def _check_references(schema: dict[str, Any]) -> None:
 
 
 def _applied_to_the_same_value(schema: dict[str, Any]) -> Iterator[Any]:
+    """The parts of a schema that go no deeper into the value."""
     for keyword in ("allOf", "anyOf", "oneOf"):
         yield from schema.get(keyword, ())
     for keyword in ("not", "if", "then", "else"):

@@ -1,6 +1,7 @@
 """Values that a model wrote: JSON, Python's literals, and every mixture of the two.
 
-Hermes-2-Pro was trained on calls in Python's quotes and on calls in JSON, and writes both, sometimes in one object.
+The first prompts of Hermes-2-Pro showed calls in Python's quotes, later ones JSON. Models write both, sometimes in one
+object.
 Nothing is evaluated, nothing recurses, and the time taken is linear in the text.
 """
 

@@ -18,13 +18,14 @@ from mistral.chat.prompts import wrapped
 from mistral.chat.tools import Tool
 
 Message = Mapping[str, Any]
+Tools = Sequence[Tool | Mapping[str, Any]]  # each a Tool or a schema of one
 ROLES = ("system", "user", "assistant", "tool")
 PARAGRAPH = "\n\n"
 
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A call in an assistant's message. `arguments` is what JSON can hold, or a JSON object that is text already."""
+    """A call in an assistant's message. `arguments` holds what JSON can, or is a JSON object in text."""
 
     name: str
     arguments: dict[str, Any] | str
@@ -32,11 +33,11 @@ class FunctionCall:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedMessage:
     """A message that can be written.
 
     where    names the message in errors
-    content  text; of a tool anything that JSON can hold, text included. "" for calls without text.
+    content  text; of a tool anything that JSON can hold, text included. "" for calls without text, None with an error.
     calls    None: the message has no such key, or null
     name     the function that a tool's message is from; found by `call_id` where only that was given
     error    in the place of a tool's content
@@ -51,11 +52,11 @@ class Checked:
     error: str | None = None
 
     def result(self) -> Any:
-        """A tool's result; text that is JSON means its value."""
+        """A tool's result, or its error; text that is JSON means its value."""
         return _value(self.content) if self.error is None else self.error
 
 
-def check_messages(messages: Sequence[Message], *, answered: bool = False) -> list[Checked]:
+def check_messages(messages: Sequence[Message], *, answered: bool = False) -> list[CheckedMessage]:
     """The messages, checked.
 
     answered  something of the assistant's stands before them, so that a tool's result may come first
@@ -66,21 +67,21 @@ def check_messages(messages: Sequence[Message], *, answered: bool = False) -> li
         raise ValueError(f"a conversation is a list of messages, not {type(messages).__name__}")
     if not messages:
         raise ValueError("the list of messages is empty: a conversation needs one at least")
-    checked: list[Checked] = []
-    called: dict[str | None, str] = {}
-    for i, message in enumerate(messages):
-        one = _check(i, message)
-        if one.role == "tool" and not answered:
-            raise ValueError(f"{one.where} is a function's result, and no assistant's message stands before it")
-        if one.role == "tool" and one.name is None:
-            one = replace(one, name=called.get(one.call_id))
-        answered = answered or one.role == "assistant"
-        called |= {call.id: call.name for call in one.calls or () if call.id is not None}
-        checked.append(one)
+    checked: list[CheckedMessage] = []
+    name_by_id: dict[str | None, str] = {}  # of the functions that were called
+    for i, given in enumerate(messages):
+        message = _check(i, given)
+        if message.role == "tool" and not answered:
+            raise ValueError(f"{message.where} is a function's result, and no assistant's message stands before it")
+        if message.role == "tool" and message.name is None:
+            message = replace(message, name=name_by_id.get(message.call_id))
+        answered = answered or message.role == "assistant"
+        name_by_id |= {call.id: call.name for call in message.calls or () if call.id is not None}
+        checked.append(message)
     return checked
 
 
-def tool_schemas(tools: Sequence[Tool | Mapping[str, Any]]) -> list[dict[str, Any]]:
+def tool_schemas(tools: Tools) -> list[dict[str, Any]]:
     """Each tool as {"type": "function", "function": {...}}; ValueError for what is none, and for two of one name."""
     schemas: list[dict[str, Any]] = []
     for i, tool in enumerate(tools):
@@ -103,7 +104,7 @@ def tool_schemas(tools: Sequence[Tool | Mapping[str, Any]]) -> list[dict[str, An
     return schemas
 
 
-def _check(i: int, message: Any) -> Checked:
+def _check(i: int, message: Any) -> CheckedMessage:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {i} is {type(message).__name__}, not a mapping with a role and a content")
     role = message.get("role")
@@ -119,28 +120,32 @@ def _check(i: int, message: Any) -> Checked:
     if content is None and not calls:
         raise ValueError(f"{where} has no content")
     text = "" if content is None else _text(where, content)
-    return Checked(where, role, text, None if calls is None or role != "assistant" else _calls(where, calls))
+    return CheckedMessage(where, role, text, None if calls is None or role != "assistant" else _calls(where, calls))
 
 
-def _check_result(where: str, message: Message) -> Checked:
+def _check_result(where: str, message: Message) -> CheckedMessage:
     name, call_id = (_optional_text(where, message, key) for key in ("name", "tool_call_id"))
     if message.get("error") is not None:
-        return Checked(where, "tool", None, None, name, call_id, _text(where, message["error"]))
+        error = _text(where, message["error"])
+        return CheckedMessage(where, "tool", content=None, name=name, call_id=call_id, error=error)
     if "content" not in message:
         raise ValueError(f"{where} has no content")
     content = message["content"]
     if isinstance(content, str) or _is_parts(content):
-        return Checked(where, "tool", _text(where, content), None, name, call_id)
-    try:
-        return Checked(where, "tool", as_json(content), None, name, call_id)
-    except ValueError as error:
-        raise ValueError(f"{where} holds what JSON cannot: {error}") from None
+        content = _text(where, content)
+    else:
+        try:
+            content = as_json(content)
+        except ValueError as error:
+            raise ValueError(f"{where} holds what JSON cannot: {error}") from None
+    return CheckedMessage(where, "tool", content, name=name, call_id=call_id)
 
 
 def _text(where: str, content: Any) -> str:
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
         if not _is_parts(content):
-            raise ValueError(f'{where}: the content has parts other than {{"type": "text", "text": ...}}; only text is')
+            part = '{"type": "text", "text": ...}'
+            raise ValueError(f"{where}: the content has parts other than {part}, and only text can be written")
         content = PARAGRAPH.join(part["text"] for part in content if part["text"])
     if not isinstance(content, str):
         raise ValueError(f"{where}: the content is {type(content).__name__}, not text")
@@ -178,8 +183,8 @@ def _call(where: str, call: Any) -> FunctionCall:
         raise ValueError(f'{where} is not {{"function": {{"name": ..., "arguments": ...}}}}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        arguments = _text(where, arguments.strip() and arguments) or "{}"  # OpenAI's servers write "" for none
-    read = _value(arguments) if isinstance(arguments, str) else arguments
+        arguments = _text(where, arguments) if arguments.strip() else "{}"  # OpenAI's servers write "" for none
+    read = _value(arguments)
     if not isinstance(read, Mapping):
         raise ValueError(f"{where}: the arguments are not a JSON object, as a dict or as text")
     try:

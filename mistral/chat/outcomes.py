@@ -13,7 +13,12 @@ Outcome = tuple[Event, dict[str, Any]]
 
 
 def outcome(call: Call, tools: Mapping[str, Tool], time_limit: float | None) -> Outcome:
-    """Check one call and run it. Whatever goes wrong in it is told to the model; only registered tools are run."""
+    """Check one call and run it. Whatever goes wrong in it is told to the model; only `tools` are run.
+
+    time_limit  seconds; None: no limit
+
+    Raises SchemaError for a tool whose own schema is malformed.
+    """
     tags = call.id is None
     message = {"role": "tool", "name": call.name} | ({} if tags else {"tool_call_id": call.id})
     try:
@@ -30,7 +35,7 @@ def outcome(call: Call, tools: Mapping[str, Tool], time_limit: float | None) -> 
 
 
 def outcomes_together(calls: Sequence[Call], tools: Mapping[str, Tool], time_limit: float | None) -> list[Outcome]:
-    """All calls at the same time, in threads; what they gave, in the order of the calls."""
+    """`outcome` of all calls at the same time, in threads; in the order of the calls."""
     pool = ThreadPoolExecutor(max(len(calls), 1))
     try:
         return list(pool.map(lambda call: outcome(call, tools, time_limit), calls))

@@ -1,8 +1,8 @@
-"""The system prompts that Hermes-2-Pro was trained with: for calling functions, and for answering in JSON.
+"""Hermes-2-Pro's system prompts, for calling functions and for answering in JSON, and the forms of calls and results.
 
 Sources: the model card of NousResearch/Hermes-2-Pro-Mistral-7B, its chat template `tool_use`, and the prompts of
 https://github.com/NousResearch/Hermes-Function-Calling, which differ among themselves in quotes, order and line
-breaks. The model reads all of them; what it writes follows the form that it was shown.
+breaks. The model reads all of them, and does not always write the form that its prompt shows.
 """
 
 import json
@@ -22,7 +22,7 @@ ANSWER = (
     "within <tool_call></tool_call> XML tags as follows:"
 )
 
-# The schema of a call as pydantic printed it when each prompt was written; today's pydantic prints another.
+# The schema of a call as pydantic 2.6 printed it, and pydantic 1 before; today's prints another.
 CALL_SCHEMA = {
     "properties": {
         "arguments": {"title": "Arguments", "type": "object"},
@@ -36,7 +36,10 @@ CALL_SCHEMA_V1 = {key: CALL_SCHEMA[key] for key in ("title", "type", "properties
 
 
 def to_json(value: Any) -> str:
-    """JSON as the prompts write it: one line, letters of every language as they are. ValueError for NaN."""
+    """JSON as the prompts write it: one line, letters of every language as they are.
+
+    Raises ValueError for NaN and infinities, TypeError for what JSON does not have.
+    """
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -52,8 +55,7 @@ def tool_prompt(tools: Sequence[Mapping[str, Any]], style: str = "json") -> str:
 
     Raises ValueError for another style, and for tools that the style cannot describe.
     """
-    if style not in TOOL_PROMPTS:
-        raise ValueError(f"there is no tool prompt {style!r}; there are {', '.join(TOOL_PROMPTS)}")
+    _check_style(style)
     return TOOL_PROMPTS[style]([wrapped(tool) for tool in tools])
 
 
@@ -72,10 +74,12 @@ def json_prompt(schema: Mapping[str, Any] | str) -> str:
 
 
 def write_call(name: str, arguments: Mapping[str, Any] | str, style: str = "json") -> str:
-    """A call in the form that the prompt of this style asks for, with its tags.
+    """A call in its tags, in the form that the `tool_prompt` of this style asks for.
 
-    Arguments given as text are taken for JSON that is written already.
+    Arguments in text are JSON that is written already. Raises ValueError where a style reads them and they are not,
+    and for another style.
     """
+    _check_style(style)
     if style in ("card", "eval"):
         read = json.loads(arguments) if isinstance(arguments, str) else arguments
         call = repr({"arguments": read, "name": name})
@@ -99,6 +103,11 @@ def write_error(text: str) -> str:
     """What went wrong with a call, in words, where its result would be; no text can close the tag."""
     text = text.replace("</tool_response", "<\\/tool_response")
     return f"<tool_response>\n{text}\n</tool_response>\n"
+
+
+def _check_style(style: str) -> None:
+    if style not in TOOL_PROMPTS:
+        raise ValueError(f"there is no tool prompt {style!r}; there are {', '.join(TOOL_PROMPTS)}")
 
 
 def _json(tools: list[dict]) -> str:

@@ -13,14 +13,17 @@ class ConversationError(MistralError, ValueError):
 
 
 def write_lines(path: Path, lines: Sequence[Any]) -> None:
-    """Write one line of JSON each, the file whole or not at all."""
+    """Write one line of JSON each, the file whole or not at all. OSError where it cannot be written."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     unfinished.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The first line and the messages. ConversationError, naming file and line, for what is no saved conversation."""
+    """The first line and the messages.
+
+    Raises ConversationError, naming file and line, for what is no saved conversation, OSError where there is no file.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""A JSON schema as a list of options: `$ref`, `allOf`, `anyOf` and `oneOf` are resolved, each option is one merged set
-of keywords, and a value is valid for the schema if it is valid for one option at least.
+"""A JSON schema as a list of options: a value is valid for the schema if it is valid for one option at least.
 
-An option may still say `not`, which is also how `oneOf` is kept: this one, and not the others. `Options.disjoint` works
-out whether that holds by itself.
+`$ref`, `allOf`, `anyOf` and `oneOf` are resolved, each option is one merged set of keywords. It may still say `not`,
+which is also how `oneOf` is kept: this one, and not the others. `Options.disjoint` works out whether that holds by
+itself.
 """
 
 import math
@@ -18,7 +18,7 @@ Schema = dict[str, Any] | bool
 ANY_TYPE = frozenset({"null", "boolean", "number", "string", "array", "object"})
 MAX_OPTIONS = 250  # of one schema: combinations multiply, and listed values are tried one by one
 
-# Keywords that are kept only as a name, and the type whose values they restrict
+# Keywords that cannot be expressed, and the type whose values they restrict; an option keeps their names as "refused"
 REFUSED = {
     "if": "any",
     "$dynamicRef": "any",
@@ -45,7 +45,7 @@ class GrammarError(MistralError, ValueError):
 
 
 class UnsupportedSchema(GrammarError):
-    """A schema that the grammar cannot express, so that answers have to be validated instead. `keyword` says why."""
+    """A schema that the grammar cannot express, because of `keyword`; answers have to be validated instead."""
 
     def __init__(self, keyword: str, reason: str):
         super().__init__(f"the grammar cannot express {keyword!r}: {reason}")
@@ -183,7 +183,7 @@ class Options:
 
 
 def _both(left: list[Option], right: list[Option]) -> list[Option]:
-    """The options of what is valid for one of each list."""
+    """An option for each pair: what is valid for one of `left` and for one of `right`."""
     if len(left) * len(right) > MAX_OPTIONS:
         raise UnsupportedSchema("anyOf", f"{len(left) * len(right)} combinations of options")
     merged = (_merged(a, b) for a in left for b in right)

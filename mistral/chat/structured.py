@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mistral.chat import feedback
-from mistral.chat.answer import Answer, TextOnly, one_row
+from mistral.chat.answer import Answer, one_row
 from mistral.chat.formats import chat_format
+from mistral.chat.free_text import TextOnly
 from mistral.chat.grammar import UnsupportedSchema, json_constraint
-from mistral.chat.json_schema import SchemaError, as_json, compile_schema, one_line, problem
+from mistral.chat.json_schema import SchemaError, as_json, compile_schema, one_line, problem, pydantic_schema
 from mistral.chat.prompts import json_prompt
 from mistral.constraints import Constraint
 from mistral.decoder import Engine
@@ -57,8 +58,9 @@ def generate_json(
     retries           how often the model may correct an answer that is not valid: it is shown the answer and the error
     format            a name of `mistral.chat.formats`; None: what the checkpoint's tokens tell
 
-    Raises SchemaError for a schema that is none, OutOfTokens where the last answer was cut off, JSONError where it is
-    not valid, ValueError for a prompt that there is no room for. Validation needs the extra `chat`.
+    Raises SchemaError for a schema that is none, GrammarError for one that no value is valid for, OutOfTokens where the
+    last answer was cut off, JSONError where it is not valid, ValueError for a prompt that there is no room for. All of
+    them are ValueErrors. Needs the extra `chat`, with a grammar or without.
     """
     if retries < 0 or max_new_tokens < 1:
         raise ValueError("retries must be 0 or more, and max_new_tokens 1 or more")
@@ -70,7 +72,8 @@ def generate_json(
     chat = chat_format(tokenizer, format)
     constraint = _constraint(decoder, tokenizer, rules, chat.stop_ids(tokenizer), grammar)
     messages = [{"role": "system", "content": json_prompt(rules)}, {"role": "user", "content": prompt}]
-    ids, sampling = chat.begin(tokenizer, messages), sampling or Sampling(temperature=0)
+    ids = chat.begin(tokenizer, messages)
+    sampling = sampling or Sampling(temperature=0)
     for attempt in range(retries + 1):
         answer = Answer(decoder, tokenizer, chat, ids, sampling, constraint.copy(), max_new_tokens)
         value, wrong = _check("".join(answer), validator, model_class)
@@ -88,9 +91,7 @@ def generate_json(
 def read_schema(schema: Schema) -> dict[str, Any]:
     """The JSON schema that a dict, a file or a pydantic model stands for. SchemaError where it is none."""
     if isinstance(schema, type):
-        if not hasattr(schema, "model_json_schema"):
-            raise SchemaError(f"{schema!r} is not a class made from pydantic 2's BaseModel")
-        return schema.model_json_schema()
+        return pydantic_schema(schema)
     if isinstance(schema, str | Path):
         try:
             schema = json.loads(Path(schema).read_text(encoding="utf-8"))
@@ -115,14 +116,14 @@ def _check(text: str, validator: Any, model_class: type | None) -> tuple[Any, st
         return value, None
     try:
         return model_class.model_validate_json(text), None
-    except ValueError as error:  # checks of its own, which a schema cannot say
+    except ValueError as error:  # the class may have checks that no schema can express
         return None, one_line(str(error))
 
 
 def _constraint(
     decoder: Engine, tokenizer: Tokenizer, schema: dict, stop_tokens: tuple[int, ...], grammar: bool
 ) -> Constraint:
-    """To JSON that is valid, or to text where that is not wanted or not possible."""
+    """Lets only valid JSON be written; where no grammar is wanted or possible, any text."""
     if grammar:
         try:
             return json_constraint(tokenizer, decoder.config.vocab_size, schema, stop_tokens=stop_tokens)

@@ -20,7 +20,7 @@ from mistral.chat.call_objects import HEAD, call_of, could_begin_untagged, flatt
 from mistral.chat.events import Call, Error, Event, Span, Text
 from mistral.chat.literals import read_literals
 
-ToolCall = Call
+ToolCall = Call  # what a `Reply` holds
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 SPACE = " \t\r\n"
 BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
@@ -249,6 +249,7 @@ class _Outside:
         return said
 
     def block(self) -> None:
+        """A block stands here."""
         self._behind_block = True
 
     def finish(self) -> str:

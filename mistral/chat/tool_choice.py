@@ -3,9 +3,9 @@
 import warnings
 from collections.abc import Mapping
 
-from mistral.chat.answer import TextOnly, TextOrCalls
 from mistral.chat.formats import FORMATS, ChatFormat
-from mistral.chat.grammar import UnsupportedSchema, tool_call_constraint
+from mistral.chat.free_text import TextOnly, TextOrCalls
+from mistral.chat.grammar import UnsupportedSchema, call_list_constraint, tool_call_constraint
 from mistral.chat.saved import ConversationError
 from mistral.chat.tools import Tool
 from mistral.constraints import Constraint
@@ -29,32 +29,29 @@ def call_constraints(
 ) -> dict[str, Constraint]:
     """The constraints for `choice`, "auto" and "none"; copy one for each answer.
 
-    Where there is no grammar, or none for the format or a schema (that is a warning), calls are checked after they are
-    written. Raises ConversationError for a choice that demands a call then, which only a grammar can promise.
+    Where there is no grammar, or none for a schema (that is a warning), calls are checked after they are written.
+    Raises ConversationError for a choice that demands a call then, which only a grammar can promise.
     """
     stop_tokens = chat.stop_ids(tokenizer)
     text = TextOnly(decoder, tokenizer, stop_tokens)
     constraints: dict[str, Constraint] = {"auto": text, "none": text}
-    if tools and chat.call_token is not None:
-        constraints["auto"] = TextOrCalls(text, tokenizer.control_id(chat.call_token))
-        if grammar:
-            _only_checked(f"there is no grammar for what follows {chat.call_token}")
-    elif tools and grammar:
-        size, schemas = decoder.config.vocab_size, [tool.schema() for tool in tools.values()]
+    call_token = None if chat.call_token is None else tokenizer.control_id(chat.call_token)
+    if tools and call_token is not None:
+        constraints["auto"] = TextOrCalls(text, None, call_token, required=False)
+    if tools and grammar:
+        given = tokenizer, decoder.config.vocab_size, [tool.schema() for tool in tools.values()]
         try:
-            constraints |= {
-                one: tool_call_constraint(tokenizer, size, schemas, choice=one, stop_tokens=stop_tokens)
-                for one in {choice, "none" if choice == "none" else "auto"}
-            }
+            for one in {choice, "none" if choice == "none" else "auto"}:
+                if call_token is None:
+                    constraints[one] = tool_call_constraint(*given, choice=one, stop_tokens=stop_tokens)
+                elif one != "none":
+                    calls = call_list_constraint(*given, choice=one, stop_tokens=stop_tokens)
+                    constraints[one] = TextOrCalls(text, calls, call_token, required=one != "auto")
         except UnsupportedSchema as error:
-            _only_checked(str(error))
+            warnings.warn(f"calls are checked only after they are written: {error}", stacklevel=3)
     if choice not in constraints:
         raise ConversationError(
-            f"tool_choice {choice!r} is a promise that only a grammar keeps: it needs grammar=True, and a format and "
-            "schemas that a grammar can express"
+            f"tool_choice {choice!r} is a promise that only a grammar keeps: it needs grammar=True, and schemas that a "
+            "grammar can express"
         )
     return constraints
-
-
-def _only_checked(why: str) -> None:
-    warnings.warn(f"calls are checked only after they are written: {why}", stacklevel=4)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral.chat.docstrings import function_schema
-from mistral.chat.json_schema import SchemaError, as_json, compile_schema, one_line, problem
+from mistral.chat.json_schema import SchemaError, as_json, compile_schema, one_line, problem, pydantic_schema
 from mistral.errors import MistralError
 
 CHOICES = ("auto", "none", "required")  # what a tool choice can be besides a tool's name
@@ -35,7 +35,7 @@ class ArgumentError(MistralError, ValueError):
 
 
 class ToolError(MistralError, RuntimeError):
-    """A call that came to nothing; the message is for the model to read."""
+    """A call that failed; the message is for the model to read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,8 @@ class Tool:
     function     is called with the arguments as keywords; None: the tool can be described, not run
     returns      JSON schema of the result, if the model is to read one
 
-    Raises ValueError for another name, and ToolError when it is called without a function.
+    Raises ValueError for another name and for parameters that are no dict; ToolError when a tool without a function is
+    called.
     """
 
     name: str
@@ -116,12 +117,7 @@ class Tool:
         one instance of the model, so that pydantic's own checks and conversions have run. Raises SchemaError for a
         class that is none or has no schema. Needs the extra `chat`.
         """
-        if not isinstance(model, type) or not hasattr(model, "model_json_schema"):
-            raise SchemaError(f"{model!r} is not a class made from pydantic 2's BaseModel")
-        try:
-            parameters = model.model_json_schema()
-        except (RuntimeError, NameError, TypeError, AttributeError) as error:  # what pydantic's own errors are
-            raise SchemaError(f"{model.__name__} has no JSON schema: {one_line(str(error))}") from None
+        parameters = pydantic_schema(model)
         documented = parameters.pop("description", "")
 
         def call(**arguments: Any) -> Any:
@@ -132,8 +128,9 @@ class Tool:
 
     @functools.cached_property
     def _validator(self) -> Any:
-        closed = {"additionalProperties", "unevaluatedProperties"}.isdisjoint(self.parameters)
-        return compile_schema(self.parameters | {"unevaluatedProperties": False} if closed else self.parameters)
+        says_nothing = {"additionalProperties", "unevaluatedProperties"}.isdisjoint(self.parameters)
+        # Then an argument that the schema does not name is an error, for models make some up
+        return compile_schema(self.parameters | ({"unevaluatedProperties": False} if says_nothing else {}))
 
 
 def tool(
@@ -217,15 +214,15 @@ def run_tool(tool: Tool, arguments: Mapping[str, Any], time_limit: float | None 
 
 
 def _call(tool: Tool, arguments: Mapping[str, Any]) -> Any:
-    failed = "failed with"
+    what = "failed with"
     try:
         result = tool.function(**_whole_numbers(as_json(dict(arguments)), tool.parameters))
-        failed = "returned what JSON cannot hold:"
+        what = "returned what JSON cannot hold:"
         return as_json(result)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise ToolError(f"{tool.name} {failed} {_name_error(error)}") from error
+        raise ToolError(f"{tool.name} {what} {_name_error(error)}") from error
 
 
 def _name_error(error: BaseException) -> str:

@@ -87,7 +87,7 @@ def read_config(
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.model, or tokenizer.model.v1 to .v3 as newer checkpoints name it."""
+    """tokenizer.model, or .model.v1 to .model.v3 as newer checkpoints name it. CheckpointError without a good one."""
     for name in ("tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"):
         path = folder / name
         if path.is_file():
@@ -106,7 +106,7 @@ def load_model(
     dtype: torch.dtype | None,
     quantize: str | None = None,
 ) -> Mistral:
-    """The weights, with the rows of Q and K in our order (see names.py)."""
+    """The weights as `mistral.load` has them, with the rows of Q and K in our order (see names.py)."""
     stored = checked_tensors(folder, tensors, config)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored[EMBEDDING].dtype

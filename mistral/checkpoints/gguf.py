@@ -29,6 +29,7 @@ from mistral.quantization.dequantize import dequantize
 from mistral.quantization.packed import weights_at_once
 from mistral.tokenizer import Tokenizer
 
+# Formats that hold plain numbers
 UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -43,14 +44,15 @@ def load(
     """What `mistral.load` does for a .gguf file."""
     header = read_files(path)
     config = read_config(path, header, sliding_window)
-    model = load_model(path, header, config, device, dtype, packed, quantize)
-    return model, read_tokenizer(path, header, config)
+    tokenizer = read_tokenizer(path, header, config)
+    return load_model(path, header, config, device, dtype, packed, quantize), tokenizer
 
 
 def read_files(path: Path) -> GgufHeader:
     """The headers of a file, or of all files of a split set of which `path` is the first.
 
-    Only the first file of a set has the metadata; each has its own tensors.
+    Only the first file of a set has the metadata; each has its own tensors. CheckpointError where a file is missing,
+    damaged, or not of the set.
     """
     header, count, number = _read_part(path)
     if count in (0, 1):
@@ -161,7 +163,7 @@ def read_rows(
 
 
 def _read_bytes(tensor: GgufTensor, num_rows: int, rows_at_once: int) -> Iterator[Tensor]:
-    """The packed rows of a tensor in pieces, uint8 [rows, bytes of a row] each; a piece is gone at the next."""
+    """The packed rows of a tensor in pieces, uint8 [rows, bytes of a row] each; the next one overwrites the last."""
     buffer = torch.empty((min(rows_at_once, num_rows), tensor.row_bytes), dtype=torch.uint8)
     try:
         with tensor.path.open("rb") as file:

@@ -15,7 +15,8 @@ def read_config(path: Path, header: GgufHeader, sliding_window: int | None | Lit
     """The metadata as a Config. CheckpointError where it is bad or not a Mistral's.
 
     llama.cpp's own defaults stand for keys that its files may leave out: head_count_kv (head_count), key_length
-    (embedding_length / head_count), rope.freq_base (10000). For sliding_window "auto" see `window_of`.
+    (embedding_length / head_count), rope.freq_base (10000), eos_token_id (2). For sliding_window "auto" see
+    `window_of`.
     """
     metadata = header.metadata
     try:
@@ -27,11 +28,12 @@ def read_config(path: Path, header: GgufHeader, sliding_window: int | None | Lit
 
 
 def window_of(path: Path, metadata: Mapping[str, Any], config: Config) -> int | None:
-    """The window of a file that does not say; the rule behind sliding_window="auto".
+    """The rule behind sliding_window="auto": what the file names, else what its rotary base tells, with a warning.
 
-    GGUF files of Mistral name no window (and llama.cpp applies none), so it is told from the rotary base, which
-    changed when the window was given up: base 10,000 with more than 4,096 positions is v0.1 or one of its fine-tunes,
-    Hermes-2-Pro among them: 4,096. Everything else, v0.2 and v0.3 with base 1,000,000 among them: none.
+    Files that `gguf_export` wrote name a window (0: none). Others of Mistral do not (and llama.cpp applies none), so it
+    is told from the rotary base, which changed when the window was given up: base 10,000 with more than 4,096 positions
+    is v0.1 or one of its fine-tunes, Hermes-2-Pro among them: 4,096. Everything else, v0.2 and v0.3 with base 1,000,000
+    among them: none. ValueError for a window that is no whole number.
     """
     named = whole(metadata, "llama.attention.sliding_window")
     if named is not None:

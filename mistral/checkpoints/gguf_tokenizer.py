@@ -15,7 +15,10 @@ BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def read_tokenizer(path: Path, header: GgufHeader, config: Config) -> Tokenizer:
-    """The tokenizer rebuilt from the vocabulary in the metadata. CheckpointError where that is bad."""
+    """The tokenizer rebuilt from the vocabulary in the metadata. CheckpointError where that is bad.
+
+    llama.cpp's own defaults stand for ids that are left out: 1 begins a text, 0 is the unknown token.
+    """
     try:
         return _tokenizer(header.metadata, config)
     except ValueError as error:
@@ -59,6 +62,8 @@ def repair_kinds(
     - today's converters call the unknown piece a control piece, and others leave kinds out altogether;
     - tokens that begin or end a text are control tokens whatever a file says;
     - pieces that are empty, or occur twice (broken characters do), cannot be told apart: they become unused.
+
+    ValueError for a kind that does not exist.
     """
     kinds = [NORMAL] * len(pieces) if stored is None else [int(kind) for kind in stored]
     if not all(NORMAL <= kind <= BYTE for kind in kinds):
@@ -81,6 +86,7 @@ def count_ordinary(pieces: Sequence[str], kinds: Sequence[int]) -> int:
     """How many pieces stand before the tokens that were added later, which sentencepiece must not merge text into.
 
     From the end those are control, unused and user-defined ones, and whatever no merge of two pieces can make.
+    ValueError where nothing is left.
     """
     ordinary = {piece for piece, kind in zip(pieces, kinds) if kind == NORMAL}
     for size in range(len(pieces), 0, -1):

@@ -24,7 +24,7 @@ from mistral.errors import CheckpointError
 
 BESIDE_SAFETENSORS = ("generation_config.json", "tokenizer_config.json", "added_tokens.json", "tokenizer.model")
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-QUANTISATION = re.compile(r"(IQ|TQ|Q|F|BF|MXFP)\d", re.IGNORECASE)
+QUANTISATION = re.compile(r"(IQ|TQ|Q|F|BF|MXFP|NVFP)\d", re.IGNORECASE)
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
@@ -66,6 +66,7 @@ def choose_files(
     """The files of a repository that are needed, the one to open first.
 
     fetch(name) gives the local path of a file: the index of sharded weights must be read to know the shards.
+    CheckpointError, with what there is, where no complete checkpoint or not just one quantisation fits.
     """
     files = set(files)
     if quantisation is not None:

@@ -93,7 +93,7 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
 def load_model(
     folder: Path, config: Config, device: torch.device, dtype: torch.dtype | None, quantize: str | None = None
 ) -> Mistral:
-    """The weights of a folder as `mistral.load` has them; no tokenizer is needed."""
+    """The weights of a folder as `mistral.load` has them, with its errors; no tokenizer is needed."""
     stored = checked_tensors(folder, config)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored[EMBEDDING].dtype
@@ -127,10 +127,10 @@ def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
 
     Without a tokenizer only config and weights are written. ValueError for a packed model.
     """
-    config = model.config
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if any(isinstance(module, Packed) for module in model.modules()):
         raise ValueError("the model is packed; load it with packed=False to save it in this layout")
+    config = model.config
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state[OUTPUT]
     folder.mkdir(parents=True, exist_ok=True)

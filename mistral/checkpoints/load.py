@@ -50,10 +50,11 @@ def load(
         return gguf.load(path, chosen, dtype, packed, sliding_window, quantize)
     if packed and quantize is None:
         raise ValueError(f"packed=True is for quantised GGUF files, and {source} is none; quantize makes such a model")
-    layout = hugging_face if (path / "config.json").exists() else consolidated
-    if not (path / "config.json").exists() and not (path / "params.json").exists():
-        raise CheckpointError(f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)")
-    return layout.load(path, chosen, dtype, sliding_window, quantize)
+    if (path / "config.json").exists():
+        return hugging_face.load(path, chosen, dtype, sliding_window, quantize)
+    if (path / "params.json").exists():
+        return consolidated.load(path, chosen, dtype, sliding_window, quantize)
+    raise CheckpointError(f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)")
 
 
 def local_path(source: str | PathLike[str], revision: str | None = None) -> Path:

@@ -1,7 +1,8 @@
 """One tensor, three names: Hugging Face's (ours), Mistral's own files', and GGUF's.
 
-Beyond the names there is one difference: Hugging Face pairs rotary axis i with i + H/2, the other two pair neighbours.
-So the rows of each head of Q and K stand in another order there; `half_split_rows` brings them into ours.
+Beyond the names there is one difference: for the rotary embedding Hugging Face pairs number i of a head with number
+i + H/2, the other two pair neighbours. So the rows of each head of Q and K stand in another order there;
+`half_split_rows` brings them into ours.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mistral.config import Config
 
-OUTSIDE = {  # Hugging Face: (Mistral's own, GGUF)
+OUTSIDE_THE_LAYERS = {  # Hugging Face: (Mistral's own, GGUF)
     "model.embed_tokens.weight": ("tok_embeddings.weight", "token_embd.weight"),
     "model.norm.weight": ("norm.weight", "output_norm.weight"),
     "lm_head.weight": ("output.weight", "output.weight"),
@@ -59,7 +60,7 @@ def gguf_names(num_layers: int) -> dict[str, str]:
 
 
 def _names(num_layers: int, column: int, layer: str) -> dict[str, str]:
-    names = {ours: theirs[column] for ours, theirs in OUTSIDE.items()}
+    names = {ours: theirs[column] for ours, theirs in OUTSIDE_THE_LAYERS.items()}
     for i in range(num_layers):
         for ours, theirs in IN_A_LAYER.items():
             names[f"model.layers.{i}.{ours}.weight"] = f"{layer}.{i}.{theirs[column]}.weight"

@@ -75,7 +75,10 @@ def is_file_name(value: object) -> bool:
 
 
 def headers(path: Path, names: set[str] | None) -> dict[str, StoredTensor]:
-    """The tensors in one file (`names` of them; None: all)."""
+    """The tensors in one file, from its header (`names` of them; None: all).
+
+    CheckpointError where it is missing or damaged, lacks one of `names`, or holds what is not floating-point.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             present = set(file.keys())

@@ -22,23 +22,30 @@ def write_model(
     eos_id: int | None,
     dummy_prefix: bool = True,
 ) -> bytes:
-    """The bytes of a BPE model with Mistral's settings: byte fallback, no normalisation, spaces kept."""
+    """The bytes of a BPE model with Mistral's settings: byte fallback, no normalisation, spaces kept.
+
+    pieces, scores and kinds have one entry for each id; `dummy_prefix` gives each text a leading space. ValueError
+    where no piece is of the kind UNKNOWN.
+    """
     unknown = list(kinds).index(UNKNOWN)
-    trainer = _varint(3, BPE) + _varint(4, len(pieces)) + _varint(35, BYTE in kinds)  # type, size, byte fallback
+    # type, size, byte fallback
+    trainer = _int_field(3, BPE) + _int_field(4, len(pieces)) + _int_field(35, BYTE in kinds)
     special = ((40, 45, unknown), (41, 46, bos_id), (42, 47, eos_id), (43, 48, None))  # id and piece of unk bos eos pad
     for id_field, piece_field, id in special:
-        trainer += _varint(id_field, -1 if id is None else id)
-        trainer += _bytes(piece_field, pieces[id].encode()) if id is not None else b""
-    normalizer = _bytes(1, b"identity") + _varint(3, dummy_prefix) + _varint(4, False) + _varint(5, True)
+        trainer += _int_field(id_field, -1 if id is None else id)
+        trainer += _bytes_field(piece_field, pieces[id].encode()) if id is not None else b""
+    # name, dummy prefix, remove extra spaces, write spaces as U+2581
+    normalizer = _bytes_field(1, b"identity") + _int_field(3, dummy_prefix) + _int_field(4, False) + _int_field(5, True)
     entries = (
-        _bytes(1, piece.encode()) + _float(2, score) + _varint(3, kind)
+        _bytes_field(1, piece.encode()) + _float_field(2, score) + _int_field(3, kind)
         for piece, score, kind in zip(pieces, scores, kinds)
     )
-    return b"".join(_bytes(1, entry) for entry in entries) + _bytes(2, trainer) + _bytes(3, normalizer)
+    model = b"".join(_bytes_field(1, entry) for entry in entries)
+    return model + _bytes_field(2, trainer) + _bytes_field(3, normalizer)
 
 
-def _number(value: int) -> bytes:
-    """A varint: seven bits a byte, the lowest first; negative numbers as 64-bit two's complement."""
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; negative numbers as 64-bit two's complement."""
     value &= (1 << 64) - 1
     out = bytearray()
     while value > 127:
@@ -47,13 +54,13 @@ def _number(value: int) -> bytes:
     return bytes(out) + bytes([value])
 
 
-def _varint(field: int, value: int) -> bytes:
-    return _number(field * 8) + _number(value)
+def _int_field(field: int, value: int) -> bytes:
+    return _varint(field * 8) + _varint(value)
 
 
-def _bytes(field: int, value: bytes) -> bytes:
-    return _number(field * 8 + 2) + _number(len(value)) + value
+def _bytes_field(field: int, value: bytes) -> bytes:
+    return _varint(field * 8 + 2) + _varint(len(value)) + value
 
 
-def _float(field: int, value: float) -> bytes:
-    return _number(field * 8 + 5) + struct.pack("<f", max(-3e38, min(value, 3e38)))
+def _float_field(field: int, value: float) -> bytes:
+    return _varint(field * 8 + 5) + struct.pack("<f", max(-3e38, min(value, 3e38)))

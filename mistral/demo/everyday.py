@@ -37,14 +37,12 @@ def calculate(random: Random) -> Round:
     sign, word, value = random.choice(
         (("+", "plus", a + b), ("-", "minus", a - b), ("*", "times", a * b), ("/", "divided by", round(a / b, 4)))
     )
-    expression = f"{a} {sign} {b}"
+    expression, in_words = f"{a} {sign} {b}", f"{a} {word} {b}"
     if random.random() < 0.25:
         c = random.randint(2, 99)
         expression, value = random.choice(((f"({a} + {b}) * {c}", (a + b) * c), (f"{a} + {b} * {c}", a + b * c)))
-    said = (
-        f"{a} {word} {b}" if sign in expression and "(" not in expression and expression.count(" ") == 2 else expression
-    )
-    said = random.choice((expression, said))
+        in_words = expression
+    said = random.choice((expression, in_words))
     forms = ("What is {}?", "Calculate {}.", "How much is {}?", "Compute {}", "Work out {} please.", "{} = ?", "{}")
     answer = random.choice((f"{expression} = {value}", f"The result is {value}.", f"{expression} is {value}."))
     return Round(random.choice(forms).format(said), {"expression": expression}, value, answer)
@@ -127,44 +125,33 @@ def send_email(random: Random) -> Round:
     )
 
 
-def _schema(name: str, description: str, kind: str = "string", **parameters: Any) -> dict[str, Any]:
-    properties = {key: {"type": "string", "description": text} for key, text in parameters.items()}
+def _schema(name: str, description: str, returns: str = "string", **parameters: Any) -> dict[str, Any]:
+    """A function whose parameters are all required. Each is a text, the description of a string, or a schema."""
+    properties = {
+        key: {"type": "string", "description": given} if isinstance(given, str) else given
+        for key, given in parameters.items()
+    }
     inner = {"type": "object", "properties": properties, "required": list(properties)}
-    return {"name": name, "description": description, "parameters": inner, "return": {"type": kind}}
+    return {"name": name, "description": description, "parameters": inner, "return": {"type": returns}}
 
 
-_convert = _schema(
-    "convert_units",
-    "Convert a length, a weight or a volume to another unit.",
-    "number",
-    value="How much of the first unit.",
-    from_unit="The unit to convert from, such as kilometers.",
-    to_unit="The unit to convert to, such as miles.",
-)
-_convert["parameters"]["properties"]["value"]["type"] = "number"
-_temperature = _schema(
-    "get_current_temperature",
-    "Get the current temperature at a location.",
-    "number",
-    location="The location to get the temperature for.",
-    unit="The unit to return the temperature in.",
-)
-_temperature["parameters"]["properties"]["unit"] = {
-    "type": "string",
-    "enum": ["celsius", "fahrenheit"],
-    "description": "The unit to return the temperature in.",
-}
-
+# Each tool's schema, and what makes up requests for it
 EVERYDAY: tuple[tuple[dict[str, Any], Callable[[Random], Round]], ...] = (
     (_schema("calculate", "Calculate an arithmetic expression.", "number",
              expression="The expression, such as 2 * (3 + 4)."), calculate),
     (_schema("current_time", "Tell the current date and time in a time zone.",
              timezone="The name of the time zone, such as Europe/Paris."), current_time),
-    (_convert, convert_units),
+    (_schema("convert_units", "Convert a length, a weight or a volume to another unit.", "number",
+             value={"type": "number", "description": "How much of the first unit."},
+             from_unit="The unit to convert from, such as kilometers.",
+             to_unit="The unit to convert to, such as miles."), convert_units),
     (_schema("count_words", "Count the words of a text file.", "integer", path="The path of the file."), count_words),
     (_schema("get_stock_fundamentals", "Get fundamental data for a given stock symbol.", "object",
              symbol="The stock symbol."), get_stock_fundamentals),
-    (_temperature, get_current_temperature),
+    (_schema("get_current_temperature", "Get the current temperature at a location.", "number",
+             location="The location to get the temperature for.",
+             unit={"type": "string", "enum": ["celsius", "fahrenheit"],
+                   "description": "The unit to return the temperature in."}), get_current_temperature),
     (_schema("get_weather", "Get the current weather in a city.", "object", city="The name of the city."), get_weather),
     (_schema("send_email", "Send an email.", to="The address of the recipient.", subject="What the email is about."),
      send_email),

@@ -15,11 +15,11 @@ class Tool:
     """A made-up function."""
 
     name: str
-    verb: str
+    verb: str  # a key of `VERBS`
     noun: str  # one word or more
     description: str
     parameters: tuple[Parameter, ...]
-    returns: str | None = None
+    returns: str | None = None  # JSON's name of the result's type
 
     def schema(self) -> dict[str, Any]:
         """The function as a system prompt lists it."""

@@ -18,7 +18,7 @@ from mistral.demo.words import (
     pseudo_word,
 )
 
-# (name, kind, how its value is said). Kinds are those of `make_value`.
+# (name, kind, cues): the fields of a `Parameter`
 FAMILIAR = (
     ("city", "city", ("in {v}", "for {v}", "in the city of {v}")),
     ("location", "city", ("in {v}", "at {v}", "near {v}", "at the location {v}")),
@@ -66,19 +66,17 @@ FAMILIAR = (
     ("color", "color", ("in {v}", "colored {v}", "in the color {v}")),
     ("language", "language", ("in {v}", "into {v}", "in the language {v}")),
 )
-GENERIC_CUES = {
-    "boolean": (("with {w}", "without {w}"), ("with {w} on", "with {w} off"), ("{w}: yes", "{w}: no")),
-    "": (
-        "with {w} {v}",
-        "with {w} set to {v}",
-        "with the {w} {v}",
-        "where {w} is {v}",
-        "using {v} as {w}",
-        "with {v} as the {w}",
-        "{w}: {v}",
-        "{w} = {v}",
-    ),
-}
+GENERIC_CUES = (
+    "with {w} {v}",
+    "with {w} set to {v}",
+    "with the {w} {v}",
+    "where {w} is {v}",
+    "using {v} as {w}",
+    "with {v} as the {w}",
+    "{w}: {v}",
+    "{w} = {v}",
+)
+BOOLEAN_CUES = (("with {w}", "without {w}"), ("with {w} on", "with {w} off"), ("{w}: yes", "{w}: no"))
 GENERIC_KINDS = ("word", "word", "phrase", "choice", "choice", "integer", "number", "boolean", "list", "code")
 TYPES = {
     "small": "integer",
@@ -92,7 +90,13 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of a tool, or one property of a JSON schema."""
+    """One argument of a tool, or one property of a JSON schema.
+
+    kind     what its values are: a case of `make_value`
+    cues     ways to say a value: texts with {v} for the value and {w} for the name; for a boolean pairs of them, what
+             is said for true and for false
+    choices  the values of the kind "choice"
+    """
 
     name: str
     kind: str
@@ -119,7 +123,7 @@ class Parameter:
 
     def say(self, cue: Any, value: Any) -> str:
         """A cue with the value filled in."""
-        if isinstance(cue, tuple):  # a boolean: what is said for true, and for false
+        if isinstance(cue, tuple):
             cue = cue[0] if value else cue[1]
         said = value
         if isinstance(value, list):
@@ -202,7 +206,7 @@ def make_parameter(random: Random, held_out: bool) -> Parameter:
     else:
         kind = random.choice(GENERIC_KINDS)
         name = make_noun(random, held_out).replace(" ", "_")
-        made = Parameter(name, kind, GENERIC_CUES["boolean" if kind == "boolean" else ""])
+        made = Parameter(name, kind, BOOLEAN_CUES if kind == "boolean" else GENERIC_CUES)
         if kind == "choice":
             real = random.random() < 0.85
             words = [draw(random, CHOICES, held_out) if real else pseudo_word(random, held_out) for _ in range(6)]

@@ -1,11 +1,11 @@
-"""The same evaluation with corrected rules.
+"""The evaluation of `paper_rules` with its mistakes corrected.
 
 - Calls are read as the chat reads them (`parse_tool_calls`): whatever a text or an argument has in it, it is not XML.
 - Every expected call needs a call of its own, in any order; two of one function are told apart by their arguments.
-- All arguments count. One that was not expected is wrong, unless it says what holds without it: null or the default.
+- All arguments count. One that was not expected is wrong, unless leaving it out means the same: null or the default.
 - Values are compared as JSON: 1 is 1.0, but true is not 1. In JSON mode a code block may stand around the answer.
 
-The right answer passes; the JSON schema says what is wrong with others.
+What equals the expected answer passes, whatever the JSON schema says; the schema only tells what is wrong with others.
 """
 
 import re
@@ -35,9 +35,10 @@ def score_calls(row: Row, answer: str) -> Verdict:
     wrong = []
     for call in reply.calls:
         parameters = functions.get(call.name)
-        said = _said(call.arguments, parameters)
+        arguments = _without_defaults(call.arguments, parameters)
         same_name = (i for i, one in enumerate(missing) if one["name"] == call.name)
-        match = next((i for i in same_name if equal(said, _said(missing[i]["arguments"], parameters))), None)
+        matches = (i for i in same_name if equal(arguments, _without_defaults(missing[i]["arguments"], parameters)))
+        match = next(matches, None)
         if match is None:
             wrong.append(call)
         else:
@@ -77,8 +78,8 @@ def equal(a: Any, b: Any) -> bool:
     return a == b
 
 
-def _said(arguments: dict[str, Any], parameters: Any) -> dict[str, Any]:
-    """The arguments without those that change nothing: null or the default, where it may as well be left out."""
+def _without_defaults(arguments: dict[str, Any], parameters: Any) -> dict[str, Any]:
+    """The arguments without those that may as well be left out: null or the default, unless they are required."""
     parameters = parameters if isinstance(parameters, dict) else {}
     properties, required = parameters.get("properties"), parameters.get("required")
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from mistral.chat.formats import choose_format, render_chat
 from mistral.checkpoints.load import load
 from mistral.decoder import Decoder
 from mistral.errors import MistralError
@@ -204,14 +205,10 @@ class MistralLM(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The name of the format, for the harness's records."""
-        from mistral.chat.formats import choose_format
-
         return (self.chat_format or choose_format(self.tokenizer)) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without `add_generation_prompt` it ends inside the last message."""
-        from mistral.chat.formats import render_chat
-
+        """A conversation as text; without `add_generation_prompt` the last message is left open, to be gone on with."""
         whole = chat_history if add_generation_prompt else chat_history[:-1]
         text = render_chat(self.tokenizer, whole, format=self.chat_format)
         return text if add_generation_prompt else text + chat_history[-1]["content"]

@@ -55,7 +55,7 @@ def score_json(row: Row, answer: str) -> Verdict:
         return Verdict("crash", str(error))
     try:
         value = _read_value(text)
-    except (SyntaxError, *CRASHES) as error:
+    except CRASHES as error:
         return Verdict("not JSON", one_line(str(error)))
     for item in value if isinstance(value, list) else [value]:
         if wrong := _schema_problem(row.schema, item):
@@ -90,16 +90,16 @@ def tool_calls(text: str) -> list[Any]:
     # Nothing in a root element can declare entities, so that XML's usual bombs do not go off.
     root = ElementTree.fromstring(f"<root>{text}</root>")
     values: list[Any] = []
-    read: list[Any] = []
+    last: list[Any] = []  # the value that was read last
     for element in root.iterfind(".//tool_call"):
         if element.text is not None:
             try:
-                read = [_read_value(element.text.strip())]
+                last = [_read_value(element.text.strip())]
             except _Unreadable:
                 continue
-        elif not read:
+        elif not last:
             raise _Crash("the first <tool_call> is empty")
-        values += read  # an empty tag means the value before it once more
+        values += last  # an empty tag means the value before it once more
     return values
 
 
@@ -147,7 +147,7 @@ def _compare(call: dict[str, Any], expected: dict[str, Any]) -> Verdict | None:
 
 
 def check_call(call: Any, tools: Sequence[Any]) -> Verdict | None:
-    """What their validator rejects, None for a call that it lets through.
+    """Why their validator rejects a call; None for one that it lets through.
 
     It lets through arguments that the function does not have, every value that Python takes for false, whatever its
     type, booleans for integers, and values outside of an enum that is not one of strings. It rejects 3.0 for an integer

@@ -63,7 +63,8 @@ def read_rows(source: str, task: Task, limit: int | None = None) -> list[Row]:
 
     limit  only so many, from the first
 
-    DataError for what cannot be had, and for a malformed row, with its file and line. Parquet needs pyarrow.
+    In a folder only the .parquet files count if there are any, and only those of the split "train" if there is one.
+    Raises DataError for what cannot be had, and for a malformed row, with its file and line. Parquet needs pyarrow.
     """
     lines = (line for file in _files(source) for line in _lines(file))
     rows = [_row(i, where, line, task) for i, (where, line) in enumerate(islice(lines, limit))]
@@ -184,10 +185,14 @@ def _check_calls(where: str, calls: list[Any]) -> None:
 
 
 def _is_text(value: Any) -> bool:
+    """A str that is valid Unicode."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and value.encode() is not None
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _require(valid: Any, where: str, problem: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.chat.chatml import begin_turn, encode_turn
+from mistral.decoder import Engine
 from mistral.evaluation import fixed_rules, paper_rules
 from mistral.evaluation.rows import DataError, Row, Task
 from mistral.evaluation.verdict import Verdict
@@ -28,6 +29,9 @@ class ModelAnswers:
     The card's numbers come from a temperature of 0.1, 512 new tokens, and top_k 50, transformers' default at the time.
     The random numbers of a row depend on the seed and its index (with several rows at once, on that of the first), so
     an evaluation that was cut gives the same answers when it goes on.
+
+    empty_decoder  to be set for another engine than the reference: gives a decoder of the model for so many rows, with
+                   as much room as `check` says
     """
 
     def __init__(
@@ -40,28 +44,33 @@ class ModelAnswers:
         seed: int = 0,
     ):
         self._model, self._tokenizer = model, tokenizer
+        self.empty_decoder: Callable[[int], Engine] | None = None
         self._sampling = {"temperature": temperature, "top_k": 50}
         self._max_new_tokens, self._seed = max_new_tokens, seed
         Sampling(**self._sampling)  # raises before any work is done
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
 
-    def check(self, rows: Sequence[Row]) -> None:
-        """Raises ValueError for a row that is too long for the model, before the first one is asked."""
-        limit = self._model.config.max_position_embeddings
+    def check(self, rows: Sequence[Row]) -> int:
+        """The room in tokens that the longest row needs. Raises ValueError where that is more than the model has."""
+        limit, most = self._model.config.max_position_embeddings, 0
         for row in rows:
-            if (tokens := len(self._encode(row))) + self._max_new_tokens > limit:
+            tokens = len(self._encode(row))
+            if (room := tokens + self._max_new_tokens) > limit:
                 raise ValueError(
                     f"{row.where}: a prompt of {tokens} tokens and {self._max_new_tokens} new ones are more than the "
                     f"{limit} that the checkpoint was made for; ask for fewer new tokens"
                 )
+            most = max(most, room)
+        return most
 
     def __call__(self, rows: Sequence[Row]) -> list[str]:
         """The answers' text: the token that ends one is left out, other control tokens are spelled."""
         number = sha256(f"{self._seed} {rows[0].index}".encode()).digest()[:8]
         sampling = Sampling(**self._sampling, seed=int.from_bytes(number))
         prompts = [self._encode(row) for row in rows]
-        answers = generate_batch(self._model, prompts, sampling, max_new_tokens=self._max_new_tokens)
+        decoder = self.empty_decoder(len(rows)) if self.empty_decoder else self._model
+        answers = generate_batch(decoder, prompts, sampling, max_new_tokens=self._max_new_tokens)
         stop = self._model.config.eos_token_id
         return [self._tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, control=True) for ids in answers]
 

@@ -36,7 +36,7 @@ class Verdict:
 
 
 def key_problem(expected: Any, value: Any) -> str | None:
-    """Why the keys of two objects are not the same, which only objects can have."""
+    """How the keys of the two differ; None for two objects with the same keys. What is no object has none."""
     if isinstance(value, dict) and isinstance(expected, dict) and value.keys() == expected.keys():
         return None
     told = (
@@ -46,7 +46,7 @@ def key_problem(expected: Any, value: Any) -> str | None:
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """n, how many passed, the rate with its 95% interval, and how many failed for which reason."""
+    """Of one or more: n, how many passed, the rate with its 95% interval, and how many failed for which reason."""
     passed = sum(verdict.passed for verdict in verdicts)
     return {
         "n": len(verdicts),
@@ -58,11 +58,11 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def wilson(passed: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a rate of which n trials were seen: Wilson's score interval (JASA 22, 1927).
+    """The 95% interval of a rate after n >= 1 trials: Wilson's score interval (JASA 22, 1927).
 
-    Unlike the textbook's p plus or minus 1.96 deviations it stays within 0 and 1, and is right near both.
+    Unlike the rate plus or minus 1.96 standard deviations it stays within 0 and 1, and is right near both.
     """
-    z = 1.959963984540054  # the normal distribution has 95% within so many deviations
+    z = 1.959963984540054  # the normal distribution has 95% within so many standard deviations
     rate = passed / n
     center = rate + z * z / (2 * n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))

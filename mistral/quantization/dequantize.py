@@ -7,7 +7,7 @@ In the drawings a box is a field with its size in bytes; d, m and dmin are float
 
 The formats that files of this model come in are here, the others in rare.py.
 
-Source: ggml-quants.c (`dequantize_row_*`)
+Source: `dequantize_row_*`, https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml-quants.c
 """
 
 from collections.abc import Callable

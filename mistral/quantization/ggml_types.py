@@ -1,7 +1,8 @@
 """The number formats that a GGUF file may hold: how many weights make a block, and how many bytes it takes.
 
-Source: ggml's type table (ggml.c, `type_traits`). The numbers 4, 5, 31 to 33 and 36 to 38 were formats once and are
-removed; Q8_1 and Q8_K exist in memory only.
+The numbers 4, 5, 31 to 33 and 36 to 38 were formats once and are removed; Q8_1 and Q8_K exist in memory only.
+
+Source: ggml's table `type_traits`, https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml.c
 """
 
 from typing import NamedTuple
@@ -46,7 +47,6 @@ GGML_TYPES = {
     39: GgmlType("MXFP4", 32, 17),
     40: GgmlType("NVFP4", 64, 36),
 }
-
 
 NOT_READ = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 41: "Q1_0", 42: "Q2_0"}
 

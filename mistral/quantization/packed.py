@@ -29,7 +29,7 @@ def packed_linear(x: Tensor, blocks: Tensor, kind: GgmlType) -> Tensor:
 
 
 class Keeper(Protocol):
-    """Who keeps the blocks of a layer in a form of his own, and makes them again when they are asked for."""
+    """Keeps the blocks of a layer in another form, and makes them again when they are asked for."""
 
     def blocks(self) -> Tensor: ...  # uint8 [rows, bytes of a row]
     def rows(self, which: Tensor) -> Tensor: ...  # int64 [n] -> uint8 [n, bytes of a row]
@@ -46,15 +46,15 @@ class Packed(nn.Module):
         self.keeper: Keeper | None = None
 
     def hand_over(self, keeper: Keeper) -> None:
-        """Give up the blocks to someone who has them in another form, so that they are not in memory twice."""
+        """Give up the blocks to a keeper, so that they are not in memory twice."""
         self.blocks, self.keeper = None, keeper
 
     def take_back(self) -> None:
-        """Keep the blocks again."""
+        """Have the blocks here again."""
         self.blocks, self.keeper = self.all_blocks(), None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        # `model.to(...)` moves the blocks; what a keeper has of them it cannot know of.
+        # `model.to(...)` moves what is registered here, and knows nothing of a keeper.
         if self.keeper is not None:
             self.take_back()
         return super()._apply(fn, recurse)

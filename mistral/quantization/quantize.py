@@ -33,8 +33,8 @@ def quantize(weights: Tensor, kind: GgmlType, device: torch.device) -> Tensor:
         blocks = part.to(device).float().reshape(-1, kind.block_weights)
         to.copy_(FUNCTIONS[kind](blocks).view(to.shape))
         largest = torch.maximum(largest, blocks.abs().max())
-    limit = 65504 * (127 if kind == Q8_0 else 8)
-    if not largest <= limit:
+    limit = 65504 * (127 if kind == Q8_0 else 8)  # the largest float16 as scale, times the largest q
+    if not largest <= limit:  # true for nan, too
         raise CheckpointError(f"{kind.name} holds numbers up to {limit:,}, and there is {largest.item()}")
     return packed
 

@@ -4,7 +4,7 @@ The importance quants (IQ...) look runs of 4 or 8 weights up in a grid of the pa
 gguf-py's, and so is the order of the operations. A lookup with signs has a bit for each weight, or 7 bits that stand
 for 8 (an even number of them is set).
 
-Source: gguf-py, quants.py (`dequantize_blocks`); ggml-quants.c
+Source: gguf-py, quants.py (`dequantize_blocks`); ggml-quants.c, see dequantize.py
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor
 from mistral.quantization.dequantize import half, unpack
 
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-HALVES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # of 4-bit floats with 2 bits of exponent
+E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # 4-bit floats, twice what they stand for
 
 
 def iq4_nl(blocks: Tensor) -> Tensor:
@@ -50,17 +50,17 @@ def tq2_0(blocks: Tensor) -> Tensor:
 
 
 def mxfp4(blocks: Tensor) -> Tensor:
-    """[e 1 | q 16]: 32 weights 2^(e - 128) * HALVES[q]."""
+    """[e 1 | q 16]: 32 weights 2^(e - 128) * E2M1_DOUBLED[q]."""
     e = blocks[:, :1].int()
     d = torch.where(e < 2, 0x200000 * (e + 1), (e - 1) << 23).view(torch.float32)  # the first two are subnormal
-    return d * _look_up(_numbers(HALVES, blocks.device), unpack(blocks[:, 1:], 4, 16))
+    return d * _look_up(_numbers(E2M1_DOUBLED, blocks.device), unpack(blocks[:, 1:], 4, 16))
 
 
 def nvfp4(blocks: Tensor) -> Tensor:
-    """[d 4 | q 32]: 4 groups of 16 weights d * HALVES[q]; d is a float with 4 bits of exponent and 3 of mantissa."""
-    d = _look_up(_numbers(tuple(map(_eight_bits, range(256))), blocks.device), blocks[:, :4])
-    values = _look_up(_numbers(HALVES, blocks.device), unpack(blocks[:, 4:], 4, 8)).view(-1, 4, 16)
-    return (d.view(-1, 4, 1) * values).flatten(1)
+    """[d 4 | q 32]: 4 groups of 16 weights d / 2 * E2M1_DOUBLED[q]; each d is a byte, a float E4M3."""
+    half_d = _look_up(_numbers(tuple(map(_half_of_e4m3, range(256))), blocks.device), blocks[:, :4])  # [n, 4]
+    values = _look_up(_numbers(E2M1_DOUBLED, blocks.device), unpack(blocks[:, 4:], 4, 8)).view(-1, 4, 16)
+    return (half_d[..., None] * values).flatten(1)
 
 
 def iq2_xxs(blocks: Tensor) -> Tensor:
@@ -185,8 +185,8 @@ def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
 
-def _eight_bits(x: int) -> float:
-    """Half of the float that the byte `x` stands for; 0x7F, which is nan elsewhere, counts as 0."""
+def _half_of_e4m3(x: int) -> float:
+    """Half of the float E4M3 (4 bits of exponent, 3 of mantissa) in the byte `x`; 0x7F, nan elsewhere, counts as 0."""
     e, m = x >> 3 & 15, x & 7
     return 0.0 if x == 0x7F else 0.5 * (m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7))
 

@@ -1,4 +1,6 @@
-"""Compile the decode kernels of a packed 7B for GPUs that are not here, and print one line of JSON for each.
+"""Compile the kernels of a packed 7B for GPUs that are not here, and print one line of JSON for each.
+
+Those of a decode step, and those for short chunks.
 
 It runs in a process of its own: the interpreter of the other tests replaces the compiler.
 """
@@ -8,7 +10,7 @@ import json
 import torch
 from compile_decode_kernels import DEMO, config, facts
 
-from mistral_kernels.compile_ahead import KINDS, decode_kernels
+from mistral_kernels.compile_ahead import KINDS, decode_kernels, short_kernels
 from mistral_kernels.planes import FAST_KINDS
 
 MATRICES = ("qkv", "output", "gate_up", "down", "head")
@@ -17,6 +19,9 @@ FP16 = torch.float16
 VARIANTS = [(90, 1, "Q4_K", "Q6_K", ("embed", "attention", *MATRICES)), (80, 16, "Q4_K", "Q6_K", MATRICES)]
 VARIANTS += [(90, 1, kind, None, ("gate_up", "down")) for kind in FAST_KINDS]
 VARIANTS += [(80, 16, kind, None, ("down",)) for kind in FAST_KINDS]
+# The same for chunks of so many rows
+SHORT = [(target, 9, "Q4_K", "Q6_K", ("scale", "short up", "short down", "short head")) for target in (90, 80)]
+SHORT += [(90, 2, kind, None, ("short down",)) for kind in FAST_KINDS]
 
 
 def show(name, task, dtype, target, batch):
@@ -27,10 +32,11 @@ def show(name, task, dtype, target, batch):
 
 
 def main():
-    for target, batch, kind, larger, names in VARIANTS:
-        tasks = decode_kernels(config("7b"), FP16, batch, target, kind, larger)
-        for name in names:
-            show(name, tasks[name], FP16, target, batch)
+    for kernels, variants in ((decode_kernels, VARIANTS), (short_kernels, SHORT)):
+        for target, batch, kind, larger, names in variants:
+            tasks = kernels(config("7b"), FP16, batch, target, kind, larger)
+            for name in names:
+                show(name, tasks[name], FP16, target, batch)
     show("down", decode_kernels(DEMO, torch.float32, 3, 90, "Q8_0")["down"], torch.float32, 90, 3)
 
 

@@ -1,4 +1,4 @@
-"""The decode kernels of packed models compile for GPUs that are not here, and keep what packed_tile.py promises."""
+"""The kernels of packed models compile for GPUs that are not here, and keep what packed_tile.py promises."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 MATRICES = ("qkv", "output", "gate_up", "down", "head")
+SHORT = ("short up", "short down", "short head")
 KINDS = ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 ROOM = 65536  # registers of a multiprocessor
 # Instructions that there is time for while the bytes of a weight arrive, at 4.3 TB/s on an H200
@@ -33,6 +34,8 @@ def test_every_kind_compiles_for_every_target(compiled):
         assert {kind for line in made if line["name"] == "down" for kind in line["kinds"]} == set(KINDS)
         assert {line["name"] for line in made} >= set(MATRICES)
         assert ["Q4_K", "Q6_K"] in [line["kinds"] for line in made if line["name"] == "qkv"]
+        assert {line["name"] for line in made} >= {"scale", *SHORT}
+    assert {kind for line in compiled if line["name"] == "short down" for kind in line["kinds"]} == set(KINDS)
 
 
 def test_nothing_spills_and_two_blocks_of_threads_fit_a_multiprocessor(compiled):
@@ -63,4 +66,4 @@ def test_unpacking_takes_less_time_than_the_memory(compiled):
 
 
 def products(compiled):
-    return [made for made in compiled if made["name"] in MATRICES and made["dtype"] == "float16"]
+    return [made for made in compiled if made["name"] in MATRICES + SHORT and made["dtype"] == "float16"]

@@ -12,7 +12,7 @@ import torch
 
 from mistral.attention import attend_explicit
 from mistral.rotary import rotate
-from mistral_kernels.decode_attention import Workspace, attend, attend_reference, num_splits
+from mistral_kernels.decode_attention import Partials, attend, attend_reference, num_splits
 from mistral_kernels.embed import embed, embed_reference
 from mistral_kernels.gate_up import gate_up, gate_up_reference
 from mistral_kernels.head import head, head_reference
@@ -179,29 +179,29 @@ def test_attention_sees_the_window_and_nothing_else(positions, window, dtype):
         cache.transpose(1, 2)[dead.to(DEVICE)] = math.nan  # read any of these, and the sum is NaN
     y, twin = poisoned(B, N * H, dtype=dtype), poisoned(B, N * H, dtype=dtype)
     attend_reference(q, *clean, positions, twin, None, S, window)
-    workspace = two_parts(B)
-    attend(q, keys, values, positions, y, workspace, S, window)
+    partials = two_parts(B)
+    attend(q, keys, values, positions, y, partials, S, window)
     assert_close(y, twin)
     assert whole(y)[B:].isnan().all()
     assert not y[positions < 0].any()
-    assert not workspace.counters.any()
+    assert not partials.counters.any()
 
 
 def two_parts(B):
-    """A workspace for keys cut in two, whatever the batch: the interpreter takes a while for each part."""
-    workspace = Workspace(B, N, K, H, DEVICE, splits=2)
-    for scratch in (workspace.sums, workspace.weights):
-        scratch.fill_(math.nan)
-    return workspace
+    """Room for keys cut in two, whatever the batch: the interpreter takes a while for each part."""
+    partials = Partials(B, N, K, H, DEVICE, splits=2)
+    for tensor in (partials.outputs, partials.stats):
+        tensor.fill_(math.nan)
+    return partials
 
 
 def test_attention_again_has_the_same_bits():
     B, S = 1, 70
     keys, values, q = normal(B, K, S + 1, H), normal(B, K, S + 1, H), normal(B, N, H)
-    workspace, results = Workspace(B, N, K, H, DEVICE), [poisoned(B, N * H), poisoned(B, N * H)]
+    partials, results = Partials(B, N, K, H, DEVICE), [poisoned(B, N * H), poisoned(B, N * H)]
     for y in results:
-        attend(q, keys, values, torch.tensor([500], device=DEVICE), y, workspace, S, None)
-    assert workspace.splits == 16
+        attend(q, keys, values, torch.tensor([500], device=DEVICE), y, partials, S, None)
+    assert partials.splits == 16
     assert torch.equal(*results)
 
 
@@ -211,7 +211,7 @@ def test_attention_agrees_with_the_rolling_cache_of_the_model():
         num_hidden_layers=1, num_attention_heads=N, num_key_value_heads=K, head_dim=H, sliding_window=W
     )
     model = small.mistral.Mistral(config)
-    cache, workspace = model.new_cache(B, slack=S - W), two_parts(B)
+    cache, partials = model.new_cache(B, slack=S - W), two_parts(B)
     for step in range(26):
         q, k, v = torch.randn(B, N, 1, H), torch.randn(B, K, 1, H), torch.randn(B, K, 1, H)
         plan = cache.plan(1, [1, step % 3 > 0])  # a row that falls behind
@@ -221,7 +221,7 @@ def test_attention_agrees_with_the_rolling_cache_of_the_model():
         if step in (3, 18, 25) and step % 3 > 0:
             y = poisoned(B, N * H)
             layer = (cache.keys[0].to(DEVICE), cache.values[0].to(DEVICE))
-            attend(q[:, :, 0].to(DEVICE), *layer, plan.positions[:, 0].to(DEVICE), y, workspace, S, W)
+            attend(q[:, :, 0].to(DEVICE), *layer, plan.positions[:, 0].to(DEVICE), y, partials, S, W)
             assert_close(y.cpu(), attend_explicit(q, *seen, mask).transpose(1, 2).reshape(B, -1))
         cache.commit(plan)
         if step == 20:
@@ -267,7 +267,7 @@ def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
     cos, sin, slots = poisoned(B, H // 2), poisoned(B, H // 2), torch.zeros(B, dtype=torch.int64, device=DEVICE)
     q, y = poisoned(B, N, H, dtype=dtype), poisoned(B, N * H, dtype=dtype)
     h, logits = poisoned(B, c.intermediate_size, dtype=dtype), poisoned(B, c.vocab_size)
-    workspace = Workspace(B, N, c.num_key_value_heads, H, DEVICE, splits=1)
+    partials = Partials(B, N, c.num_key_value_heads, H, DEVICE, splits=1)
 
     def step(tokens, positions):
         tokens, positions = tokens.to(DEVICE).contiguous(), positions.to(DEVICE)
@@ -275,7 +275,7 @@ def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
         embed(tokens, positions, *start, residual, x, sums, cos, sin, slots, cache.num_slots)
         for i, layer in enumerate(layers):
             qkv(x, sums, fused[i], cos, sin, slots, q, keys[i], values[i], EPS, norms[2 * i][1])
-            attend(q, keys[i], values[i], positions, y, workspace, cache.num_slots, c.sliding_window)
+            attend(q, keys[i], values[i], positions, y, partials, cache.num_slots, c.sliding_window)
             project(y, attention[i].o_proj.weight, norms[2 * i + 1][0], residual, x, sums)
             gate_up(x, sums, both[i], h, EPS, norms[2 * i + 1][1])
             project(h, layer.mlp.down_proj.weight, norms[2 * i + 2][0], residual, x, sums)
@@ -303,7 +303,7 @@ def test_kernels_of_a_7b_on_a_gpu(B, pdl):
     cache = [normal(B, K, S + 1, H, dtype=dtype) for _ in range(2)]
     positions = torch.arange(B, device=DEVICE) * 700
     q, y = normal(B, N, H, dtype=dtype), poisoned(B, N * H, dtype=dtype)
-    arguments = [q, *cache, positions, y, Workspace(B, N, K, H, DEVICE), S, 4096]
+    arguments = [q, *cache, positions, y, Partials(B, N, K, H, DEVICE), S, 4096]
     check(bound(attend, pdl), attend_reference, arguments, (4,))
 
 
@@ -354,9 +354,7 @@ def test_what_the_kernels_cannot_do_is_named():
         gate_up(x, sums, normal(80, D), normal(1, 40), EPS)
     cache = normal(1, K, 8, 48)
     with pytest.raises(ValueError, match="head_dim is 48; the decode kernels need 16, 32, 64, 128 or 256"):
-        attend(
-            normal(1, N, 48), cache, cache, torch.tensor([1]), normal(1, N * 48), Workspace(1, N, K, 48, "cpu"), 7, 4
-        )
+        attend(normal(1, N, 48), cache, cache, torch.tensor([1]), normal(1, N * 48), Partials(1, N, K, 48, "cpu"), 7, 4)
 
 
 def test_tensors_with_gaps_are_refused():

@@ -12,6 +12,7 @@ import small
 import torch
 
 import mistral
+from mistral_kernels import engines
 from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.decoder import Decoder
 from mistral_kernels.weights import weights_of
@@ -117,6 +118,16 @@ def test_the_kernels_themselves_give_the_references_logits_past_the_window():
             one.run(torch.full((2,), t))
         assert (step.logits - twin.logits).abs().max() < CLOSE * twin.logits.abs().max()
     assert (step.logits - model(tokens)[:, -1]).abs().max() < CLOSE * twin.logits.abs().max()
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(1, [2, 16, 17]), (3, [6, 15, 18]), (5, [10, 15, 20]), (16, [32])])
+def test_the_trial_run_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, rows, monkeypatch):
+    _, decoder = pair(batch_size, max_tokens=30, sliding_window=None)
+    prefill, read = decoder._prefill, []
+    monkeypatch.setattr(decoder, "_prefill", lambda chunk, *rest: read.append(chunk.numel()) or prefill(chunk, *rest))
+    engines._try(decoder)
+    assert read == rows
+    assert decoder.lengths == [0] * batch_size
 
 
 def test_regrouped_weights_are_the_models_own_and_regrouped_once():

@@ -136,6 +136,10 @@ def test_what_the_prefill_kernel_cannot_do_is_named():
         run(H=24)
     with pytest.raises(ValueError, match="float64: the prefill kernel takes bfloat16, float16 and float32"):
         run(dtype=torch.float64)
+    gaps, one = torch.zeros(1, 4, 2, 32, device=DEVICE)[..., :16], torch.ones(1, dtype=torch.int64, device=DEVICE)
+    ring = torch.zeros(1, 2, 9, 16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"k \[1, 4, 2, 16\] must be contiguous"):
+        attend_chunk(gaps.clone(), gaps, gaps, ring, ring, one, one, torch.zeros(1, 4, 2, 16, device=DEVICE), 8, None)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,181 @@
+"""Short chunks of a packed model: the reference's logits and texts, and no matrix is unpacked in memory.
+
+On a CPU the kernels run in Triton's interpreter where their numbers are looked at, and else their plain twins.
+"""
+
+import copy
+import math
+
+import pytest
+import small
+import torch
+from test_packed_decoder import PLAIN, Q4_K_M, assert_close, packed_model
+
+import mistral
+from mistral.speculation import LookupDecoder
+from mistral_kernels import prefill
+from mistral_kernels.decode_step import DecodeStep
+from mistral_kernels.decoder import Decoder
+from mistral_kernels.dequantize import unpack_reference
+from mistral_kernels.prefill import read_chunk
+from mistral_kernels.prefill_attention import attend_chunk_reference
+from mistral_kernels.short_linear import scale_rows_reference, short_linear_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GREEDY = mistral.Sampling(temperature=0)
+MIX = dict(v_proj="Q8_0", down_proj="Q8_0", other="Q4_0")
+TINY = dict(
+    vocab_size=16, eos_token_id=(0,), hidden_size=32, intermediate_size=32, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16,
+)  # fmt: skip
+
+
+def tokens(*shape, seed=0):
+    return small.tokens(*shape, seed=seed, vocab_size=16).to(DEVICE)
+
+
+class Pair:
+    """A packed model read by `read_chunk` and, with the same bytes, by its own forward."""
+
+    def __init__(self, mix=MIX, batch_size=1, **changes):
+        self.model = packed_model(mix, **TINY | changes)
+        self.twin = copy.deepcopy(self.model)
+        self.workspace = DecodeStep(self.model, self.model.new_cache(batch_size, slack=1)).workspace
+        if PLAIN:
+            self.workspace._unpack = unpack_reference
+        self.caches = [model.new_cache(batch_size, slack=1) for model in (self.model, self.twin)]
+
+    def read(self, chunk, lengths=None):
+        """Read a chunk both ways; the logits of rows that read something must be close. Was anything unpacked?"""
+        self.workspace._memory.fill_(math.nan)
+        last_only = lengths is not None
+        ours = read_chunk(self.model, chunk, self.caches[0], lengths, self.workspace, last_only)
+        theirs = self.twin(chunk, self.caches[1], lengths, last_only)
+        read = [b for b in range(len(chunk)) if not last_only or lengths[b]]
+        assert ours.shape == theirs.shape
+        assert_close(ours[read], theirs[read])
+        keys, twins = (cache.keys[:, :, :, : cache.num_slots] for cache in self.caches)
+        assert_close(keys, twins)
+        return not self.workspace._memory.isnan().all()
+
+
+def test_chunks_of_2_to_16_tokens_far_beyond_the_window_are_the_models_forward():
+    pair = Pair()
+    for T in (2, 9, 16):
+        assert not pair.read(tokens(1, T, seed=T))
+    assert pair.caches[0].lengths_at_most == [27]
+    assert pair.caches[0].window == 5
+
+
+def test_a_ragged_batch():
+    pair = Pair(batch_size=3)
+    for seed, lengths in enumerate(([5, 2, 0], [1, 5, 3])):
+        assert not pair.read(tokens(3, 5, seed=seed), lengths)
+    assert pair.caches[0].lengths_at_most == [6, 7, 3]
+
+
+@pytest.fixture
+def plain_twins(monkeypatch):
+    """Instead of the kernels that read a chunk: quick on a CPU."""
+
+    def short_linear(*arguments):
+        multiplied.append(len(arguments[-1]))
+        short_linear_reference(*arguments)
+
+    multiplied = []
+    monkeypatch.setattr(prefill, "scale_rows", scale_rows_reference)
+    monkeypatch.setattr(prefill, "short_linear", short_linear)
+    monkeypatch.setattr(prefill, "attend_chunk", attend_chunk_reference)
+    return multiplied
+
+
+def test_the_kinds_of_a_q4_k_m_file(plain_twins):
+    sizes = dict(hidden_size=256, intermediate_size=256, num_attention_heads=16)
+    assert not Pair(Q4_K_M, **sizes).read(tokens(1, 3))
+    assert plain_twins == [3] * 8
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "short"),
+    [(1, 1, True), (1, 16, True), (1, 17, False), (2, 8, True), (2, 9, False), (3, 5, True), (3, 6, False)],
+)
+def test_up_to_16_rows_are_multiplied_as_they_are_and_more_are_unpacked(B, T, short, plain_twins):
+    unpacks = Pair(batch_size=B).read(tokens(B, T), [T] * B)
+    assert unpacks is not short
+    # Q, K, V, O, gate, up, down; and of any prompt the rows whose logits are asked for
+    assert plain_twins == ([B * T] * 7 if short else []) + [B]
+
+
+def test_all_logits_of_a_long_chunk_are_unpacked_for(plain_twins):
+    assert Pair().read(tokens(1, 17))
+    assert plain_twins == []
+
+
+def test_kinds_without_kernels_are_unpacked_for_short_chunks_too(plain_twins):
+    assert Pair(dict(MIX, o_proj="Q5_0", lm_head=None)).read(tokens(1, 4))
+    assert plain_twins == [4] * 6
+
+
+def test_a_tied_output(plain_twins):
+    assert not Pair(tie_word_embeddings=True).read(tokens(1, 4))
+    assert plain_twins == [4] * 8
+
+
+def lookup_decoder(model):
+    """Around the kernels' decoder; on a CPU its short chunks alone run kernels."""
+    decoder = Decoder(model, plain=PLAIN)
+    decoder._plain = False
+    if PLAIN:
+        decoder._step.workspace._unpack = unpack_reference
+    return LookupDecoder(decoder)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_lookup_gives_the_greedy_text_of_plain_decoding(seed, plain_twins):
+    model = packed_model(MIX, **TINY | dict(sliding_window=12))
+    arguments = dict(max_new_tokens=60, stop_tokens=())
+    prompt = tokens(12, seed=seed).tolist()
+    plain = list(mistral.generate(mistral.Decoder(copy.deepcopy(model)), prompt, GREEDY, **arguments))
+    lookup = lookup_decoder(model)
+    assert list(mistral.generate(lookup, prompt, GREEDY, **arguments)) == plain
+    assert lookup.tokens_a_forward > 1.2
+    assert 9 in plain_twins
+
+
+def test_lookup_with_the_kernels_themselves():
+    model = packed_model(MIX, **TINY)
+    arguments = dict(max_new_tokens=10, stop_tokens=())
+    plain = list(mistral.generate(mistral.Decoder(copy.deepcopy(model)), [4, 5, 6, 4, 5], GREEDY, **arguments))
+    lookup = lookup_decoder(model)
+    assert list(mistral.generate(lookup, [4, 5, 6, 4, 5], GREEDY, **arguments)) == plain
+    assert lookup.forwards < lookup.plain_forwards
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """(model, workspace, cache), with zeros for what the kernels compute."""
+    pair = Pair()
+    pair.workspace._unpack = lambda planes, out, rows=None: out.zero_()
+    monkeypatch.setattr(prefill, "scale_rows", lambda inputs: (inputs, inputs))
+    monkeypatch.setattr(prefill, "short_linear", lambda *arguments: arguments[-1].zero_())
+    monkeypatch.setattr(prefill, "attend_chunk", lambda *arguments: arguments[7].zero_())
+    return pair.model, pair.workspace, pair.caches[0]
+
+
+def test_a_short_chunk_never_waits_for_the_device(without_kernels, no_host_reads):
+    model, workspace, cache = without_kernels
+    for T in (9, 3, 16):
+        read_chunk(model, tokens(1, T), cache, None, workspace, last_only=False)
+
+
+@pytest.mark.gpu
+def test_a_short_chunk_on_a_gpu_never_waits():
+    model = packed_model(Q4_K_M, torch.bfloat16)
+    workspace, cache = DecodeStep(model, model.new_cache(1, slack=1)).workspace, model.new_cache(1, slack=1)
+    chunk = small.tokens(1, 9).to(DEVICE)
+    read_chunk(model, chunk, cache, None, workspace)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        read_chunk(model, chunk, cache, None, workspace)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
