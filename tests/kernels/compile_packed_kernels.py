@@ -21,7 +21,7 @@ VARIANTS += [(90, 1, kind, None, ("gate_up", "down")) for kind in FAST_KINDS]
 VARIANTS += [(80, 16, kind, None, ("down",)) for kind in FAST_KINDS]
 # The same for chunks of so many rows
 SHORT = [(target, 9, "Q4_K", "Q6_K", ("scale", "short up", "short down", "short head")) for target in (90, 80)]
-SHORT += [(90, 2, kind, None, ("short down",)) for kind in FAST_KINDS]
+SHORT += [(90, 2, kind, None, ("short down",)) for kind in FAST_KINDS] + [(80, 9, "Q4_0", None, ("short down",))]
 
 
 def show(name, task, dtype, target, batch):
