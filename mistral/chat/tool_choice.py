@@ -40,13 +40,15 @@ def call_constraints(
         constraints["auto"] = TextOrCalls(text, None, call_token, required=False)
     if tools and grammar:
         given = tokenizer, decoder.config.vocab_size, [tool.schema() for tool in tools.values()]
+        made: dict[str, Constraint] = {}  # all of them or none
         try:
             for one in {choice, "none" if choice == "none" else "auto"}:
                 if call_token is None:
-                    constraints[one] = tool_call_constraint(*given, choice=one, stop_tokens=stop_tokens)
+                    made[one] = tool_call_constraint(*given, choice=one, stop_tokens=stop_tokens)
                 elif one != "none":
                     calls = call_list_constraint(*given, choice=one, stop_tokens=stop_tokens)
-                    constraints[one] = TextOrCalls(text, calls, call_token, required=one != "auto")
+                    made[one] = TextOrCalls(text, calls, call_token, required=one != "auto")
+            constraints |= made
         except UnsupportedSchema as error:
             warnings.warn(f"calls are checked only after they are written: {error}", stacklevel=3)
     if choice not in constraints:
