@@ -29,7 +29,7 @@ _TYPES = (
     | dict.fromkeys(("tokens", "positions", "slots", "starts", "lengths"), "*i64")
     | dict.fromkeys(("integers", "counts", "ids", "problems"), "*i64")
     | dict.fromkeys(("eps", "gain", "scale"), "fp32")
-    | dict.fromkeys(("ring_size", "num_slots", "window", "T", "out_features"), "i32")
+    | dict.fromkeys(("ring_size", "num_slots", "window", "T", "out_features", "rows", "q_rows", "k_rows"), "i32")
     | dict.fromkeys(("allowed", "seen"), "*i1")
     | {"counters": "*i32", "inverse": "*fp32"}
 )

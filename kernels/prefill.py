@@ -1,9 +1,10 @@
 """Reading a prompt: PyTorch's matrix products, with attention that knows the window and the ring.
 
 A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS; what PyTorch has nothing good
-for is attention over a ring and a chunk with a window, and that is `attend_chunk`. Packed matrices are unpacked one
-after the other into the same memory (see dequantize.py), so that none stays. At most 16 rows, such as a guess that is
-read along with the last token, are bound by memory as a decode step is, and multiply them as they are: short_linear.py.
+for is attention over a ring and a chunk with a window, and that is `attend_chunk`. What goes over numbers only once has
+a kernel for each (prefill_pointwise.py). Packed matrices are unpacked one after the other into the same memory (see
+dequantize.py), so that none stays. At most 16 rows, such as a guess that is read along with the last token, are bound
+by memory as a decode step is, and multiply them as they are: short_linear.py.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,11 @@ from mistral.mlp import MLP
 from mistral.model import Block, Mistral
 from mistral.quantization.packed import Packed, TiedOutput
 from mistral.rms_norm import RMSNorm
-from mistral.rotary import rotate
 from mistral_kernels.dequantize import Workspace
 from mistral_kernels.matvec import MAX_BATCH
 from mistral_kernels.planes import Planes
 from mistral_kernels.prefill_attention import attend_chunk
+from mistral_kernels.prefill_pointwise import rotate_chunk, store_chunk, swiglu
 from mistral_kernels.short_linear import scale_rows, short_linear
 from mistral_kernels.weights import matrix_of
 
@@ -47,12 +48,12 @@ def read_chunk(
     B, T = tokens.shape
     if lengths is not None:
         lengths = torch.as_tensor(lengths)
-    plan = cache.plan(T, lengths)
+    plan = cache.plan(T, lengths, masked=False)
     starts = cache.lengths.clone()
     real = plan.lengths - starts
     cache.begin(plan)
     x = _embedded(model.model.embed_tokens, tokens, workspace)  # [B, T, D]
-    cos, sin = (part.transpose(1, 2) for part in model.model.rotary(plan.positions, x.dtype))  # [B, T, 1, H] each
+    cos, sin = _angles(model, plan.positions)
     for i, block in enumerate(model.model.layers):
         x = x + _attention(block, x, (cos, sin), cache, i, plan, starts, real, workspace)
         x = x + _mlp(block.mlp, _normalised(block.post_attention_layernorm, x), workspace)
@@ -81,17 +82,23 @@ def _attention(
         heads.view(B, T, -1, attention.head_dim)  # [B, T, N, H] and twice [B, T, K, H]
         for heads in _linear(x, workspace, attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    q, k, y = rotate(q, *rotary), rotate(k, *rotary), torch.empty_like(q)
-    keys, values = cache.keys[layer], cache.values[layer]
+    rotate_chunk(q, k, *rotary)
+    keys, values, y = cache.keys[layer], cache.values[layer], torch.empty_like(q)
     attend_chunk(q, k, v, keys, values, starts, real, y, cache.num_slots, cache.window)
-    keys[plan.rows, :, plan.slots] = k
-    values[plan.rows, :, plan.slots] = v
+    store_chunk(k, v, plan.slots, keys, values)
     return _linear(y.view(B, T, -1), workspace, attention.o_proj)[0]
 
 
 def _mlp(mlp: MLP, x: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T, D] -> [B, T, D]
     gate, up = _linear(x, workspace, mlp.gate_proj, mlp.up_proj)  # [B, T, F] each
-    return _linear(F.silu(gate, inplace=True).mul_(up), workspace, mlp.down_proj)[0]
+    swiglu(gate, up)
+    return _linear(gate, workspace, mlp.down_proj)[0]
+
+
+def _angles(model: Mistral, positions: Tensor) -> tuple[Tensor, Tensor]:  # [B, T] -> fp32 [B, T, H/2] each
+    """Cosines and sines; the model's own come twice, once for each number of a pair."""
+    cos, sin = (part.chunk(2, dim=-1)[0] for part in model.model.rotary(positions, torch.float32))  # [B, 1, T, H/2]
+    return cos[:, 0].contiguous(), sin[:, 0].contiguous()
 
 
 def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> list[Tensor]:

@@ -129,8 +129,8 @@ class RollingCache:
         self.peaks_at_most = [0] * batch_size
         self.exact = True  # the two lists are the numbers themselves, not upper bounds
 
-    def plan(self, num_tokens: int, lengths: Tensor | Sequence[int] | None = None) -> Plan:
-        """The next forward, of [B, num_tokens] tokens of which `lengths` [B] are real (None: all).
+    def plan(self, num_tokens: int, lengths: Tensor | Sequence[int] | None = None, masked: bool = True) -> Plan:
+        """The next forward, of [B, num_tokens] tokens, `lengths` [B] of them real (None: all), with a mask or without.
 
         Raises ValueError for impossible lengths and for tokens that do not fit; the cache is as before then.
         """
@@ -161,7 +161,7 @@ class RollingCache:
             and (at_most == peaks and min(at_most) == max(at_most))
             and (self.window is None or used <= self.window)
         )
-        mask = None if write_first and sees_all else self._mask(positions, table, used, write_first)
+        mask = None if not masked or (write_first and sees_all) else self._mask(positions, table, used, write_first)
         rows = torch.arange(self.batch_size, device=device)[:, None]
         furthest = torch.maximum(self.peaks, ends)
         return Plan(positions, mask, rows, slots, used, write_first, table, ends, furthest, at_most, peaks, exact)

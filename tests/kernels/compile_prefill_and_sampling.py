@@ -1,4 +1,4 @@
-"""Compile the prefill's attention and the sampler for GPUs that are not here, and print a line of JSON for each.
+"""Compile the prefill's kernels and the sampler for GPUs that are not here, and print a line of JSON for each.
 
 It runs in a process of its own: the interpreter of the other tests replaces the compiler.
 """
@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from mistral_kernels import compile_ahead, prefill_attention, sampling
+from mistral_kernels import compile_ahead, prefill_attention, prefill_pointwise, sampling
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -19,6 +19,12 @@ def tasks(arch):
     for H, dtype in ((128, BF16), (128, FP16), (64, BF16), (64, FP32)):
         launch = prefill_attention.launch(1, 2048, 32, 8, H, dtype, arch)
         yield f"prefill {H} {dtype}", prefill_attention.prefill_attention_kernel, launch, dtype
+        launch = prefill_pointwise.rotate_launch(2048, 32, 8, H)
+        yield f"rotate {H} {dtype}", prefill_pointwise.rotate_chunk_kernel, launch, dtype
+        launch = prefill_pointwise.store_launch(2048, 8, H)
+        yield f"store {H} {dtype}", prefill_pointwise.store_chunk_kernel, launch, dtype
+    for dtype in (BF16, FP16, FP32):
+        yield f"swiglu {dtype}", prefill_pointwise.swiglu_kernel, prefill_pointwise.swiglu_launch(2048, 14336), dtype
 
 
 def main():
