@@ -1,4 +1,4 @@
-"""The fast engine: the reference decoder's methods, with one CUDA graph for each new token."""
+"""The fast engine: the reference decoder's methods, with one CUDA graph for each new token or short chunk."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,6 +10,7 @@ from mistral.decoder import Decoder as ReferenceDecoder
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
+from mistral_kernels.matvec import MAX_BATCH
 from mistral_kernels.prefill import read_chunk
 from mistral_kernels.sampler import Sampler
 from mistral_kernels.weights import unpacked_kinds
@@ -57,6 +58,8 @@ class Decoder(ReferenceDecoder):
             self._sampler = Sampler(batch_size, model.config.vocab_size, model.device, plain)
             # Graphs know addresses, so it cannot grow; `_append` writes up to one chunk behind the last real id.
             self._history = torch.full((batch_size, 2 * self.limit), -1, device=model.device)  # [B, room]
+            self._short_tokens = torch.zeros(MAX_BATCH, dtype=torch.int64, device=model.device)
+        self._short_logits: dict[str, Tensor] = {}  # of each kind of short chunk, where its graph writes them
         self._logits = self._step.logits
         self._has_tokens = False  # whether `_step.tokens` are the ids that the cache reads next
 
@@ -123,12 +126,36 @@ class Decoder(ReferenceDecoder):
     def _prefill(self, tokens: Tensor, counts: list[int]) -> Tensor:
         if self._plain:
             return self.model(tokens, self._cache, counts, last_only=True)
+        if tokens.numel() <= MAX_BATCH and min(counts) == tokens.shape[1]:
+            return self._read_short(tokens, last_only=True)
         return read_chunk(self.model, tokens, self._cache, counts, self._step.workspace)
 
     def _forward_all(self, tokens: Tensor) -> Tensor:
         if self._plain:
             return super()._forward_all(tokens)
+        if tokens.numel() <= MAX_BATCH:
+            return self._read_short(tokens, last_only=False)
         return read_chunk(self.model, tokens, self._cache, None, self._step.workspace, last_only=False)
+
+    def _read_short(self, tokens: Tensor, last_only: bool) -> Tensor:
+        """`read_chunk` for at most 16 tokens in all, by a graph for each length: to launch it takes as long as to run.
+
+        Everything it depends on is on the device at a fixed address, but for the host's bounds of the lengths.
+        """
+        (B, T), cache = tokens.shape, self._cache
+        fixed = self._short_tokens[: B * T].view(B, T)
+        fixed.copy_(tokens)
+        name = f"chunk of {T}" + (", last logits" if last_only else "")
+        ends = [length + T for length in cache.lengths_at_most]
+
+        def work() -> None:
+            workspace = self._step.workspace
+            self._short_logits[name] = read_chunk(self.model, fixed, cache, None, workspace, last_only)
+
+        self._run(name, work)
+        cache.lengths_at_most = ends  # a replay has not counted
+        cache.peaks_at_most = [max(pair) for pair in zip(cache.peaks_at_most, ends)]
+        return self._short_logits[name].clone()
 
     def _read_one(self, counts: list[int]) -> None:
         """One token of every row, or of some."""

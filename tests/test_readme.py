@@ -18,7 +18,7 @@ def test_ci_runs_the_readmes_own_test_command():
     pattern = re.search(r"grep -E '(.*)' README.md", ci)[1]
     found = [line for line in README.splitlines() if re.search(pattern, line)]
     assert len(found) == 1
-    assert found[0].endswith('-e ".[test]" && .venv/bin/python -m pytest')
+    assert found[0].endswith('-e ".[test]" && .venv/bin/python -m pytest -n 2 --dist loadfile')
     assert 'bash -euo pipefail -c "$command"' in ci
     assert "pip install" not in ci
     assert "ruff check ." in ci

@@ -151,6 +151,61 @@ def test_lookup_with_the_kernels_themselves():
     assert lookup.forwards < lookup.plain_forwards
 
 
+def replay(decoder):
+    """Make a decoder repeat the work that it was first given under a name, as a graph does; names of what was repeated.
+
+    What a graph does not do, the host's counting, is undone.
+    """
+    works, repeated, cache = {}, [], decoder._cache
+
+    def run(name, work):
+        if name not in works:
+            works[name] = work
+            return work()
+        repeated.append(name)
+        counted = cache.lengths_at_most, cache.peaks_at_most
+        works[name]()
+        cache.lengths_at_most, cache.peaks_at_most = counted
+        return None
+
+    decoder._run = run
+    return repeated
+
+
+def test_what_a_graph_of_a_short_chunk_repeats_reads_the_new_tokens_wherever_the_ring_is():
+    model = small.model(torch.float32, **TINY | dict(sliding_window=5)).to(DEVICE)
+    reference, decoder = mistral.Decoder(model, slack=9), Decoder(copy.deepcopy(model), slack=9, plain=True)
+    decoder._plain, repeated = False, replay(decoder)
+    for seed, T in enumerate((3, 9, 3, 9, 3, 1, 9)):
+        chunk = tokens(T, seed=seed).tolist()
+        assert_close(decoder.score(chunk), reference.score(chunk))
+        for engine in (decoder, reference):
+            engine.rewind(seed % 3)
+            engine.step(GREEDY)
+        assert decoder.lengths == reference.lengths
+    assert sum(name.startswith("chunk of") for name in repeated) > 3
+    chunk = tokens(5, seed=9).tolist()
+    for _ in range(3):
+        for engine in (decoder, reference):
+            engine.read([chunk])
+        assert_close(decoder.logits, reference.logits)
+    assert repeated[-1] == "chunk of 5, last logits"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", [None, Q4_K_M])
+def test_graphs_of_short_chunks_give_what_their_launches_give(mix):
+    model = packed_model(mix, torch.bfloat16) if mix else small.model(torch.bfloat16, **TINY).to(DEVICE)
+    decoders = [Decoder(copy.deepcopy(model), slack=9, graph=graph) for graph in (None, False)]
+    for seed in range(12):
+        chunk = tokens((3, 9)[seed % 2], seed=seed).tolist()
+        ours, theirs = (decoder.score(chunk).clone() for decoder in decoders)
+        assert_close(ours, theirs)
+        for decoder in decoders:
+            decoder.rewind(seed % 3)
+            decoder.step(GREEDY)
+
+
 @pytest.fixture
 def without_kernels(monkeypatch):
     """(model, workspace, cache), with zeros for what the kernels compute."""
