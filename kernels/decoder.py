@@ -1,4 +1,4 @@
-"""The fast engine: the reference decoder's methods, with one CUDA graph for each new token or short chunk."""
+"""The fast engine: the reference decoder's methods, with CUDA graphs for a token and for each length of a guess."""
 
 from collections.abc import Callable, Sequence
 
@@ -51,6 +51,7 @@ class Decoder(ReferenceDecoder):
             raise ValueError("a CUDA graph needs the kernels and a GPU")
         graph = on_gpu and not plain if graph is None else graph
         self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph else None
+        self._pool: tuple[int, int] | None = None  # the graphs' memory
         self.ahead = min(2, slack)
         self._plain = plain
         with torch.inference_mode():
@@ -138,22 +139,22 @@ class Decoder(ReferenceDecoder):
         return read_chunk(self.model, tokens, self._cache, None, self._step.workspace, last_only=False)
 
     def _read_short(self, tokens: Tensor, last_only: bool) -> Tensor:
-        """`read_chunk` for at most 16 tokens in all, by a graph for each length: to launch it takes as long as to run.
+        """`read_chunk` for at most 16 tokens in all, by a graph for each length: its launches are many for so little.
 
-        Everything it depends on is on the device at a fixed address, but for the host's bounds of the lengths.
+        All that a replay reads is on the device at a fixed address; what the host checks and counts is done here.
         """
         (B, T), cache = tokens.shape, self._cache
         fixed = self._short_tokens[: B * T].view(B, T)
         fixed.copy_(tokens)
         name = f"chunk of {T}" + (", last logits" if last_only else "")
-        ends = [length + T for length in cache.lengths_at_most]
+        ends = cache.check_room([length + T for length in cache.lengths_at_most], cache.lengths + T, cache.exact)
 
         def work() -> None:
             workspace = self._step.workspace
             self._short_logits[name] = read_chunk(self.model, fixed, cache, None, workspace, last_only)
 
         self._run(name, work)
-        cache.lengths_at_most = ends  # a replay has not counted
+        cache.lengths_at_most = ends
         cache.peaks_at_most = [max(pair) for pair in zip(cache.peaks_at_most, ends)]
         return self._short_logits[name].clone()
 
@@ -200,11 +201,21 @@ class Decoder(ReferenceDecoder):
             self._graphs[name] = None
         else:
             if self._graphs[name] is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    work()
-                self._graphs[name] = graph.replay
+                self._graphs[name] = self._recorded(work)
             self._graphs[name]()
+
+    def _recorded(self, work: Callable[[], object]) -> Callable[[], None]:
+        """The work as a graph. Nothing runs while it is recorded, so nothing counts either."""
+        cache, graph = self._cache, torch.cuda.CUDAGraph()
+        counted = cache.lengths_at_most, cache.peaks_at_most, cache.exact
+        # Graphs run one after the other and what they return is copied at once, so they can share their memory.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                work()
+        finally:
+            cache.lengths_at_most, cache.peaks_at_most, cache.exact = counted
+        return graph.replay
 
 
 def settle(cache: RollingCache) -> None:

@@ -1,8 +1,8 @@
 """Reading a prompt: PyTorch's matrix products, with attention that knows the window and the ring.
 
 A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS; what PyTorch has nothing good
-for is attention over a ring and a chunk with a window, and that is `attend_chunk`. What goes over numbers only once has
-a kernel for each (prefill_pointwise.py). Packed matrices are unpacked one after the other into the same memory (see
+for is attention over a ring and a chunk with a window, and that is `attend_chunk`. Rotation, ring and SwiGLU have a
+kernel each (prefill_pointwise.py). Packed matrices are unpacked one after the other into the same memory (see
 dequantize.py), so that none stays. At most 16 rows, such as a guess that is read along with the last token, are bound
 by memory as a decode step is, and multiply them as they are: short_linear.py.
 """
@@ -57,11 +57,12 @@ def read_chunk(
     for i, block in enumerate(model.model.layers):
         x = x + _attention(block, x, (cos, sin), cache, i, plan, starts, real, workspace)
         x = x + _mlp(block.mlp, _normalised(block.post_attention_layernorm, x), workspace)
-    cache.commit(plan)
     if last_only:
         last = (real - 1).clamp(min=0)  # [B]
         x = x[torch.arange(B, device=x.device), last]  # [B, D]
-    return _linear(_normalised(model.model.norm, x), workspace, model.lm_head)[0]
+    logits = _linear(_normalised(model.model.norm, x), workspace, model.lm_head)[0]
+    cache.commit(plan)  # what fails before this line has read nothing
+    return logits
 
 
 def _attention(

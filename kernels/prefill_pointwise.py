@@ -1,4 +1,4 @@
-"""What a chunk of new tokens needs beside matrix products and attention: three kernels that go over numbers once.
+"""Three steps between the matrix products of a chunk of new tokens, each of which goes over its numbers once.
 
     rotate_chunk   queries and keys, turned by their positions in place        mistral/rotary.py
     store_chunk    keys and values into their slots of the ring                mistral/cache.py
@@ -11,7 +11,7 @@ may take the place of keys that the chunk's first queries still see.
 Bytes a layer (7B, bf16, 2,048 tokens): 42 MB, 17 MB and 176 MB; matrix products and attention take 1.2 ms at best.
 
 Versions (times not measured; launches and bytes are of one layer, by count)
-  torch    rotation: 2 x 5 launches, 294 MB; ring: 2 launches with an index for each token; SwiGLU: 2 launches, 294 MB
+  torch    rotation: 2 x 5 launches, 210 MB; ring: 2 launches with an index for each token; SwiGLU: 2 launches, 294 MB
   these    one launch each; 235 MB in all
 """
 

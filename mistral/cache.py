@@ -29,7 +29,7 @@ class Plan:
     """What one forward reads and writes, the same in every layer."""
 
     positions: Tensor  # [B, T]: where the new tokens stand
-    mask: Tensor | None  # [B, 1, T, keys]; None: as `attention.attend` takes it
+    mask: Tensor | None  # [B, 1, T, keys]; None: as `attention.attend` takes it, or not asked for
     rows: Tensor  # [B, 1]: 0 .. B-1, to index with slots
     slots: Tensor  # [B, T]: where the new keys go
     used: int  # how many slots to read, from the first on
@@ -143,7 +143,7 @@ class RollingCache:
             lengths = torch.as_tensor(lengths).to(device, non_blocking=True)
         ends = self.lengths + lengths  # [B]
         at_most = [n + c for n, c in zip(self.lengths_at_most, counts or [num_tokens] * self.batch_size)]
-        at_most = self._check_room(at_most, ends, exact)
+        at_most = self.check_room(at_most, ends, exact)
         peaks = [max(p, n) for p, n in zip(self.peaks_at_most, at_most)]
 
         S = self.num_slots
@@ -227,7 +227,7 @@ class RollingCache:
         # Pads of a first chunk need no mask: they come last, so causality hides them.
         return self_mask(positions, self.window)
 
-    def _check_room(self, at_most: list[int], ends: Tensor, exact: bool) -> list[int]:
+    def check_room(self, at_most: list[int], ends: Tensor, exact: bool) -> list[int]:
         """The bounds, tightened where they hit the end. ValueError where there is no room or what is needed is gone."""
         for length, peak in zip(self.lengths_at_most, self.peaks_at_most):
             if self.wraps and peak > self.num_slots and peak - length > self.slack:

@@ -39,7 +39,8 @@ TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("How were you trained?", "What were you trained on?", "Who trained you?"),
         (
-            "I was trained from scratch on dialogues that a script made up, on two CPU cores in little more than an hour.",
+            "I was trained from scratch on dialogues that a script made up, "
+            "on two CPU cores in little more than an hour.",
             "A script made up dialogues about tools and JSON, and I learned to continue them.",
         ),
     ),

@@ -39,6 +39,7 @@ def main():
                 shared=made.shared,
                 threads=32 * launch.options["num_warps"],
                 wide_loads=made.count("LDG.E.128"),
+                wide_stores=made.count("STG.E.128"),
                 products=made.count("HMMA") + made.count("HGMMA"),
                 copies_ahead=made.count("LDGSTS"),
             )

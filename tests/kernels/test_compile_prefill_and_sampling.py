@@ -39,9 +39,13 @@ def test_the_sampler_loads_four_logits_at_once(compiled):
 
 
 def test_what_goes_over_numbers_once_takes_sixteen_bytes_at_a_time(compiled):
+    numbers = {"rotate 128": (4, 4), "rotate 64": (2, 2), "store 128": (8, 8), "store 64": (4, 4), "swiglu": (4, 2)}
+    angles = {"rotate 128": 8, "rotate 64": 4}  # cosines and sines, which are float32
     for (name, _), made in compiled.items():
-        if name.startswith(("rotate", "store", "swiglu")):
-            assert made["wide_loads"] >= 2, name
+        kind, dtype = name.rsplit(" ", 1)
+        if kind in numbers:
+            loads, stores = (n * (2 if dtype == "torch.float32" else 1) for n in numbers[kind])
+            assert (made["wide_loads"], made["wide_stores"]) == (loads + angles.get(kind, 0), stores), name
 
 
 def test_prefill_multiplies_on_tensor_cores_while_it_loads(compiled):

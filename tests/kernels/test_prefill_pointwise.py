@@ -69,7 +69,7 @@ def test_each_key_goes_to_its_tokens_slot_and_nothing_else_is_touched(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 33, 144), (2048,)])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 33, 144), (2048,), (3, 5000)])
 def test_the_gate_is_applied_as_in_the_model(shape, dtype):
     gate, up = normal(*shape, dtype=dtype) * 8, normal(*shape, dtype=dtype)
     expected = torch.nn.functional.silu(gate.double()) * up.double()

@@ -154,18 +154,22 @@ def test_lookup_with_the_kernels_themselves():
 def replay(decoder):
     """Make a decoder repeat the work that it was first given under a name, as a graph does; names of what was repeated.
 
-    What a graph does not do, the host's counting, is undone.
+    A graph has the host's counts of its recording in it, and does not count on.
     """
     works, repeated, cache = {}, [], decoder._cache
 
+    def counts():
+        return cache.lengths_at_most, cache.peaks_at_most
+
     def run(name, work):
+        now = counts()
         if name not in works:
-            works[name] = work
+            works[name] = work, now
             return work()
         repeated.append(name)
-        counted = cache.lengths_at_most, cache.peaks_at_most
-        works[name]()
-        cache.lengths_at_most, cache.peaks_at_most = counted
+        recorded, (cache.lengths_at_most, cache.peaks_at_most) = works[name]
+        recorded()
+        cache.lengths_at_most, cache.peaks_at_most = now
         return None
 
     decoder._run = run
@@ -173,34 +177,71 @@ def replay(decoder):
 
 
 def test_what_a_graph_of_a_short_chunk_repeats_reads_the_new_tokens_wherever_the_ring_is():
-    model = small.model(torch.float32, **TINY | dict(sliding_window=5)).to(DEVICE)
-    reference, decoder = mistral.Decoder(model, slack=9), Decoder(copy.deepcopy(model), slack=9, plain=True)
+    model = small.model(torch.float32, **TINY | dict(sliding_window=20)).to(DEVICE)
+    reference, decoder = mistral.Decoder(model, slack=16), Decoder(copy.deepcopy(model), slack=16, plain=True)
     decoder._plain, repeated = False, replay(decoder)
-    for seed, T in enumerate((3, 9, 3, 9, 3, 1, 9)):
+    for seed, T in enumerate((3, 9, 13, 3, 1, 9, 13, 3, 9, 13)):
         chunk = tokens(T, seed=seed).tolist()
         assert_close(decoder.score(chunk), reference.score(chunk))
         for engine in (decoder, reference):
             engine.rewind(seed % 3)
             engine.step(GREEDY)
         assert decoder.lengths == reference.lengths
-    assert sum(name.startswith("chunk of") for name in repeated) > 3
-    chunk = tokens(5, seed=9).tolist()
-    for _ in range(3):
+    assert decoder.lengths[0] > 20 + 17  # the ring has wrapped
+    assert sum(name.startswith("chunk of") for name in repeated) > 4
+
+
+def test_what_a_graph_repeats_of_rows_of_one_length_reads_all_of_them():
+    model = small.model(torch.float32, **TINY | dict(sliding_window=7)).to(DEVICE)
+    reference = mistral.Decoder(model, 3, slack=2)
+    decoder = Decoder(copy.deepcopy(model), 3, slack=2, plain=True)
+    decoder._plain, repeated = False, replay(decoder)
+    for seed in range(3):
         for engine in (decoder, reference):
-            engine.read([chunk])
+            engine.read(tokens(3, 5, seed=seed).tolist())
         assert_close(decoder.logits, reference.logits)
-    assert repeated[-1] == "chunk of 5, last logits"
+    assert repeated == ["chunk of 5, last logits"] * 2
+
+
+def test_a_chunk_that_is_broken_off_counts_as_one_that_was_not_read(monkeypatch):
+    model = small.model(torch.float32, **TINY | dict(sliding_window=None)).to(DEVICE)
+    decoder = Decoder(model, max_tokens=40, plain=True)
+    decoder._plain, chunk = False, tokens(4).tolist()
+    decoder.read([chunk])
+    expected = decoder.logits
+    decoder.rewind(4)
+    normalised = prefill._normalised
+
+    def interrupted(norm, x):
+        if norm is model.model.norm:
+            raise KeyboardInterrupt
+        return normalised(norm, x)
+
+    monkeypatch.setattr(prefill, "_normalised", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.read([chunk])
+    monkeypatch.undo()
+    assert decoder.lengths == [4]
+    assert_close(decoder.logits, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mix", [None, Q4_K_M])
-def test_graphs_of_short_chunks_give_what_their_launches_give(mix):
-    model = packed_model(mix, torch.bfloat16) if mix else small.model(torch.bfloat16, **TINY).to(DEVICE)
-    decoders = [Decoder(copy.deepcopy(model), slack=9, graph=graph) for graph in (None, False)]
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_graphs_of_short_chunks_give_what_their_launches_give(mix, batch_size):
+    if mix:
+        model = packed_model(mix, torch.bfloat16, sliding_window=20)
+    else:
+        model = small.model(torch.bfloat16, **TINY | dict(sliding_window=20)).to(DEVICE)
+    decoders = [Decoder(copy.deepcopy(model), batch_size, slack=16, graph=graph) for graph in (None, False)]
     for seed in range(12):
-        chunk = tokens((3, 9)[seed % 2], seed=seed).tolist()
-        ours, theirs = (decoder.score(chunk).clone() for decoder in decoders)
-        assert_close(ours, theirs)
+        chunk = tokens(batch_size, (3, 5, 13)[seed % (3 if batch_size == 1 else 2)], seed=seed).tolist()
+        if batch_size == 1 and seed < 9:
+            assert_close(*(decoder.score(chunk[0]) for decoder in decoders))
+        else:
+            for decoder in decoders:
+                decoder.read(chunk)
+            assert_close(*(decoder.logits for decoder in decoders))
         for decoder in decoders:
             decoder.rewind(seed % 3)
             decoder.step(GREEDY)
