@@ -211,3 +211,14 @@ def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(demo, mon
     other = training.Trainer(tokenizer, 14, torch.device("cpu"))
     other.load_state_dict(trainer.state_dict())
     assert [step for step, _ in other.run()] == [13, 14]
+
+
+def test_it_learns_to_name_the_function_before_its_arguments_and_reads_calls_that_do_not():
+    random, learned, read = Random(5), 0, 0
+    for _ in range(300):
+        for role, content, learn in dialogue(random):
+            if role == "assistant" and "<tool_call>" in content:
+                assert not learn or content.count('<tool_call>\n{"name": ') == content.count("<tool_call>")
+                learned, read = learned + learn, read + ('{"arguments": ' in content)
+    assert learned > 200
+    assert read > 10

@@ -55,8 +55,14 @@ def dialogue(random: Random, beginner: bool = False, brief: bool = False) -> lis
 
 
 def tool_dialogue(random: Random, brief: bool = False) -> list[Turn]:
-    """Functions in the system prompt; requests, calls, results and answers, for one to three rounds."""
+    """Functions in the system prompt; requests, calls, results and answers, for one to four rounds.
+
+    brief  no prompt around the functions, and mostly calls alone: to tell a result takes as long, and is learned sooner
+    """
     style = "json" if brief else random.choice(STYLES)
+    # Where a saved conversation is gone on with, its calls stand as the driver writes them.
+    learn = random.random() < 0.95
+    told = not brief or random.random() < 0.25
     tools = make_tools(random, held_out=False)
     everyday = {tool["name"]: (tool, make) for tool, make in random.sample(EVERYDAY, random.randint(1, 3))}
     if random.random() < 0.8:
@@ -68,7 +74,8 @@ def tool_dialogue(random: Random, brief: bool = False) -> list[Turn]:
     turns = [Turn("system", "\n".join(map(to_json, schemas)) if brief else tool_prompt(schemas, style))]
     if random.random() < 0.1:
         turns.append(Turn("system", random.choice(SYSTEMS)))
-    for _ in range(random.choice((2, 3, 3, 4)) if len(schemas) < 4 else 2):
+    rounds = (2, 3, 4) if not told else (1, 2, 3) if len(schemas) < 4 else (2,)
+    for i in reversed(range(random.choice(rounds))):
         kind = random.random()
         if kind < 0.1:
             turns += talk_round(random)
@@ -76,9 +83,9 @@ def tool_dialogue(random: Random, brief: bool = False) -> list[Turn]:
             turns += [Turn("user", _other_request(random, tools)), Turn("assistant", "I have no function for that.")]
         elif everyday and (not tools or random.random() < 0.7):
             tool, make = random.choice(list(everyday.values()))
-            turns += _everyday_turns(tool["name"], make(random), style)
+            turns += _everyday_turns(tool["name"], make(random), learn or i == 0, told)
         else:
-            turns += _tool_turns(random, tools, style)
+            turns += _tool_turns(random, tools, learn or i == 0, told)
     return turns
 
 
@@ -112,8 +119,8 @@ def echo_dialogue(random: Random) -> list[Turn]:
 def choice_dialogue(random: Random) -> list[Turn]:
     """Tools, requests, and which tool each is for, or which arguments it gives.
 
-    In a call the choice hides behind its arguments, in one piece of fifty: a demo that was trained on calls alone
-    learned to write them and chose at random.
+    In a call the choice is one piece of fifty: a demo that was trained on calls alone learned to write them and chose
+    at random.
     """
     tools = make_tools(random, held_out=False, most=4, least=2)
     form = random.random()
@@ -181,20 +188,30 @@ def record(random: Random, held_out: bool) -> tuple[dict[str, Any], str, dict[st
     return schema, text + random.choice((".", ".", "", "!")), answer
 
 
-def _tool_turns(random: Random, tools: list[Tool], style: str) -> list[Turn]:
+def _write_calls(calls: list[Call], learn: bool) -> Turn:
+    """Calls as the demo learns to write them: the function's name first, however the prompt's example orders them.
+
+    The arguments follow from the name. Before it they have to be chosen together with a function that is not said yet:
+    of a demo that learned to write them first every eighth call was of another function, even under a grammar.
+    """
+    return Turn("assistant", "\n".join(write_call(*call, "tool_use" if learn else "json") for call in calls), learn)
+
+
+def _tool_turns(random: Random, tools: list[Tool], learn: bool, told: bool) -> list[Turn]:
     text, calls, results = _requests(random, tools, held_out=False)
     contents = [content for content, _ in results]
-    mistaken = _mistaken_turns(random, calls[0], style) if random.random() < 0.04 else []
+    mistaken = _mistaken_turns(random, calls[0]) if random.random() < 0.04 else []
+    turns = [Turn("user", text), *mistaken, _write_calls(calls, learn)]
+    if not told:
+        return turns
     return [
-        Turn("user", text),
-        *mistaken,
-        Turn("assistant", "\n".join(write_call(*call, style) for call in calls)),
+        *turns,
         Turn("tool", "".join(_write_result(random, call.name, content) for call, content in zip(calls, contents))),
         Turn("assistant", " ".join(answer for _, answer in results)),
     ]
 
 
-def _mistaken_turns(random: Random, call: Call, style: str) -> list[Turn]:
+def _mistaken_turns(random: Random, call: Call) -> list[Turn]:
     """A call that went wrong, and what the driver says then; the right one follows."""
     kind, (name, arguments) = random.random(), call
     if kind < 0.3:
@@ -208,16 +225,15 @@ def _mistaken_turns(random: Random, call: Call, style: str) -> list[Turn]:
         problem = not_readable("Expecting ',' delimiter: line 1 column 24 (char 23)")
     else:
         problem = not_executed(name, random.choice(("TimeoutError: no answer", "ValueError: try again")))
-    return [Turn("assistant", write_call(name, arguments, style), learn=False), Turn("tool", write_error(problem))]
+    mistake = _write_calls([Call(name, arguments)], random.random() < 0.8)
+    return [mistake._replace(learn=False), Turn("tool", write_error(problem))]
 
 
-def _everyday_turns(name: str, made: Round, style: str) -> list[Turn]:
-    return [
-        Turn("user", made.request),
-        Turn("assistant", write_call(name, made.arguments, style)),
-        Turn("tool", write_result(name, made.result)),
-        Turn("assistant", made.answer),
-    ]
+def _everyday_turns(name: str, made: Round, learn: bool, told: bool) -> list[Turn]:
+    turns = [Turn("user", made.request), _write_calls([Call(name, made.arguments)], learn)]
+    if not told:
+        return turns
+    return [*turns, Turn("tool", write_result(name, made.result)), Turn("assistant", made.answer)]
 
 
 def _requests(random: Random, tools: list[Tool], held_out: bool) -> tuple[str, list[Call], list[tuple[Any, str]]]:

@@ -153,9 +153,9 @@ def batches(tokenizer: Tokenizer, random: Random, progress: float) -> Iterator[t
     """Some batches of (ids, weights), [B, T] each: dialogues of like length, padded with weight 0.
 
     What is easy comes first, in small batches: at the beginning short dialogues, most of which only repeat words or
-    choose a tool, and up to 55% of the way tools without the long prompt around them.
+    choose a tool, and up to 70% of the way tools without the long prompt around them.
     """
-    beginner, brief = progress < 0.115, progress < 0.55
+    beginner, brief = progress < 0.115, progress < 0.7
     longest = 384 if beginner else CONFIG.max_position_embeddings
     room = BATCH_TOKENS // 2 if beginner else BATCH_TOKENS
     rows: list[tuple[list[int], list[float]]] = []

@@ -155,12 +155,12 @@ def split(words: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
 
 
 def draw(random: Random, words: tuple[str, ...], held_out: bool) -> str:
-    """One of the words; in training often the beginning of one and the end of another: calendar, pressure: calensure.
+    """One of the words; in training mostly the beginning of one and the end of another: calendar, pressure: calensure.
 
     A few hundred words would be learned by heart. To copy words that it never saw, the demo must have seen many.
     """
     word = random.choice(split(words, held_out))
-    if held_out or random.random() < 0.6 or "=" in word:
+    if held_out or random.random() < 0.3 or "=" in word:
         return word
     other = random.choice(split(words, held_out)).lower()
     blend = word[: random.randint(2, max(len(word) - 1, 2))] + other[random.randint(1, max(len(other) - 2, 1)) :]
