@@ -42,7 +42,8 @@ def test_temperature_removes_nothing_and_every_other_warper_removes_tokens():
 def test_the_grammar_leaves_no_choice_at_a_key_and_hundreds_in_a_string():
     figure = data("grammar_mask")
     allowed = dict(zip(figure["tokens"], figure["allowed"]))
-    assert figure["allowed"][0] == figure["allowed"][-1] == 1
+    assert figure["allowed"][0] <= 3  # the brace: alone, with white space, or with the quote of the first key
+    assert figure["allowed"][-1] == 1
     assert figure["tokens"][0].startswith("{") and figure["tokens"][-1] == "<|im_end|>"
     assert max(allowed.values()) > 200
     assert sum(count == 1 for count in figure["allowed"]) >= 3
