@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mistral.checkpoints.gguf_export import export
 from mistral.checkpoints.load import choose_device
 from mistral.demo.training import Trainer, train_tokenizer
+from mistral.whole_file import whole_file
 
 SAVE_EVERY = 200  # steps
 
@@ -20,7 +21,7 @@ SAVE_EVERY = 200  # steps
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__, "python scripts/train_demo.py /tmp/demo")
     parser.add_argument("folder", type=Path, help="where the state of the training is kept, and demo.gguf is written")
-    parser.add_argument("--steps", type=int, default=9000, help="batches of about 2,048 tokens (default: 9000)")
+    parser.add_argument("--steps", type=int, default=13000, help="batches of about 2,048 tokens (default: 13000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: CUDA where there is one)")
     args = parser.parse_args()
@@ -67,9 +68,8 @@ def train(trainer: Trainer, state: Path, before: float) -> float:
 
 def save(trainer: Trainer, state: Path, seconds: float) -> None:
     """Write the state, whole or not at all."""
-    unfinished = state.with_suffix(".unfinished")
-    torch.save({"trainer": trainer.state_dict(), "seconds": seconds}, unfinished)
-    unfinished.replace(state)
+    with whole_file(state) as file:
+        torch.save({"trainer": trainer.state_dict(), "seconds": seconds}, file)
 
 
 if __name__ == "__main__":

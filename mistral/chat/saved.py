@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.errors import MistralError
+from mistral.whole_file import whole_file
 
 
 class ConversationError(MistralError, ValueError):
@@ -14,9 +15,8 @@ class ConversationError(MistralError, ValueError):
 
 def write_lines(path: Path, lines: Sequence[Any]) -> None:
     """Write one line of JSON each, the file whole or not at all. OSError where it cannot be written."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Write a model as a GGUF file that llama.cpp reads, through gguf-py's writer and quantisers."""
 
+from contextlib import closing
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from mistral.checkpoints.names import gguf_names, interleaved_rows, rotary_heads
 from mistral.model import Mistral
 from mistral.quantization.packed import Packed
 from mistral.tokenizer import Tokenizer
+from mistral.whole_file import whole_file
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 PLAIN = {dtype: kind for kind, dtype in UNPACKED.items()}
@@ -32,7 +34,9 @@ def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str | None) -
         del modules[OUTPUT]
     packed = [name for name, module in modules.items() if isinstance(module, Packed)]
     if packed and kind in KINDS:
-        raise ValueError(f"{packed[0]} is packed; load the checkpoint with packed=False to export it as {kind}")
+        raise ValueError(
+            f"{packed[0]} is packed; load the checkpoint without packed and quantize to export it as {kind}"
+        )
     if kind not in KINDS and not (kind is None and packed):
         raise ValueError(f"the type must be one of {', '.join(KINDS)}, not {kind!r}")
     if len(tokenizer.stop_ids) > 2:
@@ -43,24 +47,17 @@ def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str | None) -
         if shape[-1] % gguf.GGML_QUANT_SIZES[kinds[name]][0]:
             raise ValueError(f"{kind} stores blocks of 32 weights, and {name} has rows of {shape[-1]}")
 
-    unfinished = path.with_name(path.name + ".unfinished")
-    writer = gguf.GGUFWriter(unfinished, "llama")
-    _add_config(writer, model, kind)
-    _add_vocabulary(writer, tokenizer, model.config.vocab_size)
-    for name, shape in shapes.items():
-        stored = gguf.quant_shape_to_byte_shape(shape, kinds[name])
-        writer.add_tensor_info(names[name], stored, np.dtype(np.uint8), int(np.prod(stored)), kinds[name])
-    try:
+    with whole_file(path) as file, closing(gguf.GGUFWriter(file, "llama")) as writer:
+        _add_config(writer, model, kind)
+        _add_vocabulary(writer, tokenizer, model.config.vocab_size)
+        for name, shape in shapes.items():
+            stored = gguf.quant_shape_to_byte_shape(shape, kinds[name])
+            writer.add_tensor_info(names[name], stored, np.dtype(np.uint8), int(np.prod(stored)), kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, module in modules.items():  # one at a time: beside the model, memory holds one tensor
             writer.write_tensor_data(_bytes(module, kinds[name], rotary_heads(name, model.config)))
-        writer.close()
-        unfinished.replace(path)
-    finally:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
 
 
 def _kind(module: nn.Module, kind: str | None) -> str:

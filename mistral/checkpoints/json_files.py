@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.errors import CheckpointError
+from mistral.whole_file import whole_file
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,6 +23,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` to `path`, replacing it in one step."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n")
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write_text(json.dumps(value, indent=2) + "\n")
