@@ -12,10 +12,13 @@ from scripted import END, TOKENIZER, Scripted, call, written
 
 import mistral
 from mistral.chat import Conversation, Tool, encode_chat, tool
+from mistral.chat.answer import Answer, in_string_of_call
 from mistral.chat.conversation import ConversationError
 from mistral.chat.events import Call, End, Error, Result, Text
+from mistral.chat.formats import chat_format
 from mistral.chat.free_text import TextOnly
 from mistral.chat.grammar import GrammarError
+from mistral.constraints import FixedMask
 
 
 @tool
@@ -162,6 +165,55 @@ def test_an_end_that_is_spelled_in_text_ends_the_answer_and_leaves_the_cache():
     assert engine.ids == encode_chat(TOKENIZER, conversation.messages, generate=False)[: len(engine.ids)]
 
 
+def test_an_end_that_is_spelled_ends_an_answer_with_tools_too_but_not_in_a_string_of_a_call():
+    @tool
+    def say(text: str) -> str:
+        """Say something.
+
+        Args:
+            text: what
+        """
+        said.append(text)
+        return text
+
+    said = []
+    spelled = written("All done<|im_end|>\nmore", end=False) + [END]
+    conversation = talk(Scripted(call("say", text="a <|im_end|> b"), spelled, "Yes", slack=40), tools=[say])
+    assert text_of(conversation.say("Go")).endswith("All done")
+    assert said == ["a <|im_end|> b"]
+    assert text_of(conversation.say("Sure?")) == "Yes"
+
+
+def test_a_spelled_end_under_a_grammar_is_one_unless_it_is_switched_off():
+    texts = {}
+    for spelled_ends in (True, False):
+        engine = Scripted(written("All done<|im_end|>\nmore", end=False) + [END], slack=40)
+        anything = FixedMask(engine, [True] * engine.config.vocab_size)
+        chat = chat_format(TOKENIZER)
+        answer = Answer(engine, TOKENIZER, chat, [1, 2, 3], mistral.Sampling(temperature=0), anything, 50, spelled_ends)
+        texts[spelled_ends] = "".join(answer)
+        assert answer.reason == "stop"
+    assert texts == {True: "All done", False: "All done<|im_end|>\nmore"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('<tool_call>\n{"a": "x ', True),
+        ('Sure. <tool_call>\n{"a": "x \\" ', True),
+        ('<tool_call>\n{"a": "<tool_call> ', True),
+        ('<tool_call>\n{"a": "x </tool_call> ', True),
+        ("<tool_call>\n{'a': 'say \"x ", True),
+        ('<tool_call>{"a": "x"}</tool_call>\n<tool_call>{"b": "', True),
+        ('He said "', False),
+        ('<tool_call>\n{"a": "x"} ', False),
+        ('<tool_call>{"a": "x"}</tool_call> He said "', False),
+    ],
+)
+def test_where_an_answer_is_within_a_string_of_a_call(text, expected):
+    assert in_string_of_call(text + "<|im_end|>", len(text)) == expected
+
+
 def test_max_new_tokens_end_an_answer_and_no_call_of_it_is_run():
     engine = Scripted(call("add", a=1, b=2) + " and more text", "Hm")
     conversation = talk(engine, tools=[add], max_new_tokens=len(written(call("add", a=1, b=2), end=False)))
@@ -296,6 +348,8 @@ def test_a_saved_conversation_goes_on_where_it_was(tmp_path):
     assert other.ids[: len(engine.ids)] == engine.ids
     with pytest.raises(ConversationError, match="other tools"):
         Conversation.load(path, other, TOKENIZER, grammar=False)
+    with pytest.raises(ConversationError, match="says what format and system it has: leave them out"):
+        Conversation.load(path, other, TOKENIZER, tools=[add], system="T", format="chatml")
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[1]", '{"role": "user", "content": "x"}', '{"format": "x"}\n3'])

@@ -4,14 +4,17 @@ import json
 from collections.abc import Callable
 
 import pytest
+import small
 from scripted import TOKENIZER, Scripted
 
 import mistral
 from mistral.chat import generate_json
+from mistral.chat.grammar import json_constraint
 from mistral.chat.json_schema import SchemaError
 from mistral.chat.prompts import json_prompt
 from mistral.chat.structured import JSONError, OutOfTokens, read_schema
 
+V3 = mistral.Tokenizer((small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
@@ -53,6 +56,20 @@ def test_running_out_of_tokens_is_an_error_of_its_own_with_the_partial_text():
         ask('{"name": "Ada"}', max_new_tokens=4)
     assert caught.value.text
     assert '{"name": "Ada"}'.startswith(caught.value.text)
+
+
+def test_the_first_token_of_json_may_have_the_leading_space_of_a_format_that_begins_a_text():
+    pytest.importorskip("llguidance")
+    [with_space], [without] = (V3.encode("{", bos=False, prefix_space=space)[:1] for space in (True, False))
+    assert with_space != without
+    for begins_text in (True, False):
+        constraint = json_constraint(V3, V3.vocab_size, SCHEMA, begins_text=begins_text)
+        mask = constraint.mask()
+        assert (mask[with_space].item(), mask[without].item()) == (begins_text, True)
+    constraint = json_constraint(V3, V3.vocab_size, SCHEMA, begins_text=True)
+    for id in V3.encode('{"name": "Ada"}', bos=False):
+        assert constraint.mask()[id]
+        constraint.accept(id)
 
 
 def test_a_schema_may_be_a_file_or_a_pydantic_model(tmp_path):

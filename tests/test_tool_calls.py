@@ -372,9 +372,10 @@ def test_names_are_taken_as_they_are():
 def test_arguments_in_a_string_are_decoded_once():
     inner = json.dumps({"p": '{"q": "1"}'})
     assert call(block(json.dumps({"name": "f", "arguments": inner}))) == ("f", {"p": '{"q": "1"}'})
+    assert call(block('{"name": "f", "arguments": " "}')) == ("f", {})
     assert "not an object in JSON" in error(block('{"name": "f", "arguments": "Paris"}'))
     assert "not an object" in error(block(json.dumps({"name": "f", "arguments": json.dumps(inner)})))
-    assert "not an object" in error(block('{"name": "f", "arguments": "{} {}"}'))
+    assert "not an object in JSON: 2 values" in error(block('{"name": "f", "arguments": "{} {}"}'))
 
 
 @pytest.mark.parametrize("string", STRINGS)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from mistral.chat.formats import ChatFormat
-from mistral.chat.free_text import TextOnly
+from mistral.chat.tool_calls import ToolCallStream
 from mistral.constraints import Constraint, CountsForced
 from mistral.decoder import Decoder, Engine
 from mistral.generation import generate, text_until
@@ -24,7 +24,8 @@ class Answer:
 
     When the text has ended, the decoder holds the prompt and `ids`, and nothing behind them. Where iteration is
     broken off, `settle` makes `ids` the tokens of `text`; the decoder may hold a few more then.
-    Raises what `mistral.generate` raises, and ValueError for a prompt that there is no room for.
+    `spelled_ends` says whether an end of turn that is written as text is one, as in `ChatFormat`; in a string of a call
+    it never is. Raises what `mistral.generate` raises, and ValueError for a prompt that there is no room for.
     """
 
     def __init__(
@@ -36,13 +37,13 @@ class Answer:
         sampling: Sampling,
         constraint: Constraint,
         max_new_tokens: int,
+        spelled_ends: bool = True,
     ):
         self.text, self.ids, self.reason = "", [], "interrupted"
         self.prompt_ids = prompt_ids
         self._decoder, self._tokenizer, self._stop_tokens = decoder, tokenizer, chat.stop_ids(tokenizer)
         self._constraint, self._begins_text = CountsForced(constraint), chat.reply_begins_text
-        # Under a grammar, what spells the end stands in a string.
-        self._spelled = chat.spelled_ends if isinstance(constraint, TextOnly) else ()
+        self._spelled = chat.spelled_ends if spelled_ends else ()
         self._call_token = None if chat.call_token is None else tokenizer.control_id(chat.call_token)
         self._exhausted, self._start = False, decoder.lengths[0] + len(prompt_ids)
         if (room := decoder.limit - self._start) < 1:
@@ -59,7 +60,7 @@ class Answer:
         )
 
     def __iter__(self) -> Iterator[str]:
-        for piece in text_until(self._record(), self._tokenizer, self._spelled, self._begins_text):
+        for piece in text_until(self._record(), self._tokenizer, self._spelled, self._begins_text, in_string_of_call):
             self.text += piece
             yield piece
         if not self._exhausted:
@@ -103,6 +104,13 @@ class Answer:
                 return n
             length += len(stream.feed(id))
         return len(self.ids)
+
+
+def in_string_of_call(text: str, at: int) -> bool:
+    """Whether a place of an answer lies in a string of a call."""
+    stream = ToolCallStream()
+    stream.feed(text[:at])
+    return stream.in_string
 
 
 def one_row(model_or_decoder: Mistral | Engine, max_tokens: int | None = None) -> Engine:

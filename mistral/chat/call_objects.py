@@ -16,7 +16,7 @@ _FUNCTION = re.compile(r"""<function(?:=|\s+name=)(["']?)([^"'<>]++)\1>""")
 def call_of(value: Any, lenient: bool = False) -> tuple[str, dict[str, Any]]:
     """Name and arguments of a call; further keys do not matter.
 
-    Arguments may be JSON in a string, which is decoded once; without any, or with null, they are {}.
+    Arguments may be JSON in a string, which is decoded once; without any, with null or a blank string they are {}.
     lenient  "parameters" is another word for "arguments"
 
     Raises ValueError for anything else.
@@ -30,7 +30,10 @@ def call_of(value: Any, lenient: bool = False) -> tuple[str, dict[str, Any]]:
     arguments = value.get(key)
     if isinstance(arguments, str):
         try:
-            [arguments] = read_literals(arguments)
+            values = read_literals(arguments) if arguments.strip() else [None]
+            if len(values) > 1:
+                raise ValueError(f"{len(values)} values")
+            [arguments] = values
         except ValueError as error:
             raise ValueError(f'the "{key}" of {name!r} are a string, but not an object in JSON: {error}') from None
     if arguments is None:

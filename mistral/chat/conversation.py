@@ -124,11 +124,13 @@ class Conversation:
     ) -> "Conversation":
         """Go on with a saved conversation; `options` are those of the constructor.
 
-        Functions are not saved: `tools` must be those of the conversation. ConversationError where they differ, and for
-        a file that holds no conversation.
+        Functions are not saved: `tools` must be those of the conversation. ConversationError where they differ, for a
+        system message or a format, which the file has, and for a file that holds no conversation.
         """
+        if given := [name for name in ("format", "system") if options.get(name) is not None]:
+            raise ConversationError(f"{path} says what {' and '.join(given)} it has: leave them out")
         head, *messages = read_lines(Path(path))
-        made = cls(model_or_decoder, tokenizer, tools=tools, **{"format": head.get("format"), **options})
+        made = cls(model_or_decoder, tokenizer, tools=tools, **(options | {"format": head.get("format")}))
         if head.get("tools") != made._schemas():
             raise ConversationError(f"{path} is a conversation with other tools; give those that it was begun with")
         try:

@@ -48,17 +48,20 @@ def json_constraint(
     *,
     limits: Limits = LIMITS,
     stop_tokens: Sequence[int] | None = None,
+    begins_text: bool = False,
 ) -> GrammarConstraint:
     """A constraint to JSON that is valid for `schema`, with nothing before or behind it.
 
     vocab_size   the model's, which may be larger than the tokenizer's
     limits       where values end that the schema leaves open
     stop_tokens  None: the tokenizer's
+    begins_text  the first token may have a leading space, which is not part of the text: `ChatFormat`
 
     Raises SchemaError for a malformed schema, UnsupportedSchema (a GrammarError) for one that no grammar expresses,
     GrammarError for one that no value is valid for, and where the extra `chat` is not installed.
     """
-    grammar = f"start: %json {_json_for_grammar(bounded_schema(schema, limits), limits)}"
+    space = '" "? ' if begins_text else ""
+    grammar = f"start: {space}json\njson: %json {_json_for_grammar(bounded_schema(schema, limits), limits)}"
     return grammar_constraint(grammar, tokenizer, vocab_size, stop_tokens)
 
 

@@ -27,7 +27,7 @@ _CLOSING = {"{": "}", "[": "]", "(": ")"}
 
 
 def read_literals(text: str) -> list[Any]:
-    """The values in `text`, one at least, with whitespace or commas between them.
+    """The values in `text`, one at least, with whitespace, commas or nothing between them.
 
     JSON is read as JSON: of two equal keys the last counts. Beyond JSON, anywhere: single quotes, Python's escapes
     (a backslash in front of any other character stays one, as in Python), line breaks in strings, True, False and

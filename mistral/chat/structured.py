@@ -8,7 +8,7 @@ from typing import Any
 
 from mistral.chat import feedback
 from mistral.chat.answer import Answer, one_row
-from mistral.chat.formats import chat_format
+from mistral.chat.formats import ChatFormat, chat_format
 from mistral.chat.free_text import TextOnly
 from mistral.chat.grammar import UnsupportedSchema, json_constraint
 from mistral.chat.json_schema import SchemaError, as_json, compile_schema, one_line, problem, pydantic_schema
@@ -70,12 +70,14 @@ def generate_json(
     decoder = one_row(model_or_decoder)
     decoder.rewind(decoder.lengths[0])
     chat = chat_format(tokenizer, format)
-    constraint = _constraint(decoder, tokenizer, rules, chat.stop_ids(tokenizer), grammar)
+    constraint = _constraint(decoder, tokenizer, rules, chat, grammar)
     messages = [{"role": "system", "content": json_prompt(rules)}, {"role": "user", "content": prompt}]
     ids = chat.begin(tokenizer, messages)
     sampling = sampling or Sampling(temperature=0)
+    # Under a grammar, what spells the end of a turn stands in a string.
+    spelled_ends = isinstance(constraint, TextOnly)
     for attempt in range(retries + 1):
-        answer = Answer(decoder, tokenizer, chat, ids, sampling, constraint.copy(), max_new_tokens)
+        answer = Answer(decoder, tokenizer, chat, ids, sampling, constraint.copy(), max_new_tokens, spelled_ends)
         value, wrong = _check("".join(answer), validator, model_class)
         if wrong is None:
             return value
@@ -120,13 +122,13 @@ def _check(text: str, validator: Any, model_class: type | None) -> tuple[Any, st
         return None, one_line(str(error))
 
 
-def _constraint(
-    decoder: Engine, tokenizer: Tokenizer, schema: dict, stop_tokens: tuple[int, ...], grammar: bool
-) -> Constraint:
+def _constraint(decoder: Engine, tokenizer: Tokenizer, schema: dict, chat: ChatFormat, grammar: bool) -> Constraint:
     """Lets only valid JSON be written; where no grammar is wanted or possible, any text."""
+    stop_tokens = chat.stop_ids(tokenizer)
     if grammar:
+        options = dict(stop_tokens=stop_tokens, begins_text=chat.reply_begins_text)
         try:
-            return json_constraint(tokenizer, decoder.config.vocab_size, schema, stop_tokens=stop_tokens)
+            return json_constraint(tokenizer, decoder.config.vocab_size, schema, **options)
         except UnsupportedSchema as error:
             warnings.warn(f"the answer is checked only after it is written: {error}", stacklevel=3)
     return TextOnly(decoder, tokenizer, stop_tokens)

@@ -82,6 +82,11 @@ class ToolCallStream:
         self._depth, self._quote = 0, ""
         self._finished = False
 
+    @property
+    def in_string(self) -> bool:
+        """Whether the text so far ends within a string of a call."""
+        return self._step == self._read_block and self._quote != ""
+
     def feed(self, piece: str) -> list[Event]:
         """The events that are certain after one more piece of text (of any length)."""
         if self._finished:
