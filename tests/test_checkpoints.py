@@ -110,6 +110,13 @@ def test_what_save_writes_load_reads(tmp_path):
     assert not list(tmp_path.glob("*.unfinished"))
 
 
+def test_model_and_tokenizer_stop_at_the_tokenizers_end_where_no_json_names_one(folder):
+    edit_json(folder / "config.json", eos_token_id=None)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    model, tokenizer = mistral.load(folder, device="cpu")
+    assert model.config.eos_token_id == tokenizer.stop_ids == (2,)
+
+
 def test_a_tied_matrix_is_one_parameter_after_loading(tmp_path):
     small.save_hf(tmp_path, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")

@@ -448,7 +448,8 @@ def test_a_downloaded_dataset_is_read_by_its_split_for_training(tmp_path, monkey
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data/train-00001.jsonl", JSON | {"completion": "2"})
     write_rows(tmp_path / "data/train-00000.jsonl", JSON | {"completion": "1"})
-    write_rows(tmp_path / "data/test-00000.jsonl", JSON | {"completion": "3"})
+    for other in ("test", "constrained"):
+        write_rows(tmp_path / f"data/{other}-00000.jsonl", JSON | {"completion": "3"})
     assert [row.expected for row in read_rows("someone/data", "json-mode")] == [1, 2]
     assert asked == [(("someone/data",), {"repo_type": "dataset", "allow_patterns": ["*.parquet", "*.jsonl"]})]
 

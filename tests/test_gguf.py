@@ -137,6 +137,9 @@ def test_pieces_that_are_broken_or_empty_become_unused():
     assert rebuilt.token_bytes(301) is None
     assert rebuilt.token_bytes(302) is None
     assert rebuilt.decode(rebuilt.encode("Hello world")) == "Hello world"
+    metadata = header.metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.unknown_token_id": 302}
+    with pytest.raises(mistral.CheckpointError, match="piece of the unknown token, 302, is empty"):
+        gguf_tokenizer.read_tokenizer(FILES, gguf.GgufHeader(metadata, {}), config)
 
 
 HOSTILE = [
@@ -449,6 +452,9 @@ def test_loading_takes_little_more_memory_than_stays(original, tmp_path):
         assert 0.9 < ratio < 1.15
 
 
-def test_packed_is_for_gguf_files():
+def test_packed_is_for_quantised_gguf_files(original, tmp_path):
     with pytest.raises(ValueError, match="packed=True is for quantised GGUF"):
         mistral.load(small.DATA / "small", packed=True)
+    gguf_export.export(*original, tmp_path / "m.gguf", "F32")
+    with pytest.raises(ValueError, match="packed=True is for quantised files, and .*m.gguf is none; quantize makes"):
+        load(tmp_path / "m.gguf", packed=True)

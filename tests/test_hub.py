@@ -106,6 +106,7 @@ def repositories():
         # As v0.3 is: the weights twice, and more
         "some/mistral": files | {"consolidated.safetensors": b"x", "params.json": b"{}", "README.md": b"x"},
         "some/mistral-GGUF": {"m.Q8_0.gguf": q8, "m.Q4_K_M.gguf": (small.DATA / "gguf/q4_k_m.gguf").read_bytes()},
+        "some/half-GGUF": {"m.Q8_0-00001-of-00002.gguf": b"x"},
         "some/one-gguf": {"m.gguf": q8, "README.md": b"x"},
         "some/nothing": {"README.md": b"x"},
     }
@@ -130,6 +131,8 @@ def test_what_cannot_be_had_is_said_with_what_there_is(run):
     lines = run(
         ("some/mistral-GGUF", {}),
         ("some/mistral-GGUF:Q6_K", {}),
+        ("some/mistral:Q4_K_M", {}),
+        ("some/half-GGUF:Q8_0", {}),
         ("some/absent", {}),
         ("some/mistral", {"revision": "v9"}),
         ("some/nothing", {}),
@@ -139,6 +142,8 @@ def test_what_cannot_be_had_is_said_with_what_there_is(run):
         (
             "has several; name one as some/mistral-GGUF:Q4_K_M. There is: m.Q4_K_M, m.Q8_0",
             "some/mistral-GGUF:Q6_K is not there",
+            "some/mistral:Q4_K_M has no GGUF file",
+            "some/half-GGUF:Q8_0 has no whole GGUF file",
             "no repository some/absent",
             "some/mistral has no revision 'v9'",
             "has no config.json with safetensors",

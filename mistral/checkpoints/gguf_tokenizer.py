@@ -41,6 +41,8 @@ def _tokenizer(metadata: Mapping[str, Any], config: Config) -> Tokenizer:
     stored = array(metadata, "tokenizer.ggml.token_type", len(pieces))
     pieces, kinds = repair_kinds(pieces, stored, unknown, {bos, *config.eos_token_id})
     size = count_ordinary(pieces, kinds)
+    if unknown >= size:
+        raise ValueError(f"the unknown token {unknown} stands behind the {size} ordinary ones")
     scores = repair_scores(pieces, kinds, array(metadata, "tokenizer.ggml.scores", len(pieces)))
     proto = write_model(
         pieces[:size],
@@ -63,7 +65,7 @@ def repair_kinds(
     - tokens that begin or end a text are control tokens whatever a file says;
     - pieces that are empty, or occur twice (broken characters do), cannot be told apart: they become unused.
 
-    ValueError for a kind that does not exist.
+    ValueError for a kind that does not exist, and where no unknown piece is left.
     """
     kinds = [NORMAL] * len(pieces) if stored is None else [int(kind) for kind in stored]
     if not all(NORMAL <= kind <= BYTE for kind in kinds):
@@ -79,6 +81,8 @@ def repair_kinds(
             pieces[id] = f"<unused {id}>"
             kinds[id] = UNUSED
         seen.add(piece)
+    if kinds[unknown] != UNKNOWN:
+        raise ValueError(f"the piece of the unknown token, {unknown}, is empty or that of another token")
     return pieces, kinds
 
 

@@ -104,8 +104,10 @@ def _choose_gguf(source: str, files: set[str], quantisation: str | None) -> list
         before = "[./_-]" if QUANTISATION.match(quantisation) else "[./-]"
         ending = re.compile(rf"(^|{before}){re.escape(quantisation)}($|/)", re.IGNORECASE)
         chosen = [stem for stem in whole if ending.search(stem)]
+    if not whole:
+        raise CheckpointError(f"{source} has {'no whole' if sets else 'no'} GGUF file")
     if len(chosen) != 1:
-        there = ", ".join(whole) or "no whole GGUF file"
+        there = ", ".join(whole)
         what = "is ambiguous" if len(chosen) > 1 and quantisation else "is not there" if quantisation else "has several"
         raise CheckpointError(f"{source} {what}; name one as {source.partition(':')[0]}:Q4_K_M. There is: {there}")
     return whole[chosen[0]]

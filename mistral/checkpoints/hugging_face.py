@@ -30,6 +30,7 @@ from mistral.errors import CheckpointError
 from mistral.model import Mistral
 from mistral.quantization.packed import Packed
 from mistral.tokenizer import Tokenizer
+from mistral.whole_file import whole_file
 
 
 def load(
@@ -39,9 +40,13 @@ def load(
     sliding_window: int | None | Literal["auto"],
     quantize: str | None = None,
 ) -> tuple[Mistral, Tokenizer]:
-    """What `mistral.load` does for a folder in this layout."""
+    """What `mistral.load` does for a folder in this layout.
+
+    Where config.json and generation_config.json name no stop token, the end token of tokenizer.model is one.
+    """
     config = read_config(folder, sliding_window)
     tokenizer = read_tokenizer(folder, config)
+    config = replace(config, eos_token_id=config.eos_token_id or tokenizer.stop_ids)
     return load_model(folder, config, device, dtype, quantize), tokenizer
 
 
@@ -128,7 +133,7 @@ def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
     Without a tokenizer only config and weights are written. ValueError for a packed model.
     """
     if any(isinstance(module, Packed) for module in model.modules()):
-        raise ValueError("the model is packed; load it with packed=False to save it in this layout")
+        raise ValueError("the model is packed; load it without packed and quantize to save it in this layout")
     config = model.config
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
@@ -146,10 +151,9 @@ def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
     write_json(folder / "config.json", values)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, folder)
-    unfinished = folder / (WEIGHTS + ".unfinished")
-    save_file(state, unfinished, metadata={"format": "pt"})
-    unfinished.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file that only we can read
-    unfinished.replace(folder / WEIGHTS)
+    with whole_file(folder / WEIGHTS) as file:
+        save_file(state, file, metadata={"format": "pt"})
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes a file that only we can read
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

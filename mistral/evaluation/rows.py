@@ -5,6 +5,7 @@ Their form is that of NousResearch/func-calling-eval (prompt, completion, tools)
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -84,7 +85,8 @@ def _files(source: str) -> list[Path]:
     for ending in ENDINGS:  # some datasets are there in both forms
         files = sorted(path.rglob(f"*{ending}"))
         if files:
-            return [file for file in files if "train" in str(file.relative_to(path))] or files
+            split = re.compile(r"(^|[/._-])train($|[/._-])")
+            return [file for file in files if split.search(file.relative_to(path).as_posix())] or files
     raise DataError(f"{source} has no .parquet and no .jsonl file")
 
 
