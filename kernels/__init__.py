@@ -14,7 +14,13 @@ __all__ = ["Decoder", "open_engine"]
 def __getattr__(name: str) -> Any:
     # Only now: the decoder imports Triton.
     if name == "Decoder":
-        from mistral_kernels.decoder import Decoder
-
+        try:
+            from mistral_kernels.decoder import Decoder
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            raise ModuleNotFoundError(
+                "mistral_kernels.Decoder needs Triton: pip install triton", name="triton"
+            ) from None
         return Decoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mistral import Config
-from mistral_kernels import decode_attention, embed, gate_up, head, projection, qkv, short_linear
+from mistral_kernels import (
+    decode_attention,
+    dequantize,
+    embed,
+    gate_up,
+    head,
+    prefill_attention,
+    prefill_pointwise,
+    projection,
+    qkv,
+    sampling,
+    short_linear,
+)
 from mistral_kernels.matvec import DENSE
 from mistral_kernels.portable import TRITON_DTYPES, Launch
 
@@ -107,6 +119,29 @@ def short_kernels(
         "short down": Task(kernel, launch(T, F, D, *how, more)),
         "short head": Task(kernel, launch(T, D, V, *how, more)),
     }
+
+
+def prefill_kernels(config: Config, dtype: torch.dtype, tokens: int, capability: int) -> dict[str, Task]:
+    """The kernels of a prompt in such a model, by name. The matrix products between them are cuBLAS's."""
+    F, H, N, K = config.intermediate_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    attention = prefill_attention.launch(1, tokens, N, K, H, dtype, 80 if capability < 90 else 90)
+    return {
+        "rotate": Task(prefill_pointwise.rotate_chunk_kernel, prefill_pointwise.rotate_launch(tokens, N, K, H)),
+        "store": Task(prefill_pointwise.store_chunk_kernel, prefill_pointwise.store_launch(tokens, K, H)),
+        "prefill": Task(prefill_attention.prefill_attention_kernel, attention),
+        "swiglu": Task(prefill_pointwise.swiglu_kernel, prefill_pointwise.swiglu_launch(tokens, F)),
+    }
+
+
+def unpack_kernel(config: Config, kind: str, chosen: bool = False) -> Task:
+    """What makes numbers of up_proj, packed as `kind`, or of chosen rows of it, for a product of cuBLAS's."""
+    shape = config.intermediate_size, config.hidden_size
+    return Task(dequantize.unpack_kernel, dequantize.launch(*shape, kind, chosen))
+
+
+def sample_kernel(config: Config, batch: int, capability: int) -> Task:
+    """What chooses the next tokens."""
+    return Task(sampling.sample_kernel, sampling.launch(batch, config.vocab_size, 80 if capability < 90 else 90))
 
 
 def compile_ahead(task: Task, dtype: torch.dtype, capability: int, model_dtype: torch.dtype | None = None) -> Compiled:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mistral.cache import RollingCache
+from mistral.cuda_graph import Recorder
 from mistral.decoder import Decoder as ReferenceDecoder
 from mistral.model import Mistral
 from mistral.sampling import Sampling
@@ -51,7 +52,7 @@ class Decoder(ReferenceDecoder):
             raise ValueError("a CUDA graph needs the kernels and a GPU")
         graph = on_gpu and not plain if graph is None else graph
         self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph else None
-        self._pool: tuple[int, int] | None = None  # the graphs' memory
+        self._recorder = Recorder(model.device)
         self.ahead = min(2, slack)
         self._plain = plain
         with torch.inference_mode():
@@ -103,6 +104,11 @@ class Decoder(ReferenceDecoder):
         super().rewind(n)
         self._has_tokens = False
         self._sampler.forget()
+
+    def start_over(self) -> None:
+        """Be as a new decoder: without a token, and with random numbers that begin at the next step."""
+        self.rewind(self.lengths)
+        self._sampler.restart()
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Sequence[int]]) -> None:
@@ -206,16 +212,12 @@ class Decoder(ReferenceDecoder):
 
     def _recorded(self, work: Callable[[], object]) -> Callable[[], None]:
         """The work as a graph. Nothing runs while it is recorded, so nothing counts either."""
-        cache, graph = self._cache, torch.cuda.CUDAGraph()
+        cache = self._cache
         counted = cache.lengths_at_most, cache.peaks_at_most, cache.exact
-        # Graphs run one after the other and what they return is copied at once, so they can share their memory.
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                work()
+            return self._recorder.record(work).replay
         finally:
             cache.lengths_at_most, cache.peaks_at_most, cache.exact = counted
-        return graph.replay
 
 
 def settle(cache: RollingCache) -> None:

@@ -8,13 +8,14 @@ All have the same methods and give the same numbers up to rounding. `auto` is ke
 GPU, and eager without one, where nothing needs to be compiled first.
 """
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
 
 import torch
 
-from mistral import Decoder, Mistral, NotEnoughMemory, Sampling
+from mistral import Decoder, Mistral, NotEnoughMemory
 from mistral.decoder import Engine
 from mistral.quantization.packed import Packed
 
@@ -58,7 +59,7 @@ def open_engine(
             return decoder, "; ".join([f"engine: {name} ({place(model)}){_slow_part(decoder)}", *problems])
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
-            _put_back(model)
+        _put_back(model)  # here, where no traceback holds on to the memory of what failed
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
 
 
@@ -128,8 +129,13 @@ def _open_compiled(model: Mistral, sizes: dict) -> Engine:
 
     try:
         return CompiledDecoder(model, **sizes)
+    except (ValueError, NotEnoughMemory):
+        raise
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"the compiled step does not fit: {_one_line(error)}") from error
+    except Exception as error:  # what the compiled code or its CUDA graph meet when they run for the first time
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise ValueError(f"the compiled step does not run here: {reason}; use another engine") from error
 
 
 def _open_kernels(model: Mistral, sizes: dict) -> Engine:
@@ -137,10 +143,13 @@ def _open_kernels(model: Mistral, sizes: dict) -> Engine:
         raise ValueError(problem)
     try:
         from mistral_kernels.decoder import Decoder as KernelsDecoder
+        from mistral_kernels.trial import expected_logits, try_out
 
+        if model.device.type != "cuda":  # in the interpreter a trial takes minutes
+            return KernelsDecoder(model, **sizes)
+        expected = expected_logits(model)
         decoder = KernelsDecoder(model, **sizes)
-        if model.device.type == "cuda":
-            _try(decoder)
+        try_out(decoder, expected)
         return decoder
     except NotEnoughMemory:
         raise
@@ -152,24 +161,9 @@ def _open_kernels(model: Mistral, sizes: dict) -> Engine:
         raise ValueError(f"the kernels do not run here: {reason}; {remedy}") from error
 
 
-@torch.inference_mode()
-def _try(decoder: Engine) -> None:
-    """Read and write something, which compiles what is needed and shows what fails; then forget it."""
-    rows = decoder.batch_size
-    if decoder.limit < 3:
-        return
-    # Packed matrices have one kernel for up to 8 rows in all, one for up to 16, and are unpacked for more.
-    for T in sorted({2, MOST_ROWS // rows, MOST_ROWS // rows + 1}):
-        if 1 < T < decoder.limit:
-            decoder.rewind(decoder.lengths)
-            decoder.read([[0] * T] * rows)
-    decoder.step(Sampling(temperature=0.0))
-    decoder.logits.sum().item()  # waits: only then has everything run
-    decoder.rewind(decoder.lengths)
-
-
 def _put_back(model: Mistral) -> None:
     """Undo what kernels that do not run have done: other engines would make the blocks of their planes at every use."""
+    gc.collect()
     for module in model.modules():
         if isinstance(module, Packed) and module.keeper is not None:
             module.take_back()

@@ -38,7 +38,9 @@ class Launch(NamedTuple):
             if isinstance(argument, Tensor) and not argument.is_contiguous():
                 raise ValueError(f"{name} {list(argument.shape)} must be contiguous for these kernels")
         options = self.options | {"launch_pdl": True} if pdl else self.options
-        kernel[self.grid](*arguments, **self.constants, **options)
+        tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device, whatever it is given
+            kernel[self.grid](*arguments, **self.constants, **options)
 
 
 @functools.cache

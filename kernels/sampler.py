@@ -68,6 +68,10 @@ class Sampler:
             self._mark(history)
             self._knows_history = True
 
+    def restart(self) -> None:
+        """Let the next step begin the random numbers, whatever its seed is."""
+        self._sampling = None
+
     def forget(self) -> None:
         """The rows hold other ids than `run` has chosen: look at their history when it matters again."""
         self._knows_history = False

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral.cache import RollingCache, window_mask
+from mistral.cuda_graph import Recorder
 from mistral.decoder import Decoder
 from mistral.model import Block, Mistral
 from mistral.quantization.packed import Packed
@@ -47,6 +48,7 @@ class CompiledDecoder(Decoder):
         super().__init__(model, batch_size, max_tokens, slack=slack)
         self._sizes = sizes(self._cache.num_slots)
         self._steps: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._recorder = Recorder(model.device)
         # By reading, not measured: this lets the GPU's compiler make matrix-vector products itself and tune them.
         options = {"coordinate_descent_tuning": True} if model.device.type == "cuda" else None
         how = dict(fullgraph=True, dynamic=False, backend=self.backend, options=options)
@@ -99,9 +101,8 @@ class CompiledDecoder(Decoder):
 
     def _record(self, tokens: Tensor, size: int, before: "_State") -> Callable[[Tensor], Tensor]:
         """The compiled step as a CUDA graph: `tokens` is where it reads."""
-        cache, graph = self._cache, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._one_token(tokens, size)
+        cache, made = self._cache, []
+        graph = self._recorder.record(lambda: made.append(self._one_token(tokens, size)))
         before.restore()  # recording runs nothing on the device, but the host has counted
 
         def replay(new: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class CompiledDecoder(Decoder):
             graph.replay()
             cache.lengths_at_most = [n + 1 for n in cache.lengths_at_most]
             cache.peaks_at_most = [max(pair) for pair in zip(cache.peaks_at_most, cache.lengths_at_most)]
-            return logits.clone()
+            return made[0].clone()
 
         return replay
 

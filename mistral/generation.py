@@ -1,6 +1,7 @@
 """Prompt to continuation: the naive loop, and the doors to the loops in steps.py."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -108,6 +109,7 @@ def generate_text(
     bos: bool = True,
     prefix_space: bool = True,
     special: bool = False,
+    new_text: bool = False,
 ) -> Iterator[str]:
     """Continue `text` (or the ids of a prompt); yields the new text in pieces, each final.
 
@@ -116,9 +118,12 @@ def generate_text(
     bos           begin with the begin-of-text token; False to go on behind what a decoder has read
     prefix_space  give the text the leading space of a new word; False to go on inside one
     special       parse control tokens that are spelled in `text`
+    new_text      what comes is a text of its own, without the leading space of its first token, and does not go on
+                  with `text`: an answer in one of Mistral's own chat formats
 
-    Ids are taken as they are: the last three say nothing about them. The other arguments and errors are those of
-    `generate`. A decoder holds every token that was generated, those that spell the stop string included.
+    Ids are taken as they are: `bos`, `prefix_space` and `special` say nothing about them. The other arguments and
+    errors are those of `generate`. A decoder holds every token that was generated, those that spell the stop string
+    included.
     """
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")
@@ -137,7 +142,7 @@ def generate_text(
         stop_tokens=(*stop_tokens, *control),
         constraint=constraint,
     )
-    return text_until(ids, tokenizer, stop)
+    return text_until(ids, tokenizer, stop, new_text)
 
 
 def _decoder_for(model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Engine:
@@ -159,24 +164,34 @@ def _decoder_for(model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[
     return Decoder(model_or_decoder, len(prompts), longest + max_new_tokens, slack=0)
 
 
-def text_until(ids: Iterator[int], tokenizer: Tokenizer, stop: Sequence[str], start: bool = False) -> Iterator[str]:
+def text_until(
+    ids: Iterator[int],
+    tokenizer: Tokenizer,
+    stop: Sequence[str],
+    start: bool = False,
+    is_quoted: Callable[[str, int], bool] = lambda text, at: False,
+) -> Iterator[str]:
     """Decode a stream of ids up to the first stop string, holding back what could be the beginning of one.
 
-    start  the ids begin a text: see `Tokenizer.stream`
+    start      the ids begin a text: see `Tokenizer.stream`
+    is_quoted  whether what stands at a place of the text ends nothing, though it is a stop string
     """
-    stream, held = tokenizer.stream(start), ""
+    stream, text, given = tokenizer.stream(start), "", 0
     for id in ids:
-        held += stream.feed(id)
+        text += stream.feed(id)
         # The one that ends first; of two that end together, the longer.
-        found = [(held.find(s) + len(s), held.find(s)) for s in stop if s in held]
-        if found:
-            if text := held[: min(found)[1]]:
-                yield text
+        places = [
+            (match.end(), match.start()) for s in stop for match in re.compile(re.escape(s)).finditer(text, given)
+        ]
+        places = [(end, at) for end, at in places if not is_quoted(text, at)]
+        if places:
+            if text[given : min(places)[1]]:
+                yield text[given : min(places)[1]]
             return
         # How much of the text's end could be the beginning of a stop string.
-        open_end = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-        if len(held) > open_end:
-            yield held[: len(held) - open_end]
-            held = held[len(held) - open_end :]
-    if held + (rest := stream.finish()):
-        yield held + rest
+        open_end = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        if len(text) - open_end > given:
+            yield text[given : len(text) - open_end]
+            given = len(text) - open_end
+    if rest := text[given:] + stream.finish():
+        yield rest

@@ -29,8 +29,8 @@ class Sampling:
                           where negative; 1: none
     no_repeat_ngram_size  never complete an n-gram that occurred before (prompt included); 0: off
     seed                  start of the random numbers; None: PyTorch's global generator. The rows of a batch share one
-                          generator, as in Hugging Face's `generate`, so a row's text depends on its neighbours' number.
-                          A decoder that is used again goes on with its random numbers and does not start anew.
+                          generator, as in Hugging Face's `generate`, so a row's text depends on how many rows there
+                          are. A decoder that is used again goes on with its random numbers and does not start anew.
 
     Raises ValueError for values that make no sense.
     """

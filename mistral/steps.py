@@ -44,12 +44,10 @@ def steps(
             left -= len(forced)
             continue
         tokens, chosen = _step(decoder, sampling, constraints, running, logprobs)
-        ended = [id in stop for id in chosen]
-        for b, constraint in enumerate(constraints or ()):
-            if running[b] and not ended[b]:
-                constraint.accept(chosen[b])
-        yield [token if alive else None for token, alive in zip(tokens, running)]
-        running = [alive and not end for alive, end in zip(running, ended)]
+        tokens = [token if alive else None for token, alive in zip(tokens, running)]
+        running = [alive and id not in stop for id, alive in zip(chosen, running)]
+        _accept(constraints, chosen, running)
+        yield tokens
         left -= 1
 
 
@@ -98,12 +96,21 @@ def _steps_ahead(
                 under_way.append(_Arriving(decoder.step(sampling, mask)))
             chosen = under_way.popleft().ids()
             _check_step([id == NO_NUMBERS for id in chosen], [id == NOTHING_LEFT for id in chosen], running)
-            yield [id if alive else None for id, alive in zip(chosen, running)]
+            ids = [id if alive else None for id, alive in zip(chosen, running)]
             running = [alive and id not in stop for id, alive in zip(chosen, running)]
+            _accept(constraints, chosen, running)
+            yield ids
             if not any(running):
                 return
     finally:
         decoder.rewind(len(under_way))
+
+
+def _accept(constraints: Sequence[Constraint] | None, chosen: Sequence[int], running: Sequence[bool]) -> None:
+    """Tell the constraints of the rows that go on."""
+    for constraint, id, alive in zip(constraints or (), chosen, running):
+        if alive:
+            constraint.accept(id)
 
 
 class _Arriving:
@@ -114,7 +121,7 @@ class _Arriving:
         self._here = None
         if ids.is_cuda:
             self._here = torch.cuda.Event()
-            self._here.record()
+            self._here.record(torch.cuda.current_stream(ids.device))
 
     def ids(self) -> list[int]:
         """Wait for them."""

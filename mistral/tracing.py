@@ -10,7 +10,7 @@
     watch.steps[0]       # seconds of each module in the first forward
 
 The model's files know nothing of this, and nothing of it stays behind when the block ends. Both need a forward that
-calls the model's modules: `Decoder` and the model itself do, an engine of fused kernels does not.
+calls the model's modules: `Decoder` and the model itself do, a compiled step and fused kernels do not.
 """
 
 import time

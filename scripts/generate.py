@@ -15,6 +15,8 @@ from mistral_kernels import open_engine
 class Clock:
     """Allows every token and notes when it came."""
 
+    fixed = True  # so that an engine may run ahead of what is looked at
+
     def __init__(self):
         self.start = time.perf_counter()
         self.times: list[float] = []
@@ -51,10 +53,11 @@ def main() -> None:
     prompt = prompt_text(args)
     sampling = common.sampling(args)
     model, tokenizer = common.load(args)
-    ids, stop_tokens = tokenizer.encode(prompt, special=args.special), None
+    ids, ends = tokenizer.encode(prompt, special=args.special), dict(stop=args.stop)
     if args.chat:
-        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
-        stop_tokens = chat_format(tokenizer).stop_ids(tokenizer)
+        ids, chat = encode_chat(tokenizer, [{"role": "user", "content": prompt}]), chat_format(tokenizer)
+        stop = [*args.stop, *chat.spelled_ends]
+        ends = dict(stop=stop, stop_tokens=chat.stop_ids(tokenizer), new_text=chat.reply_begins_text)
     room = room_for(ids, args.max_new_tokens, model.config)
     decoder, engine = open_engine(args.engine, model, 1, room, slack=max(args.lookup, 16))
     if args.lookup:
@@ -66,9 +69,8 @@ def main() -> None:
         ids,
         sampling,
         max_new_tokens=args.max_new_tokens,
-        stop=args.stop,
-        stop_tokens=stop_tokens,
         constraint=clock,
+        **ends,
     )
     interrupted = False
     try:

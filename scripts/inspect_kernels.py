@@ -1,4 +1,4 @@
-"""What the compiler made of each decode kernel: registers, spills, instructions a weight. Needs no GPU."""
+"""What the compiler made of each kernel: registers, spills, instructions a weight. Needs no GPU."""
 
 import argparse
 import itertools
@@ -10,6 +10,7 @@ from benchmark_parts.sizes import config
 from mistral.config import whole_number
 
 KINDS = ("dense", "Q4_0", "Q4_K", "Q4_K_M", "Q5_K", "Q6_K", "Q8_0")
+PROMPT = 2048  # tokens
 HEADER = "kernel       CTAs threads registers spilled   shared   SASS a weight"
 
 
@@ -31,24 +32,33 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    args, model = arguments(), config("7b")
+    try:
+        from mistral_kernels import compile_ahead
+    except ImportError as error:
+        raise ValueError(f"the compiler is missing ({error}): pip install triton") from None
     for target in args.targets:
         whole_number("a target", target, least=80)
         for kind, dtype, batch in itertools.product(args.kinds, args.dtypes, args.batch):
             if kind == "dense" or dtype != "bfloat16":
-                print(f"\nsm_{target}, {kind}, {dtype}, batch {batch}\n{HEADER}")
-                print_table(target, kind, common.DTYPES[dtype], batch)
+                # Q4_K_M keeps some matrices with more bits.
+                how = (common.DTYPES[dtype], batch, target, *(("Q4_K", "Q6_K") if kind == "Q4_K_M" else (kind,)))
+                tasks = compile_ahead.decode_kernels(model, *how)
+                if kind != "dense":
+                    tasks |= compile_ahead.short_kernels(model, *how)
+                tasks["sample"] = compile_ahead.sample_kernel(model, batch, target)
+                print_table(f"sm_{target}, {kind}, {dtype}, batch {batch}", tasks, target, common.DTYPES[dtype])
+        for dtype in args.dtypes:
+            tasks = compile_ahead.prefill_kernels(model, common.DTYPES[dtype], PROMPT, target)
+            unpacked = dict.fromkeys(kind.removesuffix("_M") for kind in args.kinds if kind != "dense")
+            tasks |= {f"from {kind}": compile_ahead.unpack_kernel(model, kind) for kind in unpacked}
+            print_table(f"sm_{target}, {dtype}, a prompt of {PROMPT} tokens", tasks, target, common.DTYPES[dtype])
 
 
-def print_table(target: int, kind: str, dtype: torch.dtype, batch: int) -> None:
-    try:
-        from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight, short_kernels
-    except ImportError as error:
-        raise ValueError(f"the compiler is missing ({error}): pip install triton") from None
-    kinds = ("Q4_K", "Q6_K") if kind == "Q4_K_M" else (kind,)  # that file keeps some matrices with more bits
-    tasks = decode_kernels(config("7b"), dtype, batch, target, *kinds)
-    if kind != "dense":
-        tasks |= short_kernels(config("7b"), dtype, batch, target, *kinds)
+def print_table(title: str, tasks: dict, target: int, dtype: torch.dtype) -> None:
+    from mistral_kernels.compile_ahead import compile_ahead, instructions_per_weight
+
+    print(f"\n{title}\n{HEADER}")
     for name, task in tasks.items():
         made = compile_ahead(task, dtype, target)
         CTAs, threads = "x".join(str(n) for n in task.launch.grid), 32 * task.launch.options["num_warps"]

@@ -309,13 +309,14 @@ def test_bounds_instead_of_lengths_give_the_same_logits():
 def test_a_forward_on_a_gpu_never_waits():
     model = small.model(torch.float32).cuda()
     tokens, cache = small.tokens(2, 30).cuda(), model.new_cache(2, slack=2)
+    lengths = torch.tensor([3, 1], device="cuda")
     model(tokens, model.new_cache(2))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for piece in tokens.split([9, 1, 1, 5, 1, 2, 11], dim=1):
             model(piece, cache)
         model(tokens[:, :3], cache, lengths=[3, 1], last_only=True)
-        model(tokens[:, :3], cache, lengths=torch.tensor([3, 1], device="cuda"))
+        model(tokens[:, :3], cache, lengths=lengths)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

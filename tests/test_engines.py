@@ -9,6 +9,7 @@ import small
 import torch
 
 import mistral
+import mistral.compiled
 from mistral_kernels import engines, open_engine
 
 
@@ -91,6 +92,40 @@ def test_auto_goes_on_to_the_next_that_works_and_says_why(a_gpu, monkeypatch):
     assert note.endswith("; not compile: no compiler")
 
 
+def test_auto_goes_on_where_memory_is_short(a_gpu, monkeypatch):
+    def no_room(model, sizes):
+        raise mistral.NotEnoughMemory("the buffers do not fit")
+
+    monkeypatch.setattr(engines, "_open_kernels", no_room)
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    decoder, note = open_engine("auto", model())
+    assert decoder == "compiled"
+    assert note == "engine: compile (CUDA sm_90); not kernels: the buffers do not fit"
+
+
+def test_auto_goes_on_without_triton(a_gpu, monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    note = open_engine("auto", model())[1]
+    assert note == "engine: compile (CUDA sm_90); not kernels: Triton is not installed: pip install triton (Linux)"
+
+
+def test_auto_goes_on_where_a_compiled_step_cannot_be_recorded(a_gpu, monkeypatch):
+    class CompiledDecoder:
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError("CUDA error:\n operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(engines, "_open_kernels", refusing("no driver"))
+    monkeypatch.setattr(mistral.compiled, "CompiledDecoder", CompiledDecoder)
+    monkeypatch.setattr(engines, "Decoder", lambda model, **sizes: "eager")
+    decoder, note = open_engine("auto", model())
+    assert decoder == "eager"
+    assert "not compile: the compiled step does not run here: RuntimeError: CUDA error: operation not" in note
+    monkeypatch.setattr(CompiledDecoder, "__init__", out_of_memory)
+    with pytest.raises(mistral.NotEnoughMemory, match="tried 9 GB"):
+        open_engine("compile", model())
+
+
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
@@ -149,13 +184,40 @@ def test_whatever_fails_underneath_is_one_line(a_gpu, monkeypatch):
         def __init__(self, *args, **kwargs):
             raise RuntimeError("Triton Error [CUDA]:\n the PTX was compiled with an unsupported toolchain")
 
+    trial = types.SimpleNamespace(expected_logits=lambda model: None, try_out=lambda decoder, expected: None)
     monkeypatch.setitem(sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder))
+    monkeypatch.setitem(sys.modules, "mistral_kernels.trial", trial)
     with pytest.raises(ValueError, match="an unsupported toolchain; update the NVIDIA driver") as info:
         open_engine("kernels", model())
     assert "\n" not in str(info.value)
     monkeypatch.setattr(Decoder, "__init__", out_of_memory)
     with pytest.raises(mistral.NotEnoughMemory, match="tried 9 GB"):
         open_engine("kernels", model())
+
+
+def test_kernels_are_tried_beside_what_the_model_gave_before_them(a_gpu, monkeypatch):
+    done, fault = [], None
+
+    class Decoder:
+        def __init__(self, model, **sizes):
+            done.append("made")
+
+    def try_out(decoder, expected):
+        done.append(("tried", expected))
+        if fault:
+            raise ValueError(fault)
+
+    trial = types.SimpleNamespace(expected_logits=lambda model: done.append("asked") or "numbers", try_out=try_out)
+    monkeypatch.setitem(sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder))
+    monkeypatch.setitem(sys.modules, "mistral_kernels.trial", trial)
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    decoder, note = open_engine("auto", model())
+    assert (type(decoder), note) == (Decoder, "engine: kernels (CUDA sm_90, Triton 3.6)")
+    assert done == ["asked", "made", ("tried", "numbers")]
+    fault = "their logits are 50% away"
+    decoder, note = open_engine("auto", model())
+    assert decoder == "compiled"
+    assert "not kernels: the kernels do not run here: ValueError: their logits are 50% away; update" in note
 
 
 def test_an_unknown_engine_is_refused():
@@ -169,3 +231,9 @@ def test_importing_needs_no_triton():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT)
     assert result.stdout.strip() == "open_engine", result.stderr
+
+
+def test_the_kernels_decoder_without_triton_says_what_is_missing():
+    code = "import sys; sys.modules['triton'] = None; from mistral_kernels import Decoder"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT)
+    assert result.stderr.endswith("mistral_kernels.Decoder needs Triton: pip install triton\n")

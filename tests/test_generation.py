@@ -8,6 +8,7 @@ import mistral
 from mistral import Decoder, Sampling, generate, generate_batch, generate_naive, generate_text
 from mistral.chat import Conversation, tool
 from mistral.checkpoints.hugging_face import save
+from mistral.constraints import FixedMask
 
 GREEDY = Sampling(temperature=0.0)
 RICH = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, no_repeat_ngram_size=3, seed=5)
@@ -611,3 +612,26 @@ def test_a_fixed_mask_lets_an_engine_run_ahead_and_a_grammar_does_not():
         next(generate(engine, prompt(5), GREEDY, max_new_tokens=20, constraint=constraint))
         counts.append(engine.steps)
     assert counts == [3, 1]
+
+
+class Listener(FixedMask):
+    """A fixed mask that lists what it is told."""
+
+    def __init__(self, decoder):
+        super().__init__(decoder, [True] * decoder.config.vocab_size)
+        self.ids = []
+
+    def accept(self, id):
+        self.ids.append(id)
+
+
+def test_constraints_are_told_the_same_ids_by_an_engine_that_runs_ahead():
+    model, prompts = small.model(), [prompt(4), prompt(7, seed=1)]
+    told = []
+    for engine in (Decoder(model, 2), Ahead(model, 2)):
+        listeners = [Listener(engine) for _ in prompts]
+        options = dict(max_new_tokens=25, stop_tokens=list(range(3, 20)), constraints=listeners)
+        rows = generate_batch(engine, prompts, GREEDY, **options)
+        told.append([listener.ids for listener in listeners])
+        assert told[-1] == [row[:-1] if row[-1] in range(3, 20) else row for row in rows]
+    assert told[0] == told[1]

@@ -15,6 +15,7 @@ import pytest
 import small
 
 import mistral
+import mistral_kernels
 
 SMALL = str(small.DATA / "small")
 
@@ -49,6 +50,27 @@ def hermes(tmp_path_factory):
     made = run("random_checkpoint", folder, "--tokenizer", small.TRUE_TOKENIZERS / "tokenizer.model.v1")
     assert made.returncode == 0, made.stderr
     return folder
+
+
+def test_generate_lets_an_engine_run_ahead_of_what_it_prints(hermes, monkeypatch, run_here):
+    events = []
+
+    class Ahead(mistral.Decoder):
+        ahead = 2
+
+        def step(self, sampling, mask=None):
+            events.append("step")
+            return super().step(sampling, mask)
+
+    def open_engine(name, model, *sizes, **options):
+        return Ahead(model, *sizes, **options), "engine: ahead"
+
+    monkeypatch.setattr(mistral_kernels, "open_engine", open_engine)
+    monkeypatch.setattr(mistral.tokenizer.TextStream, "feed", lambda self, id: events.append("text") or "a")
+    code, _, err = run_here("generate", hermes, "--prompt", "Hello", "--max-new-tokens", 6)
+    assert code == 0
+    assert "6 new tokens" in err
+    assert events[:4] == ["step", "step", "step", "text"]
 
 
 def test_generate_streams_text_and_reports_on_stderr(hermes):

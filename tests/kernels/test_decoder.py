@@ -5,6 +5,7 @@ a few steps run the kernels themselves in Triton's interpreter.
 """
 
 import copy
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -12,7 +13,6 @@ import small
 import torch
 
 import mistral
-from mistral_kernels import engines
 from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.decoder import Decoder
 from mistral_kernels.weights import weights_of
@@ -78,6 +78,38 @@ def test_generation_that_runs_ahead_of_the_host_ends_where_the_references_ends()
     assert_same_logits(reference, fast)
 
 
+RULES = mistral.Sampling(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3)
+
+
+@pytest.fixture
+def a_decoder_under_way():
+    """With all kernels compiled, and its graphs recorded on a GPU."""
+    _, fast = pair(batch_size=2)
+    fast.read([[5, 6, 7], [8]])
+    for _ in range(3):
+        fast.step(RULES)
+    return fast
+
+
+def test_a_step_never_waits_for_the_device(a_decoder_under_way, no_host_reads, monkeypatch):
+    if PLAIN:  # the kernels' twins read numbers: here all around the kernels is looked at
+        monkeypatch.setattr(a_decoder_under_way, "_run", lambda name, work: None)
+    allowed, other_rules = torch.ones(101, dtype=torch.bool, device=DEVICE), replace(RULES, temperature=0)
+    for _ in range(8):  # past the window
+        a_decoder_under_way.step(RULES)
+        a_decoder_under_way.step(other_rules, allowed)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_never_waits(a_decoder_under_way):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            a_decoder_under_way.step(RULES)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_rules_that_the_sampling_kernel_lacks_are_left_to_the_reference():
     reference, fast = pair()
     for decoder in (reference, fast):
@@ -120,14 +152,19 @@ def test_the_kernels_themselves_give_the_references_logits_past_the_window():
     assert (step.logits - model(tokens)[:, -1]).abs().max() < CLOSE * twin.logits.abs().max()
 
 
-@pytest.mark.parametrize(("batch_size", "rows"), [(1, [2, 16, 17]), (3, [6, 15, 18]), (5, [10, 15, 20]), (16, [32])])
-def test_the_trial_run_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, rows, monkeypatch):
-    _, decoder = pair(batch_size, max_tokens=30, sliding_window=None)
-    prefill, read = decoder._prefill, []
-    monkeypatch.setattr(decoder, "_prefill", lambda chunk, *rest: read.append(chunk.numel()) or prefill(chunk, *rest))
-    engines._try(decoder)
-    assert read == rows
-    assert decoder.lengths == [0] * batch_size
+def test_the_kernels_from_the_prompt_to_the_chosen_ids_give_the_references_text():
+    """On a CPU in Triton's interpreter: short, but longer than the window."""
+    engines = pair(batch_size=2, plain=False, num_hidden_layers=1, sliding_window=3)
+    rules = mistral.Sampling(temperature=0, repetition_penalty=1.3)
+    for engine in engines:
+        engine.read([[5, 6, 7, 8], [9]])
+    for i in range(9):
+        if i == 6:
+            for engine in engines:
+                engine.rewind([2, 0])
+        reference, fast = (engine.step(rules).tolist() for engine in engines)
+        assert reference == fast, i
+    assert_same_logits(*engines)
 
 
 def test_regrouped_weights_are_the_models_own_and_regrouped_once():
@@ -145,7 +182,7 @@ def test_regrouped_weights_are_the_models_own_and_regrouped_once():
 
 
 def test_what_the_kernels_cannot_do_is_named():
-    model = small.model(torch.float32, **SIZES | dict(intermediate_size=50))
+    model = small.model(torch.float32, **SIZES | dict(intermediate_size=50)).to(DEVICE)
     with pytest.raises(ValueError, match="a multiple of 32"):
         decoder = Decoder(model)
         decoder.read([[1]])
@@ -156,7 +193,7 @@ def test_what_the_kernels_cannot_do_is_named():
 
 
 def test_greedy_text_of_the_demo_is_the_references_for_1000_tokens_past_its_window():
-    model, tokenizer = mistral.load("demo", device=DEVICE)
+    model, tokenizer = mistral.load("demo", device=DEVICE, dtype=torch.float32)
     reference, fast = mistral.Decoder(model), Decoder(copy.deepcopy(model), plain=PLAIN)
     prompt = tokenizer.encode("Hello. " * 330)
     assert len(prompt) > 900
@@ -180,6 +217,22 @@ def test_a_graph_gives_the_bits_of_single_launches():
         steps = [decoder.step(mistral.Sampling(seed=3)) for _ in range(40)]
         texts.append((torch.stack(steps), decoder.logits))
     assert all(torch.equal(*both) for both in zip(*texts))
+
+
+def test_bfloat16_chooses_float32s_id_unless_two_are_nearly_as_good():
+    exact = mistral.load("demo", device=DEVICE, dtype=torch.float32)[0]
+    fast = Decoder(mistral.load("demo", device=DEVICE, dtype=torch.bfloat16)[0], plain=PLAIN)
+    tokens = small.tokens(1, 80, vocab_size=1000)[0].tolist()
+    wanted = exact(torch.tensor([tokens], device=DEVICE))[0, 39:].log_softmax(-1)  # [41, V]
+    fast.read([tokens[:40]])
+    made = [fast.logits[0]]
+    for id in tokens[40:]:
+        fast.read([[id]])
+        made.append(fast.logits[0])
+    chosen = torch.stack(made).argmax(-1)
+    lost = wanted.amax(-1) - wanted.gather(1, chosen[:, None])[:, 0]
+    assert lost.max() < 0.3
+    assert (lost == 0).float().mean() > 0.9
 
 
 @pytest.mark.gpu

@@ -110,6 +110,18 @@ def test_reads_steps_and_rewinds_give_what_the_reference_gives_with_the_same_byt
         assert_close(fast.logits, reference.logits)
 
 
+@pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "q2_k", "iq4_xs", "demo"])
+def test_greedy_text_of_a_packed_file_is_the_references(name):
+    source, steps = ("demo", 12) if name == "demo" else (small.DATA / f"gguf/{name}.gguf", 30)
+    options = dict(packed=True, device=DEVICE, dtype=torch.float32)
+    texts = []
+    for engine in (mistral.Decoder, lambda model: Decoder(model, plain=PLAIN)):
+        model = mistral.load(source, **options, **({} if name == "demo" else dict(sliding_window=9)))[0]
+        prompt = small.tokens(7, vocab_size=model.config.vocab_size).tolist()
+        texts.append(list(mistral.generate(engine(model), prompt, GREEDY, max_new_tokens=steps, stop_tokens=())))
+    assert texts[0] == texts[1]
+
+
 def test_what_no_kernel_takes_is_unpacked_and_named():
     weights = weights_of(packed_model(MIXES["Q2_K beside Q3_K and Q4_K"]))
     layer = weights.layers[0]
@@ -160,7 +172,7 @@ def test_a_model_whose_blocks_became_planes_is_not_saved_by_halves(tmp_path):
     weights_of(model)
     with pytest.raises(ValueError, match="the model is packed"):
         hugging_face.save(model, None, tmp_path)
-    with pytest.raises(ValueError, match="is packed; load the checkpoint with packed=False"):
+    with pytest.raises(ValueError, match="is packed; load the checkpoint without packed and quantize"):
         gguf_export.export(model, small.true_tokenizer(), tmp_path / "m.gguf", "F16")
 
 
@@ -255,22 +267,23 @@ def test_a_7b_in_four_bits_with_its_whole_window_takes_5_4_gb():
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_reserved()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     decoder = Decoder(make_model("7b", torch.device("cuda"), torch.bfloat16, "Q4_K_M"))
     decoder.read([small.tokens(1, 5000, vocab_size=32000)[0].tolist()])
     for _ in range(4):
         decoder.step(GREEDY)
-    assert torch.cuda.max_memory_reserved() - before < 5.4e9
+    assert torch.cuda.max_memory_allocated() - before < 5.4e9
+    assert torch.cuda.max_memory_reserved() - reserved < 5.8e9  # by counting: PyTorch takes memory in whole segments
 
 
 COMPILE = """
 import json, torch
-from mistral_kernels import compile_ahead, dequantize
+from benchmark_parts.sizes import config
+from mistral_kernels.compile_ahead import compile_ahead, unpack_kernel
 from mistral_kernels.planes import FAST_KINDS
 for kind in FAST_KINDS:
-    for target, dtype in ((90, torch.bfloat16), (80, torch.float16)):
-        task = compile_ahead.Task(dequantize.unpack_kernel, dequantize.launch(14336, 4096, kind))
-        made = compile_ahead.compile_ahead(task, dtype, target)
+    for target, dtype, chosen in ((90, torch.bfloat16, False), (80, torch.float16, True)):
+        made = compile_ahead(unpack_kernel(config("7b"), kind, chosen), dtype, target)
         facts = dict(kind=kind, spilled=made.spilled, registers=made.registers, shared=made.shared)
         facts |= dict(loads=made.count("LDG.E.128"), stores=made.count("STG.E.128"), all=len(made.sass))
         print(json.dumps(facts))
@@ -279,6 +292,7 @@ for kind in FAST_KINDS:
 
 def test_unpacking_compiles_and_moves_16_bytes_at_a_time():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(small.ROOT / "scripts")
     result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [json.loads(line) for line in result.stdout.splitlines()]

@@ -1,0 +1,94 @@
+"""The trial of a new decoder: it does everything twice, compares numbers, and leaves no trace."""
+
+import copy
+
+import pytest
+import small
+import torch
+from test_packed_decoder import Q4_K_M, packed_model
+
+import mistral
+from mistral_kernels.decoder import Decoder
+from mistral_kernels.trial import expected_logits, try_out
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN = DEVICE == "cpu"
+GREEDY = mistral.Sampling(temperature=0)
+SIZES = dict(hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7)
+
+
+def dense_model(**changes):
+    return small.model(torch.float32, **SIZES | changes).to(DEVICE)
+
+
+def tried(model, *sizes):
+    """A decoder that was tried, and the chunks that it read."""
+    expected = expected_logits(model)
+    decoder, chunks = Decoder(model, *sizes, plain=PLAIN), []
+    prefill = decoder._prefill
+    decoder._prefill = lambda tokens, counts: chunks.append(tokens.numel()) or prefill(tokens, counts)
+    try_out(decoder, expected)
+    return decoder, chunks
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(1, [2, 16, 17]), (3, [6, 15, 18]), (5, [10, 15, 20]), (16, [32])])
+def test_it_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, rows):
+    decoder, chunks = tried(dense_model(sliding_window=None), batch_size, 30)
+    assert chunks == [*rows, *rows]
+    assert decoder.lengths == [0] * batch_size
+
+
+def test_it_does_everything_twice_so_that_graphs_are_recorded():
+    model = dense_model(sliding_window=40)
+    expected, decoder, done = expected_logits(model), Decoder(model, plain=True), []
+    decoder._plain = False  # short chunks are graphs, too
+    run = decoder._run
+    decoder._run = lambda name, work: done.append(name) or run(name, work)
+    try_out(decoder, expected)
+    kinds = {"sample", "forward and sample", "forward", "chunk of 2, last logits", "chunk of 16, last logits"}
+    assert kinds <= set(done)
+    assert all(done.count(name) >= 2 for name in kinds)
+
+
+@pytest.mark.parametrize("make", [dense_model, lambda: packed_model(Q4_K_M)], ids=["dense", "packed"])
+def test_a_decoder_that_was_tried_writes_the_text_of_a_new_one(make):
+    model, options = make(), dict(max_new_tokens=20, stop_tokens=())
+    wanted = list(mistral.generate(copy.deepcopy(model), [5, 6, 7], GREEDY, **options))
+    decoder, _ = tried(model)
+    assert list(mistral.generate(decoder, [5, 6, 7], GREEDY, **options)) == wanted
+
+
+@pytest.mark.parametrize("seed", [None, 0, 5])
+def test_a_decoder_that_was_tried_draws_the_random_numbers_of_a_new_one(seed):
+    rules, texts = mistral.Sampling(temperature=1.0, seed=seed), []
+    for make in (lambda: tried(dense_model())[0], lambda: Decoder(dense_model(), plain=PLAIN)):
+        torch.manual_seed(7)
+        texts.append(list(mistral.generate(make(), [5, 6, 7], rules, max_new_tokens=20, stop_tokens=())))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("room", range(1, 12))
+def test_a_decoder_with_little_room_is_tried_within_it(room):
+    decoder, _ = tried(dense_model(sliding_window=None), 1, room)
+    assert decoder.lengths == [0]
+
+
+@pytest.mark.parametrize("work", ["_prefill", "_read_tokens"])
+@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+def test_wrong_numbers_of_a_chunk_or_of_a_step_are_told(work, wrong):
+    model = dense_model()
+    expected, decoder = expected_logits(model), Decoder(model, plain=True)
+    if work == "_prefill":
+        prefill = decoder._prefill
+        decoder._prefill = lambda *arguments: prefill(*arguments) * wrong
+    else:
+        read = decoder._read_tokens
+        decoder._read_tokens = lambda: (read(), decoder._step.logits.mul_(wrong))
+    with pytest.raises(ValueError, match="logits are (50|nan)% away from the model's own"):
+        try_out(decoder, expected)
+
+
+def test_numbers_that_the_model_itself_does_not_have_are_no_fault_of_the_kernels():
+    model = dense_model()
+    model.model.norm.weight.data.fill_(torch.nan)
+    tried(model)
