@@ -13,12 +13,14 @@ import common
 import torch
 from benchmark_parts import machine, sizes
 from benchmark_parts.contestants import GREEDY
+from benchmark_parts.formats import FORMATS
 from benchmark_parts.sizes import SIZES
 from torch.profiler import ProfilerActivity, profile
 
 import mistral
 from mistral.checkpoints.load import choose_device
 from mistral.memory import format_bytes
+from mistral.quantization.packed import Packed, TiedOutput
 from mistral_kernels import open_engine
 from mistral_kernels.engines import ENGINES
 
@@ -31,6 +33,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--size", choices=SIZES, help="of a random model (default: 7b on a GPU, else small)")
+    parser.add_argument(
+        "--format", choices=("plain", *FORMATS), default="plain", help="of the weights: plain, in --dtype, or packed"
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="default: 1")
     parser.add_argument("--context", type=int, default=512, help="tokens before the step (default: 512)")
     parser.add_argument("--steps", type=int, default=10, help="the mean of so many (default: 10)")
@@ -47,9 +52,9 @@ def main() -> None:
     device = choose_device(args.device)
     on_gpu = device.type == "cuda"
     dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
-    model = sizes.make_model(args.size or ("7b" if on_gpu else "small"), device, dtype)
+    model = sizes.make_model(args.size or ("7b" if on_gpu else "small"), device, dtype, args.format)
     decoder, note = open_engine(args.engine, model, args.batch_size, args.context + 3 * args.steps + 2)
-    print(f"{note}; {machine.facts(device, dtype)['machine']}, {str(dtype).removeprefix('torch.')}, "
+    print(f"{note}; {machine.facts(device, dtype)['machine']}, {args.format}, {str(dtype).removeprefix('torch.')}, "
           f"batch {args.batch_size}, context {args.context:,}")  # fmt: skip
     bandwidth = machine.read_bandwidth(device)
     print(f"the machine reads {bandwidth / 1e9:,.1f} GB/s (measured: sums over 1 GB)\n")
@@ -63,7 +68,8 @@ def main() -> None:
     known = kernel_bytes(model, args.batch_size, args.context)
     rows = kernels(record.events(), known, args.steps) if on_gpu else operators(record.events(), dtype, args.steps)
     show(rows, wall, sizes.weight_bytes(model) / bandwidth)
-    print(json.dumps({"engine": note, "context": args.context, "batch": args.batch_size, "step_s": wall, "rows": rows}))
+    facts = {"engine": note, "format": args.format, "context": args.context, "batch": args.batch_size}
+    print(json.dumps(facts | {"step_s": wall, "rows": rows}))
 
 
 def run_steps(decoder: mistral.Decoder, n: int) -> None:
@@ -74,29 +80,41 @@ def run_steps(decoder: mistral.Decoder, n: int) -> None:
 
 
 def kernels(events: Sequence, known: dict[str, int], steps: int) -> list[dict]:
-    """The GPU's kernels by name, the longest first."""
+    """The GPU's kernels by name, the longest first. The projections are two: that behind gate and up is down."""
     found: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[event.name].append(event.time_range.elapsed_us())
+    after_gate_up, on_gpu = False, [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    for event in sorted(on_gpu, key=lambda event: event.time_range.start):
+        name = event.name
+        if name == "projection_kernel":
+            name, after_gate_up = f"{name}, {'down' if after_gate_up else 'o'}", False
+        found[name].append(event.time_range.elapsed_us())
+        after_gate_up = after_gate_up or name == "gate_up_kernel"
     rows = [_row(name, len(times), sum(times), known.get(name), steps) for name, times in found.items()]
     return sorted(rows, key=lambda row: -row["us"])
 
 
 def kernel_bytes(model: mistral.Mistral, batch: int, context: int) -> dict[str, int]:
     """What each of our kernels moves in one step, all its calls together."""
-    config, item = model.config, model.dtype.itemsize
-    D, F, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    heads, held = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    config, trunk = model.config, model.model
+    attention, mlp = [layer.self_attn for layer in trunk.layers], [layer.mlp for layer in trunk.layers]
     slots = min(context, config.sliding_window or context)
     return {
-        "embed_kernel": batch * D * item,
-        "qkv_kernel": layers * (heads + 2 * held) * D * item,
-        "decode_attention_kernel": batch * config.cache_bytes(slots, item),
-        "projection_kernel": layers * (heads + F) * D * item,  # of the attention, and down
-        "gate_up_kernel": layers * 2 * F * D * item,
-        "head_kernel": config.vocab_size * D * item,
+        "embed_kernel": batch * matrix_bytes(trunk.embed_tokens) // config.vocab_size,
+        "qkv_kernel": sum(matrix_bytes(a.q_proj, a.k_proj, a.v_proj) for a in attention),
+        "decode_attention_kernel": batch * config.cache_bytes(slots, model.dtype.itemsize),
+        "projection_kernel, o": sum(matrix_bytes(a.o_proj) for a in attention),
+        "gate_up_kernel": sum(matrix_bytes(m.gate_proj, m.up_proj) for m in mlp),
+        "projection_kernel, down": sum(matrix_bytes(m.down_proj) for m in mlp),
+        "head_kernel": matrix_bytes(model.lm_head),
     }
+
+
+def matrix_bytes(*layers: torch.nn.Module) -> int:
+    """What their matrices take, packed or plain."""
+    layers = [layer.embedding if isinstance(layer, TiedOutput) else layer for layer in layers]
+    return sum(
+        layer.num_rows * layer.row_bytes if isinstance(layer, Packed) else layer.weight.nbytes for layer in layers
+    )
 
 
 def operators(events: Sequence, dtype: torch.dtype, steps: int) -> list[dict]:

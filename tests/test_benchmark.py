@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+import types
 
 import pytest
 import small
@@ -96,11 +97,19 @@ def test_the_roofs_are_those_worked_out_by_hand():
 
 
 def test_transformers_shares_our_weights_and_gives_our_logits(tiny):
-    theirs = transformers_model(tiny)
+    theirs = transformers_model(tiny, tiny.config.sliding_window)
     assert theirs.lm_head.weight.data_ptr() == tiny.lm_head.weight.data_ptr()
     tokens = small.tokens(1, 70, vocab_size=2048)  # past the window of 64
     with torch.no_grad():
         assert torch.equal(theirs(tokens, use_cache=False).logits, tiny(tokens))
+
+
+def test_transformers_has_a_window_only_where_it_cuts_something_off(tiny):
+    field, prompts = turns.Field(tiny, ["transformers"]), torch.zeros(1, 1, dtype=torch.long)
+    models = [field.open("transformers", Case(1, context, 2), prompts).model for context in (20, 60, 61, 90)]
+    assert [model.config.sliding_window for model in models] == [None, None, 64, 64]
+    assert models[0] is models[1]
+    assert models[2] is models[3]
 
 
 def test_who_fails_is_a_row_and_the_others_go_on(tiny, monkeypatch):
@@ -228,6 +237,46 @@ def test_our_kernels_bytes_are_all_the_weights():
     weights = sum(moved.values()) - moved["decode_attention_kernel"] - moved["embed_kernel"]
     assert weights == sizes.weight_bytes(model) - norms
     assert moved["decode_attention_kernel"] == 4096 * 131_072
+
+
+def test_our_kernels_bytes_of_a_packed_model_are_its_blocks():
+    model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, "Q8_0")
+    moved = profile_step.kernel_bytes(model, 1, 50)
+    norms = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
+    weights = sum(moved.values()) - moved["decode_attention_kernel"] - moved["embed_kernel"]
+    assert weights == sizes.weight_bytes(model) - norms
+    assert moved["embed_kernel"] == model.config.hidden_size // 32 * 34
+
+
+def test_the_two_projections_of_a_layer_are_told_apart():
+    def event(name, start, us):
+        span = types.SimpleNamespace(start=start, elapsed_us=lambda: us)
+        return types.SimpleNamespace(name=name, time_range=span, device_type=torch.autograd.DeviceType.CUDA)
+
+    names = ("qkv_kernel", "projection_kernel", "gate_up_kernel", "unpack_kernel", "projection_kernel", "head_kernel")
+    events = [event(name, start, 10 * start) for start, name in enumerate(names, 1)]
+    rows = profile_step.kernels(events[::-1], {"projection_kernel, down": 7}, 1)
+    found = {row["name"]: (row["us"], row["bytes"]) for row in rows if row["name"].startswith("projection")}
+    assert found == {"projection_kernel, o": (20, None), "projection_kernel, down": (50, 7)}
+
+
+def test_the_profile_takes_packed_formats(no_rates, monkeypatch, capsys):
+    options = (
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--steps",
+        1,
+        "--context",
+        5,
+        "--engine",
+        "eager",
+        "--format",
+        "Q8_0",
+    )
+    out = run_script(profile_step, monkeypatch, capsys, *options)
+    assert json.loads(out.splitlines()[-1])["format"] == "Q8_0"
 
 
 def test_a_packed_model_that_one_contestant_runs_is_not_copied():

@@ -4,24 +4,23 @@ import tempfile
 from pathlib import Path
 
 import torch
-from random_checkpoint import train_tokenizer
 
 import mistral
-from mistral.checkpoints.gguf_export import PLAIN, export
 from mistral.quantization.packed import Packed
 
 
-def transformers_model(model: mistral.Mistral) -> torch.nn.Module:
-    """transformers' Mistral around our tensors: no second copy."""
+def transformers_model(model: mistral.Mistral, sliding_window: int | None) -> torch.nn.Module:
+    """transformers' Mistral around our tensors: no second copy. The window is that of its attention and its cache."""
     import transformers
     from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "rms_norm_eps sliding_window max_position_embeddings tie_word_embeddings"
+        "rms_norm_eps max_position_embeddings tie_word_embeddings"
     )
     config = transformers.MistralConfig(
         **{name: getattr(model.config, name) for name in names.split()},
+        sliding_window=sliding_window,
         rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta},
         attn_implementation="sdpa",
     )
@@ -36,6 +35,11 @@ class GGUFFile:
     """The model in a GGUF file, of its own dtype or packed as it is, in a folder that goes away with this object."""
 
     def __init__(self, model: mistral.Mistral):
+        # Here, so that the others can be measured where gguf and sentencepiece are not installed
+        from random_checkpoint import train_tokenizer
+
+        from mistral.checkpoints.gguf_export import PLAIN, export
+
         self._folder = tempfile.TemporaryDirectory()
         self.path = str(Path(self._folder.name) / "random.gguf")
         packed = any(isinstance(module, Packed) for module in model.modules())

@@ -32,10 +32,7 @@ class Field:
         # Kernels keep packed weights in another order, from which the others would have to put them together again.
         apart = self._packed and "kernels" in names and len(names) > 1
         self._others = copy.deepcopy(model) if apart else model
-
-    @cached_property
-    def _theirs(self) -> torch.nn.Module:
-        return transformers_model(self.model)
+        self._theirs: dict[int | None, torch.nn.Module] = {}  # by window
 
     @cached_property
     def _file(self) -> GGUFFile:
@@ -46,12 +43,21 @@ class Field:
         if name.startswith("transformers"):
             if self._packed:
                 raise ValueError("it multiplies no packed weights")
-            return Theirs(self._theirs, case, prompts, compiled=name.endswith("compiled"))
+            return Theirs(self._transformers(case), case, prompts, compiled=name.endswith("compiled"))
         if name == "llama.cpp":
             import llama_cpp  # noqa: F401  (before a file is written for it)
 
             return LlamaCpp(self._file.path, case, prompts)
         return Ours(name, self.model if name == "kernels" else self._others, case, prompts)
+
+    def _transformers(self, case: Case) -> torch.nn.Module:
+        """With a window only where it cuts something off: its caches of a window are slower, and compile badly."""
+        window = self.model.config.sliding_window
+        if window and case.context + case.tokens + 2 <= window:
+            window = None
+        if window not in self._theirs:
+            self._theirs[window] = transformers_model(self.model, window)
+        return self._theirs[window]
 
 
 @dataclasses.dataclass
@@ -119,9 +125,9 @@ def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
     """Ready, and run once: compilers and caches have warmed up. Takes the peak of the memory."""
     device, on_gpu = field.model.device, field.model.device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
     contestant = field.open(row.engine, row.case, prompts)
+    if on_gpu:  # not what opening took for a while: the kernels' trial runs the model itself
+        torch.cuda.reset_peak_memory_stats(device)
     contestant.prefill()
     contestant.generate(row.case.tokens)
     machine.synchronize(device)
