@@ -41,10 +41,10 @@ the last.
 
 {table}
 
-Plainly there is 1 token a forward, or more where a grammar leaves no choice. If a forward of nine tokens took no longer
-than a forward of one, speed would grow as the tokens a forward do. A large model comes near to that, for its time goes
-into reading its weights; in one as small as the demo every guessed token costs time, right or wrong. "Same text" counts
-the answers that are, id for id, what they are without lookup.
+Without lookup there is one token a forward, or more where a grammar leaves no choice. If a forward of nine tokens took
+no longer than a forward of one, speed would grow as the tokens a forward do. A large model comes near to that, for its
+time goes into reading its weights; in one as small as the demo every guessed token costs time, right or wrong. "Same
+text" counts the answers that are, id for id, what they are without lookup.
 
 On a GPU: {gpu}.
 """

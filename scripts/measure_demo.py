@@ -36,10 +36,10 @@ This page was written by `scripts/measure_demo.py`.
 
 ## How good it is
 
-Tools, parameters and entities below are made of words that training never used: about a sixth of the words in
-`mistral/demo/words.py`, and of all made-up words. Verbs are shared, and so are familiar parameters such as
-`city` or `date`. Decoding is greedy. A call counts if its name and all its arguments are
-exactly right, and a request for two calls only if both are.
+Tools, parameters and entities below are made up, of words that none of those in training is made up of: about a sixth
+of the words in `mistral/demo/words.py`, and of all made-up words. Verbs are shared, and so are familiar parameters such
+as `city` or `date`. Decoding is greedy. A call counts if its name and all its arguments are exactly right, and a
+request for two calls only if both are.
 
 | task | requests | free | under a grammar |
 |---|---|---|---|
@@ -121,7 +121,7 @@ def verdict(text: str, expected: list[Call]) -> str:
 def measure_calls(runner: Runner, args: argparse.Namespace, note: str, num_tools: int | None) -> dict[str, Any]:
     """Free and constrained answers to requests for functions, and what is wrong with each.
 
-    num_tools  how many made-up tools there are; None: three that the scripts offer
+    num_tools  how many made-up tools there are; None: three of everyday.py
     """
     random = Random(f"{args.seed} {note}")
     make = everyday_case if num_tools is None else lambda random: unseen_request(random, num_tools)
@@ -135,7 +135,7 @@ def measure_calls(runner: Runner, args: argparse.Namespace, note: str, num_tools
 
 
 def everyday_case(random: Random) -> tuple[list[dict], str, list[Call]]:
-    """A request for one of the tools that the scripts offer, with numbers and files that are new."""
+    """A request for one of the tools of everyday.py; numbers are new, names and files are those of training."""
     chosen = random.sample(EVERYDAY, 3)
     tool, make = chosen[0]
     made = make(random)
@@ -183,7 +183,7 @@ def main() -> None:
         raise ValueError("--requests and --batch-size must be 1 or more")
     model, tokenizer = common.load(args)
     runner = Runner(model, tokenizer, args)
-    kinds = (("one tool", 1), ("two tools", 2), ("three tools", 3), ("the scripts' own tools, seen in training", None))
+    kinds = (("one tool", 1), ("two tools", 2), ("three tools", 3), ("everyday tools, seen in training", None))
     calls = [measure_calls(runner, args, note, count) for note, count in kinds]
     records, talk = measure_records(runner, args), measure_talk(runner)
     rows = [row(f"calls, {made['note']}", args.requests, *map(rights, made["verdicts"])) for made in calls]

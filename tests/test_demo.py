@@ -84,7 +84,7 @@ def test_llama_cpp_gives_the_demos_logits(demo):
     [
         ("What is 12 * 7?", "calculate", {"expression": "12 * 7"}),
         (
-            "Convert 26 miles to kilometers.",
+            "How many kilometers are 26 miles?",
             "convert_units",
             {"value": 26, "from_unit": "miles", "to_unit": "kilometers"},
         ),
@@ -105,7 +105,7 @@ def test_it_calls_the_scripts_tools(demo, text, name, arguments):
 def test_it_calls_functions_that_it_never_saw(demo):
     model, tokenizer = demo
     random, right = Random(7), 0
-    for _ in range(10):
+    for _ in range(20):
         tools, text, expected = unseen_request(random, num_tools=1)
         ids = encode_chat(tokenizer, [{"role": "user", "content": text}], tools=tools)
         constraint = tool_call_constraint(tokenizer, model.config.vocab_size, tools)
@@ -113,7 +113,7 @@ def test_it_calls_functions_that_it_never_saw(demo):
         pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), **options)
         calls = parse_tool_calls("".join(pieces)).calls
         right += [(call.name, call.arguments) for call in calls] == expected
-    assert right >= 7
+    assert right >= 14
 
 
 def test_it_answers_in_json(demo):
@@ -205,17 +205,17 @@ def test_training_text_is_what_the_chat_driver_sends_and_only_answers_count_full
 def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(demo, monkeypatch):
     _, tokenizer = demo
     monkeypatch.setattr(training, "BATCH_TOKENS", 512)
-    trainer = training.Trainer(tokenizer, 12, torch.device("cpu"))
+    trainer = training.Trainer(tokenizer, 30, torch.device("cpu"))
     losses = [loss for _, loss in trainer.run()]
-    assert losses[-1] < losses[0] - 0.5
-    other = training.Trainer(tokenizer, 14, torch.device("cpu"))
+    assert sum(losses[-3:]) < sum(losses[:3]) - 3
+    other = training.Trainer(tokenizer, 32, torch.device("cpu"))
     other.load_state_dict(trainer.state_dict())
-    assert [step for step, _ in other.run()] == [13, 14]
+    assert [step for step, _ in other.run()] == [31, 32]
 
 
 def test_it_learns_to_name_the_function_before_its_arguments_and_reads_calls_that_do_not():
     random, learned, read = Random(5), 0, 0
-    for _ in range(300):
+    for _ in range(500):
         for role, content, learn in dialogue(random):
             if role == "assistant" and "<tool_call>" in content:
                 assert not learn or content.count('<tool_call>\n{"name": ') == content.count("<tool_call>")

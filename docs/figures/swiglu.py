@@ -4,7 +4,7 @@ import style
 import torch
 import torch.nn.functional as F
 
-LAYER = 4
+LAYER = 2
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from mistral.demo.everyday import EVERYDAY, Round
 from mistral.demo.inventions import Tool, make_tool, make_tools, request, say_all
 from mistral.demo.parameters import make_noun, make_parameter, make_parameters, make_value
 from mistral.demo.talk import SYSTEMS, TALK
-from mistral.demo.words import NOUNS
+from mistral.demo.words import NOUNS, split
 
 STYLES = ("json",) * 14 + ("card", "card", "eval", "eval", "eval_2024_07", "tool_use")
 
@@ -215,7 +215,7 @@ def _mistaken_turns(random: Random, call: Call) -> list[Turn]:
     """A call that went wrong, and what the driver says then; the right one follows."""
     kind, (name, arguments) = random.random(), call
     if kind < 0.3:
-        name = f"{name}_{random.choice(NOUNS)}"
+        name = f"{name}_{random.choice(split(NOUNS, held_out=False))}"
         problem = not_valid(name, f"No matching function signature found for function: {name}")
     elif kind < 0.6 and arguments:
         missing, *others = arguments

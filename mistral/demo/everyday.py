@@ -1,4 +1,4 @@
-"""Tools that people try first, with their requests in many wordings: what the scripts offer, and the card's example."""
+"""Tools that people try first, with their requests in many wordings: those of the scripts and the card among them."""
 
 from collections.abc import Callable
 from random import Random

@@ -22,8 +22,8 @@ PIECES = 1000  # of the tokenizer; ChatML's two control tokens follow, and rows 
 CONFIG = Config(
     vocab_size=1024,
     hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=8,
+    intermediate_size=768,
+    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
@@ -37,7 +37,7 @@ CONFIG = Config(
 GROUP = CONFIG.num_attention_heads // CONFIG.num_key_value_heads  # G: query heads of a key/value head
 BATCH_TOKENS = 2048  # half of it for a beginner
 RATE = 1.5e-3  # learning rate
-OTHERS = 0.3  # what a token counts that the model reads; one that it is to write counts 1
+OTHERS = 0.3  # weight in the loss of a token that the model only reads; one that it must write has 1
 
 
 def train_tokenizer(seed: int = 0) -> Tokenizer:
@@ -153,9 +153,9 @@ def batches(tokenizer: Tokenizer, random: Random, progress: float) -> Iterator[t
     """Some batches of (ids, weights), [B, T] each: dialogues of like length, padded with weight 0.
 
     What is easy comes first, in small batches: at the beginning short dialogues, most of which only repeat words or
-    choose a tool, and up to 70% of the way tools without the long prompt around them.
+    choose a tool, and up to 75% of the way tools without the long prompt around them.
     """
-    beginner, brief = progress < 0.115, progress < 0.7
+    beginner, brief = progress < 0.09, progress < 0.75
     longest = 384 if beginner else CONFIG.max_position_embeddings
     room = BATCH_TOKENS // 2 if beginner else BATCH_TOKENS
     rows: list[tuple[list[int], list[float]]] = []

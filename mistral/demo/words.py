@@ -138,13 +138,25 @@ LANGUAGES = tuple(
 Japanese Korean Chinese Russian Finnish Danish Norwegian Hungarian""".split()
 )
 
+# Words of the prompts and sentences around the made-up ones. They are often read, and would never be copied.
+COMMON = tuple(
+    """about add all also and any argument arguments array as ask assist assistant at available be below boolean by
+calculate call called calling can convert could days description do dollars each enum error example file find follow
+following for format from function functions get give given go have help helpful here hi how hour if in integer into it
+item items json know list look make may me message model more must my name named need no not now number object of
+off on one open or out over parameter parameters people please property properties provide provided query read request
+required respond response result return returns role say schema schemas search see send set show signature signatures
+sorry string system tag tags tell text than that the then there this time title to tool tools type types under use user
+using valid value values want was way what when where which will with within without work wrong you your""".split()
+)
+
 ONSETS = tuple("b br c ch d dr f fl g gr h j k l m n p pl r s sh st t tr v w z".split())
 VOWELS = tuple("a e i o u a e i o u ai ee oo".split())
 CODAS = ("", "", "", "l", "m", "n", "r", "s", "t", "x")
 
 
 def is_held_out(word: str) -> bool:
-    """Whether training never sees the word: a fixed sixth of all spellings."""
+    """Whether training makes up no name and no value of the word: a fixed sixth of all spellings."""
     return zlib.crc32(word.lower().encode()) % 6 == 5
 
 
@@ -155,16 +167,31 @@ def split(words: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
 
 
 def draw(random: Random, words: tuple[str, ...], held_out: bool) -> str:
-    """One of the words; in training mostly the beginning of one and the end of another: calendar, pressure: calensure.
+    """One of the words; in training mostly one that is put together of two.
 
     A few hundred words would be learned by heart. To copy words that it never saw, the demo must have seen many.
     """
-    word = random.choice(split(words, held_out))
-    if held_out or random.random() < 0.3 or "=" in word:
+    word, kind = random.choice(split(words, held_out)), random.random()
+    if held_out or kind < 0.3 or "=" in word:
         return word
     other = random.choice(split(words, held_out)).lower()
-    blend = word[: random.randint(2, max(len(word) - 1, 2))] + other[random.randint(1, max(len(other) - 2, 1)) :]
-    return word if is_held_out(blend) else blend
+    made = _beside_common(random, word, other) if kind < 0.45 else _blend(random, word, other)
+    return word if is_held_out(made) else made
+
+
+def _blend(random: Random, word: str, other: str) -> str:
+    """The beginning of one and the end of another: calendar, pressure: calensure."""
+    return word[: random.randint(2, max(len(word) - 1, 2))] + other[random.randint(1, max(len(other) - 2, 1)) :]
+
+
+def _beside_common(random: Random, word: str, other: str) -> str:
+    """A common word and another as one: userbank, bankuser; or the common one alone.
+
+    A piece such as "user" or "request" stands in every prompt. If it is never copied, it is not when it has to be.
+    """
+    common = random.choice(COMMON)
+    made = random.choice((common + other, common + other[-3:], word + common, common))
+    return made.capitalize() if word[0].isupper() else made
 
 
 def pseudo_word(random: Random, held_out: bool) -> str:
