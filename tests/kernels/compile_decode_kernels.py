@@ -36,6 +36,7 @@ def facts(name, task, dtype, target, model_dtype=None):
         dtype=str(dtype).removeprefix("torch."),
         registers=made.registers,
         spilled=made.spilled,
+        spilled_in_loops=sum(made.count(kind, *loop) for loop in made.loops for kind in ("STL", "LDL")),
         shared=made.shared,
         threads=32 * task.launch.options["num_warps"],
         chunks=task.launch.constants.get("CHUNKS"),

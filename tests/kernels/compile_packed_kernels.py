@@ -17,6 +17,7 @@ MATRICES = ("qkv", "output", "gate_up", "down", "head")
 FP16 = torch.float16
 # (target, batch, kind, larger kind, kernels)
 VARIANTS = [(90, 1, "Q4_K", "Q6_K", ("embed", "attention", *MATRICES)), (80, 16, "Q4_K", "Q6_K", MATRICES)]
+VARIANTS += [(90, 8, "Q4_K", "Q6_K", MATRICES)] + [(80, 8, kind, None, ("down",)) for kind in FAST_KINDS]
 VARIANTS += [(90, 1, kind, None, ("gate_up", "down")) for kind in FAST_KINDS]
 VARIANTS += [(80, 16, kind, None, ("down",)) for kind in FAST_KINDS]
 # The same for chunks of so many rows
