@@ -100,8 +100,6 @@ def load_model(
     if rounded and blocks:
         name, kind = next(iter(blocks.items()))
         raise ValueError(f"{path} is quantised ({name} is {kind.name}): keep it as it is with packed, without quantize")
-    if packed and not blocks and not rounded:
-        raise ValueError(f"packed=True is for quantised files, and {path} is none; quantize makes such a model")
     stays = blocks if packed else {}
     require_room(path, config, device, dtype, stays | rounded)
 
