@@ -83,6 +83,12 @@ def test_llama_cpp_gives_the_demos_logits(demo):
     ("text", "name", "arguments"),
     [
         ("What is 12 * 7?", "calculate", {"expression": "12 * 7"}),
+        pytest.param(
+            "Convert 26 miles to kilometers.",
+            "convert_units",
+            {"value": 26, "from_unit": "miles", "to_unit": "kilometers"},
+            marks=pytest.mark.xfail(strict=True, reason="this demo copies a wrong word in the place of miles"),
+        ),
         (
             "How many kilometers are 26 miles?",
             "convert_units",
