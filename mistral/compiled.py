@@ -12,13 +12,17 @@ few sizes   The reference attends to the slots in use, and their number grows by
 one graph   On a GPU everything from the token to the logits is recorded as a CUDA graph, one for each size, so that
             some hundred kernels are started at once. (Not yet run on a GPU.)
 
-On a CPU the matrix products stay PyTorch's own. Spelled out as sums of products, for which the compiler generates
-loops, they were slower (docs/benchmarks/README.md).
+On a CPU a step is the time that it takes to read the matrices, and who reads them faster depends on the processor:
+PyTorch's library, or a loop that the compiler writes where a product is spelled out as a sum (docs/benchmarks/README.md
+has one of each). So both are timed when a decoder for one row is made, and the faster one is taken.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mistral.cache import RollingCache, window_mask
@@ -30,11 +34,15 @@ from mistral.rms_norm import RMSNorm
 
 SMALLEST = 256  # halving makes no size of fewer slots
 MOST_SIZES = 6
+TIMED_BYTES = 2**28  # of matrices to time on: more than a processor keeps in its caches
 REMEDY = "use the eager engine, mistral.Decoder (--engine eager)"
 
 
 class CompiledDecoder(Decoder):
     """`Decoder` with a compiled step: the same methods, arguments and errors, and the same numbers up to rounding.
+
+    sums  whether the compiler writes the matrix products: what it writes reads the matrices once a row. None: if that
+          is faster, for one row on a CPU. The choice is a matter of rounding, and so, at a near-tie, of the text.
 
     The compiler runs when the decoder is made, for a few seconds (what it made before is found again), and when a text
     grows into the next size. Raises ValueError for packed weights, and where the compiler is missing or fails.
@@ -42,7 +50,15 @@ class CompiledDecoder(Decoder):
 
     backend: str | Callable = "inductor"  # of torch.compile
 
-    def __init__(self, model: Mistral, batch_size: int = 1, max_tokens: int | None = None, *, slack: int = 16):
+    def __init__(
+        self,
+        model: Mistral,
+        batch_size: int = 1,
+        max_tokens: int | None = None,
+        *,
+        slack: int = 16,
+        sums: bool | None = None,
+    ):
         if any(isinstance(module, Packed) for module in model.modules()):
             raise ValueError(f"packed weights cannot be compiled: {REMEDY}, or load the checkpoint unpacked")
         super().__init__(model, batch_size, max_tokens, slack=slack)
@@ -52,8 +68,12 @@ class CompiledDecoder(Decoder):
         # By reading, not measured: this lets the GPU's compiler make matrix-vector products itself and tune them.
         options = {"coordinate_descent_tuning": True} if model.device.type == "cuda" else None
         how = dict(fullgraph=True, dynamic=False, backend=self.backend, options=options)
-        self._run_block, self._run_head = torch.compile(run_block, **how), torch.compile(run_head, **how)
         with torch.inference_mode():
+            if sums is None and self.backend == "inductor":
+                sums = batch_size == 1 and model.device.type == "cpu" and sums_are_faster(model)
+            if sums:
+                how |= dict(backend=compile_sums, options=None)
+            self._run_block, self._run_head = torch.compile(run_block, **how), torch.compile(run_head, **how)
             self._prepare(self._sizes[0])
 
     def _forward(self, tokens: Tensor) -> Tensor:
@@ -144,6 +164,49 @@ def run_block(
 def run_head(norm: RMSNorm, matrix: nn.Module, x: Tensor) -> Tensor:
     """[B, 1, D] -> logits [B, V]."""
     return matrix(norm(x))[:, -1]
+
+
+def compile_sums(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable:
+    """A backend of torch.compile: its own, given every matrix product as a sum, so that it writes the loop itself."""
+    spell_out(graph)
+    return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+
+def spell_out(graph: torch.fx.GraphModule) -> None:
+    """Make every matrix product in it a sum."""
+    for node in graph.graph.nodes:
+        if node.target is F.linear:
+            node.target = summed
+    graph.recompile()
+
+
+def summed(x: Tensor, weight: Tensor, bias: None = None) -> Tensor:
+    """x W^T, spelled out: [..., in] and [out, in] -> [..., out]."""
+    return (x[..., None, :] * weight).sum(dim=-1)
+
+
+def sums_are_faster(model: Mistral) -> bool:
+    """Whether the compiler's products read the model's matrices faster than PyTorch's, by the best of a few turns.
+
+    Near 1 the difference is noise; PyTorch's are taken then. False where there is no compiler: who needs it will say.
+    """
+    matrices = [layer.mlp.gate_proj.weight for layer in model.model.layers]  # [F, D]
+    read = accumulate(matrix.nbytes for matrix in matrices)
+    matrices = [matrix for matrix, so_far in zip(matrices, read) if so_far <= TIMED_BYTES] or matrices[:1]
+    x = matrices[0].new_zeros(1, 1, matrices[0].shape[1])
+    seconds = {F.linear: [], torch.compile(summed, dynamic=False): []}
+    try:
+        with torch._dynamo.config.patch(recompile_limit=256):  # a variant for every size of matrix
+            for _ in range(4):  # the first turn compiles
+                for product, taken in seconds.items():
+                    start = time.perf_counter()
+                    for matrix in matrices:
+                        product(x, matrix)
+                    taken.append(time.perf_counter() - start)
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    theirs, ours = (min(taken[1:]) for taken in seconds.values())
+    return ours < 0.9 * theirs
 
 
 class _Ring:

@@ -1,15 +1,18 @@
 """The compiled engine is the reference: same logits, same ids, whatever is read, sampled and taken back.
 
-Only the first test makes the compiler write C++, which takes it seconds; for what stands around the compiled code it is
+Only the first tests make the compiler write C++, which takes it seconds; for what stands around the compiled code it is
 enough to trace it.
 """
+
+import time
 
 import pytest
 import small
 import torch
 
 import mistral
-from mistral.compiled import CompiledDecoder, sizes
+from mistral import compiled
+from mistral.compiled import CompiledDecoder, sizes, sums_are_faster
 
 GREEDY = mistral.Sampling(temperature=0.0)
 
@@ -48,12 +51,47 @@ def go_on(decoders, steps):
         assert torch.equal(ids, expected)
 
 
-def test_compiled_code_gives_the_references_logits_past_the_window():
+@pytest.mark.parametrize("sums", [False, True])
+def test_compiled_code_gives_the_references_logits_past_the_window(sums):
     model, _ = mistral.load(small.DATA / "small", device="cpu", sliding_window=8)
-    decoders = pair(model)
+    decoders = CompiledDecoder(model, sums=sums), mistral.Decoder(model)
     for decoder in decoders:
         decoder.read([small.tokens(1, 5)[0].tolist()])
     go_on(decoders, 30)  # the ring of 8 + 17 slots is full after 25 tokens
+
+
+@pytest.mark.parametrize(("slow", "faster"), [("linear", True), ("summed", False)])
+def test_whose_products_are_faster_is_measured(slow, faster, monkeypatch):
+    def product(x, weight):
+        time.sleep(0.01 if slow == "summed" else 0)
+        return x @ weight.T
+
+    def linear(x, weight):
+        time.sleep(0.01 if slow == "linear" else 0)
+        return x @ weight.T
+
+    monkeypatch.setattr(compiled.torch, "compile", lambda function, **_: product)
+    monkeypatch.setattr(compiled.F, "linear", linear)
+    assert sums_are_faster(small.model()) is faster
+
+
+def test_without_a_compiler_no_product_is_compiled(monkeypatch):
+    def fail(x, weight):
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+
+    monkeypatch.setattr(compiled.torch, "compile", lambda function, **_: fail)
+    assert not sums_are_faster(small.model())
+
+
+def test_sums_replace_every_product_with_a_matrix():
+    made = []
+    head = torch.compile(compiled.run_head, backend=lambda graph, inputs: made.append(graph) or graph.forward)
+    model = small.model()
+    head(model.model.norm, model.lm_head, torch.zeros(1, 1, model.config.hidden_size))
+    compiled.spell_out(made[0])
+    targets = [node.target for node in made[0].graph.nodes]
+    assert compiled.summed in targets
+    assert torch.nn.functional.linear not in targets
 
 
 def test_a_batch_of_unequal_rows_is_read_and_taken_back(traced):
