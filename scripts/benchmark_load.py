@@ -1,10 +1,15 @@
-"""Time and memory of loading a GGUF with the shapes of Hermes-2-Pro-Mistral-7B in Q4_K_M (4.4 GB, made up here)."""
+"""Time and memory of loading a GGUF with the shapes of Hermes-2-Pro-Mistral-7B in Q4_K_M (4.4 GB, made up here).
+
+The last way, "first token", is a process from its start to the first token: imports, file, engine (`auto`, on a GPU if
+there is one) and prompt. It is run twice, since the first time may compile kernels; the second counts.
+"""
 
 import argparse
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import common
@@ -17,14 +22,17 @@ from mistral.memory import format_bytes
 LAYERS, WIDTH, MLP, KV_WIDTH, VOCABULARY = 32, 4096, 14336, 1024, 32032
 # Layers whose attn_v and ffn_down llama.cpp gives Q6_K in a Q4_K_M of 32 layers
 FINER = {*range(4), *range(6, 28, 3), *range(28, 32)}
-WAYS = ("header", "packed", "bfloat16", "llama.cpp")
+WAYS = ("read", "header", "packed", "bfloat16", "llama.cpp", "first token")
 
 CHILD = """
 import sys, time
 def kilobytes(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 way, path, warm = sys.argv[1:]
-if way == "llama.cpp":
+if way == "read":
+    import numpy
+    def load(file): return numpy.fromfile(file, numpy.uint8)
+elif way == "llama.cpp":
     import llama_cpp
     def load(file): return llama_cpp.Llama(file, n_ctx=512, verbose=False)
 elif way == "header":
@@ -43,16 +51,32 @@ else:
 if way != "llama.cpp":
     load(warm)
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew from here
-before, start = kilobytes("VmRSS"), time.perf_counter()
+before, start, cpu_start = kilobytes("VmRSS"), time.perf_counter(), time.process_time()
 kept = load(path)
-print(time.perf_counter() - start, kilobytes("VmHWM") - before)
+print(time.perf_counter() - start, time.process_time() - cpu_start, kilobytes("VmHWM") - before)
+"""
+
+FIRST_TOKEN = """
+import resource, sys, time
+import mistral
+from mistral_kernels import open_engine
+model, tokenizer = mistral.load(sys.argv[1], packed=True, sliding_window=4096)
+decoder, note = open_engine("auto", model)
+next(mistral.generate(decoder, tokenizer.encode("one two three"), mistral.Sampling(temperature=0), max_new_tokens=1))
+print(time.time() - float(sys.argv[2]), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, note)
 """
 
 
 def main() -> None:
     parser = common.parser(__doc__, "python scripts/benchmark_load.py --layers 32")
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer make a smaller file (default: 32)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="default: all that are installed")
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=WAYS,
+        help="default: all that are installed. read: the bytes into new memory and nothing else, to compare with",
+    )
     args = parser.parse_args()
     if not 1 <= args.layers <= LAYERS:
         raise ValueError(f"--layers must be 1 to {LAYERS}, not {args.layers}")
@@ -66,25 +90,46 @@ def main() -> None:
         print(
             f"{path.name}: {format_bytes(path.stat().st_size)}, {args.layers} layers, just written: in the file cache"
         )
-        print(f"{'':<12}{'seconds':>10}{'peak memory':>14}{'stays':>12}{'ratio':>8}")
+        print(f"{'':<12}{'seconds':>10}{'CPU seconds':>14}{'peak memory':>14}{'stays':>12}{'ratio':>8}")
         for way in args.ways:
-            results[way] = measure(way, path, warm, args)
+            results[way] = first_token(path) if way == "first token" else measure(way, path, warm, args)
     print(json.dumps({"layers": args.layers, **results}))
 
 
 def measure(way: str, path: Path, warm: Path, args: argparse.Namespace) -> dict[str, float] | None:
     """Load in a process of its own; peak memory is what it took beyond what it had before."""
-    command = [sys.executable, "-c", CHILD, way, str(path), str(warm)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_child(way, [CHILD, way, str(path), str(warm)])
+    if result is None:
+        return None
+    seconds, cpu_seconds, peak = map(float, result.split())
+    parameters = num_parameters(args.layers)
+    size = path.stat().st_size
+    stays = {"read": size, "packed": size, "bfloat16": 2 * parameters}.get(way)
+    ratio = f"{peak * 1024 / stays:>8.2f}" if stays else ""
+    memory = f"{format_bytes(peak * 1024):>14}{format_bytes(stays) if stays else '':>12}{ratio}"
+    print(f"{way:<12}{seconds:>10.2f}{cpu_seconds:>14.2f}{memory}")
+    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), "peak_bytes": round(peak * 1024)}
+
+
+def first_token(path: Path) -> dict[str, float | str] | None:
+    """From the start of a process to its first token; the peak is that of the whole process."""
+    for _ in range(2):
+        result = run_child("first token", [FIRST_TOKEN, str(path), str(time.time())])
+        if result is None:
+            return None
+    seconds, cpu_seconds, peak, note = result.split(maxsplit=3)
+    print(f"{'first token':<12}{float(seconds):>10.2f}{float(cpu_seconds):>14.2f}{format_bytes(int(peak) * 1024):>14}")
+    print(f"  {note.strip()}")
+    return {"seconds": round(float(seconds), 2), "cpu_seconds": round(float(cpu_seconds), 2), "engine": note.strip()}
+
+
+def run_child(way: str, arguments: list[str]) -> str | None:
+    """What a Python program prints; None, after a line about it, if it fails."""
+    result = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True)
     if result.returncode:
         print(f"{way:<12}not measured: {result.stderr.strip().splitlines()[-1]}")
         return None
-    seconds, peak = map(float, result.stdout.split())
-    parameters = num_parameters(args.layers)
-    stays = {"packed": path.stat().st_size, "bfloat16": 2 * parameters}.get(way)
-    ratio = f"{peak * 1024 / stays:>8.2f}" if stays else ""
-    print(f"{way:<12}{seconds:>10.2f}{format_bytes(peak * 1024):>14}{format_bytes(stays) if stays else '':>12}{ratio}")
-    return {"seconds": round(seconds, 2), "peak_bytes": round(peak * 1024)}
+    return result.stdout
 
 
 def num_parameters(layers: int) -> int:

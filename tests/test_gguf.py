@@ -21,6 +21,7 @@ from mistral.checkpoints import gguf, gguf_config, gguf_export, gguf_tokenizer
 from mistral.checkpoints.gguf_header import read_header
 from mistral.checkpoints.names import half_split_rows, interleaved_rows, tensor_shapes
 from mistral.checkpoints.sentencepiece_model import write_model
+from mistral.errors import CheckpointError
 from mistral.quantization.packed import Packed
 
 FILES = small.DATA / "gguf"
@@ -69,6 +70,28 @@ def test_packed_weights_keep_the_bytes_of_the_file():
     assert model.model.layers[0].self_attn.q_proj.kind.name == "Q4_K"
     assert model.model.layers[1].self_attn.v_proj.kind.name in ("Q4_K", "Q6_K")
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tensors_that_are_read_in_pieces_are_the_same(packed, monkeypatch):
+    path = FILES / "q4_k_m.gguf"
+    whole = load(path, packed=packed)[0].state_dict()
+    monkeypatch.setattr(gguf, "weights_at_once", lambda device: 5 * 256)
+    monkeypatch.setattr(gguf, "MOVED_AT_ONCE", 5 * 256)  # five rows or fewer, and the last piece is shorter
+    in_pieces = load(path, packed=packed)[0].state_dict()
+    assert whole.keys() == in_pieces.keys()
+    assert all(torch.equal(whole[name], in_pieces[name]) for name in whole)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    shutil.copy(FILES / "q4_k_m.gguf", path)
+    header = read_header(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    last = max(header.tensors.values(), key=lambda tensor: tensor.start)
+    for dtype in (None, torch.float32):
+        with pytest.raises(CheckpointError, match=f"m.gguf ends inside {last.name}"):
+            gguf.read_rows(last, None, torch.device("cpu"), dtype)
 
 
 def test_a_packed_model_generates_and_follows_a_change_of_dtype():

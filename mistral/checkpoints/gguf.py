@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: config, tokenizer and weights, packed or not, in one file or a split set."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,7 @@ from mistral.tokenizer import Tokenizer
 
 # Formats that hold plain numbers
 UNPACKED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOVED_AT_ONCE = 1 << 24  # packed weights that are read at a time where they stay packed: 9 MB of Q4_K
 
 
 def load(
@@ -143,15 +144,23 @@ def read_rows(
 
     heads  rows of rotary matrices stand in another order in the file, see names.py; None: no such matrix
 
-    Some rows at a time, so that beside the result only little memory is used.
+    Rows that stay as they are on a CPU are read where they stay. All others go through a buffer, some at a time, so
+    that beside the result only little memory is used.
     """
     num_rows, num_weights = prod(tensor.shape[:-1]), tensor.shape[-1]
     width = tensor.row_bytes if dtype is None else num_weights
     result = torch.empty((num_rows, width), dtype=dtype or torch.uint8, device=device)
+    # Few pieces where nothing is unpacked: on a CPU with other work each costs a wait for PyTorch's other threads.
+    rows_at_once = max(1, (MOVED_AT_ONCE if dtype is None else weights_at_once(device)) // num_weights)
+    if dtype is None and heads is None and device.type == "cpu":
+        for rows in _read_bytes(tensor, result.split(rows_at_once)):
+            progress(rows.numel())
+        return result
     # Row f of the file is our row places[f]: writing there is the same as reading in the order of `half_split_rows`.
     places = None if heads is None else interleaved_rows(num_rows, heads).to(device)
+    buffer = torch.empty((min(rows_at_once, num_rows), tensor.row_bytes), dtype=torch.uint8)
     at = 0
-    for rows in _read_bytes(tensor, num_rows, max(1, weights_at_once(device) // num_weights)):
+    for rows in _read_bytes(tensor, (buffer[: num_rows - start] for start in range(0, num_rows, rows_at_once))):
         part = rows.to(device)
         if dtype is not None:
             part = dequantize(part, tensor.kind).to(dtype)
@@ -162,16 +171,17 @@ def read_rows(
     return result
 
 
-def _read_bytes(tensor: GgufTensor, num_rows: int, rows_at_once: int) -> Iterator[Tensor]:
-    """The packed rows of a tensor in pieces, uint8 [rows, bytes of a row] each; the next one overwrites the last."""
-    buffer = torch.empty((min(rows_at_once, num_rows), tensor.row_bytes), dtype=torch.uint8)
+def _read_bytes(tensor: GgufTensor, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Fill pieces of memory with a tensor's bytes, each from where the last one ended, and give each when it is full.
+
+    pieces  contiguous uint8 tensors on the CPU
+    """
     try:
         with tensor.path.open("rb") as file:
             file.seek(tensor.start)
-            for start in range(0, num_rows, rows_at_once):
-                rows = buffer[: num_rows - start]
-                if file.readinto(rows.numpy()) != rows.numel():
+            for piece in pieces:
+                if file.readinto(piece.numpy()) != piece.numel():
                     raise CheckpointError(f"{tensor.path} ends inside {tensor.name}: it is not complete")
-                yield rows
+                yield piece
     except OSError as error:
         raise CheckpointError(f"{tensor.path} cannot be read: {error}") from error
