@@ -96,6 +96,14 @@ def test_packed_layers_are_layers_with_the_unpacked_weights(name, dtype, monkeyp
     assert embedding.blocks.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("id", [-1, 13])
+def test_an_id_outside_a_packed_table_is_an_error_as_in_a_plain_one(id):
+    kind = BY_NAME["Q8_0"]
+    embedding = PackedEmbedding(torch.zeros(13, kind.block_bytes, dtype=torch.uint8), kind, torch.float32)
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([[3, id]]))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_a_gpu_gives_the_same_bits(name):

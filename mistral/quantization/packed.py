@@ -99,7 +99,9 @@ class PackedEmbedding(Packed):
         return self.dtype_of_rows.dtype
 
     def _rows(self, which: Tensor) -> Tensor:
-        return self.blocks[which] if self.keeper is None else self.keeper.rows(which)
+        if self.keeper is not None:
+            return self.keeper.rows(which)
+        return self.blocks.index_select(0, which)  # indexing would take -1 for the last row
 
 
 class TiedOutput(nn.Module):
