@@ -1,8 +1,19 @@
 """CUDA graphs: work that is recorded once, and then started again and again as a whole."""
 
+import functools
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where a device's work is recorded. One for all: cuBLAS keeps memory for every stream that it has seen.
+
+    PyTorch's own stream for it belongs to the device that recorded first.
+    """
+    return torch.cuda.Stream()
 
 
 class Recorder:
@@ -13,19 +24,18 @@ class Recorder:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream: torch.cuda.Stream | None = None
         self._pool: tuple[int, int] | None = None
 
     def record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         """The work as a graph. Nothing runs on the device meanwhile; what the work raises is raised."""
         graph, failure = torch.cuda.CUDAGraph(), None
         with torch.cuda.device(self._device):
-            # PyTorch's own stream for recording belongs to the device that recorded first.
-            self._stream = self._stream or torch.cuda.Stream()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             before = torch.cuda.current_stream()
+            # What other threads do with the device breaks no recording of this one.
+            how = dict(pool=self._pool, stream=_stream(self._device), capture_error_mode="thread_local")
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                with torch.cuda.graph(graph, **how):
                     try:
                         work()
                     except BaseException as error:
@@ -37,14 +47,18 @@ class Recorder:
                 raise failure
         return graph
 
-    @staticmethod
-    def _recover(stream: torch.cuda.Stream) -> None:
-        """Undo what PyTorch leaves behind where even the end of a recording failed (by reading its code, 2.13).
+    def _recover(self, stream: torch.cuda.Stream) -> None:
+        """Undo what PyTorch leaves behind where even the end of a recording failed (by reading its code).
 
-        The stream of the recording is still the current one, and the generator counts for a graph, which would make
-        the next random number an error: it begins its numbers anew.
+        The stream of the recording is still the current one. The allocator still records into the pool: it would free
+        no other memory, and take no second recording into this one. And the generator counts for a graph, which would
+        make the next random number an error: it begins its numbers anew.
         """
         torch.cuda.set_stream(stream)
+        pool, self._pool = self._pool, None
+        with suppress(RuntimeError):  # of the first where the recording has ended, and then the graph lets go of it
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
         generator = torch.cuda.default_generators[stream.device_index]
         fresh = torch.Generator(stream.device).manual_seed(generator.initial_seed())
         generator.graphsafe_set_state(fresh.graphsafe_get_state())
