@@ -21,13 +21,15 @@ numbers are Philox of (seed, how many ids the row has drawn, row, round).
 Source: Parallel random numbers: as easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405 (Philox)
 
 Bytes: 4 a logit; 10 more where ids are penalised or forbidden (32,000 tokens: 128 KB, and 320 KB more, a row).
-Where V is no multiple of 4 the rows of a batch are loaded number by number.
+Logits are loaded 16 bytes at a time. Where V is no multiple of 4 a row may begin and end inside such 16 bytes: what
+comes along with its first and last logits is its neighbours', or lies up to 12 bytes behind the tensor, and is dropped.
 
 Versions (times not measured)
   torch: topk, sort, softmax, cumsum, scatter, ...   about 20 kernels, two sorts of the vocabulary
   top-p by bisection on the mass                     some 20 passes over the row where this takes about two
   a random number for every token                    two thirds of all instructions
   flags read where the row is in registers           spills 224 bytes a thread; through memory: none
+  each row loaded from its first logit on            spills 128 bytes a thread where V is no multiple of 4
   this one                                           1 kernel; a pass over the row for each round
 """
 
@@ -113,22 +115,30 @@ def pick(weights, u, SIZE: tl.constexpr):
 
 
 @triton.jit
-def apply_flags(logits, allowed, seen, scores, penalty, masked, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Write a row's scores after penalty and mask."""
-    for start in range(0, V, BLOCK):
+def load_row(numbers, i, before, V: tl.constexpr):
+    """numbers[i], and -infinity for every i outside of the row, which is V numbers from number `before` on."""
+    z = tl.load(numbers + i, mask=i < (before + V + 3) // 4 * 4)
+    return tl.where((i >= before) & (i < before + V), z, float("-inf"))
+
+
+@triton.jit
+def apply_flags(logits, allowed, seen, scores, before, penalty, masked, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a row's scores after penalty and mask; as in `load_row` it begins at number `before`."""
+    end = (before + V + 3) // 4 * 4
+    for start in range(0, V + 3 if V % 4 else V, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + i, mask=i < V, other=0.0)
-        again = tl.load(seen + i, mask=i < tl.where(penalty != 1.0, V, 0), other=0) != 0
-        may = tl.load(allowed + i, mask=i < tl.where(masked, V, 0), other=1) != 0
+        z = load_row(logits, i, before, V)
+        again = tl.load(seen + i, mask=i < tl.where(penalty != 1.0, end, 0), other=0) != 0
+        may = tl.load(allowed + i, mask=i < tl.where(masked, end, 0), other=1) != 0
         z = tl.where(again, z * tl.where(z < 0.0, penalty, tl.div_rn(1.0, penalty)), z)
         z = tl.where(may | (z != z), z, float("-inf"))  # what is no number is reported, forbidden or not
-        tl.store(scores + i, z, mask=i < V)
+        tl.store(scores + i, z, mask=(i >= before) & (i < before + V))
     tl.debug_barrier()  # who reads a score did not write it
 
 
 @triton.jit
-def draw(z, top, token, floats, integers, counts, b, V: tl.constexpr, GROUPS: tl.constexpr):
-    """A token in proportion to exp(z), of those that the rules keep; z [GROUPS, 32]. 0 where none is left."""
+def draw(z, top, i, floats, integers, counts, b, V: tl.constexpr, GROUPS: tl.constexpr):
+    """An index i in proportion to exp(z), of those that the rules keep; z [GROUPS, 32]. 0 where none is left."""
     k, count = tl.load(integers).to(tl.int32), tl.load(counts + b).to(tl.int32)
     if (k > 0) & (k < V):
         z = tl.where(z >= kth_highest(z, top, k), z, float("-inf"))
@@ -145,8 +155,8 @@ def draw(z, top, token, floats, integers, counts, b, V: tl.constexpr, GROUPS: tl
         group = pick(tl.sum(p, 1), tl.uint_to_uniform_float(first), GROUPS)
         inside = tl.where(tl.arange(0, GROUPS)[:, None] == group, p, 0.0)
         chosen = group * 32 + pick(tl.sum(inside, 0), tl.uint_to_uniform_float(second), 32)
-        mine = tl.sum(tl.where(token == chosen, p, 0.0))
-        p = tl.where((p > mine) | ((p == mine) & (token > chosen)), p, 0.0)  # what stands above it
+        mine = tl.sum(tl.where(i == chosen, p, 0.0))
+        p = tl.where((p > mine) | ((p == mine) & (i > chosen)), p, 0.0)  # what stands above it
         above = tl.sum(p)
         trying = (above > 0.0) & (above >= top_p) & (top_p < 1.0)
         round += 1
@@ -160,15 +170,17 @@ def sample_kernel(
 ):  # fmt: skip
     """One CTA: one row."""
     b = tl.program_id(0)
-    token = tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    i = tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    before = b * V % 4 if V % 4 else 0  # numbers of the row ahead in the 16 bytes where this one begins
+    first = b * V // 4 * 4
     wait_for_producer(ARCH)
     release_consumer(ARCH)
     temperature, penalty, masked = tl.load(floats), tl.load(floats + 3), tl.load(integers + 2) != 0
     if masked | (penalty != 1.0):
-        apply_flags(logits + b * V, allowed + b * V, seen + b * V, scores + b * V, penalty, masked, V, BLOCK)
-        z = tl.load(scores + b * V + token, mask=token < V, other=float("-inf"))
+        apply_flags(logits + first, allowed + first, seen + first, scores + first, before, penalty, masked, V, BLOCK)
+        z = load_row(scores + first, i, before, V)
     else:
-        z = tl.load(logits + b * V + token, mask=token < V, other=float("-inf"))
+        z = load_row(logits + first, i, before, V)
     if temperature != 0.0:
         z = z * tl.div_rn(1.0, temperature)  # as torch divides on a GPU, so that the same scores tie
     broken = tl.max(tl.where(z == z, 0, 1)) > 0
@@ -176,9 +188,10 @@ def sample_kernel(
     top = tl.max(z)
     problem = tl.where(broken, BROKEN, tl.where(top == float("-inf"), EMPTY, 0))
     tl.store(problems + b, problem.to(tl.int64))
-    chosen = tl.min(tl.where(z == top, token, V - 1))
+    chosen = tl.min(tl.where(z == top, i, 32 * GROUPS))
     if temperature != 0.0:
-        chosen = draw(z, top, token, floats, integers, counts, b, V, GROUPS)
+        chosen = draw(z, top, i, floats, integers, counts, b, V, GROUPS)
+    chosen = tl.maximum(chosen - before, 0)  # below 0 only where no token is left
     tl.store(ids + b, chosen.to(tl.int64))
     tl.store(seen + b * V + chosen, True)
     tl.store(counts + b, tl.load(counts + b) + 1)
@@ -187,7 +200,7 @@ def sample_kernel(
 def launch(batch: int, V: int, arch: int) -> Launch:
     """Shape of the launch. ValueError for a vocabulary that does not fit into registers."""
     require(V <= 2**17, f"a vocabulary of {V}; the sampling kernel takes up to {2**17}")
-    groups = triton.next_power_of_2(triton.cdiv(V, 32))
+    groups = triton.next_power_of_2(triton.cdiv(V + 3 if V % 4 else V, 32))
     warps = 16 if groups >= 512 else 4
     constants = dict(V=V, GROUPS=groups, BLOCK=128 * warps, ARCH=arch)
     return Launch((batch,), constants, dict(num_warps=warps))

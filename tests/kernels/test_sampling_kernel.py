@@ -242,6 +242,40 @@ def test_a_mask_is_obeyed_until_it_is_gone(temperature, plain):
     assert ids.tolist() == [12, 12]
 
 
+@pytest.mark.parametrize("size", [61, 62, 63, 64, 70])  # with up to three numbers ahead, 62 and 63 need a third group
+def test_a_row_takes_nothing_from_what_lies_beside_it(size):
+    memory = torch.full((3 * size + 16,), math.nan, device=DEVICE)
+    logits, mask = memory[: 3 * size].view(3, size), torch.zeros(3, size, dtype=torch.bool, device=DEVICE)
+    history = torch.arange(size, device=DEVICE).repeat(3, 1)  # what is beside the row is forbidden and penalised, too
+    for b in range(3):
+        logits.fill_(math.nan)
+        mask.zero_()
+        mask[b], history[b] = True, -1
+        for best, values in ((0, dict(temperature=0)), (size - 1, dict(temperature=0)), (0, {}), (size - 1, {})):
+            logits[b] = torch.linspace(-20, -10, size)
+            logits[b, best] = 20.0
+            for given, penalty in ((None, 1.0), (mask, 1.0), (None, 2.0), (mask, 2.0)):
+                sampler, ids = Sampler(3, size, DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+                sampler.prepare(Sampling(repetition_penalty=penalty, seed=0, **values), given, history)
+                sampler.run(logits, ids)
+                assert (ids[b].item(), sampler.problems[b].item()) == (best, 0)
+        history[b] = torch.arange(size)
+
+
+@pytest.mark.parametrize("size", [61, 62, 63, 64])
+def test_each_row_writes_its_own_scores_and_no_others(size):
+    logits, mask = torch.randn(3, size, device=DEVICE), torch.rand(3, size, device=DEVICE) < 0.5
+    memory = torch.full((3 * size + 16,), 7.0, device=DEVICE)
+    sampler, ids = Sampler(3, size, DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    sampler._scores = memory[: 3 * size].view(3, size)
+    sampler.prepare(Sampling(temperature=0), mask, nothing(3))
+    sampler.run(logits, ids)
+    expected = logits.masked_fill(~mask, -math.inf)
+    assert torch.equal(sampler._scores, expected)
+    assert (memory[3 * size :] == 7).all()
+    assert torch.equal(ids, expected.argmax(-1))
+
+
 def test_what_the_kernel_does_not_have_is_left_to_the_reference():
     supported = [Sampling(), Sampling(temperature=0, typical_p=0.5), Sampling(top_k=5, top_p=0.5, min_p=0.1)]
     assert all(map(Sampler.supports, supported))
