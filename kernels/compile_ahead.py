@@ -29,10 +29,11 @@ from mistral_kernels import (
     projection,
     qkv,
     sampling,
+    short_attention,
     short_linear,
 )
 from mistral_kernels.matvec import DENSE
-from mistral_kernels.portable import TRITON_DTYPES, Launch
+from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_for
 
 # By name, in every kernel; what is not here points to numbers of the weights' dtype.
 _TYPES = (
@@ -90,7 +91,7 @@ def decode_kernels(
     more = larger or kind
     D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     N, K = config.num_attention_heads, config.num_key_value_heads
-    arch = 80 if capability < 90 else 90
+    arch = arch_for(capability)
     how = (dtype, arch)
     return {
         "embed": Task(embed.embed_kernel, embed.launch(batch, D, H, arch, kind)),
@@ -111,7 +112,7 @@ def short_kernels(
     The other arguments are those of `decode_kernels`. All matrices as wide as up_proj run the code of "short up".
     """
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    more, how = larger or kind, (dtype, 80 if capability < 90 else 90)
+    more, how = larger or kind, (dtype, arch_for(capability))
     kernel, launch = short_linear.short_linear_kernel, short_linear.launch
     return {
         "scale": Task(short_linear.scale_rows_kernel, short_linear.scale_launch(T, F)),
@@ -124,13 +125,20 @@ def short_kernels(
 def prefill_kernels(config: Config, dtype: torch.dtype, tokens: int, capability: int) -> dict[str, Task]:
     """The kernels of a prompt in such a model, by name. The matrix products between them are cuBLAS's."""
     F, H, N, K = config.intermediate_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    attention = prefill_attention.launch(1, tokens, N, K, H, dtype, 80 if capability < 90 else 90)
+    attention = prefill_attention.launch(1, tokens, N, K, H, dtype, arch_for(capability))
     return {
         "rotate": Task(prefill_pointwise.rotate_chunk_kernel, prefill_pointwise.rotate_launch(tokens, N, K, H)),
         "store": Task(prefill_pointwise.store_chunk_kernel, prefill_pointwise.store_launch(tokens, K, H)),
         "prefill": Task(prefill_attention.prefill_attention_kernel, attention),
         "swiglu": Task(prefill_pointwise.swiglu_kernel, prefill_pointwise.swiglu_launch(tokens, F)),
     }
+
+
+def short_attention_kernel(config: Config, dtype: torch.dtype, tokens: int, capability: int) -> Task:
+    """The attention of a few new tokens in such a model."""
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    shape = short_attention.launch(1, tokens, N, K, H, dtype, arch_for(capability), decode_attention.num_splits(1, K))
+    return Task(short_attention.short_attention_kernel, shape)
 
 
 def unpack_kernel(config: Config, kind: str, chosen: bool = False) -> Task:
@@ -141,11 +149,11 @@ def unpack_kernel(config: Config, kind: str, chosen: bool = False) -> Task:
 
 def sample_kernel(config: Config, batch: int, capability: int) -> Task:
     """What chooses the next tokens."""
-    return Task(sampling.sample_kernel, sampling.launch(batch, config.vocab_size, 80 if capability < 90 else 90))
+    return Task(sampling.sample_kernel, sampling.launch(batch, config.vocab_size, arch_for(capability)))
 
 
 def compile_ahead(task: Task, dtype: torch.dtype, capability: int, model_dtype: torch.dtype | None = None) -> Compiled:
-    """Compile a kernel for weights of `dtype` and compute capability `capability` (80, 90).
+    """Compile a kernel for weights of `dtype` and compute capability `capability` (80, 90, 120).
 
     model_dtype  of the cache and the norms; None: the weights'. For packed ones `dtype` is that of their inputs
 

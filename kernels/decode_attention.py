@@ -54,14 +54,25 @@ def num_splits(batch: int, K: int) -> int:
 class Partials:
     """Where the CTAs of one `attend` leave their parts; one serves all layers, since they run one after the other.
 
+    tokens  how many queries a row and head has
     splits  how many parts the keys are cut into; None: `num_splits`
     """
 
-    def __init__(self, batch: int, N: int, K: int, H: int, device: torch.device | str, *, splits: int | None = None):
+    def __init__(
+        self,
+        batch: int,
+        N: int,
+        K: int,
+        H: int,
+        device: torch.device | str,
+        *,
+        tokens: int = 1,
+        splits: int | None = None,
+    ):
         self.splits = splits or num_splits(batch, K)
-        parts, G = (batch * K, self.splits), N // K
-        self.outputs = torch.empty(*parts, G, H, dtype=torch.float32, device=device)  # weighted sums of values
-        self.stats = torch.empty(*parts, 2, G, dtype=torch.float32, device=device)  # largest scores; sums of weights
+        parts, M = (batch * K, self.splits), tokens * N // K
+        self.outputs = torch.empty(*parts, M, H, dtype=torch.float32, device=device)  # weighted sums of values
+        self.stats = torch.empty(*parts, 2, M, dtype=torch.float32, device=device)  # largest scores; sums of weights
         self.counters = torch.zeros(batch * K, dtype=torch.int32, device=device)  # how many parts are there
 
 
@@ -89,29 +100,45 @@ def attend_reference(
 
 
 @triton.jit
-def combine(
-    y, partial_outputs, stats, index, G: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr
+def leave_part(
+    partial_outputs, stats, part, top, total, out, M, ROWS: tl.constexpr, H: tl.constexpr
 ):  # fmt: skip
-    """Add up the parts of one key/value head and row, and store its G heads of y."""
-    g = tl.arange(0, GROUP)
-    real = g < G
-    head = g[:, None] * H + tl.arange(0, H)[None, :]
-    top = tl.full([GROUP], -1e30, tl.float32)
+    """Store what a CTA has found for its M queries; of its ROWS rows those behind them are none."""
+    m = tl.arange(0, ROWS)
+    real = m < M
+    d = tl.arange(0, H)
+    tl.store(partial_outputs + (part * M + m[:, None]) * H + d[None, :], out, mask=real[:, None])
+    tl.store(stats + part * 2 * M + m, top, mask=real)
+    tl.store(stats + part * 2 * M + M + m, total, mask=real)
+    tl.debug_barrier()  # one thread counts for all of them, so all must have stored
+
+
+@triton.jit
+def combine(
+    y, places, partial_outputs, stats, index, M, ROWS: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Add up the parts of one key/value head and row, and store y of its M queries: that of m from y[places[m]] on."""
+    m = tl.arange(0, ROWS)
+    real = m < M
+    d = tl.arange(0, H)[None, :]
+    top = tl.full([ROWS], -1e30, tl.float32)
     # ".cg" reads past the L1 cache, which does not know what other CTAs have written.
     for part in tl.static_range(SPLITS):
-        stat = stats + (index * SPLITS + part) * 2 * G + g
+        stat = stats + (index * SPLITS + part) * 2 * M + m
         top = tl.maximum(top, tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg"))
-    total = tl.zeros([GROUP], tl.float32)
-    out = tl.zeros([GROUP, H], tl.float32)
-    for part in tl.static_range(SPLITS):
-        at = index * SPLITS + part
-        stat = stats + at * 2 * G + g
-        factor = tl.exp2(tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg") - top)
-        total += factor * tl.load(stat + G, mask=real, other=0.0, cache_modifier=".cg")
-        mine = tl.load(partial_outputs + at * G * H + head, mask=real[:, None], other=0.0, cache_modifier=".cg")
-        out += factor[:, None] * mine
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, H], tl.float32)
+    AT_ONCE: tl.constexpr = SPLITS if ROWS <= 16 else 1  # how many parts the registers hold
+    for first in range(0, SPLITS, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            at = index * SPLITS + first + i
+            stat = stats + at * 2 * M + m
+            factor = tl.exp2(tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg") - top)
+            total += factor * tl.load(stat + M, mask=real, other=0.0, cache_modifier=".cg")
+            row = partial_outputs + (at * M + m[:, None]) * H + d
+            out += factor[:, None] * tl.load(row, mask=real[:, None], other=0.0, cache_modifier=".cg")
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]  # a row that takes no part has no key, and gets 0
-    tl.store(y + index * G * H + head, to_activation(out, y.dtype.element_ty), mask=real[:, None])
+    tl.store(y + places[:, None] + d, to_activation(out, y.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["num_slots", "window"])
@@ -154,16 +181,11 @@ def decode_attention_kernel(
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = highest
 
-    part = index * SPLITS + split
-    real = m < G
-    tl.store(partial_outputs + (part * G + m[:, None]) * H + d[None, :], out, mask=real[:, None])
-    tl.store(stats + part * 2 * G + m, top, mask=real)
-    tl.store(stats + part * 2 * G + G + m, total, mask=real)
-    tl.debug_barrier()  # one thread counts for all of them, so all must have stored
+    leave_part(partial_outputs, stats, index * SPLITS + split, top, total, out, G, 16, H)
     before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
     release_consumer(ARCH)
     if before == SPLITS - 1:
-        combine(y, partial_outputs, stats, index, G, GROUP, H, SPLITS)
+        combine(y, (index * G + tl.arange(0, GROUP)) * H, partial_outputs, stats, index, G, GROUP, H, SPLITS)
         tl.store(counters + index, 0)
 
 

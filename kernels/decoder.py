@@ -14,6 +14,7 @@ from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.matvec import MAX_BATCH
 from mistral_kernels.prefill import read_chunk
 from mistral_kernels.sampler import Sampler
+from mistral_kernels.short_linear import MAX_ROWS
 from mistral_kernels.weights import unpacked_kinds
 
 
@@ -50,6 +51,8 @@ class Decoder(ReferenceDecoder):
         on_gpu = model.device.type == "cuda"
         if graph and (plain or not on_gpu):
             raise ValueError("a CUDA graph needs the kernels and a GPU")
+        if pdl and on_gpu and torch.cuda.get_device_capability(model.device) < (9, 0):
+            raise ValueError("programmatic dependent launch needs a GPU of compute capability 9.0 or later")
         graph = on_gpu and not plain if graph is None else graph
         self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph else None
         self._recorder = Recorder(model.device)
@@ -60,7 +63,8 @@ class Decoder(ReferenceDecoder):
             self._sampler = Sampler(batch_size, model.config.vocab_size, model.device, plain)
             # Graphs know addresses, so it cannot grow; `_append` writes up to one chunk behind the last real id.
             self._history = torch.full((batch_size, 2 * self.limit), -1, device=model.device)  # [B, room]
-            self._short_tokens = torch.zeros(MAX_BATCH, dtype=torch.int64, device=model.device)
+            self._short_tokens = torch.zeros(MAX_ROWS, dtype=torch.int64, device=model.device)
+            self._short_counts = torch.zeros(batch_size, dtype=torch.int64, device=model.device)  # [B]
         self._short_logits: dict[str, Tensor] = {}  # of each kind of short chunk, where its graph writes them
         self._logits = self._step.logits
         self._has_tokens = False  # whether `_step.tokens` are the ids that the cache reads next
@@ -99,9 +103,10 @@ class Decoder(ReferenceDecoder):
 
     @torch.inference_mode()
     def rewind(self, n: int | Sequence[int]) -> None:
-        """As the reference's."""
+        """As the reference's. Taking back nothing brings the cache's tables up to date."""
         settle(self._cache)
-        super().rewind(n)
+        if n != 0:
+            super().rewind(n)
         self._has_tokens = False
         self._sampler.forget()
 
@@ -133,35 +138,54 @@ class Decoder(ReferenceDecoder):
     def _prefill(self, tokens: Tensor, counts: list[int]) -> Tensor:
         if self._plain:
             return self.model(tokens, self._cache, counts, last_only=True)
-        if tokens.numel() <= MAX_BATCH and min(counts) == tokens.shape[1]:
-            return self._read_short(tokens, last_only=True)
+        if room := self._short_room(tokens.shape[1]):
+            return self._read_short(tokens, counts, room, last_only=True)
         return read_chunk(self.model, tokens, self._cache, counts, self._step.workspace)
 
     def _forward_all(self, tokens: Tensor) -> Tensor:
         if self._plain:
             return super()._forward_all(tokens)
-        if tokens.numel() <= MAX_BATCH:
-            return self._read_short(tokens, last_only=False)
+        T = tokens.shape[1]
+        if room := self._short_room(T):
+            return self._read_short(tokens, [T] * self.batch_size, room, last_only=False)[:, :T]
         return read_chunk(self.model, tokens, self._cache, None, self._step.workspace, last_only=False)
 
-    def _read_short(self, tokens: Tensor, last_only: bool) -> Tensor:
-        """`read_chunk` for at most 16 tokens in all, by a graph for each length: its launches are many for so little.
+    def _short_room(self, T: int) -> int | None:
+        """How many tokens a row the graph reads that a chunk of T goes through, pads included; None: there is none.
+
+        Each length up to 16 tokens in all has a graph of its own, beyond that every 16th, up to 64 in all. While one
+        is recorded the cache cannot look whether the pads of a nearly full row go too far.
+        """
+        room = T if self.batch_size * T <= MAX_BATCH else -(-T // MAX_BATCH) * MAX_BATCH
+        cache = self._cache
+        fits = cache.wraps or max(cache.lengths_at_most) + room <= cache.num_slots
+        return room if self.batch_size * room <= MAX_ROWS and fits else None
+
+    def _read_short(self, tokens: Tensor, counts: list[int], room: int, last_only: bool) -> Tensor:
+        """`read_chunk` for a short chunk, by the graph for `room` tokens a row: its launches are many for so little.
 
         All that a replay reads is on the device at a fixed address; what the host checks and counts is done here.
         """
         (B, T), cache = tokens.shape, self._cache
-        fixed = self._short_tokens[: B * T].view(B, T)
-        fixed.copy_(tokens)
-        name = f"chunk of {T}" + (", last logits" if last_only else "")
-        ends = cache.check_room([length + T for length in cache.lengths_at_most], cache.lengths + T, cache.exact)
+        fixed = self._short_tokens[: B * room].view(B, room)
+        fixed.zero_()[:, :T] = tokens
+        self._short_counts.copy_(torch.tensor(counts), non_blocking=True)
+        name = f"chunk of {room}" + (", last logits" if last_only else "")
+        ends = [length + n for length, n in zip(cache.lengths_at_most, counts)]
+        ends, exact = cache.check_room(ends, cache.lengths + self._short_counts, cache.exact), cache.exact
+        peaks = [max(pair) for pair in zip(cache.peaks_at_most, ends)]
 
         def work() -> None:
-            workspace = self._step.workspace
-            self._short_logits[name] = read_chunk(self.model, fixed, cache, None, workspace, last_only)
+            arguments = cache, self._short_counts, self._step.workspace, last_only
+            self._short_logits[name] = read_chunk(self.model, fixed, *arguments)
 
-        self._run(name, work)
-        cache.lengths_at_most = ends
-        cache.peaks_at_most = [max(pair) for pair in zip(cache.peaks_at_most, ends)]
+        counted = cache.lengths_at_most
+        try:
+            self._run(name, work)
+            counted = ends
+        finally:
+            # What runs does not know the counts on the device and counts pads; what is replayed counts nothing.
+            cache.lengths_at_most, cache.peaks_at_most, cache.exact = counted, peaks, exact
         return self._short_logits[name].clone()
 
     def _read_one(self, counts: list[int]) -> None:
@@ -199,7 +223,7 @@ class Decoder(ReferenceDecoder):
         cache.peaks_at_most = [max(pair) for pair in zip(cache.peaks_at_most, cache.lengths_at_most)]
 
     def _run(self, name: str, work: Callable[[], object]) -> None:
-        """Do the work; by a CUDA graph from the second time on (the first compiles the kernels)."""
+        """Do the work; by a CUDA graph from the second time on (the first compiles the kernels), if there is room."""
         if self._graphs is None:
             work()
         elif name not in self._graphs:
@@ -207,7 +231,10 @@ class Decoder(ReferenceDecoder):
             self._graphs[name] = None
         else:
             if self._graphs[name] is None:
-                self._graphs[name] = self._recorded(work)
+                try:
+                    self._graphs[name] = self._recorded(work)
+                except torch.OutOfMemoryError:  # of the recording, which may come in the midst of a text
+                    self._graphs[name] = work
             self._graphs[name]()
 
     def _recorded(self, work: Callable[[], object]) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """Packed matrices to numbers, one after the other into the same memory: for prompts, and for kinds without kernels.
 
 A prompt of hundreds of tokens is bound by arithmetic, which cuBLAS does best, and cuBLAS wants plain matrices. So each
-is unpacked just before it is used, into memory that the next one uses again. (Chunks of up to 16 rows are bound by
+is unpacked just before it is used, into memory that the next one uses again. (Chunks of up to 64 rows are bound by
 memory, and multiply the planes as they are: short_linear.py.)
 
 One CTA unpacks 8 rows of a group of planes, 1,024 columns, and a thread 8 neighbouring weights at a time: it loads the
@@ -17,7 +17,7 @@ while the bytes move)
   this one                           10.2 Q4_0, 12.6 Q4_K, 17.1 Q5_K, 16.3 Q6_K, 12.2 Q8_0; one of them a conversion,
                                      which takes a GPU eight times as long: 1.9 ms of the 4.2, beside the rest
   a product that unpacks as it goes  would save the 14 GB written and read again, most of the time of a prompt of less
-                                     than about 500 tokens; built for 16 rows, short_linear.py, and for more of them
+                                     than about 500 tokens; built for 64 rows, short_linear.py, and for more of them
                                      not, since nothing here could measure it
 """
 

@@ -11,6 +11,7 @@ GPU, and eager without one, where nothing needs to be compiled first.
 import gc
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,11 +28,18 @@ DRIVER = Path("/proc/driver/nvidia/version")  # where Linux says that an NVIDIA 
 
 
 def open_engine(
-    name: str, model: Mistral, batch_size: int = 1, max_tokens: int | None = None, *, slack: int = 16
+    name: str,
+    model: Mistral,
+    batch_size: int = 1,
+    max_tokens: int | None = None,
+    *,
+    slack: int = 16,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Engine, str]:
     """A decoder for `model`, and one line about it: "engine: kernels (CUDA sm_90, Triton 3.6)".
 
     name   auto, eager, compile or kernels
+    say    takes a line when something begins that may take minutes
     The other arguments are those of `mistral.Decoder`.
 
     `auto` takes the first engine that works, and its line says why it is not a faster one. Any other name is that
@@ -44,12 +52,14 @@ def open_engine(
         return Decoder(model, **sizes), "engine: eager"
     if name == "compile":
         return _open_compiled(model, sizes), f"engine: compile ({_place(model)})"
+    if model.device.type == "cuda" and kernels_problem(model, batch_size) is None:
+        say("trying the kernels; those that this machine has not compiled yet take some minutes once")
     if name == "kernels":
         decoder = _open_kernels(model, sizes)
         return decoder, f"engine: kernels ({_kernels_place(model)}){_slow_part(decoder)}"
     if model.device.type != "cuda":
         return Decoder(model, **sizes), f"engine: eager: {_no_gpu(model)}"
-    problems = []
+    problems, in_planes = [], _in_planes(model)
     for name, open_it, place in (
         ("kernels", _open_kernels, _kernels_place),
         ("compile", _open_compiled, _place),
@@ -59,7 +69,7 @@ def open_engine(
             return decoder, "; ".join([f"engine: {name} ({place(model)}){_slow_part(decoder)}", *problems])
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
-        _put_back(model)  # here, where no traceback holds on to the memory of what failed
+        _put_back(model, in_planes)  # here, where no traceback holds on to the memory of what failed
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
 
 
@@ -157,16 +167,23 @@ def _open_kernels(model: Mistral, sizes: dict) -> Engine:
         raise NotEnoughMemory(f"the kernels' buffers do not fit: {_one_line(error)}") from error
     except Exception as error:  # whatever Triton's compiler, its assembler or the driver say
         reason = f"{type(error).__name__}: {_one_line(error)}"
-        remedy = "update the NVIDIA driver and Triton, or use another engine"
+        remedy = "update the NVIDIA driver and Triton (3.6 needs a C compiler, gcc), or use another engine"
         raise ValueError(f"the kernels do not run here: {reason}; {remedy}") from error
 
 
-def _put_back(model: Mistral) -> None:
-    """Undo what kernels that do not run have done: other engines would make the blocks of their planes at every use."""
+def _in_planes(model: Mistral) -> set[Packed]:
+    """The packed layers that kernels have taken over."""
+    return {module for module in model.modules() if isinstance(module, Packed) and module.keeper is not None}
+
+
+def _put_back(model: Mistral, before: set[Packed]) -> None:
+    """Undo what kernels that do not run have done: other engines would make the blocks of their planes at every use.
+
+    before  layers that were in planes already, for another decoder that works with them
+    """
     gc.collect()
-    for module in model.modules():
-        if isinstance(module, Packed) and module.keeper is not None:
-            module.take_back()
+    for module in _in_planes(model) - before:
+        module.take_back()
 
 
 def _slow_part(decoder: Engine) -> str:

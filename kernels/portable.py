@@ -4,8 +4,9 @@ Kernels take one constexpr for it, ARCH, and hand it on to the helpers here; no 
 
     0   PORTABLE: Triton's interpreter on a CPU. It has no inline assembly and no launch control, and holds bfloat16 as
         bare bits, so that a product of two such numbers is wrong without a word: they are widened first.
-    80  Ampere and Ada (sm_80 to sm_89): no programmatic dependent launch
-    90  Hopper and later
+    80  Ampere, Ada (sm_80 to sm_89) and Blackwell without a data centre (sm_120 and later), whose matrix instructions
+        and shared memory are like theirs; no programmatic dependent launch
+    90  Hopper (sm_90) and Blackwell (sm_100 to sm_110)
 """
 
 import functools
@@ -43,12 +44,17 @@ class Launch(NamedTuple):
             kernel[self.grid](*arguments, **self.constants, **options)
 
 
+def arch_for(capability: int) -> int:
+    """The ARCH of a compute capability: 89 for 8.9, 120 for 12.0."""
+    return 90 if 90 <= capability < 120 else 80
+
+
 @functools.cache
 def _device_arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         raise ValueError(f"GPU {index} has compute capability {major}.{minor}; these kernels need 8.0 or later")
-    return 80 if major == 8 else 90
+    return arch_for(10 * major + minor)
 
 
 def arch_of(tensor: Tensor) -> int:

@@ -1,29 +1,32 @@
 """Reading a prompt: PyTorch's matrix products, with attention that knows the window and the ring.
 
 A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS; what PyTorch has nothing good
-for is attention over a ring and a chunk with a window, and that is `attend_chunk`. Rotation, ring and SwiGLU have a
-kernel each (prefill_pointwise.py). Packed matrices are unpacked one after the other into the same memory (see
-dequantize.py), so that none stays. At most 16 rows, such as a guess that is read along with the last token, are bound
-by memory as a decode step is, and multiply them as they are: short_linear.py.
+for is attention over a ring and a chunk with a window, and that is `attend_chunk` (`attend_short` for a few tokens).
+Rotation, ring and SwiGLU have a kernel each (prefill_pointwise.py). Packed matrices are unpacked one after the other
+into the same memory (see dequantize.py), so that none stays. Up to 64 rows, such as a guess that is read along with the
+last token, are bound by memory as a decode step is, and multiply them as they are: short_linear.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mistral.cache import Plan, RollingCache
+from mistral.config import Config
 from mistral.mlp import MLP
 from mistral.model import Block, Mistral
 from mistral.quantization.packed import Packed, TiedOutput
 from mistral.rms_norm import RMSNorm
+from mistral_kernels.decode_attention import Partials
 from mistral_kernels.dequantize import Workspace
-from mistral_kernels.matvec import MAX_BATCH
 from mistral_kernels.planes import Planes
 from mistral_kernels.prefill_attention import attend_chunk
 from mistral_kernels.prefill_pointwise import rotate_chunk, store_chunk, swiglu
-from mistral_kernels.short_linear import scale_rows, short_linear
+from mistral_kernels.short_attention import MAX_QUERIES, attend_short
+from mistral_kernels.short_linear import MAX_ROWS, scale_rows, short_linear
 from mistral_kernels.weights import matrix_of
 
 
@@ -54,8 +57,9 @@ def read_chunk(
     cache.begin(plan)
     x = _embedded(model.model.embed_tokens, tokens, workspace)  # [B, T, D]
     cos, sin = _angles(model, plan.positions)
+    attend = _attention_over(cache, starts, real, model.config, T)
     for i, block in enumerate(model.model.layers):
-        x = x + _attention(block, x, (cos, sin), cache, i, plan, starts, real, workspace)
+        x = x + _attention(block, x, (cos, sin), cache, i, plan, attend, workspace)
         x = x + _mlp(block.mlp, _normalised(block.post_attention_layernorm, x), workspace)
     if last_only:
         last = (real - 1).clamp(min=0)  # [B]
@@ -72,8 +76,7 @@ def _attention(
     cache: RollingCache,
     layer: int,
     plan: Plan,
-    starts: Tensor,
-    real: Tensor,
+    attend: Callable[..., None],
     workspace: Workspace | None,
 ) -> Tensor:  # [B, T, D] -> [B, T, D]
     """One block's attention; then, and not before, its new keys take their places in the ring."""
@@ -85,9 +88,22 @@ def _attention(
     )
     rotate_chunk(q, k, *rotary)
     keys, values, y = cache.keys[layer], cache.values[layer], torch.empty_like(q)
-    attend_chunk(q, k, v, keys, values, starts, real, y, cache.num_slots, cache.window)
+    attend(q, k, v, keys, values, y)
     store_chunk(k, v, plan.slots, keys, values)
     return _linear(y.view(B, T, -1), workspace, attention.o_proj)[0]
+
+
+def _attention_over(cache: RollingCache, starts: Tensor, real: Tensor, config: Config, T: int) -> Callable[..., None]:
+    """The attention of a chunk over ring and chunk, for every layer: (q, k, v, keys, values, y)."""
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    kernel = attend_chunk
+    if T * N // K <= MAX_QUERIES:
+        kernel = partial(attend_short, partials=Partials(len(starts), N, K, H, starts.device, tokens=T))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, y: Tensor) -> None:
+        kernel(q, k, v, keys, values, starts, real, y, cache.num_slots, cache.window)
+
+    return attend
 
 
 def _mlp(mlp: MLP, x: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T, D] -> [B, T, D]
@@ -108,7 +124,7 @@ def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> list
     for module in modules:
         if not isinstance(module, (Packed, TiedOutput)):
             results.append(module(x))
-        elif isinstance(matrix := matrix_of(module), Planes) and len(rows) <= MAX_BATCH:
+        elif isinstance(matrix := matrix_of(module), Planes) and len(rows) <= MAX_ROWS:
             scaled = scaled or scale_rows(rows)
             y = x.new_empty(len(rows), matrix.rows)
             short_linear(*scaled, matrix, y)

@@ -62,11 +62,11 @@ def attend_chunk_reference(
 
 @triton.jit
 def walk(
-    query, top, total, out, keys, values, first, wrap, low, high, i, window, scale,
+    query, mine, top, total, out, keys, values, first, wrap, low, high, i, window, scale,
     STRIDE: tl.constexpr, H: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys low <= r < high into account, for the queries i .. i + QUERIES - 1.
+    """Take the keys low <= r < high into account, for queries at `mine`, which lie in i .. i + QUERIES - 1.
 
     Key r lies in row (first + r) mod wrap, and rows are STRIDE elements apart. The running maximum, the sum of weights
     and the weighted sum of values go in and come out.
@@ -74,7 +74,6 @@ def walk(
     Source: Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867
     """
     d = tl.arange(0, H)
-    mine = i + tl.arange(0, QUERIES)
     for block in tl.range(low, high, BLOCK, num_stages=STAGES):
         r = block + tl.arange(0, BLOCK)
         row = first + r
@@ -123,12 +122,12 @@ def prefill_attention_kernel(
         oldest = (start + tl.minimum(low, 0)) % num_slots  # the slot of the first key that is seen
         ring = (b * K + head) * (num_slots + 1) * H
         top, total, out = walk(
-            query, top, total, out, keys + ring, values + ring, oldest - low, num_slots, low, 0, i, window, scale,
+            query, m, top, total, out, keys + ring, values + ring, oldest - low, num_slots, low, 0, i, window, scale,
             H, H, QUERIES, BLOCK, STAGES, ARCH,
         )  # fmt: skip
         chunk = (b * T * K + head) * H
         top, total, out = walk(
-            query, top, total, out, k + chunk, v + chunk, 0, T, tl.maximum(low, 0), tl.minimum(i + QUERIES, length),
+            query, m, top, total, out, k + chunk, v + chunk, 0, T, tl.maximum(low, 0), tl.minimum(i + QUERIES, length),
             i, window, scale, K * H, H, QUERIES, BLOCK, STAGES, ARCH,
         )  # fmt: skip
         out = out / total[:, None]
@@ -138,11 +137,11 @@ def prefill_attention_kernel(
 def launch(
     batch: int, T: int, N: int, K: int, H: int, dtype: torch.dtype, arch: int, queries: int | None = None
 ) -> Launch:
-    """Shape of the launch; `queries` in a tile, None: what suits the dtype. ValueError for impossible sizes."""
+    """Shape of the launch; `queries` in a tile, None: what suits dtype and T. ValueError for impossible sizes."""
     require(dtype in TRITON_DTYPES, f"activations in {dtype}: the prefill kernel takes bfloat16, float16 and float32")
     require(16 <= H <= 256 and H & (H - 1) == 0, f"head_dim is {H}; the prefill kernel needs 16, 32, 64, 128 or 256")
     small = H <= 128 and dtype != torch.float32  # so that three stages fit into shared memory: 128 KB for a head of 128
-    queries = queries or (128 if small else 32)
+    queries = queries or (128 if small and T > 64 else 32)
     block, stages = 64 if small and arch >= 90 else 32, 3 if small else 1
     constants = dict(N=N, K=K, H=H, QUERIES=queries, BLOCK=block, STAGES=stages, ARCH=arch)
     options = dict(num_warps=8 if queries == 128 else 4, num_stages=stages)
@@ -172,7 +171,7 @@ def attend_chunk(
     y             [B, T, N, H], written
     num_slots     S of the RollingCache
     window        a query sees so many positions, its own included; None: all
-    queries       in a tile; None: what suits the dtype
+    queries       in a tile; None: what suits dtype and T
 
     Raises ValueError for head sizes that are no power of two from 16 to 256, other dtypes and tensors with gaps, and
     where no kernel can run.

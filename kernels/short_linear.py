@@ -1,19 +1,22 @@
 """A packed matrix times the few rows of a short chunk: as in a decode step, nothing is unpacked in memory.
 
-    y = x W^T          x [T, in], T from 1 to 16
+    y = x W^T          x [T, in], T from 1 to 64
 
 Short are a guess that is read along with the last token (mistral/speculation.py), what a grammar leaves no choice
-about, and, of any prompt, the rows whose logits are asked for. All 16 take one pass over the packed bytes.
+about, a short message, and, of any prompt, the rows whose logits are asked for. 16 rows take one pass over the packed
+bytes, 64 take four, one after the other: the CTAs that run at a time share their rows of x in the caches.
 
 The tile multiplies packed weights in float16 (in float32 if x is). bfloat16 has fewer digits than that and a far larger
 range. So each row is multiplied by the power of two that brings its largest number to between 2^14 and 2^15, and the
 sums are divided by it. In bfloat16 a number loses digits only below 2^-31 of its row's largest. Infinities and NaN stay
 what they are and are not counted as largest; a sum over an infinity is infinite or NaN, not always as in PyTorch.
 
-Bytes: those of W (7B, Q4_K_M: 4.4 GB for a chunk; unpacked, written and read again they were 33 GB).
+Bytes: those of W in every pass (7B, Q4_K_M: 4.4 GB, 17.6 for 64 rows; unpacked, written and read again they are 33).
 
 Versions (times not measured)
-  unpack, then cuBLAS          what longer chunks do, see dequantize.py
+  unpack, then cuBLAS          what longer chunks do, see dequantize.py. By bytes it would lose to 7 passes too, but a
+                               pass takes three quarters of its time for arithmetic, and a matrix that the L2 cache
+                               holds gives back nothing of that: 4 are half of what unpacking takes, either way
   this one                     2 launches; matrices with the same input share the first. How many rows there are, of x
                                and of W, is no constant: every T up to 8 runs the same code, and every T above
 """
@@ -27,6 +30,8 @@ from mistral_kernels.matvec import MAX_BATCH, TILE, tile_launch, tile_rows
 from mistral_kernels.packed_tile import matrix_tile, operands
 from mistral_kernels.planes import Planes, dense
 from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, require
+
+MAX_ROWS = 4 * MAX_BATCH
 
 
 def scale_rows_reference(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,14 +69,14 @@ def scale_launch(T: int, columns: int) -> Launch:
 
 
 def scale_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The inputs of packed matrices: [T, in] -> x [8 or 16, in] and inverse, fp32 [8 or 16].
+    """The inputs of packed matrices: [T, in] -> x [8, 16, 32, 48 or 64, in] and as many inverse in fp32.
 
     x is fp32 if the inputs are, else fp16. Row t is inputs[t] / inverse[t]; rows behind the last are zeros.
 
-    Raises ValueError for more than 16 rows, and for dtypes other than bfloat16, float16 and float32.
+    Raises ValueError for more than 64 rows, and for dtypes other than bfloat16, float16 and float32.
     """
     T, columns = inputs.shape
-    require(1 <= T <= MAX_BATCH, f"a chunk of {T} rows: packed matrices are multiplied as they are by 1 to {MAX_BATCH}")
+    require(1 <= T <= MAX_ROWS, f"a chunk of {T} rows: packed matrices are multiplied as they are by 1 to {MAX_ROWS}")
     require(inputs.dtype in TRITON_DTYPES, f"inputs in {inputs.dtype}: the kernels take bfloat16, float16 and float32")
     arch_of(inputs)  # says where no kernel can run
     x, inverse = _new(inputs)
@@ -88,8 +93,8 @@ def _new(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(T: int) -> int:
-    """How many rows the tile works on."""
-    return 8 if T <= 8 else MAX_BATCH
+    """How many rows the tiles work on."""
+    return 8 if T <= 8 else triton.cdiv(T, MAX_BATCH) * MAX_BATCH
 
 
 def short_linear_reference(x: Tensor, inverse: Tensor, weight: Planes, outputs: Tensor) -> None:
@@ -103,11 +108,12 @@ def short_linear_kernel(
     B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr, M: tl.constexpr,
     ARCH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One CTA: 16 rows of the matrix, all rows of x."""
+    """One CTA: 16 rows of the matrix, and the 8 or 16 rows of x of one pass."""
     first = tl.program_id(0) * 16
     rows = tl.minimum(tile_rows(first, first + 8, WARPS), out_features - 1)
-    y = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
-    t = tl.arange(0, M)[None, :]
+    before = tl.program_id(1) * M  # rows of the passes ahead
+    y = matrix_tile(x + before * COLUMNS, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
+    t = before + tl.arange(0, M)[None, :]
     y = y * tl.load(inverse + t)
     row = first + tl.arange(0, 16)[:, None]
     tl.store(outputs + t * out_features + row, y.to(outputs.dtype.element_ty), mask=(t < T) & (row < out_features))
@@ -115,13 +121,14 @@ def short_linear_kernel(
 
 def launch(T: int, columns: int, out_features: int, dtype: torch.dtype, arch: int, kind: str) -> Launch:
     """Shape of the launch; dtype: of x. ValueError for a dtype that the kernel cannot do."""
-    tile = tile_launch(triton.cdiv(out_features, TILE), _padded(T), columns, dtype, arch, (kind,))
+    tile = tile_launch(triton.cdiv(out_features, TILE), min(_padded(T), MAX_BATCH), columns, dtype, arch, (kind,))
+    grid = (*tile.grid, triton.cdiv(_padded(T), MAX_BATCH))
     warps = min(tile.constants["WARPS"], 4)
     options = dict(num_warps=warps, num_stages=1)
     if kind in ("Q4_0", "Q4_K"):
         # Left to itself the assembler aims at 128 and spills; 16 rows spill 16 bytes with 168, too.
         options["maxnreg"] = 168 if T <= 8 else 192
-    return tile._replace(constants=tile.constants | dict(KIND=kind, WARPS=warps), options=options)
+    return tile._replace(grid=grid, constants=tile.constants | dict(KIND=kind, WARPS=warps), options=options)
 
 
 def short_linear(x: Tensor, inverse: Tensor, weight: Planes, outputs: Tensor) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from mistral import Mistral, Sampling
 from mistral_kernels.decoder import Decoder
 from mistral_kernels.matvec import MAX_BATCH
+from mistral_kernels.short_linear import MAX_ROWS
 
-TOKENS = MAX_BATCH + 2
+TOKENS = MAX_ROWS + 2
 # Of the logits' norm. Rounding in bfloat16 makes about a hundredth, a fault in a kernel more than the whole.
 LARGEST_DISTANCE = 0.1
 
@@ -32,8 +33,8 @@ def try_out(decoder: Decoder, expected: Tensor) -> None:
     rows, room, ids = decoder.batch_size, decoder.limit, _ids(expected.shape[-1])
     rules = Sampling(temperature=0.0, seed=0)  # without a seed it would draw one from PyTorch's generator
     for _ in range(2):
-        # Packed matrices have one kernel for up to 8 rows in all, one for up to 16, and are unpacked for more.
-        for T in sorted({2, MAX_BATCH // rows, MAX_BATCH // rows + 1}):
+        # Packed matrices have one kernel for up to 8 rows in all, one for 16 in a pass, and are unpacked for over 64.
+        for T in sorted({2, MAX_BATCH // rows, MAX_ROWS // rows, MAX_ROWS // rows + 1}):
             if 1 < T <= room - 3:
                 decoder.rewind(decoder.lengths)
                 for chunk in (ids[:T], ids[T : T + 1]):  # the second is read as any token is that was chosen

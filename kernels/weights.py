@@ -85,7 +85,11 @@ def weights_of(model: Mistral) -> Weights:
     """
     trunk = model.model
     embedding, head = repacked(trunk.embed_tokens), _weight(model.lm_head)
-    matrices = [_matrices(layer) for layer in trunk.layers]
+    matrices = []
+    for layer in trunk.layers:
+        matrices.append(_matrices(layer))
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what a layer's parts took can hold none of the next one's larger matrices
     # Packed weights are multiplied in the dtype of x, and their scales need more digits than bfloat16 has.
     read = [part for weight in (embedding, head, *sum(matrices, ())) for part in _as_they_are(weight)]
     packed = any(isinstance(part, Planes) for part in read)

@@ -202,7 +202,7 @@ class RollingCache:
                 raise ValueError(f"cannot forget {count} tokens: {gone}; what they evicted is gone")
         self.lengths_at_most = after
         self.peaks_at_most = [peak if length else 0 for peak, length in zip(self.peaks_at_most, after)]
-        self.lengths -= torch.tensor(counts, device=self.lengths.device)
+        self.lengths -= torch.tensor(counts).to(self.lengths.device, non_blocking=True)
         self.peaks.masked_fill_(self.lengths == 0, 0)
         self.slot_positions.masked_fill_(self.slot_positions >= self.lengths[:, None], -1)
 

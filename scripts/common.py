@@ -140,7 +140,7 @@ def open_chat_engine(arguments: argparse.Namespace, model: mistral.Mistral) -> t
     if model.config.sliding_window is None and max_tokens is None:
         max_tokens = model.config.max_position_embeddings
     slack = SLACK + getattr(arguments, "lookup", 0)  # wrong guesses are taken back, and spelled ends as well
-    return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=slack)
+    return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=slack, say=note)
 
 
 def open_batch_engines(
@@ -154,7 +154,7 @@ def open_batch_engines(
 
     def empty_decoder(rows: int) -> Engine:
         if rows not in made:
-            made[rows], line = engines.open_engine(arguments.engine, model, rows, max_tokens, slack=0)
+            made[rows], line = engines.open_engine(arguments.engine, model, rows, max_tokens, slack=0, say=note)
             note(f"{line}, {rows} at once")
         made[rows].rewind(made[rows].lengths)
         return made[rows]

@@ -59,7 +59,7 @@ def main() -> None:
         stop = [*args.stop, *chat.spelled_ends]
         ends = dict(stop=stop, stop_tokens=chat.stop_ids(tokenizer), new_text=chat.reply_begins_text)
     room = room_for(ids, args.max_new_tokens, model.config)
-    decoder, engine = open_engine(args.engine, model, 1, room, slack=max(args.lookup, 16))
+    decoder, engine = open_engine(args.engine, model, 1, room, slack=max(args.lookup, 16), say=common.note)
     if args.lookup:
         decoder = LookupDecoder(decoder, args.lookup)
     clock = Clock()

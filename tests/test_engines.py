@@ -10,6 +10,8 @@ import torch
 
 import mistral
 import mistral.compiled
+from mistral.quantization.packed import PackedLinear
+from mistral.quantization.quantize import KINDS
 from mistral_kernels import engines, open_engine
 
 
@@ -74,7 +76,10 @@ def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(no_gpu, mo
 
 def test_auto_on_a_gpu_is_the_kernels(a_gpu, monkeypatch):
     monkeypatch.setattr(engines, "_open_kernels", lambda model, sizes: sizes)
-    decoder, note = open_engine("auto", model(), 3, 10)
+    said = []
+    decoder, note = open_engine("auto", model(), 3, 10, say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("trying the kernels; those that this machine has not compiled yet")
     assert decoder == dict(batch_size=3, max_tokens=10, slack=16)
     assert note == "engine: kernels (CUDA sm_90, Triton 3.6)"
 
@@ -90,6 +95,26 @@ def test_auto_goes_on_to_the_next_that_works_and_says_why(a_gpu, monkeypatch):
     assert decoder == "eager"
     assert note.startswith("engine: eager; not kernels: the kernels take")
     assert note.endswith("; not compile: no compiler")
+
+
+def test_what_was_in_planes_for_another_decoder_stays_there(a_gpu, monkeypatch):
+    packed = model()
+    first, other = (PackedLinear(torch.zeros(3, 34, dtype=torch.uint8), KINDS["q8_0"]) for _ in range(2))
+    packed.model.layers[0].mlp.up_proj, packed.model.layers[0].mlp.down_proj = first, other
+    keeper = types.SimpleNamespace(blocks=lambda: torch.ones(3, 34, dtype=torch.uint8))
+    first.hand_over(keeper)
+
+    def half_way(model, sizes):
+        other.hand_over(keeper)
+        raise ValueError("the driver is too old")
+
+    monkeypatch.setattr(engines, "_open_kernels", half_way)
+    monkeypatch.setattr(engines, "_open_compiled", refusing("packed weights"))
+    monkeypatch.setattr(engines, "Decoder", lambda model, **sizes: "eager")
+    assert open_engine("auto", packed)[0] == "eager"
+    assert first.keeper is keeper
+    assert other.keeper is None
+    assert other.blocks.all()
 
 
 def test_auto_goes_on_where_memory_is_short(a_gpu, monkeypatch):

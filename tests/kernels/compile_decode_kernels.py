@@ -15,12 +15,16 @@ from benchmark_parts.sizes import config
 from mistral.demo.training import CONFIG as DEMO
 from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
 
+MATRICES = ("qkv", "output", "gate_up", "down", "head")
+ALL = ("embed", "attention", *MATRICES)
 VARIANTS = [
-    (90, torch.bfloat16, 1, config("7b")),
-    (80, torch.bfloat16, 1, config("7b")),
-    (90, torch.float16, 16, config("7b")),
-    (80, torch.float16, 16, config("7b")),
-    (90, torch.float32, 3, DEMO),
+    (90, torch.bfloat16, 1, config("7b"), ALL),
+    (80, torch.bfloat16, 1, config("7b"), ALL),
+    (90, torch.float16, 16, config("7b"), ALL),
+    (80, torch.float16, 16, config("7b"), ALL),
+    (90, torch.float32, 3, DEMO, ALL),
+    (90, torch.bfloat16, 8, config("7b"), ("qkv", "down")),
+    (120, torch.bfloat16, 1, config("7b"), ("embed", "qkv", "attention", "gate_up")),
 ]
 
 
@@ -50,9 +54,10 @@ def facts(name, task, dtype, target, model_dtype=None):
 
 
 def main():
-    for target, dtype, batch, model in VARIANTS:
-        for name, task in decode_kernels(model, dtype, batch, target).items():
-            print(json.dumps(facts(name, task, dtype, target)), flush=True)
+    for target, dtype, batch, model, names in VARIANTS:
+        tasks = decode_kernels(model, dtype, batch, target)
+        for name in names:
+            print(json.dumps(facts(name, tasks[name], dtype, target) | dict(batch=batch)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ It runs in a process of its own: the interpreter of the other tests replaces the
 import json
 
 import torch
-from compile_decode_kernels import DEMO, config, facts
+from compile_decode_kernels import DEMO, MATRICES, config, facts
 
 from mistral_kernels.compile_ahead import KINDS, decode_kernels, short_kernels
 from mistral_kernels.planes import FAST_KINDS
 
-MATRICES = ("qkv", "output", "gate_up", "down", "head")
 FP16 = torch.float16
 # (target, batch, kind, larger kind, kernels)
 VARIANTS = [(90, 1, "Q4_K", "Q6_K", ("embed", "attention", *MATRICES)), (80, 16, "Q4_K", "Q6_K", MATRICES)]

@@ -21,15 +21,15 @@ def compiled():
 
 
 def test_all_of_them_compile_and_nothing_spills(compiled):
-    assert len(compiled) == 2 * 18
+    assert len(compiled) == 2 * 29 + 1
     assert {key: made["spilled"] for key, made in compiled.items() if made["spilled"]} == {}
 
 
 def test_each_fits_a_multiprocessor_of_its_kind(compiled):
     for (name, target), made in compiled.items():
         assert made["threads"] * made["registers"] <= 65536, name
-        # What one block of threads may have: 99 KB on the smaller Amperes and Ada, 227 on Hopper
-        assert made["shared"] <= (99 if target == 80 else 227) * 1024, name
+        # What one block of threads may have: 99 KB on the smaller Amperes, Ada and smaller Blackwells, 227 on Hopper
+        assert made["shared"] <= (227 if target == 90 else 99) * 1024, name
 
 
 def test_the_sampler_loads_four_logits_at_once(compiled):
@@ -50,6 +50,6 @@ def test_what_goes_over_numbers_once_takes_sixteen_bytes_at_a_time(compiled):
 
 def test_prefill_multiplies_on_tensor_cores_while_it_loads(compiled):
     for (name, _), made in compiled.items():
-        if name.startswith("prefill") and "16" in name:
+        if name.startswith(("prefill", "few tokens")) and "16" in name:
             assert made["products"] > 0, name
             assert made["copies_ahead"] > 0, name

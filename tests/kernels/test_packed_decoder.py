@@ -248,11 +248,14 @@ def test_matrices_are_unpacked_to_ggmls_bits(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("mix", [Q4_K_M, dict(other="Q2_K"), dict(other="IQ4_NL")], ids=["Q4_K_M", "Q2_K", "IQ4_NL"])
-def test_a_graph_gives_the_bits_of_single_launches(mix):
+def test_a_graph_gives_the_bits_of_single_launches(mix, pdl):
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("dependent launch needs compute capability 9.0")
     model, texts = packed_model(mix, torch.bfloat16), []
     for graph in (True, False):
-        decoder = Decoder(model, 2, graph=graph)
+        decoder = Decoder(model, 2, graph=graph, pdl=pdl and graph)
         decoder.read([[4, 5, 6], [7]])
         steps = [decoder.step(mistral.Sampling(seed=3)) for _ in range(20)]
         texts.append((torch.stack(steps), decoder.logits))
@@ -267,13 +270,12 @@ def test_a_7b_in_four_bits_with_its_whole_window_takes_5_4_gb():
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    reserved = torch.cuda.memory_reserved()
     decoder = Decoder(make_model("7b", torch.device("cuda"), torch.bfloat16, "Q4_K_M"))
     decoder.read([small.tokens(1, 5000, vocab_size=32000)[0].tolist()])
     for _ in range(4):
         decoder.step(GREEDY)
-    assert torch.cuda.max_memory_allocated() - before < 5.4e9
-    assert torch.cuda.max_memory_reserved() - reserved < 5.8e9  # by counting: PyTorch takes memory in whole segments
+    assert torch.cuda.max_memory_reserved() - reserved < 5.4e9
 
 
 COMPILE = """

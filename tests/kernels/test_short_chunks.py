@@ -19,6 +19,7 @@ from mistral_kernels.decoder import Decoder
 from mistral_kernels.dequantize import unpack_reference
 from mistral_kernels.prefill import read_chunk
 from mistral_kernels.prefill_attention import attend_chunk_reference
+from mistral_kernels.short_attention import attend_short_reference
 from mistral_kernels.short_linear import scale_rows_reference, short_linear_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,6 +87,7 @@ def plain_twins(monkeypatch):
     monkeypatch.setattr(prefill, "scale_rows", scale_rows_reference)
     monkeypatch.setattr(prefill, "short_linear", short_linear)
     monkeypatch.setattr(prefill, "attend_chunk", attend_chunk_reference)
+    monkeypatch.setattr(prefill, "attend_short", attend_short_reference)
     return multiplied
 
 
@@ -97,9 +99,9 @@ def test_the_kinds_of_a_q4_k_m_file(plain_twins):
 
 @pytest.mark.parametrize(
     ("B", "T", "short"),
-    [(1, 1, True), (1, 16, True), (1, 17, False), (2, 8, True), (2, 9, False), (3, 5, True), (3, 6, False)],
+    [(1, 1, True), (1, 17, True), (1, 64, True), (1, 65, False), (2, 32, True), (2, 33, False), (3, 22, False)],
 )
-def test_up_to_16_rows_are_multiplied_as_they_are_and_more_are_unpacked(B, T, short, plain_twins):
+def test_up_to_64_rows_are_multiplied_as_they_are_and_more_are_unpacked(B, T, short, plain_twins):
     unpacks = Pair(batch_size=B).read(tokens(B, T), [T] * B)
     assert unpacks is not short
     # Q, K, V, O, gate, up, down; and of any prompt the rows whose logits are asked for
@@ -107,7 +109,7 @@ def test_up_to_16_rows_are_multiplied_as_they_are_and_more_are_unpacked(B, T, sh
 
 
 def test_all_logits_of_a_long_chunk_are_unpacked_for(plain_twins):
-    assert Pair().read(tokens(1, 17))
+    assert Pair().read(tokens(1, 65))
     assert plain_twins == []
 
 
@@ -180,7 +182,7 @@ def test_what_a_graph_of_a_short_chunk_repeats_reads_the_new_tokens_wherever_the
     model = small.model(torch.float32, **TINY | dict(sliding_window=20)).to(DEVICE)
     reference, decoder = mistral.Decoder(model, slack=16), Decoder(copy.deepcopy(model), slack=16, plain=True)
     decoder._plain, repeated = False, replay(decoder)
-    for seed, T in enumerate((3, 9, 13, 3, 1, 9, 13, 3, 9, 13)):
+    for seed, T in enumerate((3, 9, 13, 18, 3, 1, 9, 13, 32, 3, 9, 40, 13, 47, 25)):
         chunk = tokens(T, seed=seed).tolist()
         assert_close(decoder.score(chunk), reference.score(chunk))
         for engine in (decoder, reference):
@@ -188,7 +190,36 @@ def test_what_a_graph_of_a_short_chunk_repeats_reads_the_new_tokens_wherever_the
             engine.step(GREEDY)
         assert decoder.lengths == reference.lengths
     assert decoder.lengths[0] > 20 + 17  # the ring has wrapped
-    assert sum(name.startswith("chunk of") for name in repeated) > 4
+    assert {"chunk of 4", "chunk of 14", "chunk of 32"} <= set(repeated)
+
+
+def test_what_a_graph_of_a_padded_chunk_repeats_reads_each_row_to_its_own_end():
+    model = small.model(torch.float32, **TINY | dict(sliding_window=40)).to(DEVICE)
+    reference = mistral.Decoder(model, 2, slack=2)
+    decoder = Decoder(copy.deepcopy(model), 2, slack=2, plain=True)
+    decoder._plain, repeated = False, replay(decoder)
+    for seed, counts in enumerate(([3, 17], [31, 5], [0, 20], [9, 31])):
+        for engine in (decoder, reference):
+            engine.read([ids[:n] for ids, n in zip(tokens(2, 32, seed=seed).tolist(), counts)])
+        assert_close(decoder.logits, reference.logits)
+        assert decoder.lengths == reference.lengths
+        for engine in (decoder, reference):
+            engine.rewind([2, 1])
+            engine.step(GREEDY)
+    assert repeated.count("chunk of 32, last logits") == 3
+
+
+def test_a_chunk_whose_pads_have_no_room_is_read_without_a_graph():
+    model = small.model(torch.float32, **TINY | dict(sliding_window=None)).to(DEVICE)
+    reference = mistral.Decoder(model, max_tokens=40)
+    decoder = Decoder(copy.deepcopy(model), max_tokens=40, plain=True)
+    decoder._plain, repeated = False, replay(decoder)
+    for seed, T in enumerate((17, 20, 3)):
+        for engine in (decoder, reference):
+            engine.read([tokens(T, seed=seed).tolist()])
+        assert_close(decoder.logits, reference.logits)
+    assert decoder._short_room(1) is None
+    assert repeated == []
 
 
 def test_what_a_graph_repeats_of_rows_of_one_length_reads_all_of_them():
@@ -203,13 +234,15 @@ def test_what_a_graph_repeats_of_rows_of_one_length_reads_all_of_them():
     assert repeated == ["chunk of 5, last logits"] * 2
 
 
-def test_a_chunk_that_is_broken_off_counts_as_one_that_was_not_read(monkeypatch):
-    model = small.model(torch.float32, **TINY | dict(sliding_window=None)).to(DEVICE)
-    decoder = Decoder(model, max_tokens=40, plain=True)
-    decoder._plain, chunk = False, tokens(4).tolist()
-    decoder.read([chunk])
+@pytest.mark.parametrize(("T", "options"), [(4, {}), (19, {}), (19, dict(sliding_window=30))])
+def test_a_chunk_that_is_broken_off_counts_as_one_that_was_not_read(T, options, monkeypatch):
+    model = small.model(torch.float32, **TINY | dict(sliding_window=None) | options).to(DEVICE)
+    decoder = Decoder(model, max_tokens=None if options else 60, slack=20, plain=True)
+    decoder._plain, chunk = False, tokens(T).tolist()
+    before = tokens(25, seed=1).tolist()
+    decoder.read([before + chunk])
     expected = decoder.logits
-    decoder.rewind(4)
+    decoder.rewind(T)
     normalised = prefill._normalised
 
     def interrupted(norm, x):
@@ -221,7 +254,7 @@ def test_a_chunk_that_is_broken_off_counts_as_one_that_was_not_read(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         decoder.read([chunk])
     monkeypatch.undo()
-    assert decoder.lengths == [4]
+    assert decoder.lengths == [25 + T]
     assert_close(decoder.logits, expected)
 
 
@@ -234,8 +267,8 @@ def test_graphs_of_short_chunks_give_what_their_launches_give(mix, batch_size):
     else:
         model = small.model(torch.bfloat16, **TINY | dict(sliding_window=20)).to(DEVICE)
     decoders = [Decoder(copy.deepcopy(model), batch_size, slack=16, graph=graph) for graph in (None, False)]
-    for seed in range(12):
-        chunk = tokens(batch_size, (3, 5, 13)[seed % (3 if batch_size == 1 else 2)], seed=seed).tolist()
+    for seed in range(16):
+        chunk = tokens(batch_size, (3, 5, 13, 40)[seed % (4 if batch_size == 1 else 2)], seed=seed).tolist()
         if batch_size == 1 and seed < 9:
             assert_close(*(decoder.score(chunk[0]) for decoder in decoders))
         else:
@@ -254,13 +287,14 @@ def without_kernels(monkeypatch):
     pair.workspace._unpack = lambda planes, out, rows=None: out.zero_()
     monkeypatch.setattr(prefill, "scale_rows", lambda inputs: (inputs, inputs))
     monkeypatch.setattr(prefill, "short_linear", lambda *arguments: arguments[-1].zero_())
-    monkeypatch.setattr(prefill, "attend_chunk", lambda *arguments: arguments[7].zero_())
+    for name in ("attend_chunk", "attend_short"):
+        monkeypatch.setattr(prefill, name, lambda *arguments, **_: arguments[7].zero_())
     return pair.model, pair.workspace, pair.caches[0]
 
 
 def test_a_short_chunk_never_waits_for_the_device(without_kernels, no_host_reads):
     model, workspace, cache = without_kernels
-    for T in (9, 3, 16):
+    for T in (9, 3, 16, 33):
         read_chunk(model, tokens(1, T), cache, None, workspace, last_only=False)
 
 

@@ -31,21 +31,23 @@ def tried(model, *sizes):
     return decoder, chunks
 
 
-@pytest.mark.parametrize(("batch_size", "rows"), [(1, [2, 16, 17]), (3, [6, 15, 18]), (5, [10, 15, 20]), (16, [32])])
+@pytest.mark.parametrize(
+    ("batch_size", "rows"), [(1, [2, 16, 64, 65]), (3, [6, 15, 63, 66]), (5, [10, 15, 60, 65]), (16, [32, 64, 80])]
+)
 def test_it_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, rows):
-    decoder, chunks = tried(dense_model(sliding_window=None), batch_size, 30)
+    decoder, chunks = tried(dense_model(sliding_window=None), batch_size, 80)
     assert chunks == [*rows, *rows]
     assert decoder.lengths == [0] * batch_size
 
 
 def test_it_does_everything_twice_so_that_graphs_are_recorded():
-    model = dense_model(sliding_window=40)
+    model = dense_model(sliding_window=100)
     expected, decoder, done = expected_logits(model), Decoder(model, plain=True), []
     decoder._plain = False  # short chunks are graphs, too
     run = decoder._run
     decoder._run = lambda name, work: done.append(name) or run(name, work)
     try_out(decoder, expected)
-    kinds = {"sample", "forward and sample", "forward", "chunk of 2, last logits", "chunk of 16, last logits"}
+    kinds = {"sample", "forward and sample", "forward", *(f"chunk of {T}, last logits" for T in (2, 16, 64))}
     assert kinds <= set(done)
     assert all(done.count(name) >= 2 for name in kinds)
 
