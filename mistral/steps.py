@@ -87,13 +87,13 @@ def _steps_ahead(
     """
     running = [True] * decoder.batch_size
     mask = None if constraints is None else stack_masks(constraints, running, decoder.logits)
-    under_way: deque[_Arriving] = deque()
+    under_way: deque[Arriving] = deque()
     try:
         for left in range(max_new_tokens, 0, -1):
             while len(under_way) < min(decoder.ahead + 1, left):
                 if under_way and max(decoder.lengths) >= decoder.limit:
                     break  # the step that there is no room for says so when it comes to it
-                under_way.append(_Arriving(decoder.step(sampling, mask)))
+                under_way.append(Arriving(decoder.step(sampling, mask)))
             chosen = under_way.popleft().ids()
             _check_step([id == NO_NUMBERS for id in chosen], [id == NOTHING_LEFT for id in chosen], running)
             ids = [id if alive else None for id, alive in zip(chosen, running)]
@@ -113,8 +113,8 @@ def _accept(constraints: Sequence[Constraint] | None, chosen: Sequence[int], run
             constraint.accept(id)
 
 
-class _Arriving:
-    """Ids [B] on their way from the device to the host."""
+class Arriving:
+    """Ids [B] on their way from the device to the host; what is started after them is not waited for."""
 
     def __init__(self, ids: Tensor):
         self._ids = ids.to("cpu", non_blocking=True)

@@ -32,7 +32,10 @@ def arguments() -> argparse.Namespace:
         "--format", choices=("plain", *FORMATS), default="plain", help="of the weights: plain, in --dtype, or packed"
     )
     parser.add_argument(
-        "--engines", nargs="+", choices=turns.NAMES, help="default: all that take the format; llama.cpp not for 7b"
+        "--engines",
+        nargs="+",
+        choices=turns.NAMES,
+        help="default: all that take the format (llama.cpp no plain 7b), kernels-pdl from compute capability 9.0 on",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
     parser.add_argument("--prompt-tokens", type=int, help="of core's first case (default: 200)")
@@ -60,9 +63,7 @@ def main() -> None:
     out_of_time = turns.time_limit(args.time_limit or (300 if args.suite == "core" else None))
     dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
     size = args.size or ("7b" if on_gpu else "small")
-    able = turns.NAMES if args.format == "plain" else ("kernels", "eager", "llama.cpp")
-    names = args.engines or [name for name in able if (name, size) != ("llama.cpp", "7b")]
-    names = [name for name in turns.NAMES if name in names]
+    names = [name for name in turns.NAMES if name in (args.engines or taking_part(device, size, args.format))]
 
     bandwidth, rate = machine.read_bandwidth(device), machine.matrix_rate(device, dtype)
     model = sizes.make_model(size, device, dtype, args.format)
@@ -72,23 +73,37 @@ def main() -> None:
     results, field = [], turns.Field(model, names)
     cases, repeats = suite(args, on_gpu), args.repeats or (5 if on_gpu else 15)
     for case in cases:
-        # It takes a minute to compile theirs for a case: in core there is time for one.
-        slow = {"transformers-compiled"} if args.suite == "core" and case != cases[0] else set()
-        taking_part = [name for name in names if name not in slow]
-        rows = turns.run_case(field, taking_part, case, repeats, out_of_time, common.note)
+        # Compiling takes them a minute a case: in core there is time for one.
+        slow = {"compile", "transformers-compiled"} if args.suite == "core" and case != cases[0] else set()
+        quick = [name for name in names if name not in slow]
+        rows = turns.run_case(field, quick, case, repeats, out_of_time, common.note)
         found = [row.result(model, bandwidth, rate) for row in rows]
         decode, prefill = sizes.decode_roof(model, case, bandwidth), sizes.prefill_roof(model, case, bandwidth, rate)
         print(
             report.table(f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}", found), flush=True
         )
         results += found
-    if not on_gpu:
+    for line in report.costs_of_length(results):
+        print(line)
+    if on_gpu:
+        print(f"memory reserved by PyTorch at most: {format_bytes(torch.cuda.max_memory_reserved(device))}")
+    else:
         print(f"peak memory of the process: {common.peak_memory(device)}")
     if args.plot:
         report.plot(args.plot, results, f"{facts['machine']}, {size}, {args.format}, {facts['dtype']}")
         common.note(f"wrote {args.plot}")
     measured = {"read_bytes_per_s": round(bandwidth), "matrix_flop_per_s": round(rate)}
     print(json.dumps(facts | {"suite": args.suite} | measured | {"results": results}))
+
+
+def taking_part(device: torch.device, size: str, format: str) -> list[str]:
+    """Who does unless engines are named."""
+    names = set(turns.NAMES if format == "plain" else ("kernels", "kernels-pdl", "eager", "llama.cpp"))
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        names.discard("kernels-pdl")
+    if (size, format) == ("7b", "plain"):
+        names.discard("llama.cpp")  # it would take a file of 14 GB
+    return [name for name in turns.NAMES if name in names]
 
 
 def introduce(facts: dict, model: mistral.Mistral, bandwidth: float, rate: float) -> None:

@@ -18,10 +18,10 @@ from benchmark_parts.sizes import SIZES
 from torch.profiler import ProfilerActivity, profile
 
 import mistral
+import mistral_kernels
 from mistral.checkpoints.load import choose_device
 from mistral.memory import format_bytes
 from mistral.quantization.packed import Packed, TiedOutput
-from mistral_kernels import open_engine
 from mistral_kernels.engines import ENGINES
 
 MATRICES = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv")
@@ -30,6 +30,7 @@ MATRICES = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv")
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__, "python scripts/profile_step.py --engine kernels --context 4096")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="default: auto")
+    parser.add_argument("--pdl", action="store_true", help="the kernels, with programmatic dependent launch")
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--size", choices=SIZES, help="of a random model (default: 7b on a GPU, else small)")
@@ -41,6 +42,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="the mean of so many (default: 10)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
     args = parser.parse_args()
+    if args.pdl and args.engine not in ("auto", "kernels"):
+        raise ValueError(f"--pdl is for the kernels, not for {args.engine}")
     if min(args.batch_size, args.context, args.steps, args.threads) < 1:
         raise ValueError("--batch-size, --context, --steps and --threads must be 1 or more")
     return args
@@ -53,7 +56,11 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
     model = sizes.make_model(args.size or ("7b" if on_gpu else "small"), device, dtype, args.format)
-    decoder, note = open_engine(args.engine, model, args.batch_size, args.context + 3 * args.steps + 2)
+    room = args.context + 3 * args.steps + 2
+    if args.pdl:
+        decoder, note = mistral_kernels.Decoder(model, args.batch_size, room, pdl=True), "engine: kernels, pdl"
+    else:
+        decoder, note = mistral_kernels.open_engine(args.engine, model, args.batch_size, room)
     print(f"{note}; {machine.facts(device, dtype)['machine']}, {args.format}, {str(dtype).removeprefix('torch.')}, "
           f"batch {args.batch_size}, context {args.context:,}")  # fmt: skip
     bandwidth = machine.read_bandwidth(device)
@@ -106,6 +113,7 @@ def kernel_bytes(model: mistral.Mistral, batch: int, context: int) -> dict[str, 
         "gate_up_kernel": sum(matrix_bytes(m.gate_proj, m.up_proj) for m in mlp),
         "projection_kernel, down": sum(matrix_bytes(m.down_proj) for m in mlp),
         "head_kernel": matrix_bytes(model.lm_head),
+        "sample_kernel": 4 * batch * config.vocab_size,
     }
 
 

@@ -203,6 +203,32 @@ def test_formats_are_compared_with_float32(monkeypatch, capsys, tmp_path):
     assert page.count("\n| ") == 1 + len(chosen)
 
 
+def test_what_a_step_costs_far_beyond_the_window_is_told_beside_one_at_its_end():
+    def row(engine, context, ms):
+        return {"engine": engine, "batch": 1, "context": context, "ms_per_step": ms}
+
+    rows = [row("eager", 512, 1.0), row("eager", 4096, 2.0), row("eager", 32768, 2.1), row("kernels", 32768, 1.0)]
+    failed = {"engine": "compile", "batch": 1, "context": 4096, "failed": "no GPU"}
+    line = "eager, batch 1: a step at 32,768 tokens costs 1.050 times one at 4,096"
+    assert report.costs_of_length([*rows, failed]) == [line]
+    assert report.costs_of_length(rows[:2]) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "format", "left_out"),
+    [
+        (None, "small", "plain", {"kernels-pdl"}),
+        ((8, 0), "7b", "plain", {"kernels-pdl", "llama.cpp"}),
+        ((9, 0), "7b", "plain", {"llama.cpp"}),
+        ((9, 0), "7b", "Q4_K_M", {"compile", "transformers", "transformers-compiled"}),
+    ],
+)
+def test_who_takes_part_where_nobody_is_named(capability, size, format, left_out, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    names = benchmark.taking_part(torch.device("cuda" if capability else "cpu"), size, format)
+    assert names == [name for name in turns.NAMES if name not in left_out]
+
+
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="--plot needs matplotlib"):
@@ -234,16 +260,17 @@ def test_our_kernels_bytes_are_all_the_weights():
     model = sizes.make_model("7b", torch.device("meta"), torch.bfloat16)
     moved = profile_step.kernel_bytes(model, 1, 5000)
     norms = 2 * (2 * 32 + 1) * 4096
-    weights = sum(moved.values()) - moved["decode_attention_kernel"] - moved["embed_kernel"]
+    weights = sum(moved.values()) - sum(moved[f"{name}_kernel"] for name in ("decode_attention", "embed", "sample"))
     assert weights == sizes.weight_bytes(model) - norms
     assert moved["decode_attention_kernel"] == 4096 * 131_072
+    assert moved["sample_kernel"] == 4 * 32000
 
 
 def test_our_kernels_bytes_of_a_packed_model_are_its_blocks():
     model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, "Q8_0")
     moved = profile_step.kernel_bytes(model, 1, 50)
     norms = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
-    weights = sum(moved.values()) - moved["decode_attention_kernel"] - moved["embed_kernel"]
+    weights = sum(moved.values()) - sum(moved[f"{name}_kernel"] for name in ("decode_attention", "embed", "sample"))
     assert weights == sizes.weight_bytes(model) - norms
     assert moved["embed_kernel"] == model.config.hidden_size // 32 * 34
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import mistral
+import mistral_kernels
 from benchmark_parts.sizes import Case
-from mistral_kernels import open_engine
+from mistral.steps import Arriving
 
 GREEDY = mistral.Sampling(temperature=0.0)
 
@@ -29,11 +30,14 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """An engine of this project."""
+    """An engine of this project; kernels-pdl are the kernels with programmatic dependent launch."""
 
     def __init__(self, name: str, model: mistral.Mistral, case: Case, prompts: Tensor):
         room = case.context + case.tokens + 2
-        self.decoder, self.note = open_engine(name, model, case.batch, room)
+        if name == "kernels-pdl":
+            self.decoder, self.note = mistral_kernels.Decoder(model, case.batch, room, pdl=True), "dependent launches"
+        else:
+            self.decoder, self.note = mistral_kernels.open_engine(name, model, case.batch, room)
         self.prompts = prompts.tolist()
 
     def prefill(self) -> None:
@@ -46,11 +50,11 @@ class Ours:
         """`n` steps."""
         before = None
         for _ in range(n):
-            ids = self.decoder.step(GREEDY)
+            ids = Arriving(self.decoder.step(GREEDY))
             if before is not None:
-                before.tolist()
+                before.ids()
             before = ids
-        before.tolist()
+        before.ids()
 
 
 class Theirs:
@@ -83,10 +87,11 @@ class Theirs:
         for _ in range(n):
             logits = self.step(self.ids, past_key_values=self.cache, use_cache=True).logits
             self.ids = logits[:, -1:].argmax(-1)
+            arriving = Arriving(self.ids)
             if before is not None:
-                before.tolist()
-            before = self.ids
-        before.tolist()
+                before.ids()
+            before = arriving
+        before.ids()
 
 
 class LlamaCpp:

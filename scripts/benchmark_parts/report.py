@@ -31,6 +31,21 @@ def table(title: str, results: Sequence[dict]) -> str:
     return "\n".join([*lines, *notes, ""])
 
 
+def costs_of_length(results: Sequence[dict]) -> list[str]:
+    """A line for each engine and batch: what a step costs at the longest context, beside a window's, 4,096 tokens."""
+    cost = {(r["engine"], r["batch"], r["context"]): r["ms_per_step"] for r in results if "failed" not in r}
+    longest = max((context for _, _, context in cost), default=0)
+    ratios = {
+        (engine, batch): ms / cost[engine, batch, 4096]
+        for (engine, batch, context), ms in cost.items()
+        if context == longest > 4096 and (engine, batch, 4096) in cost
+    }
+    return [
+        f"{engine}, batch {batch}: a step at {longest:,} tokens costs {ratio:.3f} times one at 4,096"
+        for (engine, batch), ratio in ratios.items()
+    ]
+
+
 def require_matplotlib() -> None:
     """ValueError where it is missing: before anything is measured, not after."""
     try:

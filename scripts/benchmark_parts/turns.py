@@ -20,7 +20,7 @@ from benchmark_parts.sizes import Case
 from mistral.quantization.packed import Packed
 
 # Kernels first: they regroup the weights, and whoever comes later shares what they made of them.
-NAMES = ("kernels", "compile", "eager", "transformers", "transformers-compiled", "llama.cpp")
+NAMES = ("kernels", "kernels-pdl", "compile", "eager", "transformers", "transformers-compiled", "llama.cpp")
 
 
 class Field:
@@ -48,7 +48,7 @@ class Field:
             import llama_cpp  # noqa: F401  (before a file is written for it)
 
             return LlamaCpp(self._file.path, case, prompts)
-        return Ours(name, self.model if name == "kernels" else self._others, case, prompts)
+        return Ours(name, self.model if name.startswith("kernels") else self._others, case, prompts)
 
     def _transformers(self, case: Case) -> torch.nn.Module:
         """With a window only where it cuts something off: its caches of a window are slower, and compile badly."""
@@ -69,6 +69,7 @@ class Row:
     note: str = ""
     failed: str = ""
     peak_bytes: int | None = None  # weights included; known on a GPU
+    reserved_bytes: int | None = None  # the most that PyTorch took from the GPU, for all that ran so far
     prefills: list[float] = dataclasses.field(default_factory=list)  # seconds
     decodes: list[float] = dataclasses.field(default_factory=list)
 
@@ -91,6 +92,7 @@ class Row:
             "prefill_of_roof": round(prefill / sizes.prefill_roof(model, case, bandwidth, rate), 4),
             "first_token_s": round(min(self.prefills), 5),
             "peak_bytes": self.peak_bytes,
+            "reserved_bytes": self.reserved_bytes,
         }
 
 
@@ -136,6 +138,7 @@ def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
         weights = sum(parameter.nbytes for parameter in field.model.parameters())
         weights += packed_bytes(field.model, embedding=True)
         row.peak_bytes = torch.cuda.max_memory_allocated(device) - before + weights
+        row.reserved_bytes = torch.cuda.max_memory_reserved(device)
     return contestant
 
 
