@@ -30,8 +30,12 @@ def kilobytes(key):
     return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
 way, path, warm = sys.argv[1:]
 if way == "read":
-    import numpy
-    def load(file): return numpy.fromfile(file, numpy.uint8)
+    import os, torch
+    def load(file):
+        memory = torch.empty(os.path.getsize(file), dtype=torch.uint8)
+        with open(file, "rb") as f:
+            f.readinto(memory.numpy())
+        return memory
 elif way == "llama.cpp":
     import llama_cpp
     def load(file): return llama_cpp.Llama(file, n_ctx=512, verbose=False)

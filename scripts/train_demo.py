@@ -24,6 +24,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=13000, help="batches of about 2,048 tokens (default: 13000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: CUDA where there is one)")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="multiply in bfloat16: faster on a GPU, and on a CPU with AVX-512 BF16"
+    )
     args = parser.parse_args()
     if args.steps < 1 or not 0 <= args.seed < 2**63:
         raise ValueError("--steps must be 1 or more, --seed 0 or more (and below 2**63)")
@@ -34,7 +37,7 @@ def main() -> None:
     args = arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(args.seed)
-    trainer = Trainer(tokenizer, args.steps, choose_device(args.device), args.seed)
+    trainer = Trainer(tokenizer, args.steps, choose_device(args.device), args.seed, bfloat16=args.bfloat16)
     state, seconds = args.folder / "state.pt", 0.0
     if state.exists():
         try:

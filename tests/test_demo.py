@@ -208,13 +208,15 @@ def test_training_text_is_what_the_chat_driver_sends_and_only_answers_count_full
         assert begin_turn(tokenizer, "assistant")[0] in ids
 
 
-def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(demo, monkeypatch):
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(bfloat16, demo, monkeypatch):
     _, tokenizer = demo
     monkeypatch.setattr(training, "BATCH_TOKENS", 512)
-    trainer = training.Trainer(tokenizer, 30, torch.device("cpu"))
+    trainer = training.Trainer(tokenizer, 30, torch.device("cpu"), bfloat16=bfloat16)
     losses = [loss for _, loss in trainer.run()]
     assert sum(losses[-3:]) < sum(losses[:3]) - 3
-    other = training.Trainer(tokenizer, 32, torch.device("cpu"))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    other = training.Trainer(tokenizer, 32, torch.device("cpu"), bfloat16=bfloat16)
     other.load_state_dict(trainer.state_dict())
     assert [step for step, _ in other.run()] == [31, 32]
 

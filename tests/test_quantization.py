@@ -87,9 +87,9 @@ def test_packed_layers_are_layers_with_the_unpacked_weights(name, dtype, monkeyp
     weight = dequantize(blocks, kind).to(dtype)
     monkeypatch.setattr(packed, "weights_at_once", lambda device: 5 * 512)  # 5 rows, 5 rows, 3 rows
     x = torch.randn(2, 3, 512, dtype=dtype)
-    assert torch.allclose(
-        PackedLinear(blocks, kind)(x), F.linear(x, weight), rtol=1e-2 if dtype.itemsize == 2 else 1e-5
-    )
+    wanted = F.linear(x, weight)
+    error = (PackedLinear(blocks, kind)(x) - wanted).abs().max() / wanted.abs().max()
+    assert error < (1e-2 if dtype.itemsize == 2 else 1e-6)  # other pieces may be summed in another order
     tokens = torch.tensor([[0, 12, 3], [3, 3, 1]])
     embedding = PackedEmbedding(blocks, kind, torch.float32).to(dtype)
     assert torch.equal(embedding(tokens), weight[tokens])

@@ -62,7 +62,7 @@ def test_generate_lets_an_engine_run_ahead_of_what_it_prints(hermes, monkeypatch
             events.append("step")
             return super().step(sampling, mask)
 
-    def open_engine(name, model, *sizes, **options):
+    def open_engine(name, model, *sizes, say, **options):
         return Ahead(model, *sizes, **options), "engine: ahead"
 
     monkeypatch.setattr(mistral_kernels, "open_engine", open_engine)

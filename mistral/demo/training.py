@@ -183,7 +183,7 @@ def batches(tokenizer: Tokenizer, random: Random, progress: float) -> Iterator[t
 
 def loss_of(model: Mistral, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted mean of the cross-entropies, and the mean over what the model is to write alone (nan: nothing)."""
-    logits = model(ids[:, :-1])  # [B, T-1, V]
+    logits = model(ids[:, :-1]).float()  # [B, T-1, V]
     entropies = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
     own = weights == 1.0
@@ -191,11 +191,17 @@ def loss_of(model: Mistral, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
 
 
 class Trainer:
-    """Model, optimizer and the place in the data; `state_dict` has all of it, so that a run can go on later."""
+    """Model, optimizer and the place in the data; `state_dict` has all of it, so that a run can go on later.
 
-    def __init__(self, tokenizer: Tokenizer, steps: int, device: torch.device, seed: int = 0):
+    bfloat16  multiply matrices in it, which is faster where the processor can; weights and sums stay float32
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, steps: int, device: torch.device, seed: int = 0, *, bfloat16: bool = False
+    ):
         self.model = new_model(seed).to(device)
         self.tokenizer, self.steps, self.device, self.step, self.seed = tokenizer, steps, device, 0, seed
+        self.bfloat16 = bfloat16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
     def run(self) -> Iterator[tuple[int, float]]:
@@ -208,7 +214,8 @@ class Trainer:
                     return
 
     def _train(self, ids: Tensor, weights: Tensor) -> tuple[int, float]:
-        loss, own = loss_of(self.model, ids, weights)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss, own = loss_of(self.model, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         # A short warm-up, then the full rate, and from the middle on a straight line to nearly zero
