@@ -128,7 +128,7 @@ def combine(
         top = tl.maximum(top, tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg"))
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, H], tl.float32)
-    AT_ONCE: tl.constexpr = SPLITS if ROWS <= 16 else 1  # how many parts the registers hold
+    AT_ONCE: tl.constexpr = SPLITS if ROWS <= 16 else 1  # the registers hold all parts of a few rows
     for first in range(0, SPLITS, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             at = index * SPLITS + first + i

@@ -1,4 +1,4 @@
-"""The fast engine: the reference decoder's methods, with CUDA graphs for a token and for each length of a guess."""
+"""The fast engine: the reference decoder's methods, with CUDA graphs for a token and for short chunks."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,6 +12,7 @@ from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.matvec import MAX_BATCH
+from mistral_kernels.portable import arch_for
 from mistral_kernels.prefill import read_chunk
 from mistral_kernels.sampler import Sampler
 from mistral_kernels.short_linear import MAX_ROWS
@@ -24,7 +25,7 @@ class Decoder(ReferenceDecoder):
     max_tokens, slack  as there
     graph              None: CUDA graphs on a GPU. False: the same launches one by one, for debugging
     plain              run the kernels' plain-PyTorch twins instead: slow, on any device, to find out who is wrong
-    pdl                programmatic dependent launch (compute capability 9.0 and later)
+    pdl                programmatic dependent launch (compute capability 9.0 to 11.x)
 
     What differs: logits are float32, since the kernels have them so. Random numbers are those of the sampling kernel,
     so the same seed gives other texts than the reference, of the same distribution. `ahead` says how many steps
@@ -51,8 +52,8 @@ class Decoder(ReferenceDecoder):
         on_gpu = model.device.type == "cuda"
         if graph and (plain or not on_gpu):
             raise ValueError("a CUDA graph needs the kernels and a GPU")
-        if pdl and on_gpu and torch.cuda.get_device_capability(model.device) < (9, 0):
-            raise ValueError("programmatic dependent launch needs a GPU of compute capability 9.0 or later")
+        if pdl and on_gpu and arch_for(10 * torch.cuda.get_device_capability(model.device)[0]) < 90:
+            raise ValueError("these kernels launch dependently on GPUs of compute capability 9.0 to 11.x alone")
         graph = on_gpu and not plain if graph is None else graph
         self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph else None
         self._recorder = Recorder(model.device)
@@ -65,6 +66,7 @@ class Decoder(ReferenceDecoder):
             self._history = torch.full((batch_size, 2 * self.limit), -1, device=model.device)  # [B, room]
             self._short_tokens = torch.zeros(MAX_ROWS, dtype=torch.int64, device=model.device)
             self._short_counts = torch.zeros(batch_size, dtype=torch.int64, device=model.device)  # [B]
+        self.unrecorded: list[str] = []  # what runs launch by launch, since its graph did not fit into memory
         self._short_logits: dict[str, Tensor] = {}  # of each kind of short chunk, where its graph writes them
         self._logits = self._step.logits
         self._has_tokens = False  # whether `_step.tokens` are the ids that the cache reads next
@@ -153,11 +155,11 @@ class Decoder(ReferenceDecoder):
     def _short_room(self, T: int) -> int | None:
         """How many tokens a row the graph reads that a chunk of T goes through, pads included; None: there is none.
 
-        Each length up to 16 tokens in all has a graph of its own, beyond that every 16th, up to 64 in all. While one
-        is recorded the cache cannot look whether the pads of a nearly full row go too far.
+        Each length up to 16 tokens in all has a graph of its own; up to 64 there is one for about every 16 more. While
+        one is recorded the cache cannot look whether the pads of a nearly full row go too far.
         """
-        room = T if self.batch_size * T <= MAX_BATCH else -(-T // MAX_BATCH) * MAX_BATCH
-        cache = self._cache
+        step = max(MAX_BATCH // self.batch_size, 1)
+        room, cache = (T if step >= T else -(-T // step) * step), self._cache
         fits = cache.wraps or max(cache.lengths_at_most) + room <= cache.num_slots
         return room if self.batch_size * room <= MAX_ROWS and fits else None
 
@@ -179,13 +181,16 @@ class Decoder(ReferenceDecoder):
             arguments = cache, self._short_counts, self._step.workspace, last_only
             self._short_logits[name] = read_chunk(self.model, fixed, *arguments)
 
-        counted = cache.lengths_at_most
+        # What runs does not know the counts on the device and counts pads; what is replayed counts nothing.
+        lengths_before, peaks_before = cache.lengths_at_most, cache.peaks_at_most
         try:
             self._run(name, work)
-            counted = ends
-        finally:
-            # What runs does not know the counts on the device and counts pads; what is replayed counts nothing.
-            cache.lengths_at_most, cache.peaks_at_most, cache.exact = counted, peaks, exact
+        except BaseException:
+            begun = cache.peaks_at_most is not peaks_before
+            cache.lengths_at_most, cache.peaks_at_most = lengths_before, peaks if begun else peaks_before
+            cache.exact = exact
+            raise
+        cache.lengths_at_most, cache.peaks_at_most, cache.exact = ends, peaks, exact
         return self._short_logits[name].clone()
 
     def _read_one(self, counts: list[int]) -> None:
@@ -235,6 +240,7 @@ class Decoder(ReferenceDecoder):
                     self._graphs[name] = self._recorded(work)
                 except torch.OutOfMemoryError:  # of the recording, which may come in the midst of a text
                     self._graphs[name] = work
+                    self.unrecorded.append(name)
             self._graphs[name]()
 
     def _recorded(self, work: Callable[[], object]) -> Callable[[], None]:

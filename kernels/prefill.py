@@ -97,7 +97,8 @@ def _attention_over(cache: RollingCache, starts: Tensor, real: Tensor, config: C
     """The attention of a chunk over ring and chunk, for every layer: (q, k, v, keys, values, y)."""
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     kernel = attend_chunk
-    if T * N // K <= MAX_QUERIES:
+    # Of 256 numbers in float32 so many queries, and the keys, would not fit into the shared memory of small GPUs.
+    if T * N // K <= MAX_QUERIES and H * cache.keys.dtype.itemsize <= 512:
         kernel = partial(attend_short, partials=Partials(len(starts), N, K, H, starts.device, tokens=T))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, y: Tensor) -> None:

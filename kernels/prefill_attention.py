@@ -62,11 +62,11 @@ def attend_chunk_reference(
 
 @triton.jit
 def walk(
-    query, mine, top, total, out, keys, values, first, wrap, low, high, i, window, scale,
+    query, positions, top, total, out, keys, values, first, wrap, low, high, i, window, scale,
     STRIDE: tl.constexpr, H: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys low <= r < high into account, for queries at `mine`, which lie in i .. i + QUERIES - 1.
+    """Take the keys low <= r < high into account, for queries at `positions`, which lie in i .. i + QUERIES - 1.
 
     Key r lies in row (first + r) mod wrap, and rows are STRIDE elements apart. The running maximum, the sum of weights
     and the weighted sum of values go in and come out.
@@ -84,7 +84,7 @@ def walk(
         k, v = dot_operand(k, ARCH), dot_operand(v, ARCH)
         scores = tl.dot(query, k, input_precision="ieee") * scale
         if (block + BLOCK > high) | (block + BLOCK - 1 > i) | (block <= i + QUERIES - 1 - window):
-            seen = (r[None, :] <= mine[:, None]) & (r[None, :] > mine[:, None] - window) & real[None, :]
+            seen = (r[None, :] <= positions[:, None]) & (r[None, :] > positions[:, None] - window) & real[None, :]
             scores = tl.where(seen, scores, -1e30)
         highest = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - highest[:, None])

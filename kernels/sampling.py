@@ -199,8 +199,9 @@ def sample_kernel(
 
 def launch(batch: int, V: int, arch: int) -> Launch:
     """Shape of the launch. ValueError for a vocabulary that does not fit into registers."""
-    require(V <= 2**17, f"a vocabulary of {V}; the sampling kernel takes up to {2**17}")
-    groups = triton.next_power_of_2(triton.cdiv(V + 3 if V % 4 else V, 32))
+    room = V + 3 if V % 4 else V
+    require(room <= 2**17, f"a vocabulary of {V}; the sampling kernel takes up to {2**17}")
+    groups = triton.next_power_of_2(triton.cdiv(room, 32))
     warps = 16 if groups >= 512 else 4
     constants = dict(V=V, GROUPS=groups, BLOCK=128 * warps, ARCH=arch)
     return Launch((batch,), constants, dict(num_warps=warps))

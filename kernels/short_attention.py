@@ -9,7 +9,7 @@ Bytes: 4 K H a live position and row in 16 bits, as a decode step (7B: 16.8 MB f
 
 Versions (times not measured; a 7B, one row, 9 tokens, a full window)
   tiles of prefill_attention.py    32 CTAs, of which each reads 4,096 keys: 4 times the bytes, one block after another
-  this one                         128 CTAs, of which each reads 256 keys or 257 to 272
+  this one                         128 CTAs, of which each reads 256 keys; the last of a head 255 and the chunk
 """
 
 import math
@@ -86,7 +86,7 @@ def launch(batch: int, T: int, N: int, K: int, H: int, dtype: torch.dtype, arch:
     require(16 <= H <= 256 and H & (H - 1) == 0, f"head_dim is {H}; the kernel needs 16, 32, 64, 128 or 256")
     queries = T * N // K
     require(1 <= queries <= MAX_QUERIES, f"{queries} queries of a key/value head; the kernel takes 1 to {MAX_QUERIES}")
-    rows = max(16, triton.next_power_of_2(queries))
+    rows = 16 if queries <= 16 else MAX_QUERIES  # two kernels, and not one for every power of two
     small = H <= 128 and dtype != torch.float32  # so that three stages fit into shared memory
     stages = 3 if small else 1
     constants = dict(N=N, K=K, H=H, ROWS=rows, SPLITS=splits, BLOCK=32, STAGES=stages, ARCH=arch)

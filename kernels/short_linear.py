@@ -14,9 +14,9 @@ what they are and are not counted as largest; a sum over an infinity is infinite
 Bytes: those of W in every pass (7B, Q4_K_M: 4.4 GB, 17.6 for 64 rows; unpacked, written and read again they are 33).
 
 Versions (times not measured)
-  unpack, then cuBLAS          what longer chunks do, see dequantize.py. By bytes it would lose to 7 passes too, but a
-                               pass takes three quarters of its time for arithmetic, and a matrix that the L2 cache
-                               holds gives back nothing of that: 4 are half of what unpacking takes, either way
+  unpack, then cuBLAS          what longer chunks do, see dequantize.py. By bytes it would lose to 7 passes, too; by
+                               instructions a pass takes up to three quarters of the time of its bytes, which the L2
+                               cache does not shorten. With 4 there is room for error on both sides
   this one                     2 launches; matrices with the same input share the first. How many rows there are, of x
                                and of W, is no constant: every T up to 8 runs the same code, and every T above
 """

@@ -12,7 +12,7 @@ from mistral_kernels.decoder import Decoder
 from mistral_kernels.matvec import MAX_BATCH
 from mistral_kernels.short_linear import MAX_ROWS
 
-TOKENS = MAX_ROWS + 2
+TOKENS = MAX_ROWS + 4
 # Of the logits' norm. Rounding in bfloat16 makes about a hundredth, a fault in a kernel more than the whole.
 LARGEST_DISTANCE = 0.1
 
@@ -28,21 +28,26 @@ def try_out(decoder: Decoder, expected: Tensor) -> None:
     """Let a new decoder do everything twice, compare it with `expected_logits`, and make it forget it all.
 
     The first time compiles the kernels, the second records the CUDA graphs. A decoder with little room does what it has
-    room for. ValueError where the logits are not the model's; whatever else fails is raised as it is.
+    room for. ValueError where the logits are not the model's, OutOfMemoryError where a graph does not fit; whatever
+    else fails is raised as it is.
     """
     rows, room, ids = decoder.batch_size, decoder.limit, _ids(expected.shape[-1])
     rules = Sampling(temperature=0.0, seed=0)  # without a seed it would draw one from PyTorch's generator
     for _ in range(2):
         # Packed matrices have one kernel for up to 8 rows in all, one for 16 in a pass, and are unpacked for over 64.
-        for T in sorted({2, MAX_BATCH // rows, MAX_ROWS // rows, MAX_ROWS // rows + 1}):
-            if 1 < T <= room - 3:
+        # Attention has one for a few tokens in two sizes, and one that takes more queries at a time beyond 64 tokens.
+        for T in sorted({2, MAX_BATCH // rows, MAX_ROWS // rows, MAX_ROWS // rows + 1, MAX_ROWS + 1}):
+            if 1 < T <= room - 5:
                 decoder.rewind(decoder.lengths)
-                for chunk in (ids[:T], ids[T : T + 1]):  # the second is read as any token is that was chosen
+                # The second is read as any token is that was chosen, the third sees the ring.
+                for chunk in (ids[:T], ids[T : T + 1], ids[T + 1 : T + 3]):
                     decoder.read([chunk] * rows)
                     _compare(decoder.logits, expected[decoder.lengths[0] - 1])
                 decoder.step(rules)  # samples alone
                 decoder.step(rules)  # reads and samples
                 decoder.logits.sum().item()  # reads alone; and waits: only then has everything run
+    if decoder.unrecorded:
+        raise torch.OutOfMemoryError(f"no memory for the CUDA graph of {decoder.unrecorded[0]}")
     decoder.start_over()
 
 

@@ -44,7 +44,11 @@ class Recorder:
                 failure = failure or error
             if failure is not None:
                 self._recover(before)
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    # The error's traceback has this frame, and the frame has both: they would wait for the collector.
+                    del failure, graph
         return graph
 
     def _recover(self, stream: torch.cuda.Stream) -> None:

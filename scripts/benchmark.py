@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
         "--engines",
         nargs="+",
         choices=turns.NAMES,
-        help="default: all that take the format (llama.cpp no plain 7b), kernels-pdl from compute capability 9.0 on",
+        help="default: all that take the format (llama.cpp no plain 7b), kernels-pdl on compute capability 9 to 11",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
     parser.add_argument("--prompt-tokens", type=int, help="of core's first case (default: 200)")
@@ -73,7 +73,7 @@ def main() -> None:
     results, field = [], turns.Field(model, names)
     cases, repeats = suite(args, on_gpu), args.repeats or (5 if on_gpu else 15)
     for case in cases:
-        # Compiling takes them a minute a case: in core there is time for one.
+        # Compiling may take them a minute a case: in core there is time for one.
         slow = {"compile", "transformers-compiled"} if args.suite == "core" and case != cases[0] else set()
         quick = [name for name in names if name not in slow]
         rows = turns.run_case(field, quick, case, repeats, out_of_time, common.note)
@@ -99,7 +99,7 @@ def main() -> None:
 def taking_part(device: torch.device, size: str, format: str) -> list[str]:
     """Who does unless engines are named."""
     names = set(turns.NAMES if format == "plain" else ("kernels", "kernels-pdl", "eager", "llama.cpp"))
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda" or not (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0):
         names.discard("kernels-pdl")
     if (size, format) == ("7b", "plain"):
         names.discard("llama.cpp")  # it would take a file of 14 GB

@@ -124,7 +124,8 @@ def first_token(path: Path) -> dict[str, float | str] | None:
     seconds, cpu_seconds, peak, note = result.split(maxsplit=3)
     print(f"{'first token':<12}{float(seconds):>10.2f}{float(cpu_seconds):>14.2f}{format_bytes(int(peak) * 1024):>14}")
     print(f"  {note.strip()}")
-    return {"seconds": round(float(seconds), 2), "cpu_seconds": round(float(cpu_seconds), 2), "engine": note.strip()}
+    rest = {"peak_bytes": int(peak) * 1024, "engine": note.strip()}
+    return {"seconds": round(float(seconds), 2), "cpu_seconds": round(float(cpu_seconds), 2), **rest}
 
 
 def run_child(way: str, arguments: list[str]) -> str | None:

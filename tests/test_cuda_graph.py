@@ -1,6 +1,8 @@
 """Recording CUDA graphs: what goes wrong is told, and leaves the device as it was."""
 
-from contextlib import contextmanager, nullcontext
+import gc
+import weakref
+from contextlib import contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +100,25 @@ def test_a_recording_that_only_its_end_finds_broken_is_an_error_too(a_device):
     with pytest.raises(RuntimeError, match="previous error"):
         Recorder(torch.device("cuda", 0)).record(lambda: a_device.append("broken"))
     assert [note for note in a_device if note[0] in ("stream", "state")] == [("stream", 0), ("state", 7)]
+
+
+def test_what_a_failed_recording_made_is_gone_with_its_error(a_device, monkeypatch):
+    class Graph:
+        pass
+
+    made = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(weakref.ref(graph := Graph())) or graph)
+
+    def work():
+        raise ValueError("no memory")
+
+    gc.disable()
+    try:
+        with suppress(ValueError):
+            Recorder(torch.device("cuda", 0)).record(work)
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

@@ -210,8 +210,8 @@ def test_greedy_text_of_the_demo_is_the_references_for_1000_tokens_past_its_wind
 @pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
 def test_a_graph_gives_the_bits_of_single_launches(pdl):
-    if pdl and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("dependent launch needs compute capability 9.0")
+    if pdl and not (9, 0) <= torch.cuda.get_device_capability() < (12, 0):
+        pytest.skip("these kernels launch dependently on compute capability 9.0 to 11.x")
     model = small.model(torch.bfloat16, **SIZES).cuda()
     texts = []
     for graph in (True, False):

@@ -206,7 +206,7 @@ def test_what_a_graph_of_a_padded_chunk_repeats_reads_each_row_to_its_own_end():
         for engine in (decoder, reference):
             engine.rewind([2, 1])
             engine.step(GREEDY)
-    assert repeated.count("chunk of 32, last logits") == 3
+    assert {"chunk of 24, last logits", "chunk of 32, last logits"} <= set(repeated)
 
 
 def test_a_chunk_whose_pads_have_no_room_is_read_without_a_graph():

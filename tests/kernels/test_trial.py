@@ -32,9 +32,11 @@ def tried(model, *sizes):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "rows"), [(1, [2, 16, 64, 65]), (3, [6, 15, 63, 66]), (5, [10, 15, 60, 65]), (16, [32, 64, 80])]
+    ("batch_size", "lengths"),
+    [(1, [2, 16, 64, 65]), (3, [2, 5, 21, 22, 65]), (5, [2, 3, 12, 13, 65]), (16, [2, 4, 5, 65])],
 )
-def test_it_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, rows):
+def test_it_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, lengths):
+    rows = [batch_size * n for length in lengths for n in (length, 2)]  # and two tokens that see the ring
     decoder, chunks = tried(dense_model(sliding_window=None), batch_size, 80)
     assert chunks == [*rows, *rows]
     assert decoder.lengths == [0] * batch_size
@@ -67,6 +69,33 @@ def test_a_decoder_that_was_tried_draws_the_random_numbers_of_a_new_one(seed):
         torch.manual_seed(7)
         texts.append(list(mistral.generate(make(), [5, 6, 7], rules, max_new_tokens=20, stop_tokens=())))
     assert texts[0] == texts[1]
+
+
+def test_a_graph_that_does_not_fit_is_told_before_a_text_is_begun(monkeypatch):
+    model = dense_model()
+    expected, decoder = expected_logits(model), Decoder(model, plain=True)
+    decoder._graphs = {}
+
+    def no_room(work):
+        raise torch.OutOfMemoryError("tried 9 GB")
+
+    monkeypatch.setattr(decoder, "_recorded", no_room)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for the CUDA graph of"):
+        try_out(decoder, expected)
+
+
+def test_a_graph_that_does_not_fit_in_the_midst_of_a_text_is_done_without(monkeypatch):
+    model = dense_model()
+    wanted = list(mistral.generate(copy.deepcopy(model), [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=()))
+    decoder = Decoder(model, plain=True)
+    decoder._graphs = {}
+
+    def no_room(work):
+        raise torch.OutOfMemoryError("tried 9 GB")
+
+    monkeypatch.setattr(decoder, "_recorded", no_room)
+    assert list(mistral.generate(decoder, [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=())) == wanted
+    assert "forward and sample" in decoder.unrecorded
 
 
 @pytest.mark.parametrize("room", range(1, 12))
