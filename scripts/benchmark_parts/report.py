@@ -74,5 +74,6 @@ def plot(path: Path, results: Sequence[dict], title: str) -> None:
     axes.set(xscale="log", xlabel="tokens of context", ylabel="ms a step", title=title, ylim=(0, None))
     contexts = sorted({r["context"] for r in measured})
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.minorticks_off()  # whose labels would stand across these
     axes.legend(fontsize="small")
     figure.savefig(path)
