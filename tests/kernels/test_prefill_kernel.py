@@ -48,14 +48,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("starts", "lengths", "S", "window"), CASES)
-def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(starts, lengths, S, window):
+def a_chunk(starts, lengths, S, window):
+    """Arguments of an attention up to `lengths`, its result [B, T, N, H], and where that is none: pads [B, T]."""
     T = max(lengths)
     keys, values, held = ring_after(starts, S)
     q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
     begin, real = torch.tensor(starts, device=DEVICE), torch.tensor(lengths, device=DEVICE)
     positions = begin[:, None] + torch.arange(T, device=DEVICE)  # [B, T]
-
     all_keys = torch.cat((keys, k.transpose(1, 2)), dim=2)
     all_values = torch.cat((values, v.transpose(1, 2)), dim=2)
     mask = window_mask(positions, torch.cat((held, positions), dim=1), window)
@@ -68,8 +67,14 @@ def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(starts, leng
         x.transpose(1, 2)[dead] = math.nan
     for x in (k, v):
         x[pads] = math.nan
-    y = poisoned(B + 1, T, N, H)
-    attend_chunk(q, k, v, keys, values, begin, real, y[:B], S, window, queries=32)
+    return (q, k, v, keys, values, begin, real), expected, pads
+
+
+@pytest.mark.parametrize(("starts", "lengths", "S", "window"), CASES)
+def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(starts, lengths, S, window):
+    arguments, expected, pads = a_chunk(starts, lengths, S, window)
+    y = poisoned(B + 1, max(lengths), N, H)
+    attend_chunk(*arguments, y[:B], S, window, queries=32)
     assert_close(y[:B][~pads], expected[~pads])
     assert y[:B].isfinite().all()
     assert y[B:].isnan().all()

@@ -7,10 +7,8 @@ import math
 
 import pytest
 import torch
-from test_prefill_kernel import CLOSE, DEVICE, B, H, K, N, assert_close, normal, poisoned, ring_after
+from test_prefill_kernel import CLOSE, DEVICE, B, H, K, N, a_chunk, assert_close, normal, poisoned, ring_after
 
-from mistral.attention import attend_explicit
-from mistral.cache import window_mask
 from mistral_kernels.decode_attention import Partials
 from mistral_kernels.prefill_attention import attend_chunk_reference
 from mistral_kernels.short_attention import attend_short
@@ -28,29 +26,13 @@ CASES = [
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(("starts", "lengths", "S", "window"), CASES)
 def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(starts, lengths, S, window, splits):
-    T = max(lengths)
-    keys, values, held = ring_after(starts, S)
-    q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
-    begin, real = torch.tensor(starts, device=DEVICE), torch.tensor(lengths, device=DEVICE)
-    positions = begin[:, None] + torch.arange(T, device=DEVICE)  # [B, T]
-    all_keys = torch.cat((keys, k.transpose(1, 2)), dim=2)
-    all_values = torch.cat((values, v.transpose(1, 2)), dim=2)
-    mask = window_mask(positions, torch.cat((held, positions), dim=1), window)
-    expected = attend_explicit(q.transpose(1, 2), all_keys, all_values, mask).transpose(1, 2)  # [B, T, N, H]
-
-    # Whoever reads what no query may see gets NaN.
-    pads = torch.arange(T, device=DEVICE) >= real[:, None]
-    dead = (held < 0) | (held <= begin[:, None] - (window or T + 1000))
-    for x in (keys, values):
-        x.transpose(1, 2)[dead] = math.nan
-    for x in (k, v):
-        x[pads] = math.nan
+    T, (arguments, expected, pads) = max(lengths), a_chunk(starts, lengths, S, window)
     partials = Partials(B, N, K, H, DEVICE, tokens=T, splits=splits)
     partials.outputs.fill_(math.nan)
     partials.stats.fill_(math.nan)
     for _ in range(2):  # the second call finds the counters as the first did
         y = poisoned(B + 1, T, N, H)
-        attend_short(q, k, v, keys, values, begin, real, y[:B], S, window, partials=partials)
+        attend_short(*arguments, y[:B], S, window, partials=partials)
         assert_close(y[:B][~pads], expected[~pads])
         assert y[:B].isfinite().all()
         assert y[B:].isnan().all()
