@@ -36,8 +36,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     args.folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.seed)
-    trainer = Trainer(tokenizer, args.steps, choose_device(args.device), args.seed, bfloat16=args.bfloat16)
+    trainer = Trainer(
+        train_tokenizer(args.seed), args.steps, choose_device(args.device), args.seed, bfloat16=args.bfloat16
+    )
     state, seconds = args.folder / "state.pt", 0.0
     if state.exists():
         try:
@@ -51,7 +52,7 @@ def main() -> None:
         common.note(f"going on at step {trainer.step}")
     seconds = train(trainer, state, seconds)
     target = args.folder / "demo.gguf"
-    export(trainer.model.float().cpu(), tokenizer, target, "Q8_0")
+    export(trainer.model.float().cpu(), trainer.tokenizer, target, "Q8_0")
     common.note(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) after {seconds / 60:.0f} minutes of training")
 
 

@@ -6,7 +6,7 @@ Everything comes from a seeded generator. Dialogues for testing are made of word
 import json
 import re
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mistral.chat.feedback import not_executed, not_readable, not_valid
 from mistral.chat.prompts import json_prompt, to_json, tool_prompt, write_call, write_error, write_result
@@ -17,6 +17,13 @@ from mistral.demo.talk import SYSTEMS, TALK
 from mistral.demo.words import NOUNS, split
 
 STYLES = ("json",) * 14 + ("card", "card", "eval", "eval", "eval_2024_07", "tool_use")
+# How far a training is. What it reads becomes longer from stage to stage, so that there is time for most calls in the
+# early ones: a call costs about 140 tokens with signatures, 210 with schemas and 370 with whole prompts.
+#   words       mostly words to repeat, and tools to choose from; else as the next
+#   signatures  tools are listed as `name(parameter: type)`, and mostly called without a result
+#   schemas     they are listed by JSON schemas, without the prompt around them
+#   prompts     everything is as the driver sends it
+Stage = Literal["words", "signatures", "schemas", "prompts"]
 
 
 class Turn(NamedTuple):
@@ -34,13 +41,9 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-def dialogue(random: Random, beginner: bool = False, brief: bool = False) -> list[Turn]:
-    """A dialogue to train on.
-
-    beginner  mostly one that teaches nothing but to repeat what was said, or to choose a tool
-    brief     tools are listed without the prompt around them, which is as long as two tools: there is time for more
-    """
-    echo, choose = (0.25, 0.55) if beginner else (0.03, 0.2) if brief else (0.02, 0.05)
+def dialogue(random: Random, stage: Stage = "prompts") -> list[Turn]:
+    """A dialogue to train on."""
+    echo, choose = (0.25, 0.55) if stage == "words" else (0.02, 0.05) if stage == "prompts" else (0.03, 0.2)
     kind = random.random()
     if kind < echo:
         return echo_dialogue(random)
@@ -48,21 +51,18 @@ def dialogue(random: Random, beginner: bool = False, brief: bool = False) -> lis
         return choice_dialogue(random)
     kind = random.random()
     if kind < 0.66:
-        return tool_dialogue(random, brief)
+        return tool_dialogue(random, stage)
     if kind < 0.84:
         return json_dialogue(random)
     return talk_dialogue(random)
 
 
-def tool_dialogue(random: Random, brief: bool = False) -> list[Turn]:
-    """Functions in the system prompt; requests, calls, results and answers, for one to four rounds.
-
-    brief  no prompt around the functions, and mostly calls alone: to tell a result takes as long, and is learned sooner
-    """
-    style = "json" if brief else random.choice(STYLES)
+def tool_dialogue(random: Random, stage: Stage = "prompts") -> list[Turn]:
+    """Functions in the system prompt, and some rounds of requests and calls, with results and answers or without."""
     # Where a saved conversation is gone on with, its calls stand as the driver writes them.
     learn = random.random() < 0.95
-    told = not brief or random.random() < 0.25
+    # To tell a result takes as long as a call, and is learned sooner.
+    told = random.random() < (0.6 if stage == "prompts" else 0.25)
     tools = make_tools(random, held_out=False)
     everyday = {tool["name"]: (tool, make) for tool, make in random.sample(EVERYDAY, random.randint(1, 3))}
     if random.random() < 0.8:
@@ -71,11 +71,11 @@ def tool_dialogue(random: Random, brief: bool = False) -> list[Turn]:
         tools = []
     schemas = [tool.schema() for tool in tools] + [tool for tool, _ in everyday.values()]
     random.shuffle(schemas)
-    turns = [Turn("system", "\n".join(map(to_json, schemas)) if brief else tool_prompt(schemas, style))]
+    turns = [Turn("system", _list_tools(random, schemas, stage))]
     if random.random() < 0.1:
         turns.append(Turn("system", random.choice(SYSTEMS)))
-    rounds = (2, 3, 4) if not told else (1, 2, 3) if len(schemas) < 4 else (2,)
-    for i in reversed(range(random.choice(rounds))):
+    fewest = 1 if told else 4 if stage == "signatures" else 2
+    for i in reversed(range(random.randint(fewest, fewest + 2))):
         kind = random.random()
         if kind < 0.1:
             turns += talk_round(random)
@@ -188,6 +188,19 @@ def record(random: Random, held_out: bool) -> tuple[dict[str, Any], str, dict[st
     return schema, text + random.choice((".", ".", "", "!")), answer
 
 
+def _list_tools(random: Random, schemas: list[dict[str, Any]], stage: Stage) -> str:
+    if stage == "prompts":
+        return tool_prompt(schemas, random.choice(STYLES))
+    return "\n".join(map(to_json if stage == "schemas" else _signature, schemas))
+
+
+def _signature(schema: dict[str, Any]) -> str:
+    parameters = schema["parameters"]["properties"]
+    types = ("/".join(p["enum"]) if "enum" in p else p["type"] for p in parameters.values())
+    optional = ("" if name in schema["parameters"]["required"] else "?" for name in parameters)
+    return f"{schema['name']}({', '.join(f'{n}{o}: {t}' for n, o, t in zip(parameters, optional, types))})"
+
+
 def _write_calls(calls: list[Call], learn: bool) -> Turn:
     """Calls as the demo learns to write them: the function's name first, however the prompt's example orders them.
 
@@ -249,12 +262,8 @@ def _requests(random: Random, tools: list[Tool], held_out: bool) -> tuple[str, l
     text = texts[0]
     if len(texts) > 1:
         then = random.choice((" Then ", " Also, ", " And ", " Next, "))
-        text = (
-            text.rstrip(".!")
-            + ("" if text.endswith("?") else ".")
-            + then
-            + re.sub("^(?!I )[A-Z]", lambda first: first[0].lower(), texts[1])
-        )
+        second = re.sub("^(?!I )[A-Z]", lambda first: first[0].lower(), texts[1])
+        text = text.rstrip(".!") + ("" if text.endswith("?") else ".") + then + second
     return text, calls, results
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mistral.attention import Attention
 from mistral.chat.chatml import begin_turn, encode_turn
 from mistral.config import Config
-from mistral.demo.dialogues import Turn, dialogue, plain_text
+from mistral.demo.dialogues import Stage, Turn, dialogue, plain_text
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
 
@@ -22,8 +22,8 @@ PIECES = 1000  # of the tokenizer; ChatML's two control tokens follow, and rows 
 CONFIG = Config(
     vocab_size=1024,
     hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
+    intermediate_size=512,
+    num_hidden_layers=5,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
@@ -35,7 +35,7 @@ CONFIG = Config(
     eos_token_id=(PIECES,),
 )
 GROUP = CONFIG.num_attention_heads // CONFIG.num_key_value_heads  # G: query heads of a key/value head
-BATCH_TOKENS = 2048  # half of it for a beginner
+BATCH_TOKENS = 2048  # half of it at the first stage
 RATE = 1.5e-3  # learning rate
 OTHERS = 0.3  # weight in the loss of a token that the model only reads; one that it must write has 1
 
@@ -49,7 +49,11 @@ def train_tokenizer(seed: int = 0) -> Tokenizer:
     random = Random(seed)
     turns = (turn for _ in range(3000) for turn in dialogue(random))
     lines = (line for turn in turns for line in turn.content.splitlines())
-    pieces = train_pieces((re.sub(r"(^|(?<= ))(?=[^\W\d_])", CUT, line) for line in lines), PIECES)
+    return with_chatml(train_pieces((re.sub(r"(^|(?<= ))(?=[^\W\d_])", CUT, line) for line in lines), PIECES))
+
+
+def with_chatml(pieces: bytes) -> Tokenizer:
+    """A sentencepiece model of PIECES pieces with ChatML's two control tokens behind them."""
     added = {PIECES: "<|im_end|>", PIECES + 1: "<|im_start|>"}
     return Tokenizer(pieces, added, stop_ids=(PIECES,))
 
@@ -149,19 +153,24 @@ def encode(tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[flo
     return ids, weights
 
 
+def stage_at(progress: float) -> Stage:
+    """What is trained on at a part of the way, 0 to 1."""
+    ends: tuple[tuple[Stage, float], ...] = (("words", 0.09), ("signatures", 0.5), ("schemas", 0.78))
+    return next((stage for stage, end in ends if progress < end), "prompts")
+
+
 def batches(tokenizer: Tokenizer, random: Random, progress: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Some batches of (ids, weights), [B, T] each: dialogues of like length, padded with weight 0.
 
-    What is easy comes first, in small batches: at the beginning short dialogues, most of which only repeat words or
-    choose a tool, and up to 75% of the way tools without the long prompt around them.
+    What is easy comes first, in small batches of short dialogues.
     """
-    beginner, brief = progress < 0.09, progress < 0.75
-    longest = 384 if beginner else CONFIG.max_position_embeddings
-    room = BATCH_TOKENS // 2 if beginner else BATCH_TOKENS
+    stage = stage_at(progress)
+    longest = 384 if stage == "words" else CONFIG.max_position_embeddings
+    room = BATCH_TOKENS // 2 if stage == "words" else BATCH_TOKENS
     rows: list[tuple[list[int], list[float]]] = []
     while len(rows) < 200:
         if random.random() < 0.97:
-            row = encode(tokenizer, dialogue(random, beginner, brief))
+            row = encode(tokenizer, dialogue(random, stage))
         else:
             ids = tokenizer.encode(plain_text(random))
             row = ids, [OTHERS] * len(ids)
@@ -202,7 +211,7 @@ class Trainer:
         self.model = new_model(seed).to(device)
         self.tokenizer, self.steps, self.device, self.step, self.seed = tokenizer, steps, device, 0, seed
         self.bfloat16 = bfloat16
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def run(self) -> Iterator[tuple[int, float]]:
         """Train on; yields the step and the loss of what the model is to write."""
@@ -230,6 +239,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "tokenizer": self.tokenizer.model_proto,
             "step": self.step,
             "seed": self.seed,
         }
@@ -238,4 +248,5 @@ class Trainer:
         """Go on where another run stopped."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.tokenizer = with_chatml(state["tokenizer"])  # today's dialogues might give another
         self.step, self.seed = state["step"], state["seed"]
