@@ -247,15 +247,23 @@ def test_a_call_costs_fewer_tokens_in_earlier_stages(demo):
 
 
 def test_a_signature_has_what_the_schema_says_of_names_types_choices_and_what_may_be_left_out():
+    optional = choices = 0
     for seed in range(40):
         schemas, signatures = (tool_dialogue(Random(seed), stage)[0].content for stage in ("schemas", "signatures"))
         for schema, signature in zip(map(json.loads, schemas.splitlines()), signatures.splitlines(), strict=True):
-            parameters = schema["parameters"]
-            listed = [
-                name + ("" if name in parameters["required"] else "?") + ": " + "/".join(p.get("enum", [p["type"]]))
-                for name, p in parameters["properties"].items()
-            ]
-            assert signature == f"{schema['name']}({', '.join(listed)})"
+            name, _, listed = signature.removesuffix(")").partition("(")
+            assert name == schema["name"]
+            said = [part.split(": ") for part in listed.split(", ") if part]
+            required = schema["parameters"]["required"]
+            properties = schema["parameters"]["properties"]
+            assert [key.rstrip("?") for key, _ in said] == list(properties)
+            assert [key for key, _ in said if not key.endswith("?")] == required
+            for (_, kind), property in zip(said, properties.values()):
+                assert kind.split("/") == property.get("enum", [property["type"]])
+                choices += "enum" in property
+            optional += len(properties) - len(required)
+    assert optional > 5
+    assert choices > 5
 
 
 def test_it_learns_to_name_the_function_before_its_arguments_and_reads_calls_that_do_not():

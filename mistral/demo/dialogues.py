@@ -195,10 +195,10 @@ def _list_tools(random: Random, schemas: list[dict[str, Any]], stage: Stage) -> 
 
 
 def _signature(schema: dict[str, Any]) -> str:
-    parameters = schema["parameters"]["properties"]
-    types = ("/".join(p["enum"]) if "enum" in p else p["type"] for p in parameters.values())
-    optional = ("" if name in schema["parameters"]["required"] else "?" for name in parameters)
-    return f"{schema['name']}({', '.join(f'{n}{o}: {t}' for n, o, t in zip(parameters, optional, types))})"
+    properties, required = schema["parameters"]["properties"], schema["parameters"]["required"]
+    types = {key: "/".join(value.get("enum", [value["type"]])) for key, value in properties.items()}
+    listed = ", ".join(f"{key}{'' if key in required else '?'}: {type}" for key, type in types.items())
+    return f"{schema['name']}({listed})"
 
 
 def _write_calls(calls: list[Call], learn: bool) -> Turn:
