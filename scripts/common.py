@@ -202,7 +202,7 @@ def introduce(model: str) -> None:
     """What the demo is, where it is used."""
     if model == "demo":
         note(
-            "This is the demo: a Mistral of 3.5 million parameters, trained on made-up dialogues about tools, JSON and "
+            "This is the demo: a Mistral of 3.3 million parameters, trained on made-up dialogues about tools, JSON and "
             "this project. Name a folder, a GGUF file or owner/repo for a real one."
         )
 

@@ -21,7 +21,7 @@ SAVE_EVERY = 200  # steps
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__, "python scripts/train_demo.py /tmp/demo")
     parser.add_argument("folder", type=Path, help="where the state of the training is kept, and demo.gguf is written")
-    parser.add_argument("--steps", type=int, default=13000, help="batches of about 2,048 tokens (default: 13000)")
+    parser.add_argument("--steps", type=int, default=14800, help="batches of about 2,048 tokens (default: 14800)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cuda or cpu (default: CUDA where there is one)")
     parser.add_argument(

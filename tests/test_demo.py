@@ -11,6 +11,7 @@ import small
 import torch
 
 import mistral
+from mistral.attention import attend_explicit
 from mistral.chat.chatml import begin_turn
 from mistral.chat.formats import encode_chat
 from mistral.chat.grammar import tool_call_constraint
@@ -19,12 +20,13 @@ from mistral.chat.structured import OutOfTokens, generate_json
 from mistral.chat.tool_calls import parse_tool_calls
 from mistral.checkpoints.load import DEMO
 from mistral.demo import training
+from mistral.demo.blockwise_attention import attend_in_blocks
 from mistral.demo.dialogues import choice_dialogue, dialogue, record, tool_dialogue, unseen_request
 from mistral.demo.everyday import EVERYDAY
 from mistral.demo.inventions import make_tools, request
 from mistral.demo.parameters import make_noun
 from mistral.demo.talk import TALK
-from mistral.demo.words import CITIES, NOUNS, draw, is_held_out, pseudo_word, split
+from mistral.demo.words import CITIES, NOUNS, draw, foreign_word, is_held_out, pseudo_word, split
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_llama_cpp_gives_the_demos_logits(demo):
         logits = model(torch.from_numpy(recorded["tokens"])[None])[0]
     assert (logits - torch.from_numpy(recorded["f32"])).abs().max() < 1e-4
     # On the file itself llama.cpp rounds the activations to 8 bits, too.
-    assert (logits - torch.from_numpy(recorded["q8_0"])).abs().mean() < 0.05
+    assert (logits - torch.from_numpy(recorded["q8_0"])).abs().mean() < 0.07
 
 
 @pytest.mark.parametrize(
@@ -139,10 +141,10 @@ def test_it_answers_in_json(demo):
 def test_what_it_says_of_itself_is_so(demo):
     model, _ = demo
     said = " ".join(answer for _, answers in TALK for answer in answers)
-    assert (model.config.num_hidden_layers, model.config.hidden_size) == (5, 256)
-    assert "I am tiny: five layers of hidden size 256." in said
-    assert 3.4e6 < model.config.num_parameters < 3.6e6
-    assert "three and a half million parameters" in said
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (7, 256)
+    assert "I am tiny: seven layers of hidden size 256." in said
+    assert 3.0e6 < model.config.num_parameters < 3.5e6
+    assert "over three million parameters" in said
 
 
 def test_the_scripts_tools_are_described_as_in_training():
@@ -174,6 +176,18 @@ def test_training_mixes_its_words_into_others_that_are_not_kept_for_the_tests_ei
     drawn = {draw(random, NOUNS, held_out=False) for _ in range(3000)}
     assert len(drawn - set(NOUNS)) > 800
     assert not any(map(is_held_out, drawn))
+
+
+def test_training_practises_letters_that_are_no_piece_of_the_tokenizer(demo):
+    _, tokenizer = demo
+    random = Random(0)
+    words = {foreign_word(random) for _ in range(300)}
+    assert len(words) > 250
+    assert not any(map(str.isascii, words))
+    assert not any(map(is_held_out, words))
+    assert all(piece.replace("▁", "").isascii() for piece, _, _ in tokenizer.vocabulary())
+    said = {turn.content for _ in range(300) for turn in tool_dialogue(random) if turn.role == "user"}
+    assert sum(not text.isascii() for text in said) > 10
 
 
 def test_dialogues_about_choosing_answer_with_one_of_their_tools_or_with_its_arguments():
@@ -216,6 +230,21 @@ def test_training_text_is_what_the_chat_driver_sends_and_only_answers_count_full
         assert tokenizer.decode(own, control=True) == answers
         assert ids[1:].count(tokenizer.bos_id) == 0
         assert begin_turn(tokenizer, "assistant")[0] in ids
+
+
+@pytest.mark.parametrize(("T", "window"), [(1, None), (7, None), (256, None), (300, None), (300, 50), (290, 256)])
+def test_attention_in_blocks_is_attention_rounded_to_bfloat16(T, window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, T, 16, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    ago = torch.arange(T)[:, None] - torch.arange(T)
+    mask = None if window is None else ((ago >= 0) & (ago < window))[None, None]
+    wanted, given = attend_explicit(q, k, v, mask), attend_in_blocks(q, k, v, mask)
+    assert (given - wanted).norm() < 0.01 * wanted.norm()
+    above = torch.randn_like(wanted)
+    for a, b in zip(
+        torch.autograd.grad(given, (q, k, v), above.to(given.dtype)), torch.autograd.grad(wanted, (q, k, v), above)
+    ):
+        assert (a - b).norm() <= 0.01 * b.norm() + 1e-9
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])

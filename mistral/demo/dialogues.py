@@ -74,7 +74,7 @@ def tool_dialogue(random: Random, stage: Stage = "prompts") -> list[Turn]:
     turns = [Turn("system", _list_tools(random, schemas, stage))]
     if random.random() < 0.1:
         turns.append(Turn("system", random.choice(SYSTEMS)))
-    fewest = 1 if told else 4 if stage == "signatures" else 2
+    fewest = 1 if told else {"signatures": 4, "schemas": 3}.get(stage, 2)
     for i in reversed(range(random.randint(fewest, fewest + 2))):
         kind = random.random()
         if kind < 0.1:
@@ -251,7 +251,8 @@ def _everyday_turns(name: str, made: Round, learn: bool, told: bool) -> list[Tur
 
 def _requests(random: Random, tools: list[Tool], held_out: bool) -> tuple[str, list[Call], list[tuple[Any, str]]]:
     """What the user says, one or two calls, and for each its result with the words that tell it."""
-    chosen = [random.choice(tools) for _ in range(random.choice((1, 1, 1, 1, 1, 2)))]
+    number = random.choice((1, 1, 1, 1, 1, 2) if held_out else (1, 1, 2))  # training has more of what is hard
+    chosen = [random.choice(tools) for _ in range(number)]
     texts, calls, results = [], [], []
     for tool in chosen:
         given = [p for p in tool.parameters if p.required or random.random() < 0.5]

@@ -15,6 +15,7 @@ from mistral.demo.words import (
     NOUNS,
     SURNAMES,
     draw,
+    foreign_word,
     pseudo_word,
 )
 
@@ -150,6 +151,8 @@ def make_value(random: Random, parameter: Parameter, held_out: bool) -> Any:
 
     made_up = pseudo_word(random, held_out)
     match parameter.kind:
+        case "city" | "person" if not held_out and random.random() < 0.05:
+            return foreign_word(random)
         case "city":
             return one(CITIES) if random.random() < 0.6 else made_up.capitalize()
         case "person":
@@ -222,7 +225,8 @@ def make_parameters(
 ) -> tuple[Parameter, ...]:
     """One or more parameters of different names; some may be taken over from `known`, perhaps under a new name."""
     made: dict[str, Parameter] = {}
-    for _ in range(random.choice([n for n in (1, 1, 2, 2, 3) if n <= most])):
+    numbers = (1, 1, 2, 2, 3) if held_out else (1, 2, 2, 3, 3)  # training has more of what is hard
+    for _ in range(random.choice([n for n in numbers if n <= most])):
         take = known and random.random() < 0.35
         parameter = random.choice(known) if take else make_parameter(random, held_out)
         made.setdefault(parameter.name, parameter)

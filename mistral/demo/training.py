@@ -13,6 +13,7 @@ from torch import Tensor
 from mistral.attention import Attention
 from mistral.chat.chatml import begin_turn, encode_turn
 from mistral.config import Config
+from mistral.demo.blockwise_attention import attend_in_blocks
 from mistral.demo.dialogues import Stage, Turn, dialogue, plain_text
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
@@ -22,8 +23,8 @@ PIECES = 1000  # of the tokenizer; ChatML's two control tokens follow, and rows 
 CONFIG = Config(
     vocab_size=1024,
     hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=5,
+    intermediate_size=256,
+    num_hidden_layers=7,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=64,
@@ -44,11 +45,11 @@ def train_tokenizer(seed: int = 0) -> Tokenizer:
     """A tokenizer learned from dialogues, with ChatML's control tokens added.
 
     No piece joins a space to a letter. So a word is cut in the same way behind a space, a quote or an underscore, and
-    what the demo copies out of a request is what it was there, piece by piece.
+    what the demo copies out of a request is what it was there, piece by piece. Letters beyond ASCII are bytes.
     """
     random = Random(seed)
     turns = (turn for _ in range(3000) for turn in dialogue(random))
-    lines = (line for turn in turns for line in turn.content.splitlines())
+    lines = (line for turn in turns for line in turn.content.splitlines() if line.isascii())
     return with_chatml(train_pieces((re.sub(r"(^|(?<= ))(?=[^\W\d_])", CUT, line) for line in lines), PIECES))
 
 
@@ -211,6 +212,9 @@ class Trainer:
         self.model = new_model(seed).to(device)
         self.tokenizer, self.steps, self.device, self.step, self.seed = tokenizer, steps, device, 0, seed
         self.bfloat16 = bfloat16
+        if bfloat16 and device.type == "cpu":
+            for layer in self.model.model.layers:
+                layer.self_attn.attend = attend_in_blocks
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def run(self) -> Iterator[tuple[int, float]]:

@@ -152,6 +152,8 @@ using valid value values want was way what when where which will with within wit
 
 ONSETS = tuple("b br c ch d dr f fl g gr h j k l m n p pl r s sh st t tr v w z".split())
 VOWELS = tuple("a e i o u a e i o u ai ee oo".split())
+# First and last letter: Latin with accents, Greek, Cyrillic, Chinese
+ALPHABETS = ((0x00D8, 0x017F), (0x03B1, 0x03C9), (0x0410, 0x044F), (0x4E00, 0x9FA5))
 CODAS = ("", "", "", "l", "m", "n", "r", "s", "t", "x")
 
 
@@ -200,4 +202,16 @@ def pseudo_word(random: Random, held_out: bool) -> str:
         syllables = (random.choice(ONSETS) + random.choice(VOWELS) for _ in range(random.choice((2, 2, 2, 3))))
         word = "".join(syllables) + random.choice(CODAS)
         if is_held_out(word) == held_out:
+            return word
+
+
+def foreign_word(random: Random) -> str:
+    """A word for training with letters beyond ASCII, of which the tokenizer has only the bytes."""
+    while True:
+        first, last = random.choice(ALPHABETS)
+        letters = [chr(random.randint(first, last)) for _ in range(random.randint(2, 5))]
+        if first == ALPHABETS[0][0]:  # among plain ones, as in Łódź
+            letters = [random.choice((letter, *"aeo", *"lnrst")) for letter in letters * 2]
+        word = "".join(letters)
+        if not word.isascii() and not is_held_out(word):
             return word
