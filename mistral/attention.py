@@ -70,13 +70,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     Which kernel runs shows in the last bits, so the three cases are those that transformers tells apart.
     """
-    B, N, T, H = q.shape
-    G = N // k.shape[1]
+    (B, N, T, H), K = q.shape, k.shape[1]
     if mask is None and H <= 256:  # up to this size the kernels share heads themselves
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     if T == 1:
-        # One query: the G heads that share keys and values become G queries of one head, and nothing is repeated.
-        return F.scaled_dot_product_attention(q.view(B, N // G, G, H), k, v, attn_mask=mask).view(B, N, 1, H)
-    k = k.repeat_interleave(G, dim=1)  # [B, N, keys, H]
-    v = v.repeat_interleave(G, dim=1)
+        # One query: the N // K heads that share keys and values become queries of one head, and nothing is repeated.
+        return F.scaled_dot_product_attention(q.view(B, K, N // K, H), k, v, attn_mask=mask).view(B, N, 1, H)
+    k = k.repeat_interleave(N // K, dim=1)  # [B, N, keys, H]
+    v = v.repeat_interleave(N // K, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

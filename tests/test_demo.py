@@ -186,7 +186,7 @@ def test_training_practises_letters_that_are_no_piece_of_the_tokenizer(demo):
     assert not any(map(str.isascii, words))
     assert not any(map(is_held_out, words))
     assert all(piece.replace("▁", "").isascii() for piece, _, _ in tokenizer.vocabulary())
-    said = {turn.content for _ in range(300) for turn in tool_dialogue(random) if turn.role == "user"}
+    said = {turn.content for _ in range(800) for turn in tool_dialogue(random) if turn.role == "user"}
     assert sum(not text.isascii() for text in said) > 10
 
 
@@ -226,7 +226,8 @@ def test_training_text_is_what_the_chat_driver_sends_and_only_answers_count_full
             messages = [{"role": role, "content": content} for role, content in plain]
             assert ids == encode_chat(tokenizer, messages, generate=False)
         own = [id for id, weight in zip(ids, weights) if weight == 1.0]
-        answers = "".join(content + "<|im_end|>" for role, content in plain if role == "assistant")
+        learned = (turn.content for turn in turns if turn.role == "assistant" and turn.learn)
+        answers = "".join(content + "<|im_end|>" for content in learned)
         assert tokenizer.decode(own, control=True) == answers
         assert ids[1:].count(tokenizer.bos_id) == 0
         assert begin_turn(tokenizer, "assistant")[0] in ids
@@ -272,7 +273,7 @@ def test_a_call_costs_fewer_tokens_in_earlier_stages(demo):
             tokens += len(training.encode(tokenizer, turns)[0])
             calls += sum(turn.content.count("<tool_call>") for turn in turns if turn.role == "assistant")
         costs.append(tokens / calls)
-    assert costs[0] < 0.8 * costs[1] < 0.6 * costs[2]
+    assert costs[0] < 0.85 * costs[1] < 0.6 * costs[2]
 
 
 def test_a_signature_has_what_the_schema_says_of_names_types_choices_and_what_may_be_left_out():

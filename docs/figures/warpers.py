@@ -12,7 +12,7 @@ RULES = {
     "temperature 0.5": dict(temperature=0.5),
     "temperature 1.5": dict(temperature=1.5),
     "top_k 4": dict(top_k=4),
-    "top_p 0.6": dict(top_p=0.6),
+    "top_p 0.5": dict(top_p=0.5),
     "min_p 0.4": dict(min_p=0.4),
     "typical_p 0.5": dict(typical_p=0.5),
 }
