@@ -32,6 +32,10 @@ file of {size:.1f} MB (Q8_0). It was trained from nothing by `scripts/train_demo
 other checkpoint here, on dialogues that `mistral/demo/dialogues.py` makes up. It knows the forms of ChatML, function \
 calling and JSON mode, some facts about this project, and nothing else.
 
+It took two runs on two CPU cores: `python scripts/train_demo.py FOLDER --bfloat16`, 89 minutes (67 at the pace of a \
+quiet machine), after which 79% of the unseen calls below were right, and 86% under a grammar; and from there `--steps \
+28000`, about 100 minutes, which begins again near the full rate.
+
 This page was written by `scripts/measure_demo.py`.
 
 ## How good it is

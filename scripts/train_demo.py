@@ -1,4 +1,8 @@
-"""Train the demo checkpoint from nothing, and write it as a GGUF file. After Ctrl-C the same command goes on."""
+"""Train the demo checkpoint from nothing, and write it as a GGUF file.
+
+After Ctrl-C the same command goes on. So does one with more --steps after the end: at the stage, and at the rate, where
+a run of that length would be.
+"""
 
 import argparse
 import math

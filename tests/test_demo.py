@@ -79,8 +79,8 @@ def test_llama_cpp_gives_the_demos_logits(demo):
     with torch.no_grad():
         logits = model(torch.from_numpy(recorded["tokens"])[None])[0]
     assert (logits - torch.from_numpy(recorded["f32"])).abs().max() < 1e-4
-    # On the file itself llama.cpp rounds the activations to 8 bits, too.
-    assert (logits - torch.from_numpy(recorded["q8_0"])).abs().mean() < 0.07
+    # On the file itself llama.cpp rounds the activations to 8 bits, too. The logits reach 14 and more.
+    assert (logits - torch.from_numpy(recorded["q8_0"])).abs().mean() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_it_calls_functions_that_it_never_saw(demo):
         pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), **options)
         calls = parse_tool_calls("".join(pieces)).calls
         right += [(call.name, call.arguments) for call in calls] == expected
-    assert right >= 14
+    assert right >= 16
 
 
 def test_it_answers_in_json(demo):
@@ -135,7 +135,7 @@ def test_it_answers_in_json(demo):
             continue
         assert value.keys() == schema["properties"].keys()
         exact += value == wanted
-    assert exact >= 5
+    assert exact >= 8
 
 
 def test_what_it_says_of_itself_is_so(demo):
