@@ -73,14 +73,26 @@ def test_demo_means_the_bundled_file_and_a_path_a_folder_of_that_name(tmp_path, 
         mistral.load("./demo", device="cpu")
 
 
-def test_llama_cpp_gives_the_demos_logits(demo):
-    recorded = np.load(small.DATA / "demo_llama_cpp.npz")
-    model, _ = demo
+def test_llama_cpp_gives_the_demos_logits():
+    recorded = {name: torch.from_numpy(array) for name, array in np.load(small.DATA / "demo_llama_cpp.npz").items()}
+    model, _ = mistral.load("demo", device="cpu", dtype=torch.float32)
     with torch.no_grad():
-        logits = model(torch.from_numpy(recorded["tokens"])[None])[0]
-    assert (logits - torch.from_numpy(recorded["f32"])).abs().max() < 1e-4
-    # On the file itself llama.cpp rounds the activations to 8 bits, too. The logits reach 14 and more.
-    assert (logits - torch.from_numpy(recorded["q8_0"])).abs().mean() < 0.1
+        logits = model(recorded["tokens"][None])[0]
+    assert (logits - recorded["f32"]).abs().max() < 1e-4
+    assert (logits - recorded["q8_0"]).abs().mean() < 0.07
+    # On the file itself llama.cpp rounds the activations to 8 bits, too. With that rounding ours are nearer to its own.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: rounded_to_q8_0(*inputs))
+    with torch.no_grad():
+        logits = model(recorded["tokens"][None])[0]
+    assert (logits - recorded["q8_0"]).abs().mean() < 0.05
+
+
+def rounded_to_q8_0(x):
+    blocks = x.unflatten(-1, (-1, 32))
+    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((blocks / scale).round() * scale.half().float()).flatten(-2)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +199,7 @@ def test_training_practises_letters_that_are_no_piece_of_the_tokenizer(demo):
     assert not any(map(is_held_out, words))
     assert all(piece.replace("▁", "").isascii() for piece, _, _ in tokenizer.vocabulary())
     said = {turn.content for _ in range(800) for turn in tool_dialogue(random) if turn.role == "user"}
-    assert sum(not text.isascii() for text in said) > 10
+    assert sum(not text.isascii() for text in said) > 27
 
 
 def test_dialogues_about_choosing_answer_with_one_of_their_tools_or_with_its_arguments():
@@ -273,7 +285,7 @@ def test_a_call_costs_fewer_tokens_in_earlier_stages(demo):
             tokens += len(training.encode(tokenizer, turns)[0])
             calls += sum(turn.content.count("<tool_call>") for turn in turns if turn.role == "assistant")
         costs.append(tokens / calls)
-    assert costs[0] < 0.85 * costs[1] < 0.6 * costs[2]
+    assert costs[0] < 0.81 * costs[1] < 0.45 * costs[2]
 
 
 def test_a_signature_has_what_the_schema_says_of_names_types_choices_and_what_may_be_left_out():

@@ -18,7 +18,7 @@ from mistral.demo.words import NOUNS, split
 
 STYLES = ("json",) * 14 + ("card", "card", "eval", "eval", "eval_2024_07", "tool_use")
 # How far a training is. What it reads becomes longer from stage to stage, so that there is time for most calls in the
-# early ones: a call costs about 140 tokens with signatures, 175 with schemas and 330 with whole prompts.
+# early ones: a call costs about 140 tokens with signatures, 175 with schemas and 340 with whole prompts.
 #   words       mostly words to repeat, and tools to choose from; else as the next
 #   signatures  tools are listed as `name(parameter: type)`, and mostly called without a result
 #   schemas     they are listed by JSON schemas, without the prompt around them
