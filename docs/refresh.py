@@ -1,18 +1,25 @@
-"""Run the code of the book's pages and rewrite the output that stands below it. Nothing else on a page changes.
+"""Run the code of the book's pages and rewrite the output that stands below it. Nothing else on a
+page changes.
 
-    python docs/refresh.py [PAGE ...]          (default: every page; another demo gives another output)
+    python docs/refresh.py [PAGE ...]          (default: every page; another demo gives another
+                                               output)
 
 How a page is written, and what tests/test_docs.py checks:
 
-    ```python title="mistral/mlp.py"    a quotation: its lines stand in that file, indented as you like.
+    ```python title="mistral/mlp.py"    a quotation: its lines stand in that file, indented as you
+                                        like.
                                         A line `...` stands for lines that are left out.
-    ```python                           runs. The blocks of a page are one program, in order, in a fresh interpreter
-                                        as far as the page can tell: it imports and seeds what it needs.
+    ```python                           runs. The blocks of a page are one program, in order, in a
+                                        fresh interpreter as far as the page can tell: it imports
+                                        and seeds what it needs.
     ```bash                             commands: the scripts and their options exist
-    ```text                             right below a block of python or bash: exactly what it prints.
-                                        (So a block of bash runs if one follows; one of python always does.)
+    ```text                             right below a block of python or bash: exactly what it
+                                        prints.
+                                        (So a block of bash runs if one follows; one of python
+                                        always does.)
 
-Every other block, and a ```text anywhere else, is shown and not run. Fences begin at the left margin.
+Every other block, and a ```text anywhere else, is shown and not run. Fences begin at the left
+margin.
 """
 
 import argparse
@@ -45,7 +52,10 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """Every fenced block of a page's text. ValueError for a fence that is not closed or that no rule covers."""
+    """Every fenced block of a page's text.
+
+    ValueError for a fence that is not closed or that no rule covers.
+    """
     lines, found, opening = page.splitlines(), [], None
     for i, line in enumerate(lines):
         if not line.lstrip().startswith("```"):
@@ -64,7 +74,9 @@ def blocks(page: str) -> list[Block]:
 
 
 def output_of(block: Block, page: str) -> Block | None:
-    """The block that shows what `block` prints: a ```text with nothing but blank lines between them."""
+    """The block that shows what `block` prints: a ```text with nothing but blank lines between
+    them.
+    """
     lines = page.splitlines()
     for other in blocks(page):
         if other.first > block.last:
@@ -76,13 +88,19 @@ def output_of(block: Block, page: str) -> Block | None:
 def run_python(page: str, name: str = "page.md") -> dict[Block, str]:
     """What each block of python on a page prints."""
     code = [block for block in blocks(page) if block.kind == "python" and not block.title]
-    program = [""] * len(page.splitlines())  # each line at its place, so that an error names the page's line
+    program = [""] * len(
+        page.splitlines()
+    )  # each line at its place, so that an error names the page's line
     for block in code:
         program[block.first] = f"print({MARK!r})"
         program[block.first + 1 : block.last] = block.code.splitlines()
     printed = io.StringIO()
     torch.seed()  # an experiment that forgets its own seed is noticed
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(printed),
+    ):
         path = Path(folder) / name
         path.write_text("\n".join(program) + "\n")
         if code:
@@ -96,7 +114,9 @@ def run_bash(page: str) -> dict[Block, str]:
     for block in blocks(page):
         if block.kind == "bash" and output_of(block, page):
             command = "set -euo pipefail\n" + block.code.replace(".venv/bin/python", sys.executable)
-            result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+            result = subprocess.run(
+                ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True
+            )
             if result.returncode:
                 raise ValueError(f"this failed:\n{block.code}\n{result.stderr}")
             printed[block] = result.stdout
@@ -104,7 +124,9 @@ def run_bash(page: str) -> dict[Block, str]:
 
 
 def tidy(output: str) -> str:
-    """Output without blanks at the ends of lines and without blank lines at its end, as a page shows it."""
+    """Output without blanks at the ends of lines and without blank lines at its end, as a page
+    shows it.
+    """
     return "\n".join(line.rstrip() for line in output.splitlines()).rstrip()
 
 
@@ -119,7 +141,9 @@ def refreshed(page: str, name: str = "page.md") -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")
     for path in parser.parse_args().pages or sorted((ROOT / "docs").rglob("*.md")):
         page = path.read_text()

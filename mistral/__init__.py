@@ -2,13 +2,13 @@
 
 from mistral.checkpoints.load import load
 from mistral.config import Config
-from mistral.decoder import Decoder
+from mistral.engine.decoder import Decoder
+from mistral.engine.generation import generate, generate_batch, generate_naive, generate_text
+from mistral.engine.speculation import LookupDecoder
+from mistral.engine.steps import Token
 from mistral.errors import CheckpointError, MistralError, NotEnoughMemory
-from mistral.generation import generate, generate_batch, generate_naive, generate_text
 from mistral.model import Mistral
 from mistral.sampling import Sampling
-from mistral.speculation import LookupDecoder
-from mistral.steps import Token
 from mistral.tokenizer import Tokenizer
 
 __all__ = [

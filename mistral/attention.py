@@ -20,11 +20,21 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
-        self.attend = attend  # a training may put another function in its place, with other rounding
+        self.q_proj = nn.Linear(
+            config.hidden_size, config.num_attention_heads * config.head_dim, bias=False
+        )
+        self.k_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
+        )
+        self.v_proj = nn.Linear(
+            config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False
+        )
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
+        )
+        self.attend = (
+            attend  # a training may put another function in its place, with other rounding
+        )
 
     def forward(
         self,
@@ -47,7 +57,8 @@ class Attention(nn.Module):
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(H)) v, spelled out: the version to learn from. Shapes as in `attend`.
 
-    It computes what `attend` computes, and a test holds the two together; it keeps all T x keys scores in memory.
+    It computes what `attend` computes, and a test holds the two together; it keeps all T x keys
+    scores in memory.
     """
     T, keys, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     k = k.repeat_interleave(G, dim=1)  # [B, N, keys, H]
@@ -65,17 +76,22 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(H)) v by PyTorch's fused kernels: the version that runs.
 
-    q [B, N, T, H]; k, v [B, K, keys, H]; mask [B, 1, T, keys], True where a query may look. Returns [B, N, T, H].
-    Without a mask, T > 1 means plain causal attention over T keys, and T = 1 a query that sees every key.
+    q [B, N, T, H]; k, v [B, K, keys, H]; mask [B, 1, T, keys], True where a query may look. Returns
+    [B, N, T, H]. Without a mask, T > 1 means plain causal attention over T keys, and T = 1 a query
+    that sees every key.
 
-    Which kernel runs shows in the last bits, so the three cases are those that transformers tells apart.
+    Which kernel runs shows in the last bits, so the three cases are those that transformers tells
+    apart.
     """
     (B, N, T, H), K = q.shape, k.shape[1]
     if mask is None and H <= 256:  # up to this size the kernels share heads themselves
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
     if T == 1:
-        # One query: the N // K heads that share keys and values become queries of one head, and nothing is repeated.
-        return F.scaled_dot_product_attention(q.view(B, K, N // K, H), k, v, attn_mask=mask).view(B, N, 1, H)
+        # One query: the N // K heads that share keys and values become queries of one head, and
+        # nothing is repeated.
+        return F.scaled_dot_product_attention(q.view(B, K, N // K, H), k, v, attn_mask=mask).view(
+            B, N, 1, H
+        )
     k = k.repeat_interleave(N // K, dim=1)  # [B, N, keys, H]
     v = v.repeat_interleave(N // K, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)

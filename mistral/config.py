@@ -5,7 +5,9 @@ from typing import Any
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """`value` itself. ValueError, naming it, where it is no whole number from `least` to 2**31 - 1."""
+    """`value` itself. ValueError, naming it, where it is no whole number from `least` to 2**31 -
+    1.
+    """
     if type(value) is not int or not least <= value < 2**31:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return value
@@ -15,8 +17,8 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 class Config:
     """Shape and constants of one Mistral model, under Hugging Face's field names.
 
-    No field has a default: what a checkpoint leaves out follows from a rule that its reader documents, or is an error.
-    Raises ValueError for values that no Mistral can have.
+    No field has a default: what a checkpoint leaves out follows from a rule that its reader
+    documents, or is an error. Raises ValueError for values that no Mistral can have.
     Source: Mistral 7B, table 1, https://arxiv.org/abs/2310.06825
     """
 
@@ -52,16 +54,32 @@ class Config:
             raise ValueError(f"head_dim must be even for rotary pairs, not {self.head_dim}")
         for token in self.eos_token_id:
             if whole_number("eos_token_id", token, least=0) >= self.vocab_size:
-                raise ValueError(f"eos_token_id {token} lies outside the vocabulary of {self.vocab_size}")
+                raise ValueError(
+                    f"eos_token_id {token} lies outside the vocabulary of {self.vocab_size}"
+                )
 
     @property
     def num_parameters(self) -> int:
         """Weights of the model; a tied output matrix counts once."""
-        attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * self.hidden_size
+        attention = (
+            2
+            * (self.num_attention_heads + self.num_key_value_heads)
+            * self.head_dim
+            * self.hidden_size
+        )
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 
     def cache_bytes(self, num_slots: int, itemsize: int) -> int:
-        """Bytes of keys and values for `num_slots` positions of one row, at `itemsize` bytes a number."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * num_slots * itemsize
+        """Bytes of keys and values for `num_slots` positions of one row, at `itemsize` bytes a
+        number.
+        """
+        return (
+            2
+            * self.num_hidden_layers
+            * self.num_key_value_heads
+            * self.head_dim
+            * num_slots
+            * itemsize
+        )

@@ -1,4 +1,6 @@
-"""The exceptions that this package raises on purpose; each message names the thing and the remedy."""
+"""The exceptions that this package raises on purpose; each message names the thing and the
+remedy.
+"""
 
 
 class MistralError(Exception):

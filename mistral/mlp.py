@@ -19,6 +19,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
-        # In place: allocating [B, T, F] again costs more than the arithmetic. (Autograd copies what it needs first.)
+        # In place: allocating [B, T, F] again costs more than the arithmetic. (Autograd copies what
+        # it needs first.)
         gate = F.silu(self.gate_proj(x), inplace=True)  # [B, T, F]
         return self.down_proj(gate.mul_(self.up_proj(x)))

@@ -6,7 +6,8 @@ Letters at line ends, here and in every file:
 
     B  rows of the batch             D  hidden size            N  query heads
     T  tokens in this call           F  MLP size               K  key/value heads
-    S  slots a row has in the cache  H  size of a head         G  query heads that share a key/value head, N/K
+    S  slots a row has in the cache  H  size of a head         G  query heads that share a key/value
+                                     head, N/K
     W  window                        V  vocabulary
 
 The modules bear the names of Hugging Face's checkpoints, so `state_dict()` has theirs:
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from mistral.attention import Attention
 from mistral.cache import LayerCache, RollingCache, cache_slots, count_real, self_mask
 from mistral.config import Config
-from mistral.memory import require_memory
+from mistral.engine.memory import require_memory
 from mistral.mlp import MLP
 from mistral.rms_norm import RMSNorm
 from mistral.rotary import Rotary
@@ -38,7 +39,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
     ) -> Tensor:  # [B, T, D] -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -60,7 +65,9 @@ class Trunk(nn.Module):
     ) -> Tensor:  # [B, T] -> [B, T, D]
         if cache is None:
             plan = None
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]: the same in every row
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[
+                None
+            ]  # [1, T]: the same in every row
             mask = self_mask(positions, self.config.sliding_window)
         else:
             plan = cache.plan(tokens.shape[1], lengths)
@@ -106,21 +113,27 @@ class Mistral(nn.Module):
         """Logits of the token after each position, in the model's dtype.
 
         tokens     int64 [B, T] with T >= 1
-        cache      from `new_cache`: each row goes on where it stands there, and the tokens are added to it.
+        cache      from `new_cache`: each row goes on where it stands there, and the tokens are
+                   added to it.
                    None: the rows begin here. For generation; to train, leave it out.
-        lengths    [B]: how many of a row's T tokens are real; the rest, on the right, are pads whose logits mean
-                   nothing. A list or a CPU tensor is checked; a tensor on an accelerator is never waited for.
-        last_only  return only each row's last real position, [B, V], instead of [B, T, V]. The row of a sequence
+        lengths    [B]: how many of a row's T tokens are real; the rest, on the right, are pads
+                   whose logits mean nothing. A list or a CPU tensor is checked; a tensor on an
+                   accelerator is never waited for.
+        last_only  return only each row's last real position, [B, V], instead of [B, T, V]. The row
+                   of a sequence
                    with no real token means nothing.
 
-        Raises ValueError for arguments that are not as above or do not fit together, and where the cache has no room.
+        Raises ValueError for arguments that are not as above or do not fit together, and where the
+        cache has no room.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T >= 1, not {list(tokens.shape)}")
         if cache is not None and cache.batch_size != tokens.shape[0]:
             raise ValueError(f"the cache has {cache.batch_size} rows, the tokens {tokens.shape[0]}")
         if lengths is not None and cache is None and not last_only:
-            raise ValueError("lengths says what a cache keeps or which position is last; here is neither")
+            raise ValueError(
+                "lengths says what a cache keeps or which position is last; here is neither"
+            )
         count_real(lengths, *tokens.shape)
         x = self.model(tokens, cache, lengths)  # [B, T, D]
         if last_only and lengths is None:
@@ -130,13 +143,17 @@ class Mistral(nn.Module):
             x = x[torch.arange(x.shape[0], device=x.device), last]  # [B, D]
         return self.lm_head(x)
 
-    def new_cache(self, batch_size: int, max_tokens: int | None = None, slack: int = 0) -> RollingCache:
+    def new_cache(
+        self, batch_size: int, max_tokens: int | None = None, slack: int = 0
+    ) -> RollingCache:
         """An empty cache in the model's dtype and on its device.
 
-        max_tokens  make room for so many tokens a row. Required without a window (32,768 tokens of a 7B in 16 bits
-                    take 4.3 GB a row). With one, room for window + slack tokens is enough for a text of any length,
-                    and max_tokens is a limit only below that, where it saves memory.
-        slack       how many tokens `rewind` must be able to take back once the cache has begun to roll
+        max_tokens  make room for so many tokens a row. Required without a window (32,768 tokens of
+                    a 7B in 16 bits take 4.3 GB a row). With one, room for window + slack tokens is
+                    enough for a text of any length, and max_tokens is a limit only below that,
+                    where it saves memory.
+        slack       how many tokens `rewind` must be able to take back once the cache has begun to
+                    roll
 
         Raises ValueError for impossible sizes, NotEnoughMemory where it does not fit.
         """
@@ -146,9 +163,18 @@ class Mistral(nn.Module):
             require_memory(
                 batch_size * row,
                 self.device,
-                f"a key/value cache of {slots} positions for {batch_size} row{'s' * (batch_size > 1)}",
-                lambda free: f"{free // (row // slots * batch_size)} positions, or {free // row} rows, would fit",
+                f"a key/value cache of {slots} positions for {batch_size} "
+                f"row{'s' * (batch_size > 1)}",
+                lambda free: (
+                    f"{free // (row // slots * batch_size)} positions, or {free // row} rows, "
+                    f"would fit"
+                ),
             )
         return RollingCache(
-            self.config, batch_size, max_tokens=max_tokens, slack=slack, dtype=self.dtype, device=self.device
+            self.config,
+            batch_size,
+            max_tokens=max_tokens,
+            slack=slack,
+            dtype=self.dtype,
+            device=self.device,
         )

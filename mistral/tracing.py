@@ -1,4 +1,5 @@
-"""Looking inside a running model, from outside: forward hooks see what every module reads and returns.
+"""Looking inside a running model, from outside: forward hooks see what every module reads and
+returns.
 
     with Recorder(model) as trace:
         new = list(mistral.generate(model, ids, mistral.Sampling(temperature=0), max_new_tokens=16))
@@ -9,8 +10,9 @@
     with Stopwatch(model) as watch: ...
     watch.steps[0]       # seconds of each module in the first forward
 
-The model's files know nothing of this, and nothing of it stays behind when the block ends. Both need a forward that
-calls the model's modules: `Decoder` and the model itself do, a compiled step and fused kernels do not.
+The model's files know nothing of this, and nothing of it stays behind when the block ends. Both
+need a forward that calls the model's modules: `Decoder` and the model itself do, a compiled step
+and fused kernels do not.
 """
 
 import time
@@ -26,11 +28,13 @@ from torch.utils.hooks import RemovableHandle
 from mistral.attention import Attention, attend_explicit
 from mistral.cache import RollingCache, window_mask
 from mistral.config import Config
-from mistral.memory import format_bytes
+from mistral.engine.memory import format_bytes
 from mistral.model import Mistral
 from mistral.rotary import rotate
 
-ATTENTION_LIMIT = 2**29  # bytes of recorded weights: 512 tokens of a 7B, whose 32 layers have 32 heads each
+ATTENTION_LIMIT = (
+    2**29
+)  # bytes of recorded weights: 512 tokens of a 7B, whose 32 layers have 32 heads each
 
 
 class Write(NamedTuple):
@@ -43,18 +47,30 @@ class Write(NamedTuple):
 
 @dataclass
 class Step:
-    """One forward of T tokens at positions start .. start + T - 1. Tensors of the layers are in their order."""
+    """One forward of T tokens at positions start .. start + T - 1.
+
+    Tensors of the layers are in their order.
+    """
 
     start: int
     tokens: list[int]
-    # The position that each slot holds after this forward, -1: empty. Without a cache there are no slots.
+    # The position that each slot holds after this forward, -1: empty. Without a cache there are no
+    # slots.
     slots: list[int] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
-    residual: list[Tensor] = field(default_factory=list)  # layers + 1 of [T, D]: the embedding, then behind each block
-    attention: list[Tensor] = field(default_factory=list)  # [N, T, start + T] each, float16: a weight for every key
-    attention_norm: list[Tensor] = field(default_factory=list)  # [T] each, float32: length of what attention added
+    residual: list[Tensor] = field(
+        default_factory=list
+    )  # layers + 1 of [T, D]: the embedding, then behind each block
+    attention: list[Tensor] = field(
+        default_factory=list
+    )  # [N, T, start + T] each, float16: a weight for every key
+    attention_norm: list[Tensor] = field(
+        default_factory=list
+    )  # [T] each, float32: length of what attention added
     mlp_norm: list[Tensor] = field(default_factory=list)  # [T] each, float32: of what the MLP added
-    keys: list[Tensor] = field(default_factory=list)  # [1, K, T, H] each, rotated, on the model's device
+    keys: list[Tensor] = field(
+        default_factory=list
+    )  # [1, K, T, H] each, rotated, on the model's device
 
     @property
     def end(self) -> int:
@@ -63,22 +79,27 @@ class Step:
 
 
 class Recorder:
-    """Records one text, from its first token on, in as many forwards as it takes; a context manager.
+    """Records one text, from its first token on, in as many forwards as it takes; a context
+    manager.
 
-    Attention weights are worked out a second time from what each attention module reads, with its own projections:
-    the fused kernels that run do not tell them. The weights take 2 bytes * layers * N * T^2 of the host's memory, at
-    most ATTENTION_LIMIT; hidden states take (layers + 1) * T * D numbers of the model's dtype. For 512 tokens of a 7B
-    in bfloat16 that is 537 MB and 138 MB. Its device holds the keys of the text, 34 MB, and works on the weights of
-    one layer at a time, 100 MB.
+    Attention weights are worked out a second time from what each attention module reads, with its
+    own projections: the fused kernels that run do not tell them. The weights take 2 bytes * layers
+    * N * T^2 of the host's memory, at most ATTENTION_LIMIT; hidden states take (layers + 1) * T * D
+    numbers of the model's dtype. For 512 tokens of a 7B in bfloat16 that is 537 MB and 138 MB. Its
+    device holds the keys of the text, 34 MB, and works on the weights of one layer at a time, 100
+    MB.
 
-    A forward under it raises ValueError for more rows than one, for padding, for a text that does not go on where the
-    one before it ended (a rewind, a second text), and for one longer than `most_tokens`.
+    A forward under it raises ValueError for more rows than one, for padding, for a text that does
+    not go on where the one before it ended (a rewind, a second text), and for one longer than
+    `most_tokens`.
     """
 
     def __init__(self, model: Mistral):
         self.model, self.config = model, model.config
         self.steps: list[Step] = []
-        self._step = Step(0, [])  # the forward that is under way; one that breaks off never becomes one of the steps
+        self._step = Step(
+            0, []
+        )  # the forward that is under way; one that breaks off never becomes one of the steps
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> "Recorder":
@@ -106,8 +127,12 @@ class Recorder:
         return [token for step in self.steps for token in step.tokens]
 
     def residual(self) -> Tensor:
-        """Hidden states [layers + 1, T, D] in the model's dtype on the CPU: the embedding, then behind each block."""
-        return torch.stack([torch.cat(parts) for parts in zip(*(step.residual for step in self.steps))])
+        """Hidden states [layers + 1, T, D] in the model's dtype on the CPU: the embedding, then
+        behind each block.
+        """
+        return torch.stack(
+            [torch.cat(parts) for parts in zip(*(step.residual for step in self.steps))]
+        )
 
     def attention(self, layer: int) -> Tensor:
         """Weights [N, T, T], float16: how much each token (second axis) looks at each (third)."""
@@ -119,7 +144,9 @@ class Recorder:
 
     def added_norms(self) -> tuple[Tensor, Tensor]:
         """Euclidean norms of what attention and the MLP of each layer added, [layers, T] each."""
-        attention = [torch.cat(parts) for parts in zip(*(step.attention_norm for step in self.steps))]
+        attention = [
+            torch.cat(parts) for parts in zip(*(step.attention_norm for step in self.steps))
+        ]
         mlp = [torch.cat(parts) for parts in zip(*(step.mlp_norm for step in self.steps))]
         return torch.stack(attention), torch.stack(mlp)
 
@@ -128,20 +155,26 @@ class Recorder:
         here = self.steps[-1].end if self.steps else 0
         start = 0 if cache is None else cache.lengths_at_most[0]
         if tokens.shape[0] != 1 or lengths is not None:
-            raise ValueError(f"a recorder follows one row without padding, not {tokens.shape[0]} rows")
+            raise ValueError(
+                f"a recorder follows one row without padding, not {tokens.shape[0]} rows"
+            )
         if start != here:
             raise ValueError(
-                f"a recorder follows one text from its beginning: it has seen {here} tokens, and this forward begins "
+                f"a recorder follows one text from its beginning: it has seen {here} tokens, and "
+                f"this forward begins "
                 f"behind {start}; take a new recorder (and a new cache) for another text"
             )
         if (end := start + tokens.shape[1]) > (most := most_tokens(self.config)):
             raise ValueError(
-                f"the attention weights of {end} tokens are more than {format_bytes(ATTENTION_LIMIT)}; "
+                f"the attention weights of {end} tokens are more than "
+                f"{format_bytes(ATTENTION_LIMIT)}; "
                 f"at most {most} tokens of this model can be recorded"
             )
         self._step = Step(start, tokens[0].tolist())
 
-    def _end(self, _: nn.Module, args: tuple[Tensor, RollingCache | None, object], __: Tensor) -> None:
+    def _end(
+        self, _: nn.Module, args: tuple[Tensor, RollingCache | None, object], __: Tensor
+    ) -> None:
         step, cache = self._step, args[1]
         if cache is not None:
             step.slots = cache.slot_positions[0, : cache.num_slots].tolist()
@@ -160,11 +193,18 @@ class Recorder:
     def _keep_attention(self, index: int, module: Attention, args: tuple, output: Tensor) -> None:
         x, rotary = args[:2]  # [1, T, D]
         step, T = self._step, x.shape[1]
-        # `forward` and not a call: other hooks, those of a stopwatch for example, must not see this.
-        q = rotate(module.q_proj.forward(x).view(1, T, -1, module.head_dim).transpose(1, 2), *rotary)  # [1, N, T, H]
-        k = rotate(module.k_proj.forward(x).view(1, T, -1, module.head_dim).transpose(1, 2), *rotary)  # [1, K, T, H]
+        # `forward` and not a call: other hooks, those of a stopwatch for example, must not see
+        # this.
+        q = rotate(
+            module.q_proj.forward(x).view(1, T, -1, module.head_dim).transpose(1, 2), *rotary
+        )  # [1, N, T, H]
+        k = rotate(
+            module.k_proj.forward(x).view(1, T, -1, module.head_dim).transpose(1, 2), *rotary
+        )  # [1, K, T, H]
         step.keys.append(k)
-        k = torch.cat([earlier.keys[index] for earlier in self.steps] + [k], dim=2)  # [1, K, keys, H]
+        k = torch.cat(
+            [earlier.keys[index] for earlier in self.steps] + [k], dim=2
+        )  # [1, K, keys, H]
         positions = torch.arange(step.end, device=x.device)[None]
         mask = window_mask(positions[:, step.start :], positions, self.config.sliding_window)
         step.attention.append(attention_weights(q, k, mask)[0].to(torch.float16).cpu())
@@ -172,7 +212,8 @@ class Recorder:
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(H)): q [B, N, T, H], k [B, K, keys, H], mask [B, 1, T, keys] -> [B, N, T, keys].
+    """softmax(q k^T / sqrt(H)): q [B, N, T, H], k [B, K, keys, H], mask [B, 1, T, keys] -> [B, N,
+    T, keys].
 
     With the identity matrix as values, the output of attention is its weights.
     """
@@ -187,23 +228,33 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def most_tokens(config: Config) -> int:
-    """How long a text `Recorder` takes: its weights [layers, N, T, T] of 2 bytes fill ATTENTION_LIMIT then."""
-    return int((ATTENTION_LIMIT / (2 * config.num_hidden_layers * config.num_attention_heads)) ** 0.5)
+    """How long a text `Recorder` takes: its weights [layers, N, T, T] of 2 bytes fill
+    ATTENTION_LIMIT then.
+    """
+    return int(
+        (ATTENTION_LIMIT / (2 * config.num_hidden_layers * config.num_attention_heads)) ** 0.5
+    )
 
 
 class Lens(NamedTuple):
-    """What each layer would predict, if the model ended there. The last is what the model does predict."""
+    """What each layer would predict, if the model ended there.
+
+    The last is what the model does predict.
+    """
 
     ids: Tensor  # int64 [layers + 1, T, top]: the most probable next tokens
     probabilities: Tensor  # float32 [layers + 1, T, top]
-    following: Tensor  # float32 [layers + 1, T]: probability of the token that did come next; the last T: 0
+    # float32 [layers + 1, T]: probability of the token that did come next; the last T: 0
+    following: Tensor
 
 
 @torch.inference_mode()
 def logit_lens(model: Mistral, trace: Recorder, top: int) -> Lens:
-    """The logit lens: the final norm and the output matrix, applied to the hidden states behind every block.
+    """The logit lens: the final norm and the output matrix, applied to the hidden states behind
+    every block.
 
-    Probabilities are of temperature 1. It takes 512 rows at a time, 200 MB for a vocabulary of 32,000.
+    Probabilities are of temperature 1. It takes 512 rows at a time, 200 MB for a vocabulary of
+    32,000.
     Source: nostalgebraist, interpreting GPT: the logit lens, 2020,
     https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens
     """
@@ -220,18 +271,20 @@ def logit_lens(model: Mistral, trace: Recorder, top: int) -> Lens:
         following.append(p.gather(1, came[:, None].to(p.device))[:, 0].cpu())
     after = torch.cat(following).view(layers, T)
     after[:, -1] = 0
-    return Lens(torch.cat(ids).view(layers, T, top), torch.cat(probabilities).view(layers, T, top), after)
+    return Lens(
+        torch.cat(ids).view(layers, T, top), torch.cat(probabilities).view(layers, T, top), after
+    )
 
 
 class Stopwatch:
     """Takes the time of every module, in every forward; a context manager.
 
-    steps   one dict a forward: seconds by the module's name, "" for the whole model. A module's time holds that of
-            the modules inside it.
+    steps   one dict a forward: seconds by the module's name, "" for the whole model. A module's
+            time holds that of the modules inside it.
 
-    On a CUDA device the time is the GPU's own, between events in its stream, waiting for the host included. A hook
-    costs some microseconds, which show where a module takes no longer: compare modules, and measure speed with
-    scripts/benchmark.py.
+    On a CUDA device the time is the GPU's own, between events in its stream, waiting for the host
+    included. A hook costs some microseconds, which show where a module takes no longer: compare
+    modules, and measure speed with scripts/benchmark.py.
     """
 
     def __init__(self, model: Mistral):
@@ -269,7 +322,10 @@ class Stopwatch:
     def _finish(self, *_: object) -> None:
         if self._cuda:
             torch.cuda.synchronize(self.model.device)
-            seconds = {name: self._began[name].elapsed_time(end) / 1000 for name, end in self._ended.items()}
+            seconds = {
+                name: self._began[name].elapsed_time(end) / 1000
+                for name, end in self._ended.items()
+            }
         else:
             seconds = {name: end - self._began[name] for name, end in self._ended.items()}
         self.steps.append(seconds)

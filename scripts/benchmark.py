@@ -1,7 +1,8 @@
-"""How fast every engine is, beside transformers and llama.cpp, and how far from what the machine allows.
+"""How fast every engine is, beside transformers and llama.cpp, and how far from what the machine
+allows.
 
-Random weights, made on the spot: nothing is downloaded. First the machine's own rates are measured, and from them what
-no engine could beat; then all engines take turns. The last line is JSON.
+Random weights, made on the spot: nothing is downloaded. First the machine's own rates are measured,
+and from them what no engine could beat; then all engines take turns. The last line is JSON.
 """
 
 import argparse
@@ -17,39 +18,65 @@ from benchmark_parts.sizes import SIZES, Case
 
 import mistral
 from mistral.checkpoints.load import choose_device
-from mistral.memory import format_bytes
+from mistral.engine.memory import format_bytes
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__, "python scripts/benchmark.py --suite sweep --engines kernels eager --plot cost.png")
+    parser = common.parser(
+        __doc__, "python scripts/benchmark.py --suite sweep --engines kernels eager --plot cost.png"
+    )
     parser.add_argument("--suite", choices=("core", "sweep"), default="core", help="default: core")
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16")
-    parser.add_argument("--size", choices=SIZES, help="default: 7b on a GPU, else small (175 million parameters)")
     parser.add_argument(
-        "--format", choices=("plain", *FORMATS), default="plain", help="of the weights: plain, in --dtype, or packed"
+        "--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16"
+    )
+    parser.add_argument(
+        "--size", choices=SIZES, help="default: 7b on a GPU, else small (175 million parameters)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("plain", *FORMATS),
+        default="plain",
+        help="of the weights: plain, in --dtype, or packed",
     )
     parser.add_argument(
         "--engines",
         nargs="+",
         choices=turns.NAMES,
-        help="default: all that take the format (llama.cpp no plain 7b), kernels-pdl on compute capability 9 to 11",
+        help=(
+            "default: all that take the format (llama.cpp no plain 7b), kernels-pdl on compute "
+            "capability 9 to 11"
+        ),
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)"
+    )
     parser.add_argument("--prompt-tokens", type=int, help="of core's first case (default: 200)")
     parser.add_argument("--new-tokens", type=int, help="a turn (default: 64 on a GPU, else 40)")
-    parser.add_argument("--repeats", type=int, help="turns; the quickest counts (default: 5 on a GPU, else 15)")
-    parser.add_argument("--contexts", type=int, nargs="+", help="of sweep (default: 512 to 32,768, doubled)")
+    parser.add_argument(
+        "--repeats", type=int, help="turns; the quickest counts (default: 5 on a GPU, else 15)"
+    )
+    parser.add_argument(
+        "--contexts", type=int, nargs="+", help="of sweep (default: 512 to 32,768, doubled)"
+    )
     parser.add_argument("--batches", type=int, nargs="+", help="of sweep (default: 1 2 4 8)")
-    parser.add_argument("--time-limit", type=float, help="begin nothing after so many seconds (default: core 300)")
-    parser.add_argument("--plot", type=Path, help="draw cost a token against context into this file (matplotlib)")
+    parser.add_argument(
+        "--time-limit", type=float, help="begin nothing after so many seconds (default: core 300)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="draw cost a token against context into this file (matplotlib)"
+    )
     args = parser.parse_args()
     counts = [args.threads, args.prompt_tokens, args.new_tokens, args.repeats, args.time_limit]
-    if any(n is not None and n < 1 for n in [*counts, *(args.contexts or ()), *(args.batches or ())]):
-        raise ValueError("--threads, --prompt-tokens, --new-tokens, --repeats, --contexts, --batches and --time-limit "
-                         "must be 1 or more")  # fmt: skip
+    if any(
+        n is not None and n < 1 for n in [*counts, *(args.contexts or ()), *(args.batches or ())]
+    ):
+        raise ValueError(
+            "--threads, --prompt-tokens, --new-tokens, --repeats, --contexts, --batches and "
+            "--time-limit must be 1 or more"
+        )
     if args.plot:
         report.require_matplotlib()
     return args
@@ -63,7 +90,11 @@ def main() -> None:
     out_of_time = turns.time_limit(args.time_limit or (300 if args.suite == "core" else None))
     dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
     size = args.size or ("7b" if on_gpu else "small")
-    names = [name for name in turns.NAMES if name in (args.engines or taking_part(device, size, args.format))]
+    names = [
+        name
+        for name in turns.NAMES
+        if name in (args.engines or taking_part(device, size, args.format))
+    ]
 
     bandwidth, rate = machine.read_bandwidth(device), machine.matrix_rate(device, dtype)
     model = sizes.make_model(size, device, dtype, args.format)
@@ -74,23 +105,38 @@ def main() -> None:
     cases, repeats = suite(args, on_gpu), args.repeats or (5 if on_gpu else 15)
     for case in cases:
         # Compiling may take them a minute a case: in core there is time for one.
-        slow = {"compile", "transformers-compiled"} if args.suite == "core" and case != cases[0] else set()
+        slow = (
+            {"compile", "transformers-compiled"}
+            if args.suite == "core" and case != cases[0]
+            else set()
+        )
         quick = [name for name in names if name not in slow]
         rows = turns.run_case(field, quick, case, repeats, out_of_time, common.note)
         found = [row.result(model, bandwidth, rate) for row in rows]
-        decode, prefill = sizes.decode_roof(model, case, bandwidth), sizes.prefill_roof(model, case, bandwidth, rate)
+        decode, prefill = (
+            sizes.decode_roof(model, case, bandwidth),
+            sizes.prefill_roof(model, case, bandwidth, rate),
+        )
         print(
-            report.table(f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}", found), flush=True
+            report.table(
+                f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}", found
+            ),
+            flush=True,
         )
         results += found
     for line in report.costs_of_length(results):
         print(line)
     if on_gpu:
-        print(f"memory reserved by PyTorch at most: {format_bytes(torch.cuda.max_memory_reserved(device))}")
+        print(
+            f"memory reserved by PyTorch at most: "
+            f"{format_bytes(torch.cuda.max_memory_reserved(device))}"
+        )
     else:
         print(f"peak memory of the process: {common.peak_memory(device)}")
     if args.plot:
-        report.plot(args.plot, results, f"{facts['machine']}, {size}, {args.format}, {facts['dtype']}")
+        report.plot(
+            args.plot, results, f"{facts['machine']}, {size}, {args.format}, {facts['dtype']}"
+        )
         common.note(f"wrote {args.plot}")
     measured = {"read_bytes_per_s": round(bandwidth), "matrix_flop_per_s": round(rate)}
     print(json.dumps(facts | {"suite": args.suite} | measured | {"results": results}))
@@ -98,7 +144,9 @@ def main() -> None:
 
 def taking_part(device: torch.device, size: str, format: str) -> list[str]:
     """Who does unless engines are named."""
-    names = set(turns.NAMES if format == "plain" else ("kernels", "kernels-pdl", "eager", "llama.cpp"))
+    names = set(
+        turns.NAMES if format == "plain" else ("kernels", "kernels-pdl", "eager", "llama.cpp")
+    )
     if device.type != "cuda" or not (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0):
         names.discard("kernels-pdl")
     if (size, format) == ("7b", "plain"):
@@ -113,12 +161,17 @@ def introduce(facts: dict, model: mistral.Mistral, bandwidth: float, rate: float
     step = sizes.weight_bytes(model)
     print(f"{'reads':<18} {format_bytes(bandwidth)}/s, measured: sums over 1 GB")
     print(f"{'multiplies':<18} {rate / 1e12:,.2f} TFLOP/s, measured: a product of two matrices")
-    print(f"{'ceiling':<18} {bandwidth / step:,.1f} tokens/s of one text: {format_bytes(step)} of weights a token\n")
+    print(
+        f"{'ceiling':<18} {bandwidth / step:,.1f} tokens/s of one text: {format_bytes(step)} of "
+        f"weights a token\n"
+    )
     sys.stdout.flush()
 
 
 def suite(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
-    """What is measured: core is what a CPU can do in a minute, and on a GPU also a batch and a longer prompt."""
+    """What is measured: core is what a CPU can do in a minute, and on a GPU also a batch and a
+    longer prompt.
+    """
     new = args.new_tokens or (64 if on_gpu else 40)
     if args.suite == "sweep":
         contexts, batches = args.contexts or CONTEXTS, args.batches or (1, 2, 4, 8)

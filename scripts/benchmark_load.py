@@ -1,7 +1,9 @@
-"""Time and memory of loading a GGUF with the shapes of Hermes-2-Pro-Mistral-7B in Q4_K_M (4.4 GB, made up here).
+"""Time and memory of loading a GGUF with the shapes of Hermes-2-Pro-Mistral-7B in Q4_K_M (4.4 GB,
+made up here).
 
-The last way, "first token", is a process from its start to the first token: imports, file, engine (`auto`, on a GPU if
-there is one) and prompt. It is run twice, since the first time may compile kernels; the second counts.
+The last way, "first token", is a process from its start to the first token: imports, file, engine
+(`auto`, on a GPU if there is one) and prompt. It is run twice, since the first time may compile
+kernels; the second counts.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from mistral.memory import format_bytes
+from mistral.engine.memory import format_bytes
 
 LAYERS, WIDTH, MLP, KV_WIDTH, VOCABULARY = 32, 4096, 14336, 1024, 32032
 # Layers whose attn_v and ffn_down llama.cpp gives Q6_K in a Q4_K_M of 32 layers
@@ -51,7 +53,8 @@ else:
     import torch, mistral
     torch.set_num_threads(2)
     dtype = None if way == "packed" else torch.bfloat16
-    def load(file): return mistral.load(file, device="cpu", dtype=dtype, packed=way == "packed", sliding_window=4096)
+    how = dict(device="cpu", dtype=dtype, packed=way == "packed", sliding_window=4096)
+    def load(file): return mistral.load(file, **how)
 if way != "llama.cpp":
     load(warm)
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew from here
@@ -66,20 +69,27 @@ import mistral
 from mistral_kernels import open_engine
 model, tokenizer = mistral.load(sys.argv[1], packed=True, sliding_window=4096)
 decoder, note = open_engine("auto", model)
-next(mistral.generate(decoder, tokenizer.encode("one two three"), mistral.Sampling(temperature=0), max_new_tokens=1))
-print(time.time() - float(sys.argv[2]), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, note)
+prompt, greedy = tokenizer.encode("one two three"), mistral.Sampling(temperature=0)
+next(mistral.generate(decoder, prompt, greedy, max_new_tokens=1))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(time.time() - float(sys.argv[2]), time.process_time(), peak, note)
 """
 
 
 def main() -> None:
     parser = common.parser(__doc__, "python scripts/benchmark_load.py --layers 32")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer make a smaller file (default: 32)")
+    parser.add_argument(
+        "--layers", type=int, default=LAYERS, help="fewer make a smaller file (default: 32)"
+    )
     parser.add_argument(
         "--ways",
         nargs="+",
         choices=WAYS,
         default=WAYS,
-        help="default: all that are installed. read: the bytes into new memory and nothing else, to compare with",
+        help=(
+            "default: all that are installed. read: the bytes into new memory and nothing else, "
+            "to compare with"
+        ),
     )
     args = parser.parse_args()
     if not 1 <= args.layers <= LAYERS:
@@ -92,11 +102,17 @@ def main() -> None:
         write(path, args.layers)
         write(warm, 1, width=256, mlp=512, kv_width=64)
         print(
-            f"{path.name}: {format_bytes(path.stat().st_size)}, {args.layers} layers, just written: in the file cache"
+            f"{path.name}: {format_bytes(path.stat().st_size)}, {args.layers} layers, just "
+            f"written: in the file cache"
         )
-        print(f"{'':<12}{'seconds':>10}{'CPU seconds':>14}{'peak memory':>14}{'stays':>12}{'ratio':>8}")
+        print(
+            f"{'':<12}{'seconds':>10}{'CPU seconds':>14}{'peak memory':>14}"
+            f"{'stays':>12}{'ratio':>8}"
+        )
         for way in args.ways:
-            results[way] = first_token(path) if way == "first token" else measure(way, path, warm, args)
+            results[way] = (
+                first_token(path) if way == "first token" else measure(way, path, warm, args)
+            )
     print(json.dumps({"layers": args.layers, **results}))
 
 
@@ -112,7 +128,11 @@ def measure(way: str, path: Path, warm: Path, args: argparse.Namespace) -> dict[
     ratio = f"{peak * 1024 / stays:>8.2f}" if stays else ""
     memory = f"{format_bytes(peak * 1024):>14}{format_bytes(stays) if stays else '':>12}{ratio}"
     print(f"{way:<12}{seconds:>10.2f}{cpu_seconds:>14.2f}{memory}")
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), "peak_bytes": round(peak * 1024)}
+    return {
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "peak_bytes": round(peak * 1024),
+    }
 
 
 def first_token(path: Path) -> dict[str, float | str] | None:
@@ -122,10 +142,17 @@ def first_token(path: Path) -> dict[str, float | str] | None:
         if result is None:
             return None
     seconds, cpu_seconds, peak, note = result.split(maxsplit=3)
-    print(f"{'first token':<12}{float(seconds):>10.2f}{float(cpu_seconds):>14.2f}{format_bytes(int(peak) * 1024):>14}")
+    print(
+        f"{'first token':<12}{float(seconds):>10.2f}{float(cpu_seconds):>14.2f}"
+        f"{format_bytes(int(peak) * 1024):>14}"
+    )
     print(f"  {note.strip()}")
     rest = {"peak_bytes": int(peak) * 1024, "engine": note.strip()}
-    return {"seconds": round(float(seconds), 2), "cpu_seconds": round(float(cpu_seconds), 2), **rest}
+    return {
+        "seconds": round(float(seconds), 2),
+        "cpu_seconds": round(float(cpu_seconds), 2),
+        **rest,
+    }
 
 
 def run_child(way: str, arguments: list[str]) -> str | None:
@@ -142,12 +169,17 @@ def num_parameters(layers: int) -> int:
     return layers * (attention + 3 * WIDTH * MLP + 2 * WIDTH) + 2 * VOCABULARY * WIDTH + WIDTH
 
 
-def write(path: Path, layers: int, width: int = WIDTH, mlp: int = MLP, kv_width: int = KV_WIDTH) -> None:
+def write(
+    path: Path, layers: int, width: int = WIDTH, mlp: int = MLP, kv_width: int = KV_WIDTH
+) -> None:
     """A file with these shapes and Q4_K_M's types, of random blocks with finite scales."""
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, layers, width, mlp, kv_width)
     q4, q6, f32 = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.F32
-    tensors = [("token_embd.weight", (VOCABULARY, width), q4), ("output.weight", (VOCABULARY, width), q6)]
+    tensors = [
+        ("token_embd.weight", (VOCABULARY, width), q4),
+        ("output.weight", (VOCABULARY, width), q6),
+    ]
     for i in range(layers):
         fine = q6 if i in FINER else q4
         tensors += [
@@ -170,7 +202,9 @@ def write(path: Path, layers: int, width: int = WIDTH, mlp: int = MLP, kv_width:
     writer.write_ti_data_to_file()
     for _, shape, kind in tensors:
         writer.write_tensor_data(
-            np.resize(random_blocks(kind), int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind))))
+            np.resize(
+                random_blocks(kind), int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind)))
+            )
         )
     writer.close()
 
@@ -200,7 +234,9 @@ def add_metadata(writer: gguf.GGUFWriter, layers: int, width: int, mlp: int, kv_
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    two = [a + b for a in letters for b in letters]  # so that every longer word is made of two pieces
+    two = [
+        a + b for a in letters for b in letters
+    ]  # so that every longer word is made of two pieces
     words = two + [a + b for a in two for b in letters] + [a + b for a in two for b in two]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, *words]
     kinds = [2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)]

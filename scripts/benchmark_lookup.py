@@ -1,7 +1,7 @@
 """What prompt lookup gains, on answers that repeat their prompt and on answers that do not.
 
-Each prompt is answered without and with lookup, in turns. The prompts are the demo's kinds, in words that its training
-never used (but for talk and words to repeat). The last line is JSON.
+Each prompt is answered without and with lookup, in turns. The prompts are the demo's kinds, in
+words that its training never used (but for talk and words to repeat). The last line is JSON.
 """
 
 import argparse
@@ -17,15 +17,16 @@ from random import Random
 import common
 import torch
 from benchmark_parts import machine
+from demo.dialogues import echo_dialogue, record, unseen_request
+from demo.talk import TALK
 
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
-from mistral.chat.grammar import GrammarConstraint, json_constraint, tool_call_constraint
-from mistral.chat.prompts import json_prompt, tool_prompt
-from mistral.decoder import Engine
-from mistral.demo.dialogues import echo_dialogue, record, unseen_request
-from mistral.demo.talk import TALK
-from mistral.speculation import LookupDecoder
+from mistral.chat.formats.prompts import json_prompt, tool_prompt
+from mistral.chat.grammar import json_constraint, tool_call_constraint
+from mistral.chat.grammar.token_masks import GrammarConstraint
+from mistral.engine.decoder import Engine
+from mistral.engine.speculation import LookupDecoder
 from mistral_kernels import open_engine
 
 GREEDY = mistral.Sampling(temperature=0.0)
@@ -78,20 +79,34 @@ class Side:
 
 
 def arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__, "python scripts/benchmark_lookup.py --page docs/benchmarks/lookup.md")
+    parser = common.parser(
+        __doc__, "python scripts/benchmark_lookup.py --page docs/benchmarks/lookup.md"
+    )
     common.add_model_arguments(parser)
     common.add_engine_argument(parser)
-    parser.add_argument("--lookup", type=int, default=8, metavar="N", help="tokens to guess at a time (default: 8)")
+    parser.add_argument(
+        "--lookup", type=int, default=8, metavar="N", help="tokens to guess at a time (default: 8)"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
     parser.add_argument("--requests", type=int, default=20, help="of each kind (default: 20)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns; the quickest counts (default: 3)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="of an answer (default: 200)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="turns; the quickest counts (default: 3)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, help="of an answer (default: 200)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: 1)")
-    parser.add_argument("--page", type=Path, help="write the results as a page of the documentation")
+    parser.add_argument(
+        "--page", type=Path, help="write the results as a page of the documentation"
+    )
     args = parser.parse_args()
     if min(args.lookup, args.requests, args.repeats, args.max_new_tokens, args.threads) < 1:
-        raise ValueError("--lookup, --requests, --repeats, --max-new-tokens and --threads must be 1 or more")
+        raise ValueError(
+            "--lookup, --requests, --repeats, --max-new-tokens and --threads must be 1 or more"
+        )
     return args
 
 
@@ -117,7 +132,9 @@ def main() -> None:
     print(json.dumps(facts | {"engine": engine, "lookup": args.lookup, "results": rows}))
 
 
-def make_cases(kind: str, args: argparse.Namespace, tokenizer: mistral.Tokenizer, vocab_size: int) -> list[Case]:
+def make_cases(
+    kind: str, args: argparse.Namespace, tokenizer: mistral.Tokenizer, vocab_size: int
+) -> list[Case]:
     """Prompts of one kind; the same ones with and without a grammar."""
     random, cases = Random(f"{args.seed} {kind.split(',')[0]}"), []
     questions = [question for questions, _ in TALK for question in questions]
@@ -129,17 +146,29 @@ def make_cases(kind: str, args: argparse.Namespace, tokenizer: mistral.Tokenizer
             user = echo_dialogue(random)[0].content
         elif kind.startswith("calls"):
             tools, user, _ = unseen_request(random, 2)
-            system, constraint = tool_prompt(tools), tool_call_constraint(tokenizer, vocab_size, tools)
+            system, constraint = (
+                tool_prompt(tools),
+                tool_call_constraint(tokenizer, vocab_size, tools),
+            )
         else:
             schema, user, _ = record(random, held_out=True)
             system, constraint = json_prompt(schema), json_constraint(tokenizer, vocab_size, schema)
-        messages = [{"role": role, "content": text} for role, text in (("system", system), ("user", user)) if text]
-        cases.append(Case(encode_chat(tokenizer, messages), constraint if kind.endswith("grammar") else None))
+        messages = [
+            {"role": role, "content": text}
+            for role, text in (("system", system), ("user", user))
+            if text
+        ]
+        cases.append(
+            Case(encode_chat(tokenizer, messages), constraint if kind.endswith("grammar") else None)
+        )
     return cases
 
 
 def measure(
-    engines: tuple[Engine, LookupDecoder], cases: Sequence[Case], args: argparse.Namespace, stop_tokens: Sequence[int]
+    engines: tuple[Engine, LookupDecoder],
+    cases: Sequence[Case],
+    args: argparse.Namespace,
+    stop_tokens: Sequence[int],
 ) -> tuple[Side, Side]:
     """Answer all prompts without and with lookup, in turns."""
     sides, lookup = (Side(), Side()), engines[1]
@@ -159,7 +188,9 @@ def measure(
     return sides
 
 
-def answer(decoder: Engine, case: Case, max_new_tokens: int, stop_tokens: Sequence[int]) -> tuple[list[int], float]:
+def answer(
+    decoder: Engine, case: Case, max_new_tokens: int, stop_tokens: Sequence[int]
+) -> tuple[list[int], float]:
     """The ids, and the seconds from the first to the last."""
     decoder.rewind(decoder.lengths[0])
     constraint = None if case.constraint is None else case.constraint.copy()
@@ -188,20 +219,24 @@ def row(plain: Side, lookup: Side) -> dict[str, float]:
 def to_table(results: dict[str, tuple[Side, Side]]) -> str:
     """As Markdown."""
     lines = [
-        "| answers | tokens each | tokens a forward: plain | lookup | tokens/s: plain | lookup | ratio | same text |",
+        "| answers | tokens each | tokens a forward: plain | lookup | tokens/s: plain | lookup | "
+        "ratio | same text |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind, sides in results.items():
         r = row(*sides)
         lines.append(
             f"| {kind} | {r['tokens_an_answer']:.0f} | {r['plain_tokens_a_forward']:.2f} | "
-            f"{r['lookup_tokens_a_forward']:.2f} | {r['plain_tokens_per_s']:.0f} | {r['lookup_tokens_per_s']:.0f} | "
+            f"{r['lookup_tokens_a_forward']:.2f} | {r['plain_tokens_per_s']:.0f} | "
+            f"{r['lookup_tokens_per_s']:.0f} | "
             f"{r['ratio']:.2f} | {r['same_text']} of {r['answers']} |"
         )
     return "\n".join(lines)
 
 
-def write_page(args: argparse.Namespace, facts: dict, table: str, engine: str, device: torch.device) -> None:
+def write_page(
+    args: argparse.Namespace, facts: dict, table: str, engine: str, device: torch.device
+) -> None:
     """docs/benchmarks/lookup.md."""
     numbers = {
         "command": " ".join(["python", "scripts/benchmark_lookup.py", *sys.argv[1:]]),

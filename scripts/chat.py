@@ -1,4 +1,6 @@
-"""Chat with a model in the terminal. /help lists the commands; a line that ends with \\ goes on in the next one."""
+"""Chat with a model in the terminal. /help lists the commands; a line that ends with \\ goes on in
+the next one.
+"""
 
 import argparse
 import time
@@ -8,7 +10,7 @@ from pathlib import Path
 import common
 
 from mistral.chat import Conversation, events
-from mistral.speculation import LookupDecoder
+from mistral.engine.speculation import LookupDecoder
 
 HELP = """/reset          forget what was said
 /system TEXT    begin anew with this system message (none: without one)
@@ -21,7 +23,9 @@ A line of \"\"\" begins a longer text, and another one ends it."""
 
 
 def arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__, "python scripts/chat.py NousResearch/Hermes-2-Pro-Mistral-7B --system 'Be brief.'")
+    parser = common.parser(
+        __doc__, "python scripts/chat.py NousResearch/Hermes-2-Pro-Mistral-7B --system 'Be brief.'"
+    )
     common.add_model_arguments(parser)
     parser.add_argument("--system", help="the system message")
     parser.add_argument("--load", type=Path, help="go on with a conversation that /save wrote")
@@ -31,7 +35,10 @@ def arguments() -> argparse.Namespace:
     common.add_lookup_argument(parser)
     args = parser.parse_args()
     if args.load and (args.system or args.format):
-        raise ValueError("a conversation that is loaded has its own system message and format; leave out the options")
+        raise ValueError(
+            "a conversation that is loaded has its own system message and format; leave out the "
+            "options"
+        )
     return args
 
 
@@ -48,7 +55,9 @@ def main() -> None:
         return Conversation(decoder, tokenizer, system=system, format=args.format, **options)
 
     def resume(path: Path) -> Conversation:
-        decoder.rewind(decoder.lengths[0])  # if the file is none, the conversation before it is read again
+        decoder.rewind(
+            decoder.lengths[0]
+        )  # if the file is none, the conversation before it is read again
         return Conversation.load(path, decoder, tokenizer, **options)
 
     conversation = resume(args.load) if args.load else begin(args.system)

@@ -1,4 +1,6 @@
-"""What the scripts share: the model's arguments, and ending in one clear line instead of a traceback."""
+"""What the scripts share: the model's arguments, and ending in one clear line instead of a
+traceback.
+"""
 
 import argparse
 import contextlib
@@ -10,7 +12,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# The imports below, and then the script's own, take seconds. Until `run`, Ctrl-C ends the process without a traceback.
+# The imports below, and then the script's own, take seconds. Until `run`, Ctrl-C ends the process
+# without a traceback.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch  # noqa: E402
@@ -18,12 +21,17 @@ import torch  # noqa: E402
 import mistral  # noqa: E402
 from mistral.chat.answer import SLACK  # noqa: E402
 from mistral.chat.formats import FORMATS  # noqa: E402
-from mistral.decoder import Engine  # noqa: E402
-from mistral.memory import format_bytes  # noqa: E402
+from mistral.engine.decoder import Engine  # noqa: E402
+from mistral.engine.memory import format_bytes  # noqa: E402
 from mistral.quantization.quantize import KINDS  # noqa: E402
 from mistral_kernels import engines  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -40,33 +48,50 @@ class Parser(argparse.ArgumentParser):
 def parser(description: str, example: str) -> Parser:
     """A parser whose --help ends with an example."""
     return Parser(
-        description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-MODEL = "a checkpoint's folder, a GGUF file, or owner/repo on the hub (owner/repo:Q4_K_M for one of its GGUFs)"
+MODEL = (
+    "a checkpoint's folder, a GGUF file, or owner/repo on the hub (owner/repo:Q4_K_M for one "
+    "of its GGUFs)"
+)
 
 
-def add_model_arguments(to: argparse.ArgumentParser, optional: bool = True, name: str = "model") -> None:
+def add_model_arguments(
+    to: argparse.ArgumentParser, optional: bool = True, name: str = "model"
+) -> None:
     """MODEL (or --model), --device, --dtype, --window, --packed, --quantize, --revision."""
     if optional:
         optionally = {} if name.startswith("-") else {"nargs": "?"}
-        to.add_argument(name, default="demo", help=MODEL + "; none: the demo of this package", **optionally)
+        to.add_argument(
+            name, default="demo", help=MODEL + "; none: the demo of this package", **optionally
+        )
     else:
         to.add_argument(name, help=MODEL)
     to.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
-    to.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's")
+    to.add_argument(
+        "--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's"
+    )
     to.add_argument(
         "--window",
         type=window,
         default="auto",
-        help="sliding window: a number of tokens, none, or auto: what the checkpoint says (default)",
+        help=(
+            "sliding window: a number of tokens, none, or auto: what the checkpoint says (default)"
+        ),
     )
     to.add_argument(
-        "--packed", action="store_true", help="keep a quantised GGUF packed in memory: small, and without a GPU slower"
+        "--packed",
+        action="store_true",
+        help="keep a quantised GGUF packed in memory: small, and without a GPU slower",
     )
     to.add_argument(
-        "--quantize", choices=KINDS, help="round the weights to 8 or 4 bits while loading, and keep them packed"
+        "--quantize",
+        choices=KINDS,
+        help="round the weights to 8 or 4 bits while loading, and keep them packed",
     )
     to.add_argument("--revision", help="branch, tag or commit of a name on the hub")
 
@@ -97,7 +122,9 @@ def load(arguments: argparse.Namespace) -> tuple[mistral.Mistral, mistral.Tokeni
 def add_sampling_arguments(to: argparse.ArgumentParser, temperature: float) -> None:
     """--max-new-tokens, --seed, and what `mistral.Sampling` takes."""
     to.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
-    to.add_argument("--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)")
+    to.add_argument(
+        "--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)"
+    )
     to.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     to.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
     to.add_argument("--min-p", type=float, default=0.0, help="0: off (default)")
@@ -116,14 +143,21 @@ def sampling(arguments: argparse.Namespace) -> mistral.Sampling:
 def add_engine_argument(to: argparse.ArgumentParser) -> None:
     """--engine."""
     to.add_argument(
-        "--engine", choices=engines.ENGINES, default="auto", help="default: auto, which takes what works and says why"
+        "--engine",
+        choices=engines.ENGINES,
+        default="auto",
+        help="default: auto, which takes what works and says why",
     )
 
 
 def add_lookup_argument(to: argparse.ArgumentParser) -> None:
     """--lookup."""
     to.add_argument(
-        "--lookup", type=count, default=0, metavar="N", help="guess N tokens at a time from the text (default: 0, none)"
+        "--lookup",
+        type=count,
+        default=0,
+        metavar="N",
+        help="guess N tokens at a time from the text (default: 0, none)",
     )
 
 
@@ -135,18 +169,23 @@ def count(text: str) -> int:
 
 
 def open_chat_engine(arguments: argparse.Namespace, model: mistral.Mistral) -> tuple[Engine, str]:
-    """The decoder that --engine names, as a conversation needs it (with --max-tokens, if there is one); its line."""
+    """The decoder that --engine names, as a conversation needs it (with --max-tokens, if there is
+    one); its line.
+    """
     max_tokens = getattr(arguments, "max_tokens", None)
     if model.config.sliding_window is None and max_tokens is None:
         max_tokens = model.config.max_position_embeddings
-    slack = SLACK + getattr(arguments, "lookup", 0)  # wrong guesses are taken back, and spelled ends as well
+    slack = SLACK + getattr(
+        arguments, "lookup", 0
+    )  # wrong guesses are taken back, and spelled ends as well
     return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=slack, say=note)
 
 
 def open_batch_engines(
     arguments: argparse.Namespace, model: mistral.Mistral, max_tokens: int
 ) -> Callable[[int], Engine]:
-    """Gives the empty decoder that --engine names for a number of rows; each is made once, and says which it is.
+    """Gives the empty decoder that --engine names for a number of rows; each is made once, and says
+    which it is.
 
     max_tokens  the room that each row needs
     """
@@ -154,7 +193,9 @@ def open_batch_engines(
 
     def empty_decoder(rows: int) -> Engine:
         if rows not in made:
-            made[rows], line = engines.open_engine(arguments.engine, model, rows, max_tokens, slack=0, say=note)
+            made[rows], line = engines.open_engine(
+                arguments.engine, model, rows, max_tokens, slack=0, say=note
+            )
             note(f"{line}, {rows} at once")
         made[rows].rewind(made[rows].lengths)
         return made[rows]
@@ -164,12 +205,21 @@ def open_batch_engines(
 
 def add_chat_arguments(to: argparse.ArgumentParser) -> None:
     """--format and --max-tokens."""
-    to.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
-    to.add_argument("--max-tokens", type=int, help="room for a model without a window (default: what it was made for)")
+    to.add_argument(
+        "--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)"
+    )
+    to.add_argument(
+        "--max-tokens",
+        type=int,
+        help="room for a model without a window (default: what it was made for)",
+    )
 
 
 def read_message() -> str | None:
-    """What the person types, perhaps several lines; None at the end of the input, "" for nothing."""
+    """What the person types, perhaps several lines;
+
+    None at the end of the input, "" for nothing.
+    """
     lines: list[str] = []
     with contextlib.suppress(ImportError):  # Windows has none
         import readline  # noqa: F401  `input` is a line editor then; without, the terminal cuts lines at 4,095 bytes
@@ -194,7 +244,9 @@ def read_message() -> str | None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters other than newlines and tabs: a model must not steer the terminal."""
+    """The text without control characters other than newlines and tabs: a model must not steer the
+    terminal.
+    """
     return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
@@ -202,7 +254,8 @@ def introduce(model: str) -> None:
     """What the demo is, where it is used."""
     if model == "demo":
         note(
-            "This is the demo: a Mistral of 3.3 million parameters, trained on made-up dialogues about tools, JSON and "
+            "This is the demo: a Mistral of 3.3 million parameters, trained on made-up dialogues "
+            "about tools, JSON and "
             "this project. Name a folder, a GGUF file or owner/repo for a real one."
         )
 
@@ -225,7 +278,9 @@ def peak_memory(device: torch.device) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main function and exit with its code; expected errors become one line and exit code 1."""
+    """Run a script's main function and exit with its code; expected errors become one line and exit
+    code 1.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: note(f"note: {message}")
     try:
@@ -241,9 +296,13 @@ def run(main: Callable[[], int | None]) -> None:
         code = 1
         note(f"error: {printable(' '.join(str(error).split()))}")
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+            error
+        ):
             raise
         code = 1
         wanted = str(error).splitlines()[0].split("DefaultCPUAllocator: ")[-1]
-        note(f"error: out of memory: {wanted}; a shorter text or a --dtype of fewer bytes needs less")
+        note(
+            f"error: out of memory: {wanted}; a shorter text or a --dtype of fewer bytes needs less"
+        )
     sys.exit(code)

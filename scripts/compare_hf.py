@@ -1,4 +1,6 @@
-"""Compare a checkpoint's numbers with transformers', layer by layer; exit code 1 where they differ."""
+"""Compare a checkpoint's numbers with transformers', layer by layer; exit code 1 where they
+differ.
+"""
 
 import argparse
 import tempfile
@@ -11,21 +13,29 @@ from torch import Tensor, nn
 import mistral
 from mistral.checkpoints.hugging_face import save
 from mistral.checkpoints.load import local_path
-from mistral.memory import require_memory
+from mistral.engine.memory import require_memory
 
 TEXT = (
-    "Mistral 7B leverages grouped-query attention for faster inference, coupled with sliding window attention to "
-    "handle sequences of arbitrary length with a reduced inference cost.\n\n```python\ndef window(i, W):\n"
+    "Mistral 7B leverages grouped-query attention for faster inference, coupled with sliding "
+    "window attention to "
+    "handle sequences of arbitrary length with a reduced inference cost.\n\n```python\ndef "
+    "window(i, W):\n"
     "    return range(max(0, i - W + 1), i + 1)  # naïve — 滑动窗口 🪟\n```\n"
 )
 
 
 def arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__, "python scripts/compare_hf.py ~/Mistral-7B-v0.1 --dtype bfloat16 --tokens 5000")
+    parser = common.parser(
+        __doc__, "python scripts/compare_hf.py ~/Mistral-7B-v0.1 --dtype bfloat16 --tokens 5000"
+    )
     common.add_model_arguments(parser)
-    parser.add_argument("--prompt", default=TEXT, help="the text to compare on (default: a built-in one)")
+    parser.add_argument(
+        "--prompt", default=TEXT, help="the text to compare on (default: a built-in one)"
+    )
     parser.add_argument("--tokens", type=int, help="repeat or cut the text to this many tokens")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="largest allowed difference (default: 0, none)")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest allowed difference (default: 0, none)"
+    )
     return parser.parse_args()
 
 
@@ -37,16 +47,23 @@ def main() -> int:
         raise ValueError("transformers is not installed: pip install transformers") from None
     transformers.utils.logging.disable_progress_bar()
     if args.packed or args.quantize:
-        raise ValueError("transformers has no packed weights to compare with; leave out --packed and --quantize")
+        raise ValueError(
+            "transformers has no packed weights to compare with; leave out --packed and --quantize"
+        )
 
     ours, tokenizer = common.load(args)
     tokens = tokens_to_compare(args, ours, tokenizer)
     theirs = load_theirs(local_path(args.model, args.revision), ours)
-    mine, reference = record(ours, lambda: ours(tokens)), record(theirs, lambda: theirs(tokens, use_cache=False).logits)
+    mine, reference = (
+        record(ours, lambda: ours(tokens)),
+        record(theirs, lambda: theirs(tokens, use_cache=False).logits),
+    )
     return report(mine, reference, ours.config.sliding_window, args.tolerance)
 
 
-def tokens_to_compare(args: argparse.Namespace, model: mistral.Mistral, tokenizer: mistral.Tokenizer) -> Tensor:
+def tokens_to_compare(
+    args: argparse.Namespace, model: mistral.Mistral, tokenizer: mistral.Tokenizer
+) -> Tensor:
     """The prompt's ids, repeated or cut to --tokens: [1, T]."""
     ids = tokenizer.encode(args.prompt)
     limit = model.config.max_position_embeddings
@@ -59,16 +76,23 @@ def tokens_to_compare(args: argparse.Namespace, model: mistral.Mistral, tokenize
 def load_theirs(path: Path, ours: mistral.Mistral) -> nn.Module:
     """The same checkpoint in transformers, with the window and dtype of ours.
 
-    transformers reads its own layout only; of another one it gets our weights, so that the forward is compared and
-    not the reading.
+    transformers reads its own layout only; of another one it gets our weights, so that the forward
+    is compared and not the reading.
     """
     import transformers
 
     size = ours.config.num_parameters * ours.dtype.itemsize
-    require_memory(size, ours.device, "the same model in transformers, beside ours,", lambda _: "try --dtype bfloat16")
+    require_memory(
+        size,
+        ours.device,
+        "the same model in transformers, beside ours,",
+        lambda _: "try --dtype bfloat16",
+    )
     with tempfile.TemporaryDirectory() as folder:
         if not (path / "config.json").exists():
-            common.note(f"{path} is not in Hugging Face's layout: transformers gets the weights from us")
+            common.note(
+                f"{path} is not in Hugging Face's layout: transformers gets the weights from us"
+            )
             save(ours, None, Path(folder))
             path = Path(folder)
         config = transformers.AutoConfig.from_pretrained(path)
@@ -81,7 +105,10 @@ def load_theirs(path: Path, ours: mistral.Mistral) -> nn.Module:
 
 @torch.inference_mode()
 def record(model: nn.Module, forward) -> dict[str, Tensor]:
-    """What each part of the model put out in one forward. Both models use Hugging Face's names for their parts."""
+    """What each part of the model put out in one forward.
+
+    Both models use Hugging Face's names for their parts.
+    """
     outputs: dict[str, Tensor] = {}
     parts = {"embedding": model.model.embed_tokens}
     parts |= {f"layer {i}": layer for i, layer in enumerate(model.model.layers)}
@@ -97,10 +124,16 @@ def record(model: nn.Module, forward) -> dict[str, Tensor]:
     return outputs | {"logits": outputs.pop("logits")}  # logits last
 
 
-def report(ours: dict[str, Tensor], theirs: dict[str, Tensor], window: int | None, tolerance: float) -> int:
+def report(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], window: int | None, tolerance: float
+) -> int:
     logits = theirs["logits"]
     T = logits.shape[1]
-    reach = "no window" if window is None else f"window {window}, {'reached' if window <= T else 'not reached'}"
+    reach = (
+        "no window"
+        if window is None
+        else f"window {window}, {'reached' if window <= T else 'not reached'}"
+    )
     print(f"{T} tokens, {reach}, {str(logits.dtype).removeprefix('torch.')} on {logits.device}\n")
     print(f"{'':<12}{'max |d|':>12}{'mean |d|':>12}{'max |theirs|':>14}")
     worst = 0.0
@@ -108,7 +141,9 @@ def report(ours: dict[str, Tensor], theirs: dict[str, Tensor], window: int | Non
         difference = (ours[name].double() - theirs[name].double()).abs()
         largest = difference.max().item()
         worst = max(worst, largest) if largest == largest else float("nan")
-        print(f"{name:<12}{largest:>12.2e}{difference.mean().item():>12.2e}{theirs[name].abs().max().item():>14.3f}")
+        print(
+            f"{name:<12}{largest:>12.2e}{difference.mean().item():>12.2e}{theirs[name].abs().max().item():>14.3f}"
+        )
         if worst != worst:
             break
     agree = (ours["logits"].argmax(-1) == logits.argmax(-1)).float().mean().item()

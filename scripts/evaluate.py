@@ -1,4 +1,6 @@
-"""Score function calling or JSON mode by the rules behind the model card's 91% and 84%, and by corrected ones."""
+"""Score function calling or JSON mode by the rules behind the model card's 91% and 84%, and by
+corrected ones.
+"""
 
 import argparse
 import json
@@ -23,14 +25,30 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("task", choices=RULES)
     common.add_model_arguments(parser, name="--model")
     common.add_engine_argument(parser)
-    parser.add_argument("--data", required=True, help="rows: .jsonl, .parquet, or owner/name of a dataset on the hub")
-    parser.add_argument("--output", type=Path, help="keep every answer in this .jsonl; the same command goes on there")
-    parser.add_argument("--rules", choices=("paper", "fixed", "both"), default="both", help="default: both")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="rows: .jsonl, .parquet, or owner/name of a dataset on the hub",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="keep every answer in this .jsonl; the same command goes on there",
+    )
+    parser.add_argument(
+        "--rules", choices=("paper", "fixed", "both"), default="both", help="default: both"
+    )
     parser.add_argument("--limit", type=int, help="only so many rows, from the first")
-    parser.add_argument("--batch-size", type=int, default=1, help="rows that are answered at once (default: 1)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="rows that are answered at once (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--temperature", type=float, default=0.1, help="0 is greedy (default: 0.1, as for the card)")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: 512, as for the card")
+    parser.add_argument(
+        "--temperature", type=float, default=0.1, help="0 is greedy (default: 0.1, as for the card)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, help="default: 512, as for the card"
+    )
     args = parser.parse_args()
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--limit and --batch-size must be 1 or more")
@@ -40,7 +58,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     rows = read_rows(args.data, args.task, args.limit)
-    names = "task model revision window packed quantize engine temperature max_new_tokens seed batch_size"
+    names = (
+        "task model revision window packed quantize engine temperature max_new_tokens seed "
+        "batch_size"
+    )
     settings = {name: getattr(args, name) for name in names.split()}
     model, tokenizer = common.load(args)
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": fingerprint(model)}
@@ -55,7 +76,9 @@ def main() -> None:
         for row in evaluate(args.task, rows, ask, answers=answers, batch_size=args.batch_size):
             for name, verdict in row.items():
                 verdicts[name].append(verdict)
-            passed = {name: sum(verdict.passed for verdict in so_far) for name, so_far in verdicts.items()}
+            passed = {
+                name: sum(verdict.passed for verdict in so_far) for name, so_far in verdicts.items()
+            }
             bar.set_postfix(passed, refresh=False)
             bar.update()
     wanted = list(verdicts) if args.rules == "both" else [args.rules]
@@ -64,20 +87,31 @@ def main() -> None:
 
 def fingerprint(model: mistral.Mistral) -> str:
     """Tells a checkpoint from another of the same name, by the norms' weights: they are few."""
-    norms = [weights.float().cpu().numpy().tobytes() for name, weights in model.state_dict().items() if "norm" in name]
+    norms = [
+        weights.float().cpu().numpy().tobytes()
+        for name, weights in model.state_dict().items()
+        if "norm" in name
+    ]
     return sha256(b"".join(norms)).hexdigest()[:8]
 
 
 def report(results: dict[str, dict], settings: dict) -> None:
     """A table, and all of it as one line of JSON."""
     [n] = {result["n"] for result in results.values()}
-    print(f"{settings['task']}, {n} rows, seed {settings['seed']}, temperature {settings['temperature']}")
+    print(
+        f"{settings['task']}, {n} rows, seed {settings['seed']}, temperature "
+        f"{settings['temperature']}"
+    )
     print("".join([f"{'rules':<18}", *(f"{name:>16}" for name in results)]))
     lines = {"passed": [str(result["passed"]) for result in results.values()]}
     lines["rate"] = [f"{result['rate']:.1%}" for result in results.values()]
-    lines["95% interval"] = ["{:.1%} - {:.1%}".format(*result["interval"]) for result in results.values()]
+    lines["95% interval"] = [
+        "{:.1%} - {:.1%}".format(*result["interval"]) for result in results.values()
+    ]
     for reason in REASONS[settings["task"]]:
-        lines[f"  {reason}"] = [str(result["reasons"].get(reason, 0)) for result in results.values()]
+        lines[f"  {reason}"] = [
+            str(result["reasons"].get(reason, 0)) for result in results.values()
+        ]
     for title, values in lines.items():
         print("".join([f"{title:<18}", *(f"{value:>16}" for value in values)]))
     print(json.dumps(settings | results))

@@ -1,7 +1,8 @@
-"""Tools to try function calling with: `scripts/function_calling.py` offers them unless --tools names another file.
+"""Tools to try function calling with: `scripts/function_calling.py` offers them unless --tools
+names another file.
 
-It is the model that names the file to count, so only those in the folder where the script was started, and below, are
-read.
+It is the model that names the file to count, so only those in the folder where the script was
+started, and below, are read.
 """
 
 import ast

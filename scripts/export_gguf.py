@@ -5,17 +5,23 @@ from pathlib import Path
 import common
 
 from mistral.checkpoints.gguf_export import KINDS, export
-from mistral.memory import format_bytes
+from mistral.engine.memory import format_bytes
 
 
 def main() -> None:
-    parser = common.parser(__doc__, "python scripts/export_gguf.py ~/Mistral-7B-v0.1 mistral.Q8_0.gguf --type Q8_0")
+    parser = common.parser(
+        __doc__, "python scripts/export_gguf.py ~/Mistral-7B-v0.1 mistral.Q8_0.gguf --type Q8_0"
+    )
     common.add_model_arguments(parser, optional=False)
     parser.add_argument("output", type=Path, help="the file to write; it must not exist")
-    parser.add_argument("--type", choices=KINDS, default="Q8_0", help="of the matrices (default: Q8_0)")
+    parser.add_argument(
+        "--type", choices=KINDS, default="Q8_0", help="of the matrices (default: Q8_0)"
+    )
     args = parser.parse_args()
     if args.packed or args.quantize:
-        raise ValueError("--type says how the weights are rounded; leave out --packed and --quantize")
+        raise ValueError(
+            "--type says how the weights are rounded; leave out --packed and --quantize"
+        )
     if args.output.exists():
         raise ValueError(f"{args.output} exists; remove it or name another file")
     if not args.output.absolute().parent.is_dir():

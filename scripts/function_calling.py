@@ -1,4 +1,7 @@
-"""Ask a model that can call functions; shows each call, its result and the answer. Without --prompt it asks you."""
+"""Ask a model that can call functions; shows each call, its result and the answer.
+
+Without --prompt it asks you.
+"""
 
 import argparse
 import json
@@ -11,24 +14,43 @@ import common
 from mistral.chat import Conversation, events
 from mistral.chat.formats import render_chat
 from mistral.chat.tools import Tool
-from mistral.speculation import LookupDecoder
+from mistral.engine.speculation import LookupDecoder
 
 TOOLS = Path(__file__).with_name("example_tools.py")
 
 
 def arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__, 'python scripts/function_calling.py --prompt "How many miles are 42 kilometers?"')
+    parser = common.parser(
+        __doc__, 'python scripts/function_calling.py --prompt "How many miles are 42 kilometers?"'
+    )
     common.add_model_arguments(parser)
     parser.add_argument("--prompt", action="append", help="what to ask; repeatable: a conversation")
     parser.add_argument(
-        "--tools", type=Path, default=TOOLS, help="a Python file that makes tools with @tool; it is run"
+        "--tools",
+        type=Path,
+        default=TOOLS,
+        help="a Python file that makes tools with @tool; it is run",
     )
-    parser.add_argument("--tool-choice", default="auto", help="auto, none, required, or a tool's name (default: auto)")
-    parser.add_argument("--no-grammar", action="store_true", help="do not constrain calls to the tools' schemas")
-    parser.add_argument("--parallel", action="store_true", help="run the functions of one answer at the same time")
-    parser.add_argument("--max-rounds", type=int, default=5, help="answers to one question (default: 5)")
-    parser.add_argument("--time-limit", type=float, default=30.0, help="seconds for one function (default: 30)")
-    parser.add_argument("--show-prompt", action="store_true", help="print how the tools are described to the model")
+    parser.add_argument(
+        "--tool-choice",
+        default="auto",
+        help="auto, none, required, or a tool's name (default: auto)",
+    )
+    parser.add_argument(
+        "--no-grammar", action="store_true", help="do not constrain calls to the tools' schemas"
+    )
+    parser.add_argument(
+        "--parallel", action="store_true", help="run the functions of one answer at the same time"
+    )
+    parser.add_argument(
+        "--max-rounds", type=int, default=5, help="answers to one question (default: 5)"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, default=30.0, help="seconds for one function (default: 30)"
+    )
+    parser.add_argument(
+        "--show-prompt", action="store_true", help="print how the tools are described to the model"
+    )
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
@@ -83,7 +105,9 @@ def main() -> None:
 def read_tools(path: Path) -> list[Tool]:
     """The tools that a Python file makes, in its order."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; --tools takes a Python file that makes tools with @tool")
+        raise ValueError(
+            f"{path} does not exist; --tools takes a Python file that makes tools with @tool"
+        )
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:

@@ -8,7 +8,7 @@ import common
 
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
-from mistral.speculation import LookupDecoder
+from mistral.engine.speculation import LookupDecoder
 from mistral_kernels import open_engine
 
 
@@ -30,15 +30,26 @@ class Clock:
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(
-        __doc__, 'python scripts/generate.py ~/Mistral-7B-v0.1 --prompt "The capital of France is" --temperature 0'
+        __doc__,
+        'python scripts/generate.py ~/Mistral-7B-v0.1 --prompt "The capital of France is"',
     )
     common.add_model_arguments(parser)
     parser.add_argument("--prompt", help="the text to continue; none: what is piped in")
     parser.add_argument(
-        "--special", action="store_true", help="parse control tokens such as <|im_start|> in the prompt"
+        "--special",
+        action="store_true",
+        help="parse control tokens such as <|im_start|> in the prompt",
     )
-    parser.add_argument("--chat", action="store_true", help="the prompt is a message to answer, sent as a chat")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parser.add_argument(
+        "--chat", action="store_true", help="the prompt is a message to answer, sent as a chat"
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
     common.add_sampling_arguments(parser, temperature=0.7)
     common.add_engine_argument(parser)
     common.add_lookup_argument(parser)
@@ -55,11 +66,18 @@ def main() -> None:
     model, tokenizer = common.load(args)
     ids, ends = tokenizer.encode(prompt, special=args.special), dict(stop=args.stop)
     if args.chat:
-        ids, chat = encode_chat(tokenizer, [{"role": "user", "content": prompt}]), chat_format(tokenizer)
+        ids, chat = (
+            encode_chat(tokenizer, [{"role": "user", "content": prompt}]),
+            chat_format(tokenizer),
+        )
         stop = [*args.stop, *chat.spelled_ends]
-        ends = dict(stop=stop, stop_tokens=chat.stop_ids(tokenizer), new_text=chat.reply_begins_text)
+        ends = dict(
+            stop=stop, stop_tokens=chat.stop_ids(tokenizer), new_text=chat.reply_begins_text
+        )
     room = room_for(ids, args.max_new_tokens, model.config)
-    decoder, engine = open_engine(args.engine, model, 1, room, slack=max(args.lookup, 16), say=common.note)
+    decoder, engine = open_engine(
+        args.engine, model, 1, room, slack=max(args.lookup, 16), say=common.note
+    )
     if args.lookup:
         decoder = LookupDecoder(decoder, args.lookup)
     clock = Clock()
@@ -100,10 +118,13 @@ def prompt_text(args: argparse.Namespace) -> str:
 
 
 def room_for(ids: list[int], new: int, config: mistral.Config) -> int:
-    """Tokens in the end. ValueError for more than the checkpoint can take: now, and not after thousands of tokens."""
+    """Tokens in the end. ValueError for more than the checkpoint can take: now, and not after
+    thousands of tokens.
+    """
     if (room := len(ids) + new) > (limit := config.max_position_embeddings):
         raise ValueError(
-            f"a prompt of {len(ids)} tokens and {new} new ones make {room}, and the checkpoint was made for {limit}: "
+            f"a prompt of {len(ids)} tokens and {new} new ones make {room}, and the checkpoint was "
+            f"made for {limit}: "
             "shorten the prompt or lower --max-new-tokens"
         )
     return max(room, 1)
@@ -113,9 +134,15 @@ def report(clock: Clock, prompt_tokens: int, device, engine: str) -> None:
     """What it took, in one line."""
     times = clock.times
     if not times:
-        common.note(f"[no token was generated | peak memory {common.peak_memory(device)} | {engine}]")
+        common.note(
+            f"[no token was generated | peak memory {common.peak_memory(device)} | {engine}]"
+        )
         return
-    rate = f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
+    rate = (
+        f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s"
+        if len(times) > 1
+        else "one token"
+    )
     common.note(
         f"[prompt {prompt_tokens} tokens | first token after {times[0]:.2f} s | then {rate} | "
         f"{len(times)} new tokens | peak memory {common.peak_memory(device)} | {engine}]"

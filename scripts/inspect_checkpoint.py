@@ -17,7 +17,7 @@ from mistral.checkpoints.gguf_tokenizer import read_tokenizer
 from mistral.checkpoints.load import local_path
 from mistral.checkpoints.safetensors_files import StoredTensor, stored_tensors
 from mistral.config import Config
-from mistral.memory import format_bytes
+from mistral.engine.memory import format_bytes
 from mistral.tokenizer import Tokenizer
 
 SAMPLE = 'Hello, world! {"naïve": [1, 234]}\n'
@@ -27,7 +27,9 @@ def main() -> None:
     parser = common.parser(__doc__, "python scripts/inspect_checkpoint.py ~/Mistral-7B-v0.1")
     parser.add_argument("model", nargs="?", default="demo", help=common.MODEL + "; none: the demo")
     parser.add_argument("--revision", help="branch, tag or commit of a name on the hub")
-    parser.add_argument("--all", action="store_true", help="list every tensor, not one line for all layers")
+    parser.add_argument(
+        "--all", action="store_true", help="list every tensor, not one line for all layers"
+    )
     args = parser.parse_args()
     common.introduce(args.model)
     path = local_path(args.model, args.revision)
@@ -38,7 +40,9 @@ def main() -> None:
     elif (path / "params.json").exists():
         inspect_consolidated(path, args.all)
     else:
-        raise ValueError(f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)")
+        raise ValueError(
+            f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)"
+        )
 
 
 def inspect_hugging_face(path: Path, every: bool) -> None:
@@ -65,7 +69,9 @@ def inspect_gguf(path: Path, every: bool) -> None:
     config = read_config(path, header)
     print_config(config)
     print_metadata(header)
-    rows = {n: Row(t.path.name, t.shape, t.kind.name, t.num_bytes) for n, t in header.tensors.items()}
+    rows = {
+        n: Row(t.path.name, t.shape, t.kind.name, t.num_bytes) for n, t in header.tensors.items()
+    }
     print_tensors(rows, every)
     print_memory(config, packed=sum(tensor.num_bytes for tensor in header.tensors.values()))
     gguf.checked_tensors(path, header, config)
@@ -103,7 +109,9 @@ def print_metadata(header: gguf.GgufHeader) -> None:
 def print_tensors(stored: dict[str, Row], every: bool) -> None:
     files = sorted({tensor.file for tensor in stored.values()})
     size = sum(tensor.size for tensor in stored.values())
-    heading(f"tensors: {len(stored)} in {len(files)} file{'s' * (len(files) > 1)}, {format_bytes(size)}")
+    heading(
+        f"tensors: {len(stored)} in {len(files)} file{'s' * (len(files) > 1)}, {format_bytes(size)}"
+    )
     rows: dict[tuple, list[Row]] = defaultdict(list)
     for name, tensor in stored.items():
         name = name if every else re.sub(r"^((?:model\.)?(?:layers|blk))\.\d+\.", r"\1.*.", name)
@@ -117,7 +125,10 @@ def print_tensors(stored: dict[str, Row], every: bool) -> None:
         by_kind[tensor.kind] += tensor.size
     print("  in all " + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in by_kind.items()))
     for file in files if len(files) > 1 else ():
-        print(f"  {file}: {format_bytes(sum(tensor.size for tensor in stored.values() if tensor.file == file))}")
+        print(
+            f"  {file}: "
+            f"{format_bytes(sum(tensor.size for tensor in stored.values() if tensor.file == file))}"
+        )
 
 
 def print_memory(config: Config, packed: int | None = None) -> None:
@@ -128,12 +139,20 @@ def print_memory(config: Config, packed: int | None = None) -> None:
     print(f"  {'':<10}{'weights':>12}" + "".join(f"{n:>12,}" for n in lengths))
     for dtype in (torch.float32, torch.bfloat16):
         slots = [cache_slots(window, n) for n in lengths]
-        caches = "".join(f"{format_bytes(config.cache_bytes(n, dtype.itemsize)):>12}" for n in slots)
-        print(f"  {dtype_name(dtype):<10}{format_bytes(config.num_parameters * dtype.itemsize):>12}{caches}")
+        caches = "".join(
+            f"{format_bytes(config.cache_bytes(n, dtype.itemsize)):>12}" for n in slots
+        )
+        weights = format_bytes(config.num_parameters * dtype.itemsize)
+        print(f"  {dtype_name(dtype):<10}{weights:>12}{caches}")
     if packed is not None:
-        print(f"  {'packed':<10}{format_bytes(packed):>12}   (as in the file, with --packed; the cache as above)")
+        print(
+            f"  {'packed':<10}{format_bytes(packed):>12}   (as in the file, with --packed; the "
+            f"cache as above)"
+        )
     rolls = (
-        f"the cache stops growing at the window of {window:,}" if window else "no window: the cache grows with the text"
+        f"the cache stops growing at the window of {window:,}"
+        if window
+        else "no window: the cache grows with the text"
     )
     print(f"  ({rolls})")
 

@@ -11,7 +11,7 @@ import common
 from mistral.chat import generate_json
 from mistral.chat.formats import FORMATS
 from mistral.chat.structured import JSONError, read_schema
-from mistral.speculation import LookupDecoder
+from mistral.engine.speculation import LookupDecoder
 
 EXAMPLE = {
     "title": "Person",
@@ -28,15 +28,28 @@ PROMPT = "Make a person named Clara Diaz, with age 42, in Lisbon, with member on
 
 
 def arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__, 'python scripts/json_mode.py --schema person.json --prompt "Ada, 36, from London"')
-    common.add_model_arguments(parser)
-    parser.add_argument("--schema", type=Path, help="a file with a JSON schema (default: a built-in example)")
-    parser.add_argument("--prompt", help="what to ask; none: what is piped in, or with the example a built-in request")
-    parser.add_argument(
-        "--no-grammar", action="store_true", help="only validate the answer, and let the model try again"
+    parser = common.parser(
+        __doc__, 'python scripts/json_mode.py --schema person.json --prompt "Ada, 36, from London"'
     )
-    parser.add_argument("--retries", type=int, default=3, help="how often it may try again (default: 3)")
-    parser.add_argument("--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)")
+    common.add_model_arguments(parser)
+    parser.add_argument(
+        "--schema", type=Path, help="a file with a JSON schema (default: a built-in example)"
+    )
+    parser.add_argument(
+        "--prompt",
+        help="what to ask; none: what is piped in, or with the example a built-in request",
+    )
+    parser.add_argument(
+        "--no-grammar",
+        action="store_true",
+        help="only validate the answer, and let the model try again",
+    )
+    parser.add_argument(
+        "--retries", type=int, default=3, help="how often it may try again (default: 3)"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)"
+    )
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
     common.add_lookup_argument(parser)

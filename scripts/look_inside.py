@@ -1,7 +1,9 @@
-"""Write one HTML page that shows what a model does with a text: tokens, attention, cache, layers, time.
+"""Write one HTML page that shows what a model does with a text: tokens, attention, cache, layers,
+time.
 
-The text is read and continued greedily. Open the page in a browser; click a token, or move with the arrow keys. It
-needs no network. What is shown was recorded by mistral/tracing.py from a real run through the rolling cache.
+The text is read and continued greedily. Open the page in a browser; click a token, or move with the
+arrow keys. It needs no network. What is shown was recorded by mistral/tracing.py from a real run
+through the rolling cache.
 """
 
 import argparse
@@ -19,12 +21,18 @@ import numpy as np
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
 from mistral.checkpoints.assemble import dtype_name
-from mistral.memory import format_bytes
+from mistral.engine.memory import format_bytes
 from mistral.tracing import Recorder, Stopwatch, logit_lens, most_tokens
 
 TEMPLATES = Path(__file__).parent / "look_inside_page"
-SCRIPTS = ("record.js", "panels.js", "drawings.js", "page.js")  # one after the other, they are one script
-OURS = '<meta name="generator" content="scripts/look_inside.py">'  # in every page that this script wrote
+SCRIPTS = (
+    "record.js",
+    "panels.js",
+    "drawings.js",
+    "page.js",
+)  # one after the other, they are one script
+# in every page that this script wrote
+OURS = '<meta name="generator" content="scripts/look_inside.py">'
 GREEDY = mistral.Sampling(temperature=0)
 MOST_TOKENS = 512  # of prompt and continuation
 MOST_BYTES = 5_000_000  # of the page
@@ -49,19 +57,30 @@ PARTS = [*dict.fromkeys(PART_OF.values()), "the rest"]
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(
-        __doc__, 'python scripts/look_inside.py demo "What is a cache?" --chat --window 16 -o page.html'
+        __doc__,
+        'python scripts/look_inside.py demo "What is a cache?" --chat --window 16 -o page.html',
     )
     common.add_model_arguments(parser)
-    parser.add_argument("text", help="what to look at: the beginning of a text, or with --chat a message")
-    parser.add_argument("--chat", action="store_true", help="the text is a message to answer, sent as a chat")
-    parser.add_argument("--new-tokens", type=int, default=16, help="how far to continue the text (default: 16)")
-    parser.add_argument("--top", type=int, default=8, help=f"next tokens to show, up to {MOST_TOP} (default: 8)")
+    parser.add_argument(
+        "text", help="what to look at: the beginning of a text, or with --chat a message"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="the text is a message to answer, sent as a chat"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=16, help="how far to continue the text (default: 16)"
+    )
+    parser.add_argument(
+        "--top", type=int, default=8, help=f"next tokens to show, up to {MOST_TOP} (default: 8)"
+    )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         default=Path("look_inside.html"),
-        help="the page (default: look_inside.html); an earlier page is replaced, another file is not",
+        help=(
+            "the page (default: look_inside.html); an earlier page is replaced, another file is not"
+        ),
     )
     args = parser.parse_args()
     if args.new_tokens < 0 or not 1 <= args.top <= MOST_TOP:
@@ -86,7 +105,10 @@ def main() -> None:
     page = render(data, trace)
     args.output.write_text(page, encoding="utf-8")
     new = len(trace.tokens) - len(ids)
-    common.note(f"wrote {args.output}, {format_bytes(len(page.encode()))}: {len(ids)} tokens and {new} new ones")
+    common.note(
+        f"wrote {args.output}, {format_bytes(len(page.encode()))}: {len(ids)} tokens and {new} new "
+        f"ones"
+    )
 
 
 def check_output(path: Path) -> None:
@@ -94,7 +116,9 @@ def check_output(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path.absolute().parent} is not a folder")
     if path.exists() and not is_ours(path):
-        raise ValueError(f"{path} exists and is not a page of this script; remove it or name another file")
+        raise ValueError(
+            f"{path} exists and is not a page of this script; remove it or name another file"
+        )
 
 
 def is_ours(path: Path) -> bool:
@@ -109,7 +133,8 @@ def check_room(prompt: int, new: int, config: mistral.Config) -> None:
     """ValueError for a text that is too long to record."""
     if prompt + new > (most := min(MOST_TOKENS, most_tokens(config))):
         raise ValueError(
-            f"the text has {prompt} tokens, and with {new} new ones that makes {prompt + new}; a page holds {most} of "
+            f"the text has {prompt} tokens, and with {new} new ones that makes {prompt + new}; a "
+            f"page holds {most} of "
             "this model: shorten the text or lower --new-tokens"
         )
 
@@ -117,10 +142,14 @@ def check_room(prompt: int, new: int, config: mistral.Config) -> None:
 def record(
     model: mistral.Mistral, ids: list[int], new: int, stop_tokens: tuple[int, ...] | None
 ) -> tuple[Recorder, Stopwatch]:
-    """Generate up to `new` tokens under a recorder; then read the same tokens again under a stopwatch."""
+    """Generate up to `new` tokens under a recorder; then read the same tokens again under a
+    stopwatch.
+    """
     with Recorder(model) as trace:
         # One more than is shown: the last token that generation chooses is never read.
-        chosen = list(mistral.generate(model, ids, GREEDY, max_new_tokens=new + 1, stop_tokens=stop_tokens))
+        chosen = list(
+            mistral.generate(model, ids, GREEDY, max_new_tokens=new + 1, stop_tokens=stop_tokens)
+        )
     decoder = mistral.Decoder(model, 1, len(ids) + new + 1, slack=0)
     with Stopwatch(model) as watch:
         for row in (ids, *([id] for id in chosen[:-1])):
@@ -159,7 +188,12 @@ def page_data(
         "control": sorted(tokenizer.control_ids & set(used)),
         "slots": len(trace.steps[-1].slots),
         "steps": [
-            {"start": step.start, "end": step.end, "writes": step.writes, "times": milliseconds(seconds)}
+            {
+                "start": step.start,
+                "end": step.end,
+                "writes": step.writes,
+                "times": milliseconds(seconds),
+            }
             for step, seconds in zip(trace.steps, watch.steps, strict=True)
         ],
         "parts": PARTS,
@@ -167,7 +201,9 @@ def page_data(
         "lens_ids": pack(lens.ids.numpy().astype("<u4")),
         "lens_probabilities": pack(sixteen_bits(lens.probabilities.numpy())),
         "following": pack(sixteen_bits(lens.following.numpy())),
-        "norms": pack(np.concatenate((residual.numpy(), *map(np.asarray, trace.added_norms()))).astype("<f4")),
+        "norms": pack(
+            np.concatenate((residual.numpy(), *map(np.asarray, trace.added_norms()))).astype("<f4")
+        ),
     }
 
 
@@ -206,24 +242,42 @@ def pack(array: np.ndarray) -> str:
 
 
 def eight_bits(weights: np.ndarray) -> np.ndarray:
-    """Attention weights [N, T, T] as 0 .. 255, only what is not in the future: [N, T (T + 1) / 2], row by row."""
-    return np.rint(weights.astype(np.float32) * 255).astype(np.uint8)[:, *np.tril_indices(weights.shape[1])]
+    """Attention weights [N, T, T] as 0 ..
+
+    255, only what is not in the future: [N, T (T + 1) / 2], row by row.
+    """
+    return np.rint(weights.astype(np.float32) * 255).astype(np.uint8)[
+        :, *np.tril_indices(weights.shape[1])
+    ]
 
 
 def render(data: dict, trace: Recorder, most_bytes: int = MOST_BYTES) -> str:
-    """The page. Small attention weights are left out, from 1/255 up, until it fits; ValueError where it never does."""
-    layers = [eight_bits(trace.attention(layer).numpy()) for layer in range(trace.config.num_hidden_layers)]
+    """The page. Small attention weights are left out, from 1/255 up, until it fits;
+
+    ValueError where it never does.
+    """
+    layers = [
+        eight_bits(trace.attention(layer).numpy())
+        for layer in range(trace.config.num_hidden_layers)
+    ]
     for least in (1, 2, 3, 5, 8, 13, 26, 51, 102, 204):
         attention = [pack(np.where(layer < least, 0, layer).astype(np.uint8)) for layer in layers]
         page = fill({**data, "attention": attention, "least": least})
         if len(page.encode()) <= most_bytes:
             return page
-    raise ValueError(f"the page would be larger than {format_bytes(most_bytes)}; shorten the text or lower --top")
+    raise ValueError(
+        f"the page would be larger than {format_bytes(most_bytes)}; shorten the text or lower --top"
+    )
 
 
 def fill(data: dict) -> str:
-    """The templates with `data` in them. Nothing in it can end the script element or become markup."""
-    style, *scripts = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", *SCRIPTS))
+    """The templates with `data` in them.
+
+    Nothing in it can end the script element or become markup.
+    """
+    style, *scripts = (
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.css", *SCRIPTS)
+    )
     script = "".join(scripts)
     fields = {
         "generator": OURS,

@@ -1,4 +1,6 @@
-"""A headless Chromium for the tests, driven through its debugging pipe: no driver and no port are needed."""
+"""A headless Chromium for the tests, driven through its debugging pipe: no driver and no port are
+needed.
+"""
 
 import base64
 import json
@@ -10,19 +12,27 @@ import sys
 import time
 from pathlib import Path
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
+    "--remote-debugging-pipe"
 ).split()
 # Chromium reads commands from file 3 and answers on file 4.
 START = (
-    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
 class Browser:
-    """One page. `complaints` collects errors and warnings of its console; `requests` what it asked the network for."""
+    """One page. `complaints` collects errors and warnings of its console;
+
+    `requests` what it asked the network for.
+    """
 
     def __init__(self, profile: Path, patience: float = 60):
         self.patience = patience
@@ -42,9 +52,19 @@ class Browser:
         os.close(their_in)
         os.close(their_out)
         self._session = None
-        pages = [target for target in self.call("Target.getTargets")["targetInfos"] if target["type"] == "page"]
-        target = pages[0]["targetId"] if pages else self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        pages = [
+            target
+            for target in self.call("Target.getTargets")["targetInfos"]
+            if target["type"] == "page"
+        ]
+        target = (
+            pages[0]["targetId"]
+            if pages
+            else self.call("Target.createTarget", url="about:blank")["targetId"]
+        )
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -95,7 +115,9 @@ class Browser:
 
     def evaluate(self, expression: str):
         """The value of a JavaScript expression in the page (awaited)."""
-        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
@@ -105,14 +127,20 @@ class Browser:
         until = time.monotonic() + self.patience
         while not self.evaluate(expression):
             if time.monotonic() > until:
-                raise TimeoutError(f"{expression} has not come true in {self.patience} s; {self.complaints}")
+                raise TimeoutError(
+                    f"{expression} has not come true in {self.patience} s; {self.complaints}"
+                )
             time.sleep(0.02)
 
     def show(self, width: int, height: int, dark: bool = False) -> None:
         """The size of the window, and its colours."""
         self._window = (width, height, dark)
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])

@@ -1,6 +1,10 @@
 import os
+import sys
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).parents[1] / "scripts/dev"))
 
 import pytest
 import torch
@@ -22,7 +26,16 @@ def the_same_random_numbers_in_every_run():
     torch.manual_seed(0)
 
 
-WAITING_METHODS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+WAITING_METHODS = (
+    "tolist",
+    "item",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+)
 
 
 @pytest.fixture
@@ -47,5 +60,7 @@ class NoHostReads(TorchDispatchMode):
         name = function.__name__.split(".")[0]
         assert name not in self.WAITING, f"{name} reads from the device"
         if name in ("index", "index_put", "index_put_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a boolean index waits for its size"
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), (
+                "a boolean index waits for its size"
+            )
         return function(*args, **(kwargs or {}))

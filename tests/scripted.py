@@ -17,9 +17,13 @@ class Scripted:
     """
 
     def __init__(self, *answers, slack=None, limit=4096, fail_after=None):
-        self.config = small.config(vocab_size=32032, max_position_embeddings=limit, eos_token_id=(END,))
+        self.config = small.config(
+            vocab_size=32032, max_position_embeddings=limit, eos_token_id=(END,)
+        )
         self.batch_size, self.ids, self.pending, self.reads = 1, [], [], []
-        self.answers = [answer if isinstance(answer, list) else written(answer) for answer in answers]
+        self.answers = [
+            answer if isinstance(answer, list) else written(answer) for answer in answers
+        ]
         self.slack, self.furthest = slack, 0
         self.fail_after, self.holder = fail_after, None
 
@@ -52,7 +56,12 @@ class Scripted:
 
     def rewind(self, n):
         # The last token is not in the cache yet, as in `Decoder`.
-        if n and n < len(self.ids) and self.slack is not None and self.furthest - len(self.ids) + n > self.slack + 1:
+        if (
+            n
+            and n < len(self.ids)
+            and self.slack is not None
+            and self.furthest - len(self.ids) + n > self.slack + 1
+        ):
             raise ValueError("gone")
         del self.ids[len(self.ids) - n :]
 

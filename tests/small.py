@@ -9,6 +9,11 @@ import mistral
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
+SCRIPTS = {
+    path.stem: path.relative_to(ROOT).as_posix()
+    for folder in ("scripts", "scripts/dev", "scripts/demo")
+    for path in (ROOT / folder).glob("*.py")
+}
 TRUE_TOKENIZERS = Path(mistral_common.__file__).parent / "data"
 
 # No two sizes are equal, and the head size is not hidden_size / heads: a swapped axis cannot hide.
@@ -49,7 +54,9 @@ def tokens(*shape: int, seed=0, vocab_size=SIZES["vocab_size"]) -> torch.Tensor:
 def true_tokenizer(**kwargs) -> mistral.Tokenizer:
     """Mistral's own 32,000-piece tokenizer, with Hermes-2-Pro's two tokens."""
     proto = (TRUE_TOKENIZERS / "tokenizer.model.v1").read_bytes()
-    return mistral.Tokenizer(proto, **{"added": {32000: "<|im_end|>", 32001: "<|im_start|>"}, **kwargs})
+    return mistral.Tokenizer(
+        proto, **{"added": {32000: "<|im_end|>", 32001: "<|im_start|>"}, **kwargs}
+    )
 
 
 def save_hf(folder: Path, dtype=torch.float32, seed=0, **changes) -> Path:
@@ -60,7 +67,9 @@ def save_hf(folder: Path, dtype=torch.float32, seed=0, **changes) -> Path:
     sizes["eos_token_id"] = list(sizes["eos_token_id"])
     sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
     torch.manual_seed(seed)
-    transformers.MistralForCausalLM(transformers.MistralConfig(**sizes)).to(dtype).save_pretrained(folder)
+    transformers.MistralForCausalLM(transformers.MistralConfig(**sizes)).to(dtype).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -70,6 +79,10 @@ def load_pair(folder: Path, dtype: torch.dtype, attention="sdpa"):
 
     from mistral.checkpoints import hugging_face
 
-    ours = hugging_face.load_model(folder, hugging_face.read_config(folder), torch.device("cpu"), dtype)
-    theirs = transformers.MistralForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    ours = hugging_face.load_model(
+        folder, hugging_face.read_config(folder), torch.device("cpu"), dtype
+    )
+    theirs = transformers.MistralForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention
+    )
     return ours.requires_grad_(False), theirs.eval().requires_grad_(False)

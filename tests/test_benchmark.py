@@ -1,4 +1,6 @@
-"""The benchmark's arithmetic, and that one who fails does not stop the others; the scripts run on the CPU."""
+"""The benchmark's arithmetic, and that one who fails does not stop the others; the scripts run on
+the CPU.
+"""
 
 import importlib.util
 import json
@@ -6,15 +8,12 @@ import math
 import sys
 import types
 
-import pytest
-import small
-import torch
-
-sys.path.insert(0, str(small.ROOT / "scripts"))  # scripts stand alone and find each other there
-
 import benchmark
 import measure_quantization
 import profile_step
+import pytest
+import small
+import torch
 from benchmark_parts import formats, report, sizes, turns
 from benchmark_parts.peers import transformers_model
 from benchmark_parts.sizes import Case
@@ -53,7 +52,8 @@ def test_the_shapes_of_7b_are_mistrals():
 
 
 @pytest.mark.parametrize(
-    ("format", "gigabytes"), [("Q4_K_M", 4.294), ("Q5_K_M", 5.041), ("Q4_0", 4.034), ("Q6_K", 5.834), ("Q8_0", 7.556)]
+    ("format", "gigabytes"),
+    [("Q4_K_M", 4.294), ("Q5_K_M", 5.041), ("Q4_0", 4.034), ("Q6_K", 5.834), ("Q8_0", 7.556)],
 )
 def test_packed_formats_of_7b_read_as_much_as_the_files_hold(format, gigabytes):
     model = sizes.make_model("7b", torch.device("meta"), torch.bfloat16, format)
@@ -72,7 +72,9 @@ def test_llama_cpp_packs_half_of_the_layers_finer():
 @pytest.mark.parametrize("format", formats.FORMATS)
 def test_random_blocks_are_weights_of_the_usual_size(format, monkeypatch):
     monkeypatch.setitem(
-        sizes.SIZES, "wide", sizes.SIZES["tiny"] | dict(hidden_size=256, intermediate_size=512, head_dim=64)
+        sizes.SIZES,
+        "wide",
+        sizes.SIZES["tiny"] | dict(hidden_size=256, intermediate_size=512, head_dim=64),
     )
     model = sizes.make_model("wide", torch.device("cpu"), torch.float32, format)
     for module in model.modules():
@@ -82,7 +84,9 @@ def test_random_blocks_are_weights_of_the_usual_size(format, monkeypatch):
             assert 0.01 < weights.std() < 0.04
             assert weights.mean().abs() < 0.01
     with pytest.raises(ValueError, match="has rows of .*, and .* stores blocks of"):
-        monkeypatch.setitem(sizes.SIZES, "odd", sizes.SIZES["tiny"] | dict(intermediate_size=97 * 8))
+        monkeypatch.setitem(
+            sizes.SIZES, "odd", sizes.SIZES["tiny"] | dict(intermediate_size=97 * 8)
+        )
         sizes.make_model("odd", torch.device("cpu"), torch.float32, format)
 
 
@@ -91,9 +95,15 @@ def test_the_roofs_are_those_worked_out_by_hand():
     assert sizes.decode_roof(model, Case(1, 1, 1), 4.3e12) == pytest.approx(302.4, abs=0.1)
     assert sizes.decode_roof(model, Case(8, 512, 1), 4.3e12) == pytest.approx(2331, abs=1)
     # past the window a step costs the same at any length
-    assert sizes.decode_roof(model, Case(1, 32768, 1), 4.3e12) == sizes.decode_roof(model, Case(1, 4096, 1), 4.3e12)
-    assert sizes.prefill_roof(model, Case(1, 2048, 1), 4.3e12, 790e12) == pytest.approx(54.5e3, rel=0.01)
-    assert sizes.prefill_roof(model, Case(1, 16, 1), 4.3e12, 790e12) == pytest.approx(16 * 302.4, rel=0.01)
+    assert sizes.decode_roof(model, Case(1, 32768, 1), 4.3e12) == sizes.decode_roof(
+        model, Case(1, 4096, 1), 4.3e12
+    )
+    assert sizes.prefill_roof(model, Case(1, 2048, 1), 4.3e12, 790e12) == pytest.approx(
+        54.5e3, rel=0.01
+    )
+    assert sizes.prefill_roof(model, Case(1, 16, 1), 4.3e12, 790e12) == pytest.approx(
+        16 * 302.4, rel=0.01
+    )
 
 
 def test_transformers_shares_our_weights_and_gives_our_logits(tiny):
@@ -106,7 +116,10 @@ def test_transformers_shares_our_weights_and_gives_our_logits(tiny):
 
 def test_transformers_has_a_window_only_where_it_cuts_something_off(tiny):
     field, prompts = turns.Field(tiny, ["transformers"]), torch.zeros(1, 1, dtype=torch.long)
-    models = [field.open("transformers", Case(1, context, 2), prompts).model for context in (20, 60, 61, 90)]
+    models = [
+        field.open("transformers", Case(1, context, 2), prompts).model
+        for context in (20, 60, 61, 90)
+    ]
     assert [model.config.sliding_window for model in models] == [None, None, 64, 64]
     assert models[0] is models[1]
     assert models[2] is models[3]
@@ -130,7 +143,9 @@ def test_who_fails_is_a_row_and_the_others_go_on(tiny, monkeypatch):
     names = ["kernels", "transformers", "eager"]
     field = turns.Field(tiny, names)
     ours = field.open
-    monkeypatch.setattr(field, "open", lambda name, *rest: Broken() if name == "transformers" else ours(name, *rest))
+    monkeypatch.setattr(
+        field, "open", lambda name, *rest: Broken() if name == "transformers" else ours(name, *rest)
+    )
     rows = turns.run_case(field, names, Case(1, 5, 2), 3, lambda: "", lambda line: None)
     results = {row.engine: row.result(tiny, 1e10, 1e11) for row in rows}
     assert results["transformers"]["failed"] == "OutOfMemoryError: tried to allocate 99 GB"
@@ -142,14 +157,23 @@ def test_who_fails_is_a_row_and_the_others_go_on(tiny, monkeypatch):
 
 def test_nothing_begins_after_the_time_limit(tiny):
     rows = turns.run_case(
-        turns.Field(tiny, ["eager"]), ["eager"], Case(1, 5, 2), 3, turns.time_limit(-1), lambda line: None
+        turns.Field(tiny, ["eager"]),
+        ["eager"],
+        Case(1, 5, 2),
+        3,
+        turns.time_limit(-1),
+        lambda line: None,
     )
     assert "time limit" in rows[0].result(tiny, 1e10, 1e11)["failed"]
 
 
-@pytest.mark.parametrize("suite", [("--suite", "core", "--prompt-tokens", 9), ("--suite", "sweep", "--contexts", 5, 9)])
+@pytest.mark.parametrize(
+    "suite", [("--suite", "core", "--prompt-tokens", 9), ("--suite", "sweep", "--contexts", 5, 9)]
+)
 def test_the_last_line_is_json(suite, no_rates, monkeypatch, capsys):
-    options = "--size tiny --device cpu --repeats 1 --new-tokens 2 --engines transformers eager".split()
+    options = (
+        "--size tiny --device cpu --repeats 1 --new-tokens 2 --engines transformers eager".split()
+    )
     batches = ("--batches", 1, 2) if "sweep" in suite else ()
     out = run_script(benchmark, monkeypatch, capsys, *suite, *batches, *options)
     measured = json.loads(out.splitlines()[-1])
@@ -161,9 +185,7 @@ def test_the_last_line_is_json(suite, no_rates, monkeypatch, capsys):
 
 
 def test_packed_formats_are_measured_too(no_rates, monkeypatch, capsys):
-    options = (
-        "--size tiny --device cpu --repeats 1 --new-tokens 2 --prompt-tokens 5 --engines eager transformers".split()
-    )
+    options = "--size tiny --device cpu --repeats 1 --new-tokens 2 --prompt-tokens 5 --engines eager transformers".split()
     out = run_script(benchmark, monkeypatch, capsys, "--format", "Q8_0", *options)
     measured = json.loads(out.splitlines()[-1])
     eager, theirs = measured["results"]
@@ -189,9 +211,26 @@ def test_a_distance_is_worked_out_by_hand():
 
 def test_formats_are_compared_with_float32(monkeypatch, capsys, tmp_path):
     (tmp_path / "text.txt").write_text("Rain fell on the hill, and the wind took it away. " * 3)
-    options = ("--text", tmp_path / "text.txt", "--positions", 30, "--device", "cpu", "--page", tmp_path / "page.md")
+    options = (
+        "--text",
+        tmp_path / "text.txt",
+        "--positions",
+        30,
+        "--device",
+        "cpu",
+        "--page",
+        tmp_path / "page.md",
+    )
     chosen = ["bfloat16", "q8_0", "q4_0"] + ["Q4_K_M"] * bool(importlib.util.find_spec("llama_cpp"))
-    out = run_script(measure_quantization, monkeypatch, capsys, small.DATA / "small", *options, "--formats", *chosen)
+    out = run_script(
+        measure_quantization,
+        monkeypatch,
+        capsys,
+        small.DATA / "small",
+        *options,
+        "--formats",
+        *chosen,
+    )
     results = {row["format"]: row for row in json.loads(out.splitlines()[-1])["results"]}
     assert results.keys() == set(chosen)
     assert results["bfloat16"]["float32"] == "-"
@@ -207,7 +246,12 @@ def test_what_a_step_costs_far_beyond_the_window_is_told_beside_one_at_its_end()
     def row(engine, context, ms):
         return {"engine": engine, "batch": 1, "context": context, "ms_per_step": ms}
 
-    rows = [row("eager", 512, 1.0), row("eager", 4096, 2.0), row("eager", 32768, 2.1), row("kernels", 32768, 1.0)]
+    rows = [
+        row("eager", 512, 1.0),
+        row("eager", 4096, 2.0),
+        row("eager", 32768, 2.1),
+        row("kernels", 32768, 1.0),
+    ]
     failed = {"engine": "compile", "batch": 1, "context": 4096, "failed": "no GPU"}
     line = "eager, batch 1: a step at 32,768 tokens costs 1.050 times one at 4,096"
     assert report.costs_of_length([*rows, failed]) == [line]
@@ -242,12 +286,25 @@ def test_the_plot_shows_who_was_measured(tmp_path):
         for batch in (1, 8)
         for context in (512, 1024)
     ]
-    report.plot(tmp_path / "plot.png", [*results, {"engine": "kernels", "failed": "no GPU"}], "title")
+    report.plot(
+        tmp_path / "plot.png", [*results, {"engine": "kernels", "failed": "no GPU"}], "title"
+    )
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_profile_lists_operators_with_their_bytes(no_rates, monkeypatch, capsys):
-    options = ("--size", "tiny", "--device", "cpu", "--steps", 2, "--context", 5, "--engine", "eager")
+    options = (
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--steps",
+        2,
+        "--context",
+        5,
+        "--engine",
+        "eager",
+    )
     out = run_script(profile_step, monkeypatch, capsys, *options)
     rows = {row["name"]: row for row in json.loads(out.splitlines()[-1])["rows"]}
     head = rows["aten::mm 1x128 128x2048"]
@@ -260,7 +317,9 @@ def test_our_kernels_bytes_are_all_the_weights():
     model = sizes.make_model("7b", torch.device("meta"), torch.bfloat16)
     moved = profile_step.kernel_bytes(model, 1, 5000)
     norms = 2 * (2 * 32 + 1) * 4096
-    weights = sum(moved.values()) - sum(moved[f"{name}_kernel"] for name in ("decode_attention", "embed", "sample"))
+    weights = sum(moved.values()) - sum(
+        moved[f"{name}_kernel"] for name in ("decode_attention", "embed", "sample")
+    )
     assert weights == sizes.weight_bytes(model) - norms
     assert moved["decode_attention_kernel"] == 4096 * 131_072
     assert moved["sample_kernel"] == 4 * 32000
@@ -270,7 +329,9 @@ def test_our_kernels_bytes_of_a_packed_model_are_its_blocks():
     model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, "Q8_0")
     moved = profile_step.kernel_bytes(model, 1, 50)
     norms = sum(p.nbytes for p in model.parameters() if p.dim() == 1)
-    weights = sum(moved.values()) - sum(moved[f"{name}_kernel"] for name in ("decode_attention", "embed", "sample"))
+    weights = sum(moved.values()) - sum(
+        moved[f"{name}_kernel"] for name in ("decode_attention", "embed", "sample")
+    )
     assert weights == sizes.weight_bytes(model) - norms
     assert moved["embed_kernel"] == model.config.hidden_size // 32 * 34
 
@@ -278,12 +339,25 @@ def test_our_kernels_bytes_of_a_packed_model_are_its_blocks():
 def test_the_two_projections_of_a_layer_are_told_apart():
     def event(name, start, us):
         span = types.SimpleNamespace(start=start, elapsed_us=lambda: us)
-        return types.SimpleNamespace(name=name, time_range=span, device_type=torch.autograd.DeviceType.CUDA)
+        return types.SimpleNamespace(
+            name=name, time_range=span, device_type=torch.autograd.DeviceType.CUDA
+        )
 
-    names = ("qkv_kernel", "projection_kernel", "gate_up_kernel", "unpack_kernel", "projection_kernel", "head_kernel")
+    names = (
+        "qkv_kernel",
+        "projection_kernel",
+        "gate_up_kernel",
+        "unpack_kernel",
+        "projection_kernel",
+        "head_kernel",
+    )
     events = [event(name, start, 10 * start) for start, name in enumerate(names, 1)]
     rows = profile_step.kernels(events[::-1], {"projection_kernel, down": 7}, 1)
-    found = {row["name"]: (row["us"], row["bytes"]) for row in rows if row["name"].startswith("projection")}
+    found = {
+        row["name"]: (row["us"], row["bytes"])
+        for row in rows
+        if row["name"].startswith("projection")
+    }
     assert found == {"projection_kernel, o": (20, None), "projection_kernel, down": (50, 7)}
 
 
@@ -308,4 +382,7 @@ def test_the_profile_takes_packed_formats(no_rates, monkeypatch, capsys):
 
 def test_a_packed_model_that_one_contestant_runs_is_not_copied():
     model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, "Q8_0")
-    assert turns.Field(model, ["eager"]).open("eager", Case(1, 5, 2), small.tokens(1, 5)).decoder.model is model
+    assert (
+        turns.Field(model, ["eager"]).open("eager", Case(1, 5, 2), small.tokens(1, 5)).decoder.model
+        is model
+    )

@@ -12,7 +12,9 @@ LONG = 60  # tokens a row; 15 windows
 
 
 def read_chunks(model, cache, tokens, chunks, at=None):
-    """Read rows of `tokens` in ragged chunks; yields (row, position, logits) for every real token."""
+    """Read rows of `tokens` in ragged chunks; yields (row, position, logits) for every real
+    token.
+    """
     at = at if at is not None else [0] * tokens.shape[0]
     for counts in chunks:
         T = max(max(counts), 1)
@@ -27,7 +29,9 @@ def read_chunks(model, cache, tokens, chunks, at=None):
 
 
 def random_chunks(generator, rows, length):
-    """Ragged chunks, empty rows and chunks longer than window and ring among them, until every row has `length`."""
+    """Ragged chunks, empty rows and chunks longer than window and ring among them, until every row
+    has `length`.
+    """
     left = [length] * rows
     while max(left):
         counts = [min(n, generator.choice([0, 0, 1, 1, 1, 2, 3, 5, 9, 17])) for n in left]
@@ -43,7 +47,9 @@ def test_any_chunking_equals_the_whole_pass(seed, window, slack):
     whole = model(tokens)
     cache = model.new_cache(3, max_tokens=LONG if window is None else None, slack=slack)
     seen = 0
-    for b, p, logits in read_chunks(model, cache, tokens, random_chunks(random.Random(seed), 3, LONG)):
+    for b, p, logits in read_chunks(
+        model, cache, tokens, random_chunks(random.Random(seed), 3, LONG)
+    ):
         assert (logits - whole[b, p]).abs().max() < 1e-12
         seen += 1
     assert seen == 3 * LONG
@@ -84,7 +90,9 @@ def test_rows_rewind_by_their_own_counts():
     model(tokens[:, :20], cache)
     cache.rewind([0, 2, 6])
     assert cache.lengths.tolist() == [20, 18, 14]
-    for b, p, logits in read_chunks(model, cache, tokens, [[10, 3, 1], [0, 5, 12]], at=[20, 18, 14]):
+    for b, p, logits in read_chunks(
+        model, cache, tokens, [[10, 3, 1], [0, 5, 12]], at=[20, 18, 14]
+    ):
         assert (logits - whole[b, p]).abs().max() < 1e-12
 
 
@@ -264,7 +272,13 @@ def test_a_forward_never_waits_for_the_device(a_model_and_what_it_reads, no_host
     for piece in tokens.split([9, 1, 1, 5, 1, 2, 11], dim=1):
         model(piece, cache)
     model(tokens[:, :3], cache, lengths=[3, 1], last_only=True)
-    for read in (lambda t: t[0].item(), lambda t: t.tolist(), lambda t: t.nonzero(), lambda t: t[t > 0], bool):
+    for read in (
+        lambda t: t[0].item(),
+        lambda t: t.tolist(),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        bool,
+    ):
         with pytest.raises(AssertionError):
             read(cache.lengths)
 
@@ -274,7 +288,11 @@ def test_lengths_on_a_device_are_never_read():
     model, cache_of = small.model().to("meta"), small.model().to("meta").new_cache
     cache = cache_of(2, slack=2)
     for T in (5, 1, 3):
-        logits = model(torch.zeros(2, T, dtype=torch.int64, device="meta"), cache, torch.ones(2, device="meta").long())
+        logits = model(
+            torch.zeros(2, T, dtype=torch.int64, device="meta"),
+            cache,
+            torch.ones(2, device="meta").long(),
+        )
         assert logits.shape == (2, T, 101)
     assert cache.lengths_at_most == [9, 9]
     assert not cache.exact
@@ -331,4 +349,6 @@ def test_all_of_a_row_can_be_forgotten_even_when_the_window_has_rolled():
     assert torch.equal(model(tokens[:, 5:], cache), model(tokens[:, 5:], model.new_cache(2)))
     cache.rewind([0, 25])
     again = model(tokens[:, :9], cache, lengths=[0, 9])[1]
-    assert torch.allclose(again, model(tokens[:, :9], model.new_cache(2), lengths=[0, 9])[1], rtol=0, atol=1e-12)
+    assert torch.allclose(
+        again, model(tokens[:, :9], model.new_cache(2), lengths=[0, 9])[1], rtol=0, atol=1e-12
+    )

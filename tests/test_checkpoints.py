@@ -1,4 +1,6 @@
-"""Loading Hugging Face's layout: the right weights, little memory, and a clear refusal of everything else."""
+"""Loading Hugging Face's layout: the right weights, little memory, and a clear refusal of
+everything else.
+"""
 
 import json
 import random
@@ -34,13 +36,19 @@ def edit_json(path, **changes):
 def edit_tensors(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
 
 
 def shard(folder, parts=3):
     """Split the one file into shards with an index, as transformers does above 5 GB."""
     tensors = load_file(folder / "model.safetensors")
-    places = {name: f"model-{i % parts + 1:05d}-of-{parts:05d}.safetensors" for i, name in enumerate(tensors)}
+    places = {
+        name: f"model-{i % parts + 1:05d}-of-{parts:05d}.safetensors"
+        for i, name in enumerate(tensors)
+    }
     for file in set(places.values()):
         save_file({name: tensors[name] for name in tensors if places[name] == file}, folder / file)
     index = {"metadata": {"total_size": 1}, "weight_map": places}
@@ -127,8 +135,12 @@ def test_a_tied_matrix_is_one_parameter_after_loading(tmp_path):
     config = hugging_face.read_config(tmp_path)
     model = hugging_face.load_model(tmp_path, config, torch.device("cpu"), None)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    with pytest.raises(mistral.CheckpointError, match="tie_word_embeddings is true, but lm_head.weight differs"):
+    edit_tensors(
+        tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+    )
+    with pytest.raises(
+        mistral.CheckpointError, match="tie_word_embeddings is true, but lm_head.weight differs"
+    ):
         hugging_face.load_model(tmp_path, config, torch.device("cpu"), None)
 
 
@@ -153,17 +165,28 @@ DAMAGE = {
         "pytorch_model.bin is a pickle",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer.model"),
-    "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged or not complete"),
-    "wrong magic": (lambda f: (f / "model.safetensors").write_bytes(b"GGUF" * 99), "damaged or not complete"),
+    "empty weights": (
+        lambda f: (f / "model.safetensors").write_bytes(b""),
+        "damaged or not complete",
+    ),
+    "wrong magic": (
+        lambda f: (f / "model.safetensors").write_bytes(b"GGUF" * 99),
+        "damaged or not complete",
+    ),
     "half the weights": (
-        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:999999]),
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:999999]
+        ),
         "damaged or not complete",
     ),
     "half the tokenizer": (
         lambda f: (f / "tokenizer.model").write_bytes((f / "tokenizer.model").read_bytes()[:999]),
         "tokenizer.model: not a sentencepiece model",
     ),
-    "theta missing": (lambda f: edit_json(f / "config.json", rope_parameters=None), "rope_theta is missing"),
+    "theta missing": (
+        lambda f: edit_json(f / "config.json", rope_parameters=None),
+        "rope_theta is missing",
+    ),
     "more layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=2**30),
         "the weights have 2 layers, the config says 1073741824",
@@ -173,16 +196,23 @@ DAMAGE = {
         "model.layers.1.mlp.up_proj.weight is missing",
     ),
     "a tensor too many": (
-        lambda f: edit_tensors(f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(256)})),
+        lambda f: edit_tensors(
+            f, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(256)})
+        ),
         "model.layers.0.self_attn.q_proj.bias is not part of a Mistral",
     ),
     "a tensor of another shape": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(255)})),
         r"model.norm.weight is \[255\] in the file and \[256\] by the config",
     ),
-    "another width in the config": (lambda f: edit_json(f / "config.json", head_dim=64), r"\(and 5 more\)"),
+    "another width in the config": (
+        lambda f: edit_json(f / "config.json", head_dim=64),
+        r"\(and 5 more\)",
+    ),
     "an integer tensor": (
-        lambda f: edit_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(256).to(torch.int8)})),
+        lambda f: edit_tensors(
+            f, lambda t: t.update({"model.norm.weight": torch.zeros(256).to(torch.int8)})
+        ),
         "model.norm.weight is stored as I8",
     ),
     "a larger tokenizer": (
@@ -193,7 +223,10 @@ DAMAGE = {
         lambda f: edit_json(f / "added_tokens.json", **{"<|im_end|>": 461}),
         "have the id 461",
     ),
-    "an added token without an id": (lambda f: edit_json(f / "added_tokens.json", x="7"), "'x' with the id '7' is not"),
+    "an added token without an id": (
+        lambda f: edit_json(f / "added_tokens.json", x="7"),
+        "'x' with the id '7' is not",
+    ),
     "a shard missing": (
         lambda f: (shard(f), (f / "model-00002-of-00003.safetensors").unlink()),
         "00002-of-00003.safetensors is missing: the download is not complete",
@@ -201,14 +234,19 @@ DAMAGE = {
     "a tensor not where the index puts it": (
         lambda f: (
             shard(f),
-            shutil.copy(f / "model-00001-of-00003.safetensors", f / "model-00002-of-00003.safetensors"),
+            shutil.copy(
+                f / "model-00001-of-00003.safetensors", f / "model-00002-of-00003.safetensors"
+            ),
         ),
         "lacks .*, which the index puts there",
     ),
     "an index that leaves the folder": (
         lambda f: (
             shard(f),
-            edit_json(f / "model.safetensors.index.json", weight_map={"model.norm.weight": "../x.safetensors"}),
+            edit_json(
+                f / "model.safetensors.index.json",
+                weight_map={"model.norm.weight": "../x.safetensors"},
+            ),
         ),
         "is no file name",
     ),
@@ -254,11 +292,16 @@ def test_a_file_that_is_no_gguf_is_said():
 
 
 def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
-    from mistral import memory
+    from mistral.engine import memory
 
-    for free, advice in ((1_000_000, "0.00 billion weights would fit"), (3_000_000, r"in bfloat16 \(2.72 MB\)")):
+    for free, advice in (
+        (1_000_000, "0.00 billion weights would fit"),
+        (3_000_000, r"in bfloat16 \(2.72 MB\)"),
+    ):
         monkeypatch.setattr(memory, "available_memory", lambda device, free=free: free)
-        with pytest.raises(mistral.NotEnoughMemory, match=f"in float32 needs 5.44 MB on cpu, .* free; .*{advice}"):
+        with pytest.raises(
+            mistral.NotEnoughMemory, match=f"in float32 needs 5.44 MB on cpu, .* free; .*{advice}"
+        ):
             mistral.load(SMALL, device="cpu")
 
 
@@ -313,9 +356,13 @@ print((kilobytes("VmHWM") - before) / size)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_takes_little_more_memory_than_stays(tmp_path):
     tokenizer = mistral.load(SMALL, device="cpu")[1]
-    sizes = dict(vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=8, head_dim=64)
+    sizes = dict(
+        vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=8, head_dim=64
+    )
     model = mistral.Mistral(small.config(**sizes, num_attention_heads=16, num_key_value_heads=4))
     save(model.to(torch.bfloat16), tokenizer, tmp_path)  # 224 MB, which become 449 MB of float32
     shard(tmp_path)
-    ratio = subprocess.run([sys.executable, "-c", MEASURE, tmp_path, SMALL], capture_output=True, text=True, check=True)
+    ratio = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path, SMALL], capture_output=True, text=True, check=True
+    )
     assert 0.9 < float(ratio.stdout) < 1.15

@@ -1,7 +1,8 @@
-"""The compiled engine is the reference: same logits, same ids, whatever is read, sampled and taken back.
+"""The compiled engine is the reference: same logits, same ids, whatever is read, sampled and taken
+back.
 
-Only the first tests make the compiler write C++, which takes it seconds; for what stands around the compiled code it is
-enough to trace it.
+Only the first tests make the compiler write C++, which takes it seconds; for what stands around the
+compiled code it is enough to trace it.
 """
 
 import time
@@ -11,8 +12,8 @@ import small
 import torch
 
 import mistral
-from mistral import compiled
-from mistral.compiled import CompiledDecoder, sizes, sums_are_faster
+from mistral.engine import compiled
+from mistral.engine.compiled import CompiledDecoder, sizes, sums_are_faster
 
 GREEDY = mistral.Sampling(temperature=0.0)
 
@@ -130,8 +131,10 @@ def test_no_trace_is_left_by_compiling(traced):
 
 
 def test_a_growing_text_is_compiled_a_bounded_number_of_times(traced, monkeypatch):
-    monkeypatch.setattr("mistral.compiled.SMALLEST", 4)
-    model = small.model(sliding_window=None, hidden_size=44)  # of a size that no other test has traced
+    monkeypatch.setattr("mistral.engine.compiled.SMALLEST", 4)
+    model = small.model(
+        sliding_window=None, hidden_size=44
+    )  # of a size that no other test has traced
     decoders = pair(model, max_tokens=30)
     assert len(traced) == 2  # the block and the head
     for decoder in decoders:
@@ -176,7 +179,9 @@ def test_a_compiler_that_fails_is_one_clear_error(monkeypatch):
 
 
 def test_packed_weights_are_refused():
-    model, _ = mistral.load(small.DATA / "gguf/q8_0.gguf", device="cpu", packed=True, sliding_window=None)
+    model, _ = mistral.load(
+        small.DATA / "gguf/q8_0.gguf", device="cpu", packed=True, sliding_window=None
+    )
     with pytest.raises(ValueError, match="packed weights cannot be compiled"):
         CompiledDecoder(model)
 

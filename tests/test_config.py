@@ -29,9 +29,17 @@ def test_published_checkpoints_give_their_numbers(name, tmp_path):
     (tmp_path / "config.json").write_bytes((small.DATA / f"configs/{name}.json").read_bytes())
     config = read_config(tmp_path)
     window, theta, vocab_size, eos = PUBLISHED[name]
-    assert (config.sliding_window, config.rope_theta, config.vocab_size) == (window, theta, vocab_size)
+    assert (config.sliding_window, config.rope_theta, config.vocab_size) == (
+        window,
+        theta,
+        vocab_size,
+    )
     assert (config.head_dim, config.rms_norm_eps, config.eos_token_id) == (128, 1e-5, (eos,))
-    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (32, 8, 14336)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (
+        32,
+        8,
+        14336,
+    )
 
 
 def test_parameter_count_and_cache_size_of_the_7b(tmp_path):
@@ -46,7 +54,9 @@ def test_parameter_count_is_that_of_the_modules(changes):
     assert model.config.num_parameters == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": None, "tie_word_embeddings": True, "rope_theta": 1e6}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sliding_window": None, "tie_word_embeddings": True, "rope_theta": 1e6}]
+)
 def test_configs_of_transformers_5_are_read(changes, tmp_path):
     small.save_hf(tmp_path, **changes)
     assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
@@ -55,7 +65,9 @@ def test_configs_of_transformers_5_are_read(changes, tmp_path):
 
 def test_stop_tokens_come_from_generation_config_where_it_names_some(tmp_path):
     write_config(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 31999]}')
+    (tmp_path / "generation_config.json").write_text(
+        '{"bos_token_id": 1, "eos_token_id": [2, 31999]}'
+    )
     assert read_config(tmp_path).eos_token_id == (2, 31999)
     (tmp_path / "generation_config.json").write_text('{"do_sample": true}')
     assert read_config(tmp_path).eos_token_id == (2,)
@@ -112,15 +124,25 @@ def test_bad_configs_are_refused_by_name(changes, message, tmp_path):
         read_config(write_config(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("value", [0, -1, 2**31 - 1, 2**31, 10**400, 1.5, True, "1", [], {}, float("inf")], ids=repr)
+@pytest.mark.parametrize(
+    "value", [0, -1, 2**31 - 1, 2**31, 10**400, 1.5, True, "1", [], {}, float("inf")], ids=repr
+)
 def test_no_value_of_any_field_gets_past_the_checks(value, tmp_path):
-    # Read, then held against the weights of a small checkpoint: only a CheckpointError may come out, and soon.
+    # Read, then held against the weights of a small checkpoint: only a CheckpointError may come
+    # out, and soon.
     original = json.loads((small.DATA / "small/config.json").read_text())
     for file in (small.DATA / "small").iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "config.json").unlink()
     for name in [*original, "rope_theta", "rope_scaling", "quantization_config"]:
-        if name in ("architectures", "dtype", "transformers_version", "pad_token_id", "initializer_range", "use_cache"):
+        if name in (
+            "architectures",
+            "dtype",
+            "transformers_version",
+            "pad_token_id",
+            "initializer_range",
+            "use_cache",
+        ):
             continue
         (tmp_path / "config.json").write_text(json.dumps(original | {name: value}))
         try:
@@ -132,7 +154,9 @@ def test_no_value_of_any_field_gets_past_the_checks(value, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*has no sliding_window")
-@pytest.mark.parametrize("text", ["", "[]", "{", "\xff", "[" * 100_000, '{"model_type": "mistral"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "\xff", "[" * 100_000, '{"model_type": "mistral"}']
+)
 def test_config_files_that_are_no_config_are_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(mistral.CheckpointError):

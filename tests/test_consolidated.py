@@ -1,4 +1,6 @@
-"""Mistral's own layout: other names, other rotary pairs, and a params.json that leaves things out."""
+"""Mistral's own layout: other names, other rotary pairs, and a params.json that leaves things
+out.
+"""
 
 import json
 import pickle
@@ -12,7 +14,16 @@ from safetensors.torch import save_file
 import mistral
 from mistral.checkpoints.names import consolidated_names, interleaved_rows, rotary_heads
 
-PARAMS = dict(dim=40, n_layers=3, head_dim=10, hidden_dim=56, n_heads=6, n_kv_heads=2, norm_eps=1e-5, vocab_size=32000)
+PARAMS = dict(
+    dim=40,
+    n_layers=3,
+    head_dim=10,
+    hidden_dim=56,
+    n_heads=6,
+    n_kv_heads=2,
+    norm_eps=1e-5,
+    vocab_size=32000,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +35,26 @@ def write(folder, model, form="safetensors", tokenizer="tokenizer.model", **para
     names, state = consolidated_names(3), {}
     for name, tensor in model.state_dict().items():
         heads = rotary_heads(name, model.config)
-        state[names[name]] = tensor[interleaved_rows(len(tensor), heads)] if heads else tensor.clone()
+        state[names[name]] = (
+            tensor[interleaved_rows(len(tensor), heads)] if heads else tensor.clone()
+        )
     if form == "safetensors":
         save_file(state, folder / "consolidated.safetensors")
     else:
         torch.save(state, folder / "consolidated.00.pth")
     values = PARAMS | {"sliding_window": 4, "rope_theta": 1e4} | params
-    (folder / "params.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
+    (folder / "params.json").write_text(
+        json.dumps({k: v for k, v in values.items() if v is not ...})
+    )
     shutil.copyfile(small.TRUE_TOKENIZERS / "tokenizer.model.v1", folder / tokenizer)
     return folder
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth"])
 def test_weights_and_logits_are_the_models(form, model, tmp_path):
-    loaded, tokenizer = mistral.load(write(tmp_path, model, form), device="cpu", dtype=torch.bfloat16)
+    loaded, tokenizer = mistral.load(
+        write(tmp_path, model, form), device="cpu", dtype=torch.bfloat16
+    )
     assert loaded.config.sliding_window == 4
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
@@ -47,7 +64,8 @@ def test_weights_and_logits_are_the_models(form, model, tmp_path):
 
 
 def test_rows_are_paired_as_complex_numbers():
-    # mistral-inference rotates neighbours (2i, 2i + 1) as complex numbers; the scores must not notice.
+    # mistral-inference rotates neighbours (2i, 2i + 1) as complex numbers; the scores must not
+    # notice.
     from mistral.rotary import Rotary, rotate
 
     q, k = torch.randn(2, 1, 1, 7, 10, dtype=torch.float64)
@@ -96,7 +114,12 @@ def test_a_folder_with_both_layouts_is_read_as_hugging_faces(tmp_path):
 
 
 def test_the_tokenizer_may_have_a_version_in_its_name(model, tmp_path):
-    assert mistral.load(write(tmp_path, model, tokenizer="tokenizer.model.v1"), device="cpu")[1].vocab_size == 32000
+    assert (
+        mistral.load(write(tmp_path, model, tokenizer="tokenizer.model.v1"), device="cpu")[
+            1
+        ].vocab_size
+        == 32000
+    )
 
 
 class Evil:
@@ -105,16 +128,26 @@ class Evil:
 
 
 DAMAGE = {
-    "no weights": (lambda f: (f / "consolidated.safetensors").unlink(), "neither consolidated.safetensors nor"),
+    "no weights": (
+        lambda f: (f / "consolidated.safetensors").unlink(),
+        "neither consolidated.safetensors nor",
+    ),
     "half the weights": (
-        lambda f: (f / "consolidated.safetensors").write_bytes((f / "consolidated.safetensors").read_bytes()[:999]),
+        lambda f: (f / "consolidated.safetensors").write_bytes(
+            (f / "consolidated.safetensors").read_bytes()[:999]
+        ),
         "damaged or not complete",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer.model"),
-    "an empty params.json": (lambda f: (f / "params.json").write_text("{}"), "dim must be a whole number"),
+    "an empty params.json": (
+        lambda f: (f / "params.json").write_text("{}"),
+        "dim must be a whole number",
+    ),
     "no params.json": (lambda f: (f / "params.json").unlink(), "no config.json .* no params.json"),
     "windows that differ": (
-        lambda f: (f / "params.json").write_text(json.dumps(PARAMS | {"sliding_window": [4, None, 4]})),
+        lambda f: (f / "params.json").write_text(
+            json.dumps(PARAMS | {"sliding_window": [4, None, 4]})
+        ),
         "differs between the layers",
     ),
     "a mixture of experts": (
@@ -140,7 +173,9 @@ def test_damaged_folders_are_refused_by_name(damage, model, tmp_path):
         mistral.load(tmp_path, device="cpu")
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", pickle.dumps({"x": Evil()}), pickle.dumps([1, 2])])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense", pickle.dumps({"x": Evil()}), pickle.dumps([1, 2])]
+)
 def test_a_pickle_that_is_more_than_tensors_is_refused_unrun(content, model, tmp_path, capsys):
     write(tmp_path, model)
     (tmp_path / "consolidated.safetensors").unlink()

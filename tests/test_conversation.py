@@ -16,9 +16,9 @@ from mistral.chat.answer import Answer, in_string_of_call
 from mistral.chat.conversation import ConversationError
 from mistral.chat.events import Call, End, Error, Result, Text
 from mistral.chat.formats import chat_format
-from mistral.chat.free_text import TextOnly
 from mistral.chat.grammar import GrammarError
-from mistral.constraints import FixedMask
+from mistral.chat.grammar.free_text import TextOnly
+from mistral.engine.constraints import FixedMask
 
 
 @tool
@@ -58,7 +58,11 @@ def test_the_cache_is_kept_and_only_the_new_turn_is_read():
     whole = encode_chat(TOKENIZER, conversation.messages, generate=False)
     assert engine.ids == whole[: len(engine.ids)]
     assert sum(map(len, engine.reads)) == conversation.tokens_read
-    assert conversation.tokens_read + conversation.tokens_written == len(engine.ids) == conversation.tokens_held
+    assert (
+        conversation.tokens_read + conversation.tokens_written
+        == len(engine.ids)
+        == conversation.tokens_held
+    )
     # The second and the third turn cost their own tokens only.
     assert max(map(len, engine.reads[1:])) < 25
     assert engine.reads[1].count(TOKENIZER.bos_id) == 0
@@ -78,14 +82,22 @@ def test_calls_are_run_and_their_results_read_until_there_are_none():
     spelled = TOKENIZER.decode(engine.reads[1], control=True)
     assert spelled.count("<|im_start|>tool") == 1  # both results in one turn
     assert '{"name": "add", "content": 3}' in spelled
-    assert engine.ids == encode_chat(TOKENIZER, conversation.messages, tools=[add], generate=False)[: len(engine.ids)]
+    assert (
+        engine.ids
+        == encode_chat(TOKENIZER, conversation.messages, tools=[add], generate=False)[
+            : len(engine.ids)
+        ]
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
         (call("subtract", a=1, b=2), "No matching function signature found for function: subtract"),
-        (call("add", a="one", b=2), "error validating function call against function signature: add"),
+        (
+            call("add", a="one", b=2),
+            "error validating function call against function signature: add",
+        ),
         (call("add", a=1), "Please call this function again with correct arguments"),
         (call("broken", text="way"), "There was an error when executing the function: broken"),
         ("<tool_call>\n{'name': add}\n</tool_call>", "There was an error parsing function calls"),
@@ -114,7 +126,9 @@ def test_rounds_are_limited_and_the_last_calls_are_not_run():
         runs.append(n)
         return n
 
-    conversation = talk(Scripted(*[call("count", n=i) for i in range(9)]), tools=[count], max_rounds=3)
+    conversation = talk(
+        Scripted(*[call("count", n=i) for i in range(9)]), tools=[count], max_rounds=3
+    )
     events = list(conversation.say("Count"))
     assert events[-1] == End("max_rounds")
     assert runs == [0, 1]
@@ -157,12 +171,17 @@ def test_a_tool_that_hangs_is_given_up_and_the_conversation_goes_on():
 
 
 def test_an_end_that_is_spelled_in_text_ends_the_answer_and_leaves_the_cache():
-    engine = Scripted(written("All done<|im_end|>\n<|im_start|>user\nmore", end=False) + [END], "Yes", slack=40)
+    engine = Scripted(
+        written("All done<|im_end|>\n<|im_start|>user\nmore", end=False) + [END], "Yes", slack=40
+    )
     conversation = talk(engine)
     assert text_of(conversation.say("Go")) == "All done"
     assert TOKENIZER.decode(engine.ids).endswith("All done")
     assert text_of(conversation.say("Sure?")) == "Yes"
-    assert engine.ids == encode_chat(TOKENIZER, conversation.messages, generate=False)[: len(engine.ids)]
+    assert (
+        engine.ids
+        == encode_chat(TOKENIZER, conversation.messages, generate=False)[: len(engine.ids)]
+    )
 
 
 def test_an_end_that_is_spelled_ends_an_answer_with_tools_too_but_not_in_a_string_of_a_call():
@@ -178,7 +197,9 @@ def test_an_end_that_is_spelled_ends_an_answer_with_tools_too_but_not_in_a_strin
 
     said = []
     spelled = written("All done<|im_end|>\nmore", end=False) + [END]
-    conversation = talk(Scripted(call("say", text="a <|im_end|> b"), spelled, "Yes", slack=40), tools=[say])
+    conversation = talk(
+        Scripted(call("say", text="a <|im_end|> b"), spelled, "Yes", slack=40), tools=[say]
+    )
     assert text_of(conversation.say("Go")).endswith("All done")
     assert said == ["a <|im_end|> b"]
     assert text_of(conversation.say("Sure?")) == "Yes"
@@ -190,7 +211,16 @@ def test_a_spelled_end_under_a_grammar_is_one_unless_it_is_switched_off():
         engine = Scripted(written("All done<|im_end|>\nmore", end=False) + [END], slack=40)
         anything = FixedMask(engine, [True] * engine.config.vocab_size)
         chat = chat_format(TOKENIZER)
-        answer = Answer(engine, TOKENIZER, chat, [1, 2, 3], mistral.Sampling(temperature=0), anything, 50, spelled_ends)
+        answer = Answer(
+            engine,
+            TOKENIZER,
+            chat,
+            [1, 2, 3],
+            mistral.Sampling(temperature=0),
+            anything,
+            50,
+            spelled_ends,
+        )
         texts[spelled_ends] = "".join(answer)
         assert answer.reason == "stop"
     assert texts == {True: "All done", False: "All done<|im_end|>\nmore"}
@@ -216,7 +246,9 @@ def test_where_an_answer_is_within_a_string_of_a_call(text, expected):
 
 def test_max_new_tokens_end_an_answer_and_no_call_of_it_is_run():
     engine = Scripted(call("add", a=1, b=2) + " and more text", "Hm")
-    conversation = talk(engine, tools=[add], max_new_tokens=len(written(call("add", a=1, b=2), end=False)))
+    conversation = talk(
+        engine, tools=[add], max_new_tokens=len(written(call("add", a=1, b=2), end=False))
+    )
     events = list(conversation.say("Go"))
     assert events[-1] == End("length")
     assert not any(isinstance(e, Result) for e in events)
@@ -232,7 +264,10 @@ def test_what_was_heard_stays_when_the_listener_leaves(slack):
     answer.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": heard}
     assert text_of(conversation.say("Go on")) == "Seven"
-    assert engine.ids == encode_chat(TOKENIZER, conversation.messages, generate=False)[: len(engine.ids)]
+    assert (
+        engine.ids
+        == encode_chat(TOKENIZER, conversation.messages, generate=False)[: len(engine.ids)]
+    )
 
 
 def test_ctrl_c_before_the_first_word_takes_the_question_back():
@@ -266,7 +301,9 @@ def test_a_result_that_is_too_long_becomes_an_error_that_the_model_reads():
         """
         return "word " * n
 
-    engine = Scripted(call("page", n=3) + "\n" + call("page", n=5000), "It was long.", "Yes", limit=1200)
+    engine = Scripted(
+        call("page", n=3) + "\n" + call("page", n=5000), "It was long.", "Yes", limit=1200
+    )
     conversation = talk(engine, tools=[page])
     events = list(conversation.say("Read"))
     assert events[-1] == End("stop")
@@ -296,7 +333,9 @@ def test_results_that_nobody_listened_to_are_kept_because_the_functions_ran():
     assert text_of(conversation.say("And?")) == "Seven"
 
 
-def test_ctrl_c_while_a_long_message_is_read_does_not_break_a_conversation_that_has_rolled(monkeypatch):
+def test_ctrl_c_while_a_long_message_is_read_does_not_break_a_conversation_that_has_rolled(
+    monkeypatch,
+):
     model, tokenizer = mistral.load(small.DATA / "small", device="cpu")
     conversation = Conversation(model, tokenizer, max_new_tokens=4)
     for _ in range(3):
@@ -348,11 +387,15 @@ def test_a_saved_conversation_goes_on_where_it_was(tmp_path):
     assert other.ids[: len(engine.ids)] == engine.ids
     with pytest.raises(ConversationError, match="other tools"):
         Conversation.load(path, other, TOKENIZER, grammar=False)
-    with pytest.raises(ConversationError, match="says what format and system it has: leave them out"):
+    with pytest.raises(
+        ConversationError, match="says what format and system it has: leave them out"
+    ):
         Conversation.load(path, other, TOKENIZER, tools=[add], system="T", format="chatml")
 
 
-@pytest.mark.parametrize("content", ["", "not json", "[1]", '{"role": "user", "content": "x"}', '{"format": "x"}\n3'])
+@pytest.mark.parametrize(
+    "content", ["", "not json", "[1]", '{"role": "user", "content": "x"}', '{"format": "x"}\n3']
+)
 def test_a_file_that_is_no_conversation_is_refused(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises((ConversationError, ValueError), match="x.jsonl|format"):
@@ -387,9 +430,13 @@ def test_arguments_that_make_no_sense_are_refused():
 
 @pytest.mark.parametrize("choice", ["required", "add"])
 def test_a_choice_that_demands_a_call_is_refused_without_a_grammar(choice, monkeypatch):
-    with pytest.raises(ConversationError, match=f"'{choice}' is a promise that only a grammar keeps.*grammar=True"):
+    with pytest.raises(
+        ConversationError, match=f"'{choice}' is a promise that only a grammar keeps.*grammar=True"
+    ):
         talk(Scripted(), tools=[add], tool_choice=choice)
-    odd = Tool.from_schema({"name": "odd", "parameters": {"type": "object", "not": {"required": ["a"]}}})
+    odd = Tool.from_schema(
+        {"name": "odd", "parameters": {"type": "object", "not": {"required": ["a"]}}}
+    )
     with (
         pytest.warns(UserWarning, match="checked only after"),
         pytest.raises(ConversationError, match="only a grammar"),
@@ -405,7 +452,9 @@ def test_a_choice_that_demands_a_call_gets_one_whatever_the_model_would_say(choi
     model, tokenizer = mistral.load("demo", device="cpu")
     noise = mistral.Sampling(temperature=1.5, seed=3)
     options = dict(sampling=noise, max_rounds=1, max_new_tokens=150)
-    first = next(Conversation(model, tokenizer, tools=[add], tool_choice=choice, **options).say("Hello!"))
+    first = next(
+        Conversation(model, tokenizer, tools=[add], tool_choice=choice, **options).say("Hello!")
+    )
     assert isinstance(first, Call)
     assert {name: type(value) for name, value in first.arguments.items()} == {"a": int, "b": int}
 
@@ -435,7 +484,9 @@ def test_a_decoder_of_several_rows_is_refused():
         talk(engine)
 
 
-V3 = mistral.Tokenizer((small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())
+V3 = mistral.Tokenizer(
+    (small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
+)
 CALLS_TOKEN = V3.control_id("[TOOL_CALLS]")
 
 
@@ -452,8 +503,13 @@ class Watched(Scripted):
 
 
 def mistral_talk(*answers, **options):
-    """A conversation in the format of Mistral-7B-Instruct-v0.3. An answer that begins with [ is a list of calls."""
-    ids = [[CALLS_TOKEN] * text.startswith("[") + V3.encode(text, bos=False) + [2] for text in answers]
+    """A conversation in the format of Mistral-7B-Instruct-v0.3.
+
+    An answer that begins with [ is a list of calls.
+    """
+    ids = [
+        [CALLS_TOKEN] * text.startswith("[") + V3.encode(text, bos=False) + [2] for text in answers
+    ]
     engine = Watched(*ids)
     engine.config = small.config(vocab_size=32768, max_position_embeddings=4096)
     return engine, Conversation(engine, V3, **{"grammar": False, **options})
@@ -465,7 +521,9 @@ def test_mistrals_own_calls_are_read_and_their_results_refer_to_them(tmp_path):
         {"name": "add", "arguments": {"a": 10, "b": 20}},
         {"name": "subtract", "arguments": {}, "id": "too long, this"},
     ]
-    engine, conversation = mistral_talk(json.dumps(calls), "It is 33 [sic].", "Bye", tools=[add], system="Be brief.")
+    engine, conversation = mistral_talk(
+        json.dumps(calls), "It is 33 [sic].", "Bye", tools=[add], system="Be brief."
+    )
     events = list(conversation.say("Add them up"))
     assert [e.id for e in events if isinstance(e, Call)] == ["abcDEF123", "000002001", "000002002"]
     assert [e.content for e in events if isinstance(e, Result)] == [3, 30]
@@ -476,7 +534,10 @@ def test_mistrals_own_calls_are_read_and_their_results_refer_to_them(tmp_path):
     assert '{"content": 30, "call_id": "000002001"}' in told
     assert "No matching function signature found for function: subtract" in told
     assert "<tool_call>" not in told
-    assert conversation.messages[2]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    assert conversation.messages[2]["tool_calls"][0]["function"] == {
+        "name": "add",
+        "arguments": '{"a": 1, "b": 2}',
+    }
     # The user speaks again: the tools move, and all of it is read as the format writes it.
     assert text_of(conversation.say("Bye")) == "Bye"
     whole = encode_chat(V3, conversation.messages, tools=[add], generate=False)
@@ -487,7 +548,9 @@ def test_mistrals_own_calls_are_read_and_their_results_refer_to_them(tmp_path):
     assert again.messages == conversation.messages
 
 
-@pytest.mark.parametrize("answer", ['[{"name": "add", "arguments": [1, 2]}]', '[{"name": "add", "argum', "[]", "[3]"])
+@pytest.mark.parametrize(
+    "answer", ['[{"name": "add", "arguments": [1, 2]}]', '[{"name": "add", "argum', "[]", "[3]"]
+)
 def test_mistrals_calls_that_cannot_be_read_are_told_to_the_model(answer):
     engine, conversation = mistral_talk(answer, "Sorry.", tools=[add])
     events = list(conversation.say("Go"))
@@ -536,7 +599,9 @@ def test_mistrals_answer_is_free_until_it_begins_with_the_calls_token():
         one = constraint.copy()
         assert one.mask()[CALLS_TOKEN] and one.mask()[first]
         one.accept(first)
-        allowed = {V3.token_bytes(id).strip() for id in one.mask().nonzero().flatten().tolist() if id != 2}
+        allowed = {
+            V3.token_bytes(id).strip() for id in one.mask().nonzero().flatten().tolist() if id != 2
+        }
         assert (b"Hello" in allowed) == (first != CALLS_TOKEN)
         assert b"[{" in allowed
         assert not one.mask()[CALLS_TOKEN]
@@ -572,14 +637,22 @@ def test_the_cards_example_runs():
         Args:
             symbol: The stock symbol.
         """
-        return {"symbol": symbol, "company_name": "Tesla, Inc.", "pe_ratio": 49.604652, "dividend_yield": None}
+        return {
+            "symbol": symbol,
+            "company_name": "Tesla, Inc.",
+            "pe_ratio": 49.604652,
+            "dividend_yield": None,
+        }
 
     engine = Scripted(
-        "<tool_call>\n{'arguments': {'symbol': 'TSLA'}, 'name': 'get_stock_fundamentals'}\n</tool_call>",
+        "<tool_call>\n{'arguments': {'symbol': 'TSLA'}, 'name': "
+        "'get_stock_fundamentals'}\n</tool_call>",
         "The stock fundamentals data for Tesla (TSLA) are as follows: ...",
     )
     events = list(
-        talk(engine, tools=[get_stock_fundamentals]).say("Fetch the stock fundamentals data for Tesla (TSLA)")
+        talk(engine, tools=[get_stock_fundamentals]).say(
+            "Fetch the stock fundamentals data for Tesla (TSLA)"
+        )
     )
     assert events[0].arguments == {"symbol": "TSLA"}
     assert '"dividend_yield": null' in TOKENIZER.decode(engine.reads[1])

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mistral import cuda_graph
-from mistral.cuda_graph import Recorder
+from mistral.engine import cuda_graph
+from mistral.engine.cuda_graph import Recorder
 
 
 @pytest.fixture
 def a_device(monkeypatch):
-    """Stands in for PyTorch's CUDA graphs: takes notes of what is done, and ends a broken recording with an error."""
+    """Stands in for PyTorch's CUDA graphs: takes notes of what is done, and ends a broken recording
+    with an error.
+    """
     notes = []
 
     @contextmanager
@@ -29,7 +31,9 @@ def a_device(monkeypatch):
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
         notes.append(("ended", pool))
 
-    fresh = SimpleNamespace(manual_seed=lambda seed: SimpleNamespace(graphsafe_get_state=lambda: ("state", seed)))
+    fresh = SimpleNamespace(
+        manual_seed=lambda seed: SimpleNamespace(graphsafe_get_state=lambda: ("state", seed))
+    )
     generator = SimpleNamespace(initial_seed=lambda: 7, graphsafe_set_state=notes.append)
     for name, replacement in dict(
         CUDAGraph=object,
@@ -93,13 +97,19 @@ def test_the_error_of_the_work_is_told_and_not_that_of_the_recordings_end(a_devi
 
     with pytest.raises(ValueError, match="this reads"):
         Recorder(torch.device("cuda", 0)).record(work)
-    assert [note for note in a_device if note[0] in ("stream", "state")] == [("stream", 0), ("state", 7)]
+    assert [note for note in a_device if note[0] in ("stream", "state")] == [
+        ("stream", 0),
+        ("state", 7),
+    ]
 
 
 def test_a_recording_that_only_its_end_finds_broken_is_an_error_too(a_device):
     with pytest.raises(RuntimeError, match="previous error"):
         Recorder(torch.device("cuda", 0)).record(lambda: a_device.append("broken"))
-    assert [note for note in a_device if note[0] in ("stream", "state")] == [("stream", 0), ("state", 7)]
+    assert [note for note in a_device if note[0] in ("stream", "state")] == [
+        ("stream", 0),
+        ("state", 7),
+    ]
 
 
 def test_what_a_failed_recording_made_is_gone_with_its_error(a_device, monkeypatch):
@@ -107,7 +117,9 @@ def test_what_a_failed_recording_made_is_gone_with_its_error(a_device, monkeypat
         pass
 
     made = []
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(weakref.ref(graph := Graph())) or graph)
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: made.append(weakref.ref(graph := Graph())) or graph
+    )
 
     def work():
         raise ValueError("no memory")
@@ -123,7 +135,11 @@ def test_what_a_failed_recording_made_is_gone_with_its_error(a_device, monkeypat
 
 @pytest.mark.gpu
 def test_after_a_failed_recording_a_gpu_draws_and_records_as_before():
-    recorder, x, before = Recorder(torch.device("cuda", 0)), torch.ones(3, device="cuda"), torch.cuda.current_stream()
+    recorder, x, before = (
+        Recorder(torch.device("cuda", 0)),
+        torch.ones(3, device="cuda"),
+        torch.cuda.current_stream(),
+    )
     with pytest.raises(RuntimeError):
         recorder.record(lambda: x.sum().item())
     assert torch.cuda.current_stream() == before

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import small
 import torch
+from demo import training
+from demo.blockwise_attention import attend_in_blocks
+from demo.dialogues import choice_dialogue, dialogue, record, tool_dialogue, unseen_request
+from demo.everyday import EVERYDAY
+from demo.inventions import make_tools, request
+from demo.parameters import make_noun
+from demo.talk import TALK
+from demo.words import CITIES, NOUNS, draw, foreign_word, is_held_out, pseudo_word, split
 
 import mistral
 from mistral.attention import attend_explicit
-from mistral.chat.chatml import begin_turn
 from mistral.chat.formats import encode_chat
+from mistral.chat.formats.chatml import begin_turn
+from mistral.chat.formats.prompts import tool_prompt
+from mistral.chat.formats.tool_calls import parse_tool_calls
 from mistral.chat.grammar import tool_call_constraint
-from mistral.chat.prompts import tool_prompt
 from mistral.chat.structured import OutOfTokens, generate_json
-from mistral.chat.tool_calls import parse_tool_calls
 from mistral.checkpoints.load import DEMO
-from mistral.demo import training
-from mistral.demo.blockwise_attention import attend_in_blocks
-from mistral.demo.dialogues import choice_dialogue, dialogue, record, tool_dialogue, unseen_request
-from mistral.demo.everyday import EVERYDAY
-from mistral.demo.inventions import make_tools, request
-from mistral.demo.parameters import make_noun
-from mistral.demo.talk import TALK
-from mistral.demo.words import CITIES, NOUNS, draw, foreign_word, is_held_out, pseudo_word, split
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def answer(demo, system, user, **options):
     model, tokenizer = demo
     messages = [{"role": "system", "content": system}] if system else []
     ids = encode_chat(tokenizer, [*messages, {"role": "user", "content": user}])
-    pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), max_new_tokens=150)
+    pieces = mistral.generate_text(
+        model, tokenizer, ids, mistral.Sampling(temperature=0), max_new_tokens=150
+    )
     return "".join(pieces)
 
 
@@ -51,7 +53,9 @@ def test_it_is_a_small_mistral_that_every_block_type_fits(demo):
     assert replace(model.config, rms_norm_eps=1e-5) == training.CONFIG  # a GGUF has 32 bits of it
     packed, _ = mistral.load("demo", device="cpu", packed=True)
     assert packed.model.layers[0].mlp.up_proj.kind.name == "Q8_0"
-    assert tokenizer.vocab_size < model.config.vocab_size  # rows without a token, as in Hermes-2-Pro
+    assert (
+        tokenizer.vocab_size < model.config.vocab_size
+    )  # rows without a token, as in Hermes-2-Pro
 
 
 def test_its_tokenizer_has_mistrals_settings_and_chatmls_tokens(demo):
@@ -61,7 +65,9 @@ def test_its_tokenizer_has_mistrals_settings_and_chatmls_tokens(demo):
     assert tokenizer.adds_space
     for text in ("two  spaces", "1234", "naïve Ж 🪟", " leading", "a\n\nb\t"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert len(tokenizer.encode("12345", bos=False)) == 6  # a piece for each digit, and the space before them
+    assert (
+        len(tokenizer.encode("12345", bos=False)) == 6
+    )  # a piece for each digit, and the space before them
 
 
 def test_demo_means_the_bundled_file_and_a_path_a_folder_of_that_name(tmp_path, monkeypatch):
@@ -74,13 +80,17 @@ def test_demo_means_the_bundled_file_and_a_path_a_folder_of_that_name(tmp_path, 
 
 
 def test_llama_cpp_gives_the_demos_logits():
-    recorded = {name: torch.from_numpy(array) for name, array in np.load(small.DATA / "demo_llama_cpp.npz").items()}
+    recorded = {
+        name: torch.from_numpy(array)
+        for name, array in np.load(small.DATA / "demo_llama_cpp.npz").items()
+    }
     model, _ = mistral.load("demo", device="cpu", dtype=torch.float32)
     with torch.no_grad():
         logits = model(recorded["tokens"][None])[0]
     assert (logits - recorded["f32"]).abs().max() < 1e-4
     assert (logits - recorded["q8_0"]).abs().mean() < 0.07
-    # On the file itself llama.cpp rounds the activations to 8 bits, too. With that rounding ours are nearer to its own.
+    # On the file itself llama.cpp rounds the activations to 8 bits, too. With that rounding ours
+    # are nearer to its own.
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, inputs: rounded_to_q8_0(*inputs))
@@ -131,7 +141,9 @@ def test_it_calls_functions_that_it_never_saw(demo):
         ids = encode_chat(tokenizer, [{"role": "user", "content": text}], tools=tools)
         constraint = tool_call_constraint(tokenizer, model.config.vocab_size, tools)
         options = dict(max_new_tokens=150, constraint=constraint)
-        pieces = mistral.generate_text(model, tokenizer, ids, mistral.Sampling(temperature=0), **options)
+        pieces = mistral.generate_text(
+            model, tokenizer, ids, mistral.Sampling(temperature=0), **options
+        )
         calls = parse_tool_calls("".join(pieces)).calls
         right += [(call.name, call.arguments) for call in calls] == expected
     assert right >= 16
@@ -164,7 +176,9 @@ def test_the_scripts_tools_are_described_as_in_training():
     for trained, _ in EVERYDAY[:4]:
         offered = tools[trained["name"]].schema()["function"]
         assert {**offered, "return": None} == {**trained, "return": None}
-        assert list(offered["parameters"]["properties"]) == list(trained["parameters"]["properties"])
+        assert list(offered["parameters"]["properties"]) == list(
+            trained["parameters"]["properties"]
+        )
 
 
 def test_dialogues_repeat_with_their_seed_and_differ_without():
@@ -180,7 +194,9 @@ def test_words_of_the_tests_are_never_trained_on():
     assert not trained & tested
     assert len(tested & kept) > 0.9 * len(kept)
     assert not set(split(CITIES, True)) & set(split(CITIES, False))
-    assert not {pseudo_word(random, True) for _ in range(500)} & {pseudo_word(random, False) for _ in range(500)}
+    assert not {pseudo_word(random, True) for _ in range(500)} & {
+        pseudo_word(random, False) for _ in range(500)
+    }
 
 
 def test_training_mixes_its_words_into_others_that_are_not_kept_for_the_tests_either():
@@ -198,7 +214,9 @@ def test_training_practises_letters_that_are_no_piece_of_the_tokenizer(demo):
     assert not any(map(str.isascii, words))
     assert not any(map(is_held_out, words))
     assert all(piece.replace("▁", "").isascii() for piece, _, _ in tokenizer.vocabulary())
-    said = {turn.content for _ in range(800) for turn in tool_dialogue(random) if turn.role == "user"}
+    said = {
+        turn.content for _ in range(800) for turn in tool_dialogue(random) if turn.role == "user"
+    }
     assert sum(not text.isascii() for text in said) > 27
 
 
@@ -245,17 +263,22 @@ def test_training_text_is_what_the_chat_driver_sends_and_only_answers_count_full
         assert begin_turn(tokenizer, "assistant")[0] in ids
 
 
-@pytest.mark.parametrize(("T", "window"), [(1, None), (7, None), (256, None), (300, None), (300, 50), (290, 256)])
+@pytest.mark.parametrize(
+    ("T", "window"), [(1, None), (7, None), (256, None), (300, None), (300, 50), (290, 256)]
+)
 def test_attention_in_blocks_is_attention_rounded_to_bfloat16(T, window):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, T, 16, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    q, k, v = (
+        torch.randn(2, heads, T, 16, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)
+    )
     ago = torch.arange(T)[:, None] - torch.arange(T)
     mask = None if window is None else ((ago >= 0) & (ago < window))[None, None]
     wanted, given = attend_explicit(q, k, v, mask), attend_in_blocks(q, k, v, mask)
     assert (given - wanted).norm() < 0.01 * wanted.norm()
     above = torch.randn_like(wanted)
     for a, b in zip(
-        torch.autograd.grad(given, (q, k, v), above.to(given.dtype)), torch.autograd.grad(wanted, (q, k, v), above)
+        torch.autograd.grad(given, (q, k, v), above.to(given.dtype)),
+        torch.autograd.grad(wanted, (q, k, v), above),
     ):
         assert (a - b).norm() <= 0.01 * b.norm() + 1e-9
 
@@ -271,7 +294,9 @@ def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(bfloat16,
     other = training.Trainer(tokenizer, 32, torch.device("cpu"), bfloat16=bfloat16)
     other.tokenizer = None
     other.load_state_dict(trainer.state_dict())
-    assert other.tokenizer.vocabulary() == tokenizer.vocabulary()  # a training keeps the one that it began with
+    assert (
+        other.tokenizer.vocabulary() == tokenizer.vocabulary()
+    )  # a training keeps the one that it began with
     assert [step for step, _ in other.run()] == [31, 32]
 
 
@@ -283,7 +308,9 @@ def test_a_call_costs_fewer_tokens_in_earlier_stages(demo):
         for _ in range(100):
             turns = tool_dialogue(random, stage)
             tokens += len(training.encode(tokenizer, turns)[0])
-            calls += sum(turn.content.count("<tool_call>") for turn in turns if turn.role == "assistant")
+            calls += sum(
+                turn.content.count("<tool_call>") for turn in turns if turn.role == "assistant"
+            )
         costs.append(tokens / calls)
     assert costs[0] < 0.81 * costs[1] < 0.45 * costs[2]
 
@@ -291,8 +318,12 @@ def test_a_call_costs_fewer_tokens_in_earlier_stages(demo):
 def test_a_signature_has_what_the_schema_says_of_names_types_choices_and_what_may_be_left_out():
     optional = choices = 0
     for seed in range(40):
-        schemas, signatures = (tool_dialogue(Random(seed), stage)[0].content for stage in ("schemas", "signatures"))
-        for schema, signature in zip(map(json.loads, schemas.splitlines()), signatures.splitlines(), strict=True):
+        schemas, signatures = (
+            tool_dialogue(Random(seed), stage)[0].content for stage in ("schemas", "signatures")
+        )
+        for schema, signature in zip(
+            map(json.loads, schemas.splitlines()), signatures.splitlines(), strict=True
+        ):
             name, _, listed = signature.removesuffix(")").partition("(")
             assert name == schema["name"]
             said = [part.split(": ") for part in listed.split(", ") if part]
@@ -313,7 +344,9 @@ def test_it_learns_to_name_the_function_before_its_arguments_and_reads_calls_tha
     for _ in range(500):
         for role, content, learn in dialogue(random):
             if role == "assistant" and "<tool_call>" in content:
-                assert not learn or content.count('<tool_call>\n{"name": ') == content.count("<tool_call>")
+                assert not learn or content.count('<tool_call>\n{"name": ') == content.count(
+                    "<tool_call>"
+                )
                 learned, read = learned + learn, read + ('{"arguments": ' in content)
     assert learned > 200
     assert read > 10

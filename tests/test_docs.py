@@ -1,4 +1,6 @@
-"""The book says what is so: its code prints what it shows, what it quotes and names exists, its figures are true."""
+"""The book says what is so: its code prints what it shows, what it quotes and names exists, its
+figures are true.
+"""
 
 import ast
 import importlib
@@ -38,15 +40,21 @@ def prose(page):
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_the_code_of_a_page_prints_what_the_page_shows(name):
     page = PAGES[name]
-    for block, printed in {**refresh.run_python(page, Path(name).name), **refresh.run_bash(page)}.items():
+    for block, printed in {
+        **refresh.run_python(page, Path(name).name),
+        **refresh.run_bash(page),
+    }.items():
         shown = refresh.output_of(block, page)
         assert refresh.tidy(printed) == ("" if shown is None else refresh.tidy(shown.code)), (
-            f"{name}, line {block.first + 1}; python docs/refresh.py docs/{name} writes what is printed now"
+            f"{name}, line {block.first + 1}; python docs/refresh.py docs/{name} writes what is "
+            f"printed now"
         )
 
 
 def quoted(code, source):
-    """Whether the lines of a quotation stand in a file: part by part, where it leaves lines out with `...`."""
+    """Whether the lines of a quotation stand in a file: part by part, where it leaves lines out
+    with `...`.
+    """
     lines, start = source.splitlines(), 0
     for part in re.split(r"^ *\.\.\.\n", textwrap.dedent(code) + "\n", flags=re.M):
         wanted = textwrap.dedent(part).strip("\n").splitlines()
@@ -64,7 +72,9 @@ def test_what_a_page_quotes_stands_in_the_file_that_it_names(name):
     for block in refresh.blocks(PAGES[name]):
         if block.title:
             source = (small.ROOT / block.title).read_text()
-            assert quoted(block.code, source), f"{name}, line {block.first + 1}: not in {block.title}:\n{block.code}"
+            assert quoted(block.code, source), (
+                f"{name}, line {block.first + 1}: not in {block.title}:\n{block.code}"
+            )
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("book/")])
@@ -75,13 +85,20 @@ def test_a_chapter_has_the_parts_that_the_book_promises(name):
     assert re.search(r"!\[[^]]+\]\(\.\./figures/", prose(page))
     found = refresh.blocks(page)
     assert any(block.title for block in found)
-    assert any(block.kind == "python" and not block.title and refresh.output_of(block, page) for block in found)
+    assert any(
+        block.kind == "python" and not block.title and refresh.output_of(block, page)
+        for block in found
+    )
 
 
 def test_a_changed_output_and_a_changed_quotation_are_noticed():
     page = "```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n\n```python\nx = 1\n```\n\n"
     page += "```bash\necho a\n```\n```text\nb\n```\n"
-    assert [*refresh.run_python(page).values(), *refresh.run_bash(page).values()] == ["2\n", "", "a\n"]
+    assert [*refresh.run_python(page).values(), *refresh.run_bash(page).values()] == [
+        "2\n",
+        "",
+        "a\n",
+    ]
     assert refresh.refreshed(page) == page.replace("3", "2").replace("b\n```", "a\n```")
     source = "def f(x):\n    y = x + 1\n\n    return y\n"
     for code in ("y = x + 1", "def f(x):\n    ...\n    return y", "    y = x + 1\n\n    return y"):
@@ -95,15 +112,26 @@ def test_a_changed_output_and_a_changed_quotation_are_noticed():
 
 # -- what prose names --
 
-SOURCES = [path for room in ("mistral", "kernels", "scripts", "tests") for path in (small.ROOT / room).rglob("*.py")]
+SOURCES = [
+    path
+    for room in ("mistral", "kernels", "scripts", "tests")
+    for path in (small.ROOT / room).rglob("*.py")
+]
 TEXT = {path: path.read_text() for path in SOURCES if path.name != "test_docs.py"}
 WORDS = {word for text in TEXT.values() for word in re.findall(r"\w+", text)}
 ROOMS = {path.name for path in small.ROOT.iterdir()}
 FILES = {
-    path.name for room in ("mistral", "kernels", "scripts", "tests", "docs") for path in (small.ROOT / room).rglob("*")
+    path.name
+    for room in ("mistral", "kernels", "scripts", "tests", "docs")
+    for path in (small.ROOT / room).rglob("*")
 }
 # What a variable of this name is, wherever prose says `model.new_cache` or `decoder.step`
-INSTANCES = {"model": "Mistral", "tokenizer": "Tokenizer", "decoder": "Decoder", "cache": "RollingCache"}
+INSTANCES = {
+    "model": "Mistral",
+    "tokenizer": "Tokenizer",
+    "decoder": "Decoder",
+    "cache": "RollingCache",
+}
 INSTANCES |= {"config": "Config", "conversation": "Conversation", "sampling": "Sampling"}
 # What other projects call their own, where a chapter must name it
 FOREIGN = {"tokenizer.apply_chat_template", "skip_special_tokens", "dequantize_row_q4_K"}
@@ -117,7 +145,7 @@ def definitions():
     for path, text in TEXT.items():
         if path.parts[len(small.ROOT.parts)] in ("mistral", "kernels"):
             module = ".".join(path.relative_to(small.ROOT).with_suffix("").parts)
-            module = re.sub(r"^kernels", "mistral_kernels", module).removesuffix(".__init__")
+            module = module.removeprefix("kernels.").removesuffix(".__init__")
             for node in ast.parse(text).body:
                 if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                     found.setdefault(node.name, (module, ast.unparse(node)))
@@ -149,7 +177,9 @@ def exists_in_module(name):
 
 
 def name_exists(name, page):
-    """Whether what a page calls `name` (an identifier, or several with dots) is in our code or in the page's own."""
+    """Whether what a page calls `name` (an identifier, or several with dots) is in our code or in
+    the page's own.
+    """
     first, *rest = name.split(".")
     if first in ("mistral", "mistral_kernels", "torch"):
         return exists_in_module(name)
@@ -169,7 +199,11 @@ def name_exists(name, page):
 def looks_like_code(span):
     """Whether a span is one word that only code has: f(), snake_case, CamelCase, a.b"""
     word = re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*)(\(.*\))?", span)
-    return word and (word[2] or re.search(r"_|[a-z][A-Z]|\.", word[1])) and not keyword.iskeyword(word[1])
+    return (
+        word
+        and (word[2] or re.search(r"_|[a-z][A-Z]|\.", word[1]))
+        and not keyword.iskeyword(word[1])
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name not in NOT_OURS])
@@ -189,7 +223,9 @@ def test_every_path_that_a_page_mentions_exists(name):
 
 
 def options_of(script):
-    """The options that a script of ours takes, as its source and that of the modules beside it spell them."""
+    """The options that a script of ours takes, as its source and that of the modules beside it
+    spell them.
+    """
     text = (small.ROOT / script).read_text()
     for module in re.findall(r"^(?:import|from) (\w+)", text, re.M):
         beside = (small.ROOT / script).parent / f"{module}.py"
@@ -200,8 +236,15 @@ def options_of(script):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_commands_of_a_page_exist(name):
-    code = [line for block in refresh.blocks(PAGES[name]) if block.kind == "bash" for line in block.code.splitlines()]
-    for command in code + [span for span in spans(PAGES[name]) if re.match(r"(\.venv/bin/)?python3? ", span)]:
+    code = [
+        line
+        for block in refresh.blocks(PAGES[name])
+        if block.kind == "bash"
+        for line in block.code.splitlines()
+    ]
+    for command in code + [
+        span for span in spans(PAGES[name]) if re.match(r"(\.venv/bin/)?python3? ", span)
+    ]:
         for module in re.findall(r"python3? -m (mistral[\w.]*)", command):
             assert (small.ROOT / (module.replace(".", "/") + ".py")).exists(), f"{name}: {command}"
         for script, rest in re.findall(r"((?:scripts|docs)/[\w/]+\.py)((?: [^&|;]*)?)", command):
@@ -212,11 +255,31 @@ def test_the_commands_of_a_page_exist(name):
 
 def test_a_name_a_path_or_an_option_that_is_gone_is_noticed():
     page = "```python\nmine = 1\n```\n"
-    for name in ("mistral.load", "RollingCache.rewind", "Config.head_dim", "model.new_cache", "window_mask", "mine"):
+    for name in (
+        "mistral.load",
+        "RollingCache.rewind",
+        "Config.head_dim",
+        "model.new_cache",
+        "window_mask",
+        "mine",
+    ):
         assert name_exists(name, page), name
-    for name in ("config.json", "q_proj", "mistral.cache.RollingCache", "torch.nn.functional.silu", "cache.py"):
+    for name in (
+        "config.json",
+        "q_proj",
+        "mistral.cache.RollingCache",
+        "torch.nn.functional.silu",
+        "cache.py",
+    ):
         assert name_exists(name, page), name
-    for name in ("mistral.lode", "RollingCache.wind", "Config.heads_dim", "window_maks", "your.s", "torch.nn.sillu"):
+    for name in (
+        "mistral.lode",
+        "RollingCache.wind",
+        "Config.heads_dim",
+        "window_maks",
+        "your.s",
+        "torch.nn.sillu",
+    ):
         assert not name_exists(name, page), name
     assert [span for span in ("x", "f(x)", "B x T", "a_b", "aB", "W", "None", "a.b") if looks_like_code(span)] == [
         "f(x)", "a_b", "aB", "a.b",
@@ -231,7 +294,10 @@ def test_a_name_a_path_or_an_option_that_is_gone_is_noticed():
 def anchors(page):
     """The names that links can end in: a page's headings as the site and GitHub spell them."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
-    return {re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+    return {
+        re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+        for heading in headings
+    }
 
 
 def links(page):
@@ -255,7 +321,11 @@ def test_every_page_has_its_place_in_the_site():
     def listed(entry):
         if isinstance(entry, str):
             return [entry]
-        return [page for value in (entry.values() if isinstance(entry, dict) else entry) for page in listed(value)]
+        return [
+            page
+            for value in (entry.values() if isinstance(entry, dict) else entry)
+            for page in listed(value)
+        ]
 
     nav = listed(yaml.safe_load((small.ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(nav) == sorted(PAGES), f"list in mkdocs.yml: {set(PAGES) ^ set(nav)}"
@@ -273,9 +343,13 @@ def test_every_figure_has_a_script_a_page_and_words_for_those_who_cannot_see_it(
 
 
 def same(a, b):
-    """Whether the numbers of a figure are those of the code, up to what another machine may change."""
+    """Whether the numbers of a figure are those of the code, up to what another machine may
+    change.
+    """
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        )
     if isinstance(a, list):
         return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, (int, float)) and not isinstance(a, bool) and isinstance(b, (int, float)):
@@ -286,7 +360,9 @@ def same(a, b):
 @pytest.mark.parametrize("name", draw.NAMES)
 def test_a_figure_shows_what_the_code_computes(name):
     data = style.rounded(importlib.import_module(name).data())
-    assert same(style.saved_data(name), data), f"python docs/figures/draw.py {name} draws what is computed now"
+    assert same(style.saved_data(name), data), (
+        f"python docs/figures/draw.py {name} draws what is computed now"
+    )
 
 
 @pytest.mark.parametrize("name", draw.NAMES)
@@ -313,7 +389,16 @@ def test_other_numbers_in_a_figure_are_noticed():
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     result = subprocess.run(command, cwd=small.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "site/index.html").exists()

@@ -32,7 +32,9 @@ def test_the_bits_of_the_scales_are_those_of_the_drawing_in_the_code():
 
 def test_temperature_removes_nothing_and_every_other_warper_removes_tokens():
     figure = data("warpers")
-    assert 0.02 < max(figure["plain"]) < 0.8, "a distribution that leaves the warpers something to do"
+    assert 0.02 < max(figure["plain"]) < 0.8, (
+        "a distribution that leaves the warpers something to do"
+    )
     for name, probabilities in figure["warped"].items():
         assert (min(probabilities) > 0) == name.startswith("temperature"), name
     sharp, flat = figure["warped"]["temperature 0.5"], figure["warped"]["temperature 1.5"]
@@ -42,7 +44,9 @@ def test_temperature_removes_nothing_and_every_other_warper_removes_tokens():
 def test_the_grammar_leaves_no_choice_at_a_key_and_hundreds_in_a_string():
     figure = data("grammar_mask")
     allowed = dict(zip(figure["tokens"], figure["allowed"]))
-    assert figure["allowed"][0] <= 3  # the brace: alone, with white space, or with the quote of the first key
+    assert (
+        figure["allowed"][0] <= 3
+    )  # the brace: alone, with white space, or with the quote of the first key
     assert figure["allowed"][-1] == 1
     assert figure["tokens"][0].startswith("{") and figure["tokens"][-1] == "<|im_end|>"
     assert max(allowed.values()) > 200
@@ -67,20 +71,27 @@ def test_a_tolerance_fits_between_rounding_and_mistakes_in_float32_and_not_in_bf
 def test_the_bytes_of_a_7b_are_those_of_its_config():
     from decode_bytes import FINER, SEVEN_B, matrix_bytes
 
-    read = SEVEN_B.num_parameters - SEVEN_B.vocab_size * SEVEN_B.hidden_size  # not the embedding, ...
+    read = (
+        SEVEN_B.num_parameters - SEVEN_B.vocab_size * SEVEN_B.hidden_size
+    )  # not the embedding, ...
     read -= (2 * SEVEN_B.num_hidden_layers + 1) * SEVEN_B.hidden_size  # ... and not the norms
     assert sum(matrix_bytes("BF16").values()) == 2 * read
     assert sum(matrix_bytes("Q8_0").values()) == read * 34 / 32
     assert sum(matrix_bytes("Q4_0").values()) < sum(matrix_bytes("Q4_K_M").values()) < read
     assert len(FINER) == 16
     points = data("roofline")["points"]
-    assert points[0]["tokens"] == 1 and points[0]["intensity"] < data("roofline")["ridge"] < points[-1]["intensity"]
+    assert (
+        points[0]["tokens"] == 1
+        and points[0]["intensity"] < data("roofline")["ridge"] < points[-1]["intensity"]
+    )
 
 
 # -- tests that pages name --
 
 TESTS = {
-    str(path.relative_to(small.ROOT)): {n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
+    str(path.relative_to(small.ROOT)): {
+        n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)
+    }
     for path, text in test_docs.TEXT.items()
     if path.is_relative_to(small.ROOT / "tests")
 }
@@ -108,7 +119,9 @@ def tables(page):
     """{heading: rows}, each row a dict by the table's column names."""
     found = {}
     for section in re.split(r"^## ", page, flags=re.M)[1:]:
-        lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+        lines = [
+            line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")
+        ]
         cells = [[cell.strip() for cell in line] for line in lines]
         if cells:
             found[section.splitlines()[0]] = [dict(zip(cells[0], row)) for row in cells[2:]]
@@ -127,7 +140,9 @@ def test_every_name_in_the_column_here_exists():
     for rows in TABLES.values():
         for row in rows:
             for name in named(row.get("here", "")):
-                exists = (small.ROOT / name).exists() if "/" in name else test_docs.name_exists(name, "")
+                exists = (
+                    (small.ROOT / name).exists() if "/" in name else test_docs.name_exists(name, "")
+                )
                 assert exists, name
                 checked += 1
     assert checked > 40
@@ -143,13 +158,22 @@ def test_sizes_have_the_names_of_transformers_unless_the_table_says_otherwise():
 
 
 def test_names_of_transformers_exist():
-    modules = [transformers, importlib.import_module("transformers.models.mistral.modeling_mistral")]
+    modules = [
+        transformers,
+        importlib.import_module("transformers.models.mistral.modeling_mistral"),
+    ]
     modules += [importlib.import_module("transformers.utils"), transformers.GenerationConfig()]
-    modules += [importlib.import_module("transformers.integrations.sdpa_attention"), transformers.DynamicCache]
+    modules += [
+        importlib.import_module("transformers.integrations.sdpa_attention"),
+        transformers.DynamicCache,
+    ]
     modules += [transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]
     for rows in TABLES.values():
         for name in [name for row in rows for name in named(row.get("transformers", ""))]:
-            if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in ("Linear4bit", "rope_parameters"):
+            if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in (
+                "Linear4bit",
+                "rope_parameters",
+            ):
                 assert any(hasattr(module, name) for module in modules), name
 
 

@@ -1,4 +1,6 @@
-"""`open_engine` takes what works and says why; a named engine is that one, or a line that tells what is missing."""
+"""`open_engine` takes what works and says why; a named engine is that one, or a line that tells
+what is missing.
+"""
 
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import small
 import torch
 
 import mistral
-import mistral.compiled
+import mistral.engine.compiled
 from mistral.quantization.packed import PackedLinear
 from mistral.quantization.quantize import KINDS
 from mistral_kernels import engines, open_engine
@@ -38,7 +40,13 @@ def a_gpu(monkeypatch):
 
 def model(**changes):
     """Of sizes that the kernels can do."""
-    sizes = dict(hidden_size=32, intermediate_size=64, head_dim=16, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     return small.model(torch.float32, **(sizes | changes))
 
 
@@ -64,7 +72,9 @@ def test_slack_and_room_reach_the_decoder():
     assert (decoder.limit, note) == (9, "engine: eager")
 
 
-def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(no_gpu, monkeypatch, tmp_path):
+def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(
+    no_gpu, monkeypatch, tmp_path
+):
     monkeypatch.setattr(engines, "DRIVER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in open_engine("auto", model())[1]
@@ -88,7 +98,9 @@ def test_auto_goes_on_to_the_next_that_works_and_says_why(a_gpu, monkeypatch):
     monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
     decoder, note = open_engine("auto", model(), batch_size=17)
     assert decoder == "compiled"
-    assert note.startswith("engine: compile (CUDA sm_90); not kernels: the kernels take at most 16 rows at once")
+    assert note.startswith(
+        "engine: compile (CUDA sm_90); not kernels: the kernels take at most 16 rows at once"
+    )
     monkeypatch.setattr(engines, "_open_compiled", refusing("no compiler"))
     monkeypatch.setattr(engines, "Decoder", lambda model, **sizes: "eager")
     decoder, note = open_engine("auto", model(), batch_size=17)
@@ -99,7 +111,9 @@ def test_auto_goes_on_to_the_next_that_works_and_says_why(a_gpu, monkeypatch):
 
 def test_what_was_in_planes_for_another_decoder_stays_there(a_gpu, monkeypatch):
     packed = model()
-    first, other = (PackedLinear(torch.zeros(3, 34, dtype=torch.uint8), KINDS["q8_0"]) for _ in range(2))
+    first, other = (
+        PackedLinear(torch.zeros(3, 34, dtype=torch.uint8), KINDS["q8_0"]) for _ in range(2)
+    )
     packed.model.layers[0].mlp.up_proj, packed.model.layers[0].mlp.down_proj = first, other
     keeper = types.SimpleNamespace(blocks=lambda: torch.ones(3, 34, dtype=torch.uint8))
     first.hand_over(keeper)
@@ -132,7 +146,10 @@ def test_auto_goes_on_without_triton(a_gpu, monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
     note = open_engine("auto", model())[1]
-    assert note == "engine: compile (CUDA sm_90); not kernels: Triton is not installed: pip install triton (Linux)"
+    assert (
+        note
+        == "engine: compile (CUDA sm_90); not kernels: Triton is not installed: pip install triton (Linux)"
+    )
 
 
 def test_auto_goes_on_where_a_compiled_step_cannot_be_recorded(a_gpu, monkeypatch):
@@ -141,11 +158,14 @@ def test_auto_goes_on_where_a_compiled_step_cannot_be_recorded(a_gpu, monkeypatc
             raise RuntimeError("CUDA error:\n operation not permitted when stream is capturing")
 
     monkeypatch.setattr(engines, "_open_kernels", refusing("no driver"))
-    monkeypatch.setattr(mistral.compiled, "CompiledDecoder", CompiledDecoder)
+    monkeypatch.setattr(mistral.engine.compiled, "CompiledDecoder", CompiledDecoder)
     monkeypatch.setattr(engines, "Decoder", lambda model, **sizes: "eager")
     decoder, note = open_engine("auto", model())
     assert decoder == "eager"
-    assert "not compile: the compiled step does not run here: RuntimeError: CUDA error: operation not" in note
+    assert (
+        "not compile: the compiled step does not run here: RuntimeError: CUDA error: operation not"
+        in note
+    )
     monkeypatch.setattr(CompiledDecoder, "__init__", out_of_memory)
     with pytest.raises(mistral.NotEnoughMemory, match="tried 9 GB"):
         open_engine("compile", model())
@@ -169,7 +189,9 @@ def test_what_the_kernels_cannot_do_is_one_clear_line(changes, rows, message, a_
 
 @pytest.fixture
 def packed():
-    return mistral.load(small.DATA / "gguf/q8_0.gguf", device="cpu", packed=True, sliding_window=None)[0]
+    return mistral.load(
+        small.DATA / "gguf/q8_0.gguf", device="cpu", packed=True, sliding_window=None
+    )[0]
 
 
 def test_packed_models_are_for_the_kernels_and_slow_kinds_are_told(packed, a_gpu, monkeypatch):
@@ -178,7 +200,10 @@ def test_packed_models_are_for_the_kernels_and_slow_kinds_are_told(packed, a_gpu
     monkeypatch.setattr(engines, "_open_kernels", lambda model, sizes: decoder)
     for name in ("kernels", "auto"):
         note = open_engine(name, packed, max_tokens=9)[1]
-        assert note == "engine: kernels (CUDA sm_90, Triton 3.6), Q2_K, Q3_K unpacked at every step: slow"
+        assert (
+            note
+            == "engine: kernels (CUDA sm_90, Triton 3.6), Q2_K, Q3_K unpacked at every step: slow"
+        )
 
 
 def test_other_dtypes_are_told():
@@ -207,12 +232,20 @@ def test_without_a_gpu_the_kernels_are_refused(no_gpu):
 def test_whatever_fails_underneath_is_one_line(a_gpu, monkeypatch):
     class Decoder:
         def __init__(self, *args, **kwargs):
-            raise RuntimeError("Triton Error [CUDA]:\n the PTX was compiled with an unsupported toolchain")
+            raise RuntimeError(
+                "Triton Error [CUDA]:\n the PTX was compiled with an unsupported toolchain"
+            )
 
-    trial = types.SimpleNamespace(expected_logits=lambda model: None, try_out=lambda decoder, expected: None)
-    monkeypatch.setitem(sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder))
+    trial = types.SimpleNamespace(
+        expected_logits=lambda model: None, try_out=lambda decoder, expected: None
+    )
+    monkeypatch.setitem(
+        sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder)
+    )
     monkeypatch.setitem(sys.modules, "mistral_kernels.trial", trial)
-    with pytest.raises(ValueError, match="an unsupported toolchain; update the NVIDIA driver") as info:
+    with pytest.raises(
+        ValueError, match="an unsupported toolchain; update the NVIDIA driver"
+    ) as info:
         open_engine("kernels", model())
     assert "\n" not in str(info.value)
     monkeypatch.setattr(Decoder, "__init__", out_of_memory)
@@ -232,8 +265,12 @@ def test_kernels_are_tried_beside_what_the_model_gave_before_them(a_gpu, monkeyp
         if fault:
             raise ValueError(fault)
 
-    trial = types.SimpleNamespace(expected_logits=lambda model: done.append("asked") or "numbers", try_out=try_out)
-    monkeypatch.setitem(sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder))
+    trial = types.SimpleNamespace(
+        expected_logits=lambda model: done.append("asked") or "numbers", try_out=try_out
+    )
+    monkeypatch.setitem(
+        sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder)
+    )
     monkeypatch.setitem(sys.modules, "mistral_kernels.trial", trial)
     monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
     decoder, note = open_engine("auto", model())
@@ -242,23 +279,33 @@ def test_kernels_are_tried_beside_what_the_model_gave_before_them(a_gpu, monkeyp
     fault = "their logits are 50% away"
     decoder, note = open_engine("auto", model())
     assert decoder == "compiled"
-    assert "not kernels: the kernels do not run here: ValueError: their logits are 50% away; update" in note
+    assert (
+        "not kernels: the kernels do not run here: ValueError: their logits are 50% away; update"
+        in note
+    )
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(ValueError, match="no engine 'fast'; there are auto, eager, compile, kernels"):
+    with pytest.raises(
+        ValueError, match="no engine 'fast'; there are auto, eager, compile, kernels"
+    ):
         open_engine("fast", model())
 
 
 def test_importing_needs_no_triton():
     code = (
-        "import sys; sys.modules['triton'] = None; import mistral_kernels; print(mistral_kernels.open_engine.__name__)"
+        "import sys; sys.modules['triton'] = None; import mistral_kernels; "
+        "print(mistral_kernels.open_engine.__name__)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT
+    )
     assert result.stdout.strip() == "open_engine", result.stderr
 
 
 def test_the_kernels_decoder_without_triton_says_what_is_missing():
     code = "import sys; sys.modules['triton'] = None; from mistral_kernels import Decoder"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=small.ROOT
+    )
     assert result.stderr.endswith("mistral_kernels.Decoder needs Triton: pip install triton\n")

@@ -36,7 +36,10 @@ WEATHER = {
         },
     },
 }
-CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+CLOCK = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 def call(name="weather", **arguments):
@@ -62,7 +65,10 @@ PARIS, ROME = call(city="Paris"), call(city="Rome")
     ("text", "found"),
     [
         ('<tool_call>\n{"name": "f", "arguments": {"a": null}}\n</tool_call>', [call("f", a=None)]),
-        ("<tool_call>{'name': 'f', 'arguments': {'a': None, 'b': True,}}</tool_call>", [call("f", a=None, b=True)]),
+        (
+            "<tool_call>{'name': 'f', 'arguments': {'a': None, 'b': True,}}</tool_call>",
+            [call("f", a=None, b=True)],
+        ),
         ('Let me see. <tool_call>{"a": 1}</tool_call>', [{"a": 1}]),
         ('<tool_call>{"a": 1}</tool_call><tool_call>{"b": 2}</tool_call>', [{"a": 1}, {"b": 2}]),
         ('<tool_call>{"a": "R&D"}</tool_call>', ParseError),
@@ -102,8 +108,14 @@ def test_the_papers_parser_reads_what_it_read_and_fails_where_it_failed(text, fo
     [
         ({"city": "Paris", "days": 3, "unit": "celsius", "rain": True}, None),
         ({}, "Missing required arguments: ['city']"),
-        ({"city": "Paris", "days": "3"}, "Type mismatch for parameter days. Expected: integer, Got: <class 'str'>"),
-        ({"city": "Paris", "days": 3.0}, "Type mismatch for parameter days. Expected: integer, Got: <class 'float'>"),
+        (
+            {"city": "Paris", "days": "3"},
+            "Type mismatch for parameter days. Expected: integer, Got: <class 'str'>",
+        ),
+        (
+            {"city": "Paris", "days": 3.0},
+            "Type mismatch for parameter days. Expected: integer, Got: <class 'float'>",
+        ),
         ({"city": "Paris", "unit": "kelvin"}, "Invalid value 'kelvin' for parameter unit"),
         ({"city": "Paris", "either": "one"}, "unhashable type: 'list'"),
         ({"city": "Paris", "unknown": 1}, None),
@@ -122,9 +134,15 @@ def test_the_papers_validator_lets_through_and_rejects_what_it_did(arguments, pr
 
 
 def test_the_papers_validator_knows_functions_by_the_first_signature_of_their_name():
-    assert paper_rules.check_call(call("g"), [WEATHER]).detail == "No matching function signature found for function: g"
+    assert (
+        paper_rules.check_call(call("g"), [WEATHER]).detail
+        == "No matching function signature found for function: g"
+    )
     assert paper_rules.check_call(call("g"), [WEATHER]).reason == "unknown function"
-    stricter = {"type": "function", "function": {"name": "clock", "parameters": {"required": ["zone"]}}}
+    stricter = {
+        "type": "function",
+        "function": {"name": "clock", "parameters": {"required": ["zone"]}},
+    }
     assert paper_rules.check_call(call("clock"), [CLOCK, stricter]) is None
     assert paper_rules.check_call(call("clock"), [stricter, CLOCK]).reason == "schema failure"
     assert paper_rules.check_call({"name": "clock"}, [CLOCK]).reason == "schema failure"
@@ -172,7 +190,8 @@ def test_the_papers_rules_compare_with_the_first_call_of_a_name_only():
         "<tool_call></tool_call>",
         "<tool_call>{1: 2}</tool_call>",
         "<tool_call>{[]: 2}</tool_call>",
-        "<tool_call>{'name': 'weather', 'arguments': {'city': 'Paris', 'extra': {1, 2}}}</tool_call>",
+        "<tool_call>{'name': 'weather', 'arguments': {'city': 'Paris', 'extra': {1, "
+        "2}}}</tool_call>",
         f"<tool_call>{'[' * 100_000}</tool_call>",
         f"<tool_call>{'1' * 5000}</tool_call>",
         "im_start\\" + written(PARIS),
@@ -231,7 +250,11 @@ def test_the_papers_rules_for_json(answer, reason):
 
 
 def test_a_schema_that_is_malformed_or_elsewhere_fails_by_the_papers_rules():
-    for schema in ({"type": 1}, {"$ref": "http://127.0.0.1:9/schema.json"}, {"properties": {"name": {"$ref": "#/x"}}}):
+    for schema in (
+        {"type": 1},
+        {"$ref": "http://127.0.0.1:9/schema.json"},
+        {"properties": {"name": {"$ref": "#/x"}}},
+    ):
         assert paper_rules.score_json(json_row(schema), json.dumps(BOX)).reason == "schema failure"
         assert fixed_rules.score_json(json_row(schema), json.dumps(BOX)).passed
         assert fixed_rules.score_json(json_row(schema), "{}").reason == "wrong keys"
@@ -260,7 +283,13 @@ def test_the_fixed_rules_for_calls():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"city": 0}, {"city": None}, {"city": "Paris", "days": True}, {"city": "Paris", "level": 7}],
+    [
+        {},
+        {"city": 0},
+        {"city": None},
+        {"city": "Paris", "days": True},
+        {"city": "Paris", "level": 7},
+    ],
 )
 def test_the_fixed_rules_check_arguments_by_json_schema(arguments):
     assert fixed(written(call(**arguments)), PARIS) == "schema failure"
@@ -280,8 +309,13 @@ def test_the_fixed_rules_count_every_argument_that_changes_something():
     assert fixed(written(call(city="Paris", days=1)), PARIS) == "passed"  # its default
     assert fixed(written(PARIS), call(city="Paris", days=1, unit=None)) == "passed"
     assert fixed(written(call(city="Paris", days=2.0)), call(city="Paris", days=2)) == "passed"
-    assert fixed(written(call(city="Paris", level=True)), call(city="Paris", level=1)) == "schema failure"
-    assert fixed(written(call(city="Paris", either="a")), call(city="Paris", either="a")) == "passed"
+    assert (
+        fixed(written(call(city="Paris", level=True)), call(city="Paris", level=1))
+        == "schema failure"
+    )
+    assert (
+        fixed(written(call(city="Paris", either="a")), call(city="Paris", either="a")) == "passed"
+    )
 
 
 def test_the_fixed_rules_read_what_is_no_xml_and_what_is_cut_off():
@@ -294,7 +328,13 @@ def test_the_fixed_rules_read_what_is_no_xml_and_what_is_cut_off():
 
 def test_the_right_call_passes_though_its_own_schema_is_malformed():
     nothing = {"type": "object", "properties": {"city": {"enum": []}}}
-    for parameters in (None, {"type": 7}, nothing, {"properties": [1], "required": True}, {"properties": {"city": 1}}):
+    for parameters in (
+        None,
+        {"type": 7},
+        nothing,
+        {"properties": [1], "required": True},
+        {"properties": {"city": 1}},
+    ):
         tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
         assert fixed(written(PARIS), PARIS, tools=[tool]) == "passed", parameters
         assert fixed(written(ROME), PARIS, tools=[tool]) in ("wrong argument", "schema failure")
@@ -329,7 +369,12 @@ def test_the_fixed_rules_for_json(answer, reason):
 @pytest.mark.parametrize(
     ("passed", "n", "low", "high"),
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_the_interval_is_the_published_one(passed, n, low, high):
     assert wilson(passed, n) == pytest.approx((low, high), abs=5e-5)
@@ -362,22 +407,32 @@ CALLS = {
 JSON = {"prompt": CALLS["prompt"], "completion": json.dumps(BOX), "schema": json.dumps(SCHEMA)}
 # As the template of commit 1c9fcb5 gives it
 PROMPT = (
-    "You are a function calling AI model. You are provided with function signatures within <tools></tools> XML tags. "
-    "You may call one or more functions to assist with the user query. Don't make assumptions about what values to "
+    "You are a function calling AI model. You are provided with function signatures within "
+    "<tools></tools> XML tags. "
+    "You may call one or more functions to assist with the user query. Don't make assumptions "
+    "about what values to "
     f"plug into functions. Here are the available tools: <tools> {TOOLS_TEXT} </tools> "
     "Use the following pydantic model json schema for each tool call you will make: "
     "{'properties': {'arguments': {'title': 'Arguments', 'type': 'object'}, "
-    "'name': {'title': 'Name', 'type': 'string'}}, 'required': ['arguments', 'name'], 'title': 'FunctionCall', "
-    "'type': 'object'} For each function call return a json object with function name and arguments within "
-    "<tool_call></tool_call> XML tags as follows:\n<tool_call>\n{'arguments': <args-dict>, 'name': <function-name>}\n"
+    "'name': {'title': 'Name', 'type': 'string'}}, 'required': ['arguments', 'name'], 'title': "
+    "'FunctionCall', "
+    "'type': 'object'} For each function call return a json object with function name and "
+    "arguments within "
+    "<tool_call></tool_call> XML tags as follows:\n<tool_call>\n{'arguments': <args-dict>, 'name': "
+    "<function-name>}\n"
     "</tool_call>"
 )
 
 
 def test_the_prompt_is_the_papers_with_the_rows_tools_as_they_are_written(tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", CALLS, CALLS | {"completion": json.dumps([PARIS, ROME])})
+    file = write_rows(
+        tmp_path / "rows.jsonl", CALLS, CALLS | {"completion": json.dumps([PARIS, ROME])}
+    )
     rows = read_rows(str(file), "function-calling")
-    assert rows[0].messages == [{"role": "system", "content": PROMPT}, {"role": "user", "content": "Hi"}]
+    assert rows[0].messages == [
+        {"role": "system", "content": PROMPT},
+        {"role": "user", "content": "Hi"},
+    ]
     assert [row.expected for row in rows] == [[PARIS], [PARIS, ROME]]
     assert rows[1].tools == [WEATHER, CLOCK]
     assert (rows[1].index, rows[1].where) == (1, f"{file}, line 2")
@@ -398,8 +453,14 @@ def test_the_prompt_for_json_is_the_rows_own(tmp_path):
         ("7", "has no 'prompt'"),
         (json.dumps(JSON), "has no 'tools', and function-calling needs it"),
         (json.dumps(CALLS | {"prompt": []}), "'prompt' is not a list of messages"),
-        (json.dumps(CALLS | {"prompt": [{"role": "user"}]}), "no 'role' and 'content' that are text"),
-        (json.dumps(CALLS | {"prompt": [{"role": "user", "content": "\ud800"}]}), "'content' that are text"),
+        (
+            json.dumps(CALLS | {"prompt": [{"role": "user"}]}),
+            "no 'role' and 'content' that are text",
+        ),
+        (
+            json.dumps(CALLS | {"prompt": [{"role": "user", "content": "\ud800"}]}),
+            "'content' that are text",
+        ),
         (json.dumps(CALLS | {"tools": [WEATHER]}), "'tools' is not a string of JSON"),
         (json.dumps(CALLS | {"tools": "{}"}), "'tools' are not a list"),
         (json.dumps(CALLS | {"tools": '[{"name": "f"}]'}), "one of its 'tools' is not of the form"),
@@ -436,14 +497,17 @@ def test_rows_that_cannot_be_had_are_one_clear_error(tmp_path, monkeypatch):
             read_rows(str(source), "json-mode")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match=r"reading rows.parquet needs pyarrow \(pip install pyarrow\)"):
+    with pytest.raises(
+        DataError, match=r"reading rows.parquet needs pyarrow \(pip install pyarrow\)"
+    ):
         read_rows(str(tmp_path / "rows.parquet"), "json-mode")
 
 
 def test_a_downloaded_dataset_is_read_by_its_split_for_training(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *names, **options: asked.append((names, options)) or str(tmp_path)
+        "huggingface_hub.snapshot_download",
+        lambda *names, **options: asked.append((names, options)) or str(tmp_path),
     )
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data/train-00001.jsonl", JSON | {"completion": "2"})
@@ -451,19 +515,26 @@ def test_a_downloaded_dataset_is_read_by_its_split_for_training(tmp_path, monkey
     for other in ("test", "constrained"):
         write_rows(tmp_path / f"data/{other}-00000.jsonl", JSON | {"completion": "3"})
     assert [row.expected for row in read_rows("someone/data", "json-mode")] == [1, 2]
-    assert asked == [(("someone/data",), {"repo_type": "dataset", "allow_patterns": ["*.parquet", "*.jsonl"]})]
+    assert asked == [
+        (("someone/data",), {"repo_type": "dataset", "allow_patterns": ["*.parquet", "*.jsonl"]})
+    ]
 
 
 def test_parquet_gives_the_same_rows_as_json_lines(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    lines = write_rows(tmp_path / "rows.jsonl", CALLS, CALLS | {"completion": json.dumps([PARIS, ROME])})
+    lines = write_rows(
+        tmp_path / "rows.jsonl", CALLS, CALLS | {"completion": json.dumps([PARIS, ROME])}
+    )
     parquet.write_table(
         pyarrow.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()]),
         tmp_path / "rows.parquet",
     )
-    ours, theirs = (read_rows(str(tmp_path / name), "function-calling") for name in ("rows.jsonl", "rows.parquet"))
+    ours, theirs = (
+        read_rows(str(tmp_path / name), "function-calling")
+        for name in ("rows.jsonl", "rows.parquet")
+    )
     assert [(row.messages, row.expected, row.tools) for row in ours] == [
         (row.messages, row.expected, row.tools) for row in theirs
     ]
@@ -493,7 +564,8 @@ class Scripted:
 def rows(tmp_path):
     cities = ("Paris", "Rome", "Oslo", "Lima", "Cairo")
     made = [
-        CALLS | {"prompt": [{"role": "user", "content": city}], "completion": json.dumps(call(city=city))}
+        CALLS
+        | {"prompt": [{"role": "user", "content": city}], "completion": json.dumps(call(city=city))}
         for city in cities
     ]
     return read_rows(str(write_rows(tmp_path / "rows.jsonl", *made)), "function-calling")
@@ -587,7 +659,9 @@ def test_answers_that_were_made_with_other_settings_are_refused(tmp_path, rows):
     file = tmp_path / "out.jsonl"
     outcome(rows, Scripted(TEXTS), file)
     whole = file.read_bytes()
-    with pytest.raises(DataError, match="line 1: it was made with seed 0, not 1; name another file"):
+    with pytest.raises(
+        DataError, match="line 1: it was made with seed 0, not 1; name another file"
+    ):
         outcome(rows, Scripted(TEXTS), file, settings=SETTINGS | {"seed": 1})
     with pytest.raises(DataError, match="made with seed 0, not None"):
         outcome(rows, Scripted(TEXTS), file, settings={"window": None})
@@ -626,13 +700,31 @@ def test_a_run_keeps_no_file_that_nobody_asked_for(rows):
 
 
 def test_every_reason_that_the_rules_give_has_its_line_in_the_table():
-    tasks = {"function-calling": ("score_calls", calls_row(PARIS)), "json-mode": ("score_json", json_row())}
-    answers = ["", "<tool_call></tool_call>", "im_start\\", "{}", "[]", json.dumps(BOX | {"name": 1})]
-    answers += [json.dumps(BOX | {"count": 3}), written(PARIS), written(ROME), written(call("sun")), written(call())]
+    tasks = {
+        "function-calling": ("score_calls", calls_row(PARIS)),
+        "json-mode": ("score_json", json_row()),
+    }
+    answers = [
+        "",
+        "<tool_call></tool_call>",
+        "im_start\\",
+        "{}",
+        "[]",
+        json.dumps(BOX | {"name": 1}),
+    ]
+    answers += [
+        json.dumps(BOX | {"count": 3}),
+        written(PARIS),
+        written(ROME),
+        written(call("sun")),
+        written(call()),
+    ]
     answers += [written(PARIS, ROME), written(call("clock"))]
     for task, (name, row) in tasks.items():
         reasons = {
-            getattr(rules, name)(row, answer).reason for rules in (paper_rules, fixed_rules) for answer in answers
+            getattr(rules, name)(row, answer).reason
+            for rules in (paper_rules, fixed_rules)
+            for answer in answers
         }
         assert reasons - {"passed"} == set(REASONS[task])
 
@@ -643,11 +735,16 @@ def test_every_reason_that_the_rules_give_has_its_line_in_the_table():
 @pytest.fixture(scope="module")
 def chat_model():
     """Random weights with the true tokenizer; 32,032 rows as in Hermes-2-Pro."""
-    return small.model(vocab_size=32032, eos_token_id=(32000,), sliding_window=None), small.true_tokenizer()
+    return small.model(
+        vocab_size=32032, eos_token_id=(32000,), sliding_window=None
+    ), small.true_tokenizer()
 
 
 def some_rows(*prompts):
-    return [Row(i, f"row {i}", [{"role": "user", "content": text}], [], [], {}) for i, text in enumerate(prompts)]
+    return [
+        Row(i, f"row {i}", [{"role": "user", "content": text}], [], [], {})
+        for i, text in enumerate(prompts)
+    ]
 
 
 def test_a_conversation_is_encoded_in_chatml(chat_model, monkeypatch):
@@ -662,7 +759,12 @@ def test_a_conversation_is_encoded_in_chatml(chat_model, monkeypatch):
     [((hello, spelled), sampling, max_new_tokens)] = seen
     assert hello == [1, 32001, 2188, 13, 21558, 32000, 28705, 13, 32001, 13892, 13]
     assert spelled.count(32000) == 1
-    assert (sampling.temperature, sampling.top_k, sampling.top_p, max_new_tokens) == (0.1, 50, 1.0, 512)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, max_new_tokens) == (
+        0.1,
+        50,
+        1.0,
+        512,
+    )
     # The token that ends an answer is no part of it; another control token is, spelled
     assert texts == ["Hello<|im_start|>user", "Hello"]
 
@@ -695,7 +797,9 @@ def test_another_engine_can_answer(chat_model):
 def test_a_row_that_is_too_long_is_named_before_any_is_asked(chat_model):
     ask = ModelAnswers(*chat_model, max_new_tokens=500)
     ask.check(some_rows("short"))
-    with pytest.raises(ValueError, match=r"row 1: a prompt of 16 tokens and 500 new ones are more than the 512"):
+    with pytest.raises(
+        ValueError, match=r"row 1: a prompt of 16 tokens and 500 new ones are more than the 512"
+    ):
         ask.check(some_rows("short", "a little bit longer than that"))
     with pytest.raises(ValueError, match="not made for ChatML"):
         ModelAnswers(chat_model[0], small.true_tokenizer(added={})).check(some_rows("short"))
@@ -715,10 +819,9 @@ def script(monkeypatch, capsys):
     """Run a script inside this process: (exit code, stdout, stderr)."""
 
     def script(name, *arguments):
-        monkeypatch.syspath_prepend(str(small.ROOT / "scripts"))
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(small.ROOT / f"scripts/{name}.py"), run_name="__main__")
+            runpy.run_path(str(small.ROOT / small.SCRIPTS[name]), run_name="__main__")
         return SimpleNamespace(code=ended.value.code, **capsys.readouterr()._asdict())
 
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which `run` replaces
@@ -731,7 +834,19 @@ def test_made_up_rows_are_evaluated_and_the_same_command_goes_on(tmp_path, scrip
     assert script("make_eval_rows", data, "--task", task, "--rows", 3, "--seed", 7).code == 0
     rows = read_rows(str(data), task)
     assert len(rows) == 3
-    command = (task, "--model", CHECKPOINT, "--data", data, "--output", out, "--max-new-tokens", 2, "--window", "none")
+    command = (
+        task,
+        "--model",
+        CHECKPOINT,
+        "--data",
+        data,
+        "--output",
+        out,
+        "--max-new-tokens",
+        2,
+        "--window",
+        "none",
+    )
     first = script("evaluate", *command)
     assert first.code == 0, first.err
     result = json.loads(first.out.splitlines()[-1])
@@ -749,19 +864,28 @@ def test_made_up_rows_are_evaluated_and_the_same_command_goes_on(tmp_path, scrip
 
 
 def test_a_model_that_answers_rightly_passes_the_made_up_rows(tmp_path, script):
-    for task, answer in (("function-calling", lambda row: written(*row.expected)), ("json-mode", _as_json)):
+    for task, answer in (
+        ("function-calling", lambda row: written(*row.expected)),
+        ("json-mode", _as_json),
+    ):
         data = tmp_path / f"{task}.jsonl"
         assert script("make_eval_rows", data, "--task", task, "--rows", 40).code == 0
         rows = read_rows(str(data), task)
-        verdicts = list(evaluate(task, rows, lambda batch, answer=answer: [answer(row) for row in batch]))
+        verdicts = list(
+            evaluate(task, rows, lambda batch, answer=answer: [answer(row) for row in batch])
+        )
         assert all(verdict["fixed"].passed for verdict in verdicts)
         passed = [verdict["paper"].passed for verdict in verdicts]
-        assert passed == [task == "json-mode" or _first_calls_have_all_arguments(row.expected) for row in rows]
+        assert passed == [
+            task == "json-mode" or _first_calls_have_all_arguments(row.expected) for row in rows
+        ]
         assert all(passed) == (task == "json-mode")
 
 
 def _first_calls_have_all_arguments(expected):
-    """The paper's rules hold every call to the first of its name, so two of one function fail unless it has it all."""
+    """The paper's rules hold every call to the first of its name, so two of one function fail
+    unless it has it all.
+    """
     first = {call["name"]: call["arguments"] for call in reversed(expected)}
     return all(first[call["name"]] | call["arguments"] == first[call["name"]] for call in expected)
 
@@ -786,7 +910,10 @@ def test_the_scripts_say_in_one_line_what_is_wrong(tmp_path, script):
         (("json-mode", "--data", tmp_path / "none.jsonl"), "does not exist"),
         (("function-calling", "--data", data), "has no 'tools'"),
         (("json-mode", "--data", data, "--limit", 0), "--limit"),
-        (("json-mode", "--data", data, "--model", CHECKPOINT, "--output", data), "name another file"),
+        (
+            ("json-mode", "--data", data, "--model", CHECKPOINT, "--output", data),
+            "name another file",
+        ),
     ]:
         result = script("evaluate", *arguments)
         assert result.code == 1

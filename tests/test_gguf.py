@@ -1,4 +1,6 @@
-"""GGUF files: what llama.cpp wrote is read, packed or not; everything that is damaged is refused."""
+"""GGUF files: what llama.cpp wrote is read, packed or not; everything that is damaged is
+refused.
+"""
 
 import json
 import random
@@ -77,7 +79,9 @@ def test_tensors_that_are_read_in_pieces_are_the_same(packed, monkeypatch):
     path = FILES / "q4_k_m.gguf"
     whole = load(path, packed=packed)[0].state_dict()
     monkeypatch.setattr(gguf, "weights_at_once", lambda device: 5 * 256)
-    monkeypatch.setattr(gguf, "MOVED_AT_ONCE", 5 * 256)  # five rows or fewer, and the last piece is shorter
+    monkeypatch.setattr(
+        gguf, "MOVED_AT_ONCE", 5 * 256
+    )  # five rows or fewer, and the last piece is shorter
     in_pieces = load(path, packed=packed)[0].state_dict()
     assert whole.keys() == in_pieces.keys()
     assert all(torch.equal(whole[name], in_pieces[name]) for name in whole)
@@ -118,7 +122,9 @@ def test_the_tokenizer_is_that_of_the_original(original):
     assert tokenizer.control_ids == theirs.control_ids
 
 
-@pytest.mark.parametrize("damage", ["none", "no kinds", "no unknown", "equal scores", "user-defined", "normal"])
+@pytest.mark.parametrize(
+    "damage", ["none", "no kinds", "no unknown", "equal scores", "user-defined", "normal"]
+)
 def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
     true = small.true_tokenizer()
     entries = true.vocabulary()
@@ -134,19 +140,41 @@ def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
         kinds[32000:] = [4, 4]
     elif damage == "normal":
         kinds = [1] * len(kinds)
-    metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.scores": scores}
-    metadata |= {"tokenizer.ggml.eos_token_id": 32000} | ({} if kinds is None else {"tokenizer.ggml.token_type": kinds})
+    metadata |= {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores,
+    }
+    metadata |= {"tokenizer.ggml.eos_token_id": 32000} | (
+        {} if kinds is None else {"tokenizer.ggml.token_type": kinds}
+    )
     header = gguf.GgufHeader(metadata, {})
     config = small.config(vocab_size=32032, eos_token_id=(32000,))
     rebuilt = gguf_tokenizer.read_tokenizer(FILES, header, config)
     generator = random.Random(0)
-    alphabet = [*" \n\t.,<|>{}\"'/_", "é", "語", "😀", " the", "The", "ing", "def", "42", "  ", "im_start"]
+    alphabet = [
+        *" \n\t.,<|>{}\"'/_",
+        "é",
+        "語",
+        "😀",
+        " the",
+        "The",
+        "ing",
+        "def",
+        "42",
+        "  ",
+        "im_start",
+    ]
     for _ in range(1500):
         text = "".join(generator.choice(alphabet) for _ in range(generator.randrange(25)))
         assert rebuilt.encode(text) == true.encode(text)
-        assert rebuilt.encode("<|im_start|>" + text, special=True) == true.encode("<|im_start|>" + text, special=True)
+        assert rebuilt.encode("<|im_start|>" + text, special=True) == true.encode(
+            "<|im_start|>" + text, special=True
+        )
     # Without kinds, 2 looks like any other token: it neither begins nor ends a text here.
-    assert rebuilt.control_ids == true.control_ids - ({2} if damage in ("no kinds", "normal") else set())
+    assert rebuilt.control_ids == true.control_ids - (
+        {2} if damage in ("no kinds", "normal") else set()
+    )
 
 
 def test_pieces_that_are_broken_or_empty_become_unused():
@@ -161,7 +189,10 @@ def test_pieces_that_are_broken_or_empty_become_unused():
     assert rebuilt.token_bytes(301) is None
     assert rebuilt.token_bytes(302) is None
     assert rebuilt.decode(rebuilt.encode("Hello world")) == "Hello world"
-    metadata = header.metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.unknown_token_id": 302}
+    metadata = header.metadata | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.unknown_token_id": 302,
+    }
     with pytest.raises(mistral.CheckpointError, match="piece of the unknown token, 302, is empty"):
         gguf_tokenizer.read_tokenizer(FILES, gguf.GgufHeader(metadata, {}), config)
 
@@ -170,7 +201,10 @@ HOSTILE = [
     *(("tokenizer.ggml.eos_token_id", v) for v in (np.array([1]), 2.0, "2", -1, True, 2**40)),
     *(("tokenizer.ggml.bos_token_id", v) for v in (461.5, "1", 4000)),
     *(("tokenizer.ggml.unknown_token_id", v) for v in (4000, [0])),
-    *(("tokenizer.ggml.token_type", v) for v in (3, np.full(480, np.inf), np.ones(479), ["a"] * 480, np.full(480, 9))),
+    *(
+        ("tokenizer.ggml.token_type", v)
+        for v in (3, np.full(480, np.inf), np.ones(479), ["a"] * 480, np.full(480, 9))
+    ),
     *(("tokenizer.ggml.scores", v) for v in (1.0, np.full(480, np.nan), np.ones(3))),
     *(("tokenizer.ggml.tokens", v) for v in ([], ["a"], np.ones(480), "abc")),
     *(("tokenizer.ggml.model", v) for v in (np.ones(2), 1, "gpt2")),
@@ -187,7 +221,9 @@ HOSTILE = [
 
 
 @pytest.mark.filterwarnings("ignore:.*names no sliding window")
-@pytest.mark.parametrize(("key", "value"), HOSTILE, ids=[f"{key}-{i}" for i, (key, _) in enumerate(HOSTILE)])
+@pytest.mark.parametrize(
+    ("key", "value"), HOSTILE, ids=[f"{key}-{i}" for i, (key, _) in enumerate(HOSTILE)]
+)
 def test_metadata_of_the_wrong_kind_is_refused(key, value, monkeypatch):
     header = read_header(FILES / "q8_0.gguf")
     forged = gguf.GgufHeader(header.metadata | {key: value}, header.tensors)
@@ -210,7 +246,9 @@ def test_a_scaling_factor_of_1_or_0_is_none(tmp_path):
     header = read_header(FILES / "q8_0.gguf")
     for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
         for value in (0.0, 1.0):
-            gguf_config.read_config(FILES, gguf.GgufHeader(header.metadata | {key: value}, header.tensors), None)
+            gguf_config.read_config(
+                FILES, gguf.GgufHeader(header.metadata | {key: value}, header.tensors), None
+            )
 
 
 def test_a_quantised_vector_is_unpacked_even_in_a_packed_model(tmp_path):
@@ -226,7 +264,9 @@ def test_a_quantised_vector_is_unpacked_even_in_a_packed_model(tmp_path):
 def test_a_sentencepiece_model_without_a_dummy_prefix():
     entries = [("<unk>", 0.0, 2), ("a", -1.0, 1), ("▁", -2.0, 1)]
     pieces, scores, kinds = zip(*entries)
-    made = mistral.Tokenizer(write_model(pieces, scores, kinds, bos_id=None, eos_id=None, dummy_prefix=False))
+    made = mistral.Tokenizer(
+        write_model(pieces, scores, kinds, bos_id=None, eos_id=None, dummy_prefix=False)
+    )
     assert made.encode("aa", bos=False) == [1, 1]
 
 
@@ -253,7 +293,9 @@ def test_the_window_is_told_by_a_rule_that_says_what_it_decided(theta, positions
     if named is None:
         said = "attending to everything" if expected is None else "v0.1's window of 4,096"
         assert said in str(caught[0].message)
-    assert gguf_config.read_config(FILES / "q8_0.gguf", header, sliding_window=7).sliding_window == 7
+    assert (
+        gguf_config.read_config(FILES / "q8_0.gguf", header, sliding_window=7).sliding_window == 7
+    )
 
 
 def rewrite(source, target, drop=(), change=(), tensors=lambda name: True, replace=None, **split):
@@ -265,7 +307,10 @@ def rewrite(source, target, drop=(), change=(), tensors=lambda name: True, repla
             continue
         kind = field.types[0]
         writer.add_key_value(
-            key, dict(change).get(key, field.contents()), kind, field.types[-1] if len(field.types) > 1 else None
+            key,
+            dict(change).get(key, field.contents()),
+            kind,
+            field.types[-1] if len(field.types) > 1 else None,
         )
     for tensor in reader.tensors:
         if tensors(tensor.name):
@@ -285,7 +330,9 @@ def test_a_split_set_gives_the_same_model(tmp_path):
     assert [part.name for part in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
     model, _ = load(parts[0])
     whole, _ = load(FILES / "q4_k_m.gguf")
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values())
+    )
     with pytest.raises(mistral.CheckpointError, match="name the first, m-00001-of-00003.gguf"):
         load(parts[1])
     shutil.copyfile(parts[1], parts[2])
@@ -311,7 +358,9 @@ def test_a_later_part_with_forged_metadata_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_absent_output_matrix_means_the_embedding(tmp_path):
-    rewrite(FILES / "q4_k_m.gguf", tmp_path / "m.gguf", tensors=lambda name: name != "output.weight")
+    rewrite(
+        FILES / "q4_k_m.gguf", tmp_path / "m.gguf", tensors=lambda name: name != "output.weight"
+    )
     for packed in (False, True):
         model, _ = load(tmp_path / "m.gguf", packed=packed)
         with torch.no_grad():
@@ -319,10 +368,17 @@ def test_an_absent_output_matrix_means_the_embedding(tmp_path):
             hidden = torch.randn(1, 2, 256)
             assert torch.allclose(model.lm_head(hidden), hidden @ weight.T, atol=1e-5)
             assert not any(name.startswith("lm_head") for name in model.state_dict()) or not packed
-            assert torch.allclose(model.double().lm_head(hidden.double()).float(), hidden @ weight.T, atol=1e-5)
+            assert torch.allclose(
+                model.double().lm_head(hidden.double()).float(), hidden @ weight.T, atol=1e-5
+            )
 
 
-DEFAULTED = ("llama.attention.key_length", "llama.attention.value_length", "llama.rope.freq_base", "llama.vocab_size")
+DEFAULTED = (
+    "llama.attention.key_length",
+    "llama.attention.value_length",
+    "llama.rope.freq_base",
+    "llama.vocab_size",
+)
 
 
 def test_keys_that_llama_cpp_gives_a_default_may_be_absent(tmp_path):
@@ -336,7 +392,10 @@ REFUSED = [
     (dict(drop=["tokenizer.ggml.model"]), "tokenizer model None"),
     (dict(drop=["tokenizer.ggml.tokens"]), "tokens is not a list"),
     (dict(change={"llama.block_count": 3}), "the weights have 2 layers, the config says 3"),
-    (dict(change={"llama.feed_forward_length": 511}), r"ffn_gate.weight is \[512, 256\] in the file and \[511, 256\]"),
+    (
+        dict(change={"llama.feed_forward_length": 511}),
+        r"ffn_gate.weight is \[512, 256\] in the file and \[511, 256\]",
+    ),
     (dict(change={"llama.rope.dimension_count": 16}), "a part of the head"),
     (dict(change={"tokenizer.ggml.eos_token_id": 4800}), "eos_token_id 4800 lies outside"),
     (dict(tensors=lambda name: name != "blk.1.attn_k.weight"), "blk.1.attn_k.weight is missing"),
@@ -344,7 +403,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("damage", "message"), REFUSED, ids=[message[:30] for _, message in REFUSED]
+)
 def test_metadata_that_contradicts_itself_is_refused(damage, message, tmp_path):
     rewrite(FILES / "q8_0.gguf", tmp_path / "m.gguf", **damage)
     with pytest.raises(mistral.CheckpointError, match=message):
@@ -378,7 +439,9 @@ def test_mutated_files_give_a_model_or_a_checkpoint_error(seed, tmp_path):
     for _ in range(50):
         data = bytearray(RAW)
         for _ in range(generator.choice([1, 2, 4, 30])):
-            data[generator.randrange(4, 24_000)] = generator.choice([0, 1, 255, generator.randrange(256)])
+            data[generator.randrange(4, 24_000)] = generator.choice(
+                [0, 1, 255, generator.randrange(256)]
+            )
         path.write_bytes(data)
         try:
             model, tokenizer = load(path, sliding_window="auto", packed=generator.random() < 0.5)
@@ -410,7 +473,9 @@ def test_what_is_exported_is_read_again_and_is_gguf_pys(original, kind, tmp_path
 
 def test_exported_blocks_are_llama_cpps(original, tmp_path):
     gguf_export.export(*original, tmp_path / "m.gguf", "Q8_0")
-    ours, theirs = (gguf_py.GGUFReader(path).tensors for path in (tmp_path / "m.gguf", FILES / "q8_0.gguf"))
+    ours, theirs = (
+        gguf_py.GGUFReader(path).tensors for path in (tmp_path / "m.gguf", FILES / "q8_0.gguf")
+    )
     theirs = {tensor.name: tensor.data for tensor in theirs}
     assert len(ours) == len(theirs)
     assert all(np.array_equal(tensor.data, theirs[tensor.name]) for tensor in ours)
@@ -423,7 +488,10 @@ def test_stop_tokens_and_prefix_survive_an_export(original, tmp_path):
     assert load(tmp_path / "m.gguf")[1].stop_ids == (460, 2)
     with pytest.raises(ValueError, match="two stop tokens"):
         gguf_export.export(
-            model, mistral.Tokenizer(two.model_proto, two.added, [460, 2, 3]), tmp_path / "n.gguf", "F16"
+            model,
+            mistral.Tokenizer(two.model_proto, two.added, [460, 2, 3]),
+            tmp_path / "n.gguf",
+            "F16",
         )
 
 
@@ -448,7 +516,9 @@ def test_row_orders_are_each_others_inverse():
 @pytest.mark.parametrize("changes", [{}, {"head_dim": 12, "num_key_value_heads": 3}])
 def test_the_table_of_shapes_is_that_of_the_modules(changes):
     model = small.model(**changes)
-    assert tensor_shapes(model.config) == {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert tensor_shapes(model.config) == {
+        name: tuple(t.shape) for name, t in model.state_dict().items()
+    }
 
 
 MEASURE = """
@@ -467,11 +537,22 @@ print((kilobytes("VmHWM") - before) / size)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_takes_little_more_memory_than_stays(original, tmp_path):
-    sizes = dict(vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=20, head_dim=64)
+    sizes = dict(
+        vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=20, head_dim=64
+    )
     config = small.config(**sizes, num_attention_heads=16, num_key_value_heads=4)
-    gguf_export.export(mistral.Mistral(config), original[1], tmp_path / "m.gguf", "Q8_0")  # 281 million weights
+    gguf_export.export(
+        mistral.Mistral(config), original[1], tmp_path / "m.gguf", "Q8_0"
+    )  # 281 million weights
     for packed in (True, False):
-        command = [sys.executable, "-c", MEASURE, tmp_path / "m.gguf", FILES / "q8_0.gguf", str(packed)]
+        command = [
+            sys.executable,
+            "-c",
+            MEASURE,
+            tmp_path / "m.gguf",
+            FILES / "q8_0.gguf",
+            str(packed),
+        ]
         ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         assert 0.9 < ratio < 1.15
 
@@ -479,5 +560,9 @@ def test_loading_takes_little_more_memory_than_stays(original, tmp_path):
 def test_packed_is_for_gguf_files(original, tmp_path):
     with pytest.raises(ValueError, match="packed=True is for quantised GGUF"):
         mistral.load(small.DATA / "small", packed=True)
-    gguf_export.export(*original, tmp_path / "m.gguf", "F32")  # has no blocks: there is nothing to unpack
-    assert not any(isinstance(module, Packed) for module in load(tmp_path / "m.gguf", packed=True)[0].modules())
+    gguf_export.export(
+        *original, tmp_path / "m.gguf", "F32"
+    )  # has no blocks: there is nothing to unpack
+    assert not any(
+        isinstance(module, Packed) for module in load(tmp_path / "m.gguf", packed=True)[0].modules()
+    )

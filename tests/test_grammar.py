@@ -10,22 +10,26 @@ import small
 import torch
 
 import mistral
-from mistral.chat import grammar_constraint
-from mistral.chat.bounded_schema import Limits, bounded_schema
+from mistral.chat.formats.prompts import write_call
 from mistral.chat.grammar import (
     GrammarError,
     UnsupportedSchema,
     call_list_constraint,
     json_constraint,
+    token_masks,
     tool_call_constraint,
 )
-from mistral.chat.json_schema import SchemaError, compile_schema, problem
-from mistral.chat.prompts import write_call
+from mistral.chat.grammar.bounded_schema import Limits, bounded_schema
+from mistral.chat.tools.json_schema import SchemaError, compile_schema, problem
 
 STOP, VOCAB_SIZE = 32000, 32032  # 32001 is a control token, 32002 and on have no token
 SHORT = Limits(max_string=8, max_items=3, max_properties=2, max_digits=6, max_depth=2, max_indent=2)
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
-NODE = {"type": "object", "properties": {"v": INTEGER, "next": {"$ref": "#/$defs/node"}}, "required": ["v"]}
+NODE = {
+    "type": "object",
+    "properties": {"v": INTEGER, "next": {"$ref": "#/$defs/node"}},
+    "required": ["v"],
+}
 SCHEMAS = {
     "string": STRING,
     "integer": INTEGER,
@@ -36,16 +40,36 @@ SCHEMAS = {
     "any object": {"type": "object"},
     "object": {"type": "object", "properties": {"a": STRING, "b": INTEGER}, "required": ["b"]},
     "no type": {"properties": {"a": STRING}, "required": ["a"]},
-    "required without a schema": {"type": "object", "required": ["a"], "additionalProperties": INTEGER},
-    "names that need escapes": {"type": "object", "properties": {'a"\\\n/é': INTEGER}, "required": ['a"\\\n/é']},
+    "required without a schema": {
+        "type": "object",
+        "required": ["a"],
+        "additionalProperties": INTEGER,
+    },
+    "names that need escapes": {
+        "type": "object",
+        "properties": {'a"\\\n/é': INTEGER},
+        "required": ['a"\\\n/é'],
+    },
     "map": {"type": "object", "additionalProperties": {"type": "boolean"}, "minProperties": 1},
-    "pattern for a named property": {"properties": {"x": {}}, "required": ["x"], "patternProperties": {"x": INTEGER}},
-    "one property at most": {"type": "object", "properties": {"a": INTEGER, "b": INTEGER}, "maxProperties": 1},
+    "pattern for a named property": {
+        "properties": {"x": {}},
+        "required": ["x"],
+        "patternProperties": {"x": INTEGER},
+    },
+    "one property at most": {
+        "type": "object",
+        "properties": {"a": INTEGER, "b": INTEGER},
+        "maxProperties": 1,
+    },
     "array": {"type": "array", "items": INTEGER, "minItems": 1},
     "tuple": {"type": "array", "prefixItems": [INTEGER, STRING], "items": False, "minItems": 2},
     "tuple that goes on": {"type": "array", "prefixItems": [STRING], "items": INTEGER},
     "enum": {"enum": [1, "a", None, 2.5, {"a": [True]}, "日本", -0.0, 1e-7]},
-    "enum and more": {"enum": [1, 2, "a", "abc", True], "type": ["string", "boolean"], "maxLength": 1},
+    "enum and more": {
+        "enum": [1, 2, "a", "abc", True],
+        "type": ["string", "boolean"],
+        "maxLength": 1,
+    },
     "const": {"const": {"x": [1, 1.0, "//#%"]}},
     "bounds": {"type": "integer", "minimum": -3, "exclusiveMaximum": 2},
     "bounds of a number": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.3},
@@ -68,24 +92,53 @@ SCHEMAS = {
         "properties": {"a": INTEGER, "b": INTEGER},
         "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
     },
-    "allOf": {"allOf": [{"properties": {"a": STRING}}, {"properties": {"a": {"maxLength": 1}}, "required": ["a"]}]},
+    "allOf": {
+        "allOf": [
+            {"properties": {"a": STRING}},
+            {"properties": {"a": {"maxLength": 1}}, "required": ["a"]},
+        ]
+    },
     "oneOf types": {"oneOf": [STRING, INTEGER, {"type": "array", "items": STRING}]},
     "oneOf with a common value": {"oneOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]},
     "oneOf told apart by a name": {
-        "oneOf": [{"type": "object", "properties": {"is": {"const": n}}, "required": ["is"]} for n in ("a", "b")]
+        "oneOf": [
+            {"type": "object", "properties": {"is": {"const": n}}, "required": ["is"]}
+            for n in ("a", "b")
+        ]
     },
     "oneOf told apart by what is required": {
-        "oneOf": [{"type": "object", "properties": {n: STRING}, "required": [n]} for n in ("a", "b")]
+        "oneOf": [
+            {"type": "object", "properties": {n: STRING}, "required": [n]} for n in ("a", "b")
+        ]
     },
     "not": {"type": "integer", "not": STRING},
-    "enum beside a reference": {"properties": {"a": {"enum": [1, "x"], "$ref": "#/$defs/s"}}, "$defs": {"s": STRING}},
+    "enum beside a reference": {
+        "properties": {"a": {"enum": [1, "x"], "$ref": "#/$defs/s"}},
+        "$defs": {"s": STRING},
+    },
     "not one of the values": {"enum": ["a", "b"], "not": {"const": "b"}},
     "nullable": {"type": "string", "nullable": True},
     "recursive": {**NODE, "$defs": {"node": NODE}},
-    "recursive at its root": {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}}},
-    "reference beside others": {"$ref": "#/definitions/a~1b", "maxLength": 1, "definitions": {"a/b": STRING}},
-    "impossible property": {"type": "object", "properties": {"a": False, "b": INTEGER}, "required": ["b"]},
-    "annotations": {"type": "boolean", "title": "t", "default": 1, "x-guidance": {"item_separator": ";"}},
+    "recursive at its root": {
+        "type": "object",
+        "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}},
+    },
+    "reference beside others": {
+        "$ref": "#/definitions/a~1b",
+        "maxLength": 1,
+        "definitions": {"a/b": STRING},
+    },
+    "impossible property": {
+        "type": "object",
+        "properties": {"a": False, "b": INTEGER},
+        "required": ["b"],
+    },
+    "annotations": {
+        "type": "boolean",
+        "title": "t",
+        "default": 1,
+        "x-guidance": {"item_separator": ";"},
+    },
 }
 REFUSED = {
     "uniqueItems": {"type": "array", "uniqueItems": True},
@@ -127,7 +180,10 @@ def random_id(mask, generator):
 
 
 def walk(constraint, tokenizer, seed, budget=400, choose=random_id):
-    """The text of tokens drawn evenly from the masks, up to the stop token. Every mask is checked on the way."""
+    """The text of tokens drawn evenly from the masks, up to the stop token.
+
+    Every mask is checked on the way.
+    """
     generator, ids = torch.Generator().manual_seed(seed), []
     never = torch.ones(len(constraint.mask()), dtype=torch.bool)
     never[: tokenizer.vocab_size] = False
@@ -135,7 +191,9 @@ def walk(constraint, tokenizer, seed, budget=400, choose=random_id):
     for _ in range(budget):
         mask = constraint.mask()
         assert not (mask & never).any()
-        assert mask[list(tokenizer.stop_ids)].tolist() == [constraint.accepting] * len(tokenizer.stop_ids)
+        assert mask[list(tokenizer.stop_ids)].tolist() == [constraint.accepting] * len(
+            tokenizer.stop_ids
+        )
         id = choose(mask, generator)
         if id in tokenizer.stop_ids:
             return text_of(tokenizer, ids)
@@ -165,7 +223,9 @@ def allows(constraint, tokenizer, text, ids=None):
 
 def allows_json(tokenizer, schema, value, limits=SHORT):
     return allows(
-        json_constraint(tokenizer, VOCAB_SIZE, schema, limits=limits), tokenizer, json.dumps(value, ensure_ascii=False)
+        json_constraint(tokenizer, VOCAB_SIZE, schema, limits=limits),
+        tokenizer,
+        json.dumps(value, ensure_ascii=False),
     )
 
 
@@ -183,7 +243,9 @@ def test_random_tokens_end_in_valid_json(tokenizer, name):
 
 def made_up(choose, depth=2):
     """A random schema."""
-    kind = choose.choice(["string", "integer", "number", "boolean", "null", "enum", "$ref"] + ["object", "array"] * 2)
+    kind = choose.choice(
+        ["string", "integer", "number", "boolean", "null", "enum", "$ref"] + ["object", "array"] * 2
+    )
     if kind == "$ref":
         return {"$ref": f"#/$defs/{choose.choice('ab')}"}
     if kind == "enum" or depth == 0:
@@ -191,17 +253,26 @@ def made_up(choose, depth=2):
     schema = {"type": kind} if choose.random() < 0.8 else {}
     low = choose.randrange(4)
     if kind == "string":
-        schema |= choose.choice([{}, {"minLength": low, "maxLength": low + 2}, {"pattern": "^[a-é]{2}|z"}])
+        schema |= choose.choice(
+            [{}, {"minLength": low, "maxLength": low + 2}, {"pattern": "^[a-é]{2}|z"}]
+        )
     elif kind in ("integer", "number"):
-        schema |= choose.choice([{}, {"minimum": -low, "exclusiveMaximum": low + 0.5}, {"multipleOf": low + 1}])
+        schema |= choose.choice(
+            [{}, {"minimum": -low, "exclusiveMaximum": low + 0.5}, {"multipleOf": low + 1}]
+        )
     elif kind == "array":
         schema |= {"items": made_up(choose, depth - 1), "minItems": low // 2, "maxItems": low}
     elif kind == "object":
         names = choose.sample("abcd", low)
-        schema |= {"properties": {name: made_up(choose, depth - 1) for name in names}, "required": names[: low // 2]}
+        schema |= {
+            "properties": {name: made_up(choose, depth - 1) for name in names},
+            "required": names[: low // 2],
+        }
         schema |= choose.choice([{}, {"additionalProperties": made_up(choose, depth - 1)}])
     if choose.random() < 0.3:
-        schema[choose.choice(["anyOf", "oneOf", "allOf"])] = [made_up(choose, depth - 1) for _ in range(2)]
+        schema[choose.choice(["anyOf", "oneOf", "allOf"])] = [
+            made_up(choose, depth - 1) for _ in range(2)
+        ]
     return schema
 
 
@@ -211,7 +282,10 @@ def test_random_tokens_end_in_valid_json_for_made_up_schemas(tokenizer):
         choose = random.Random(seed)
         schema = {**made_up(choose), "$defs": {name: made_up(choose) for name in "ab"}}
         try:
-            validator, constraint = compile_schema(schema), json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT)
+            validator, constraint = (
+                compile_schema(schema),
+                json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT),
+            )
         except (SchemaError, GrammarError):  # a circle of references; no value; or not expressed
             refused += 1
             continue
@@ -222,18 +296,43 @@ def test_random_tokens_end_in_valid_json_for_made_up_schemas(tokenizer):
 
 
 def random_value(choose, depth=3):
-    scalars = [None, True, False, 0, 1, 2, -3, 7, 0.25, 0.3, 1.5, 10**12, "", "a", "b", "az", "c", "日本", "a-12"]
+    scalars = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        2,
+        -3,
+        7,
+        0.25,
+        0.3,
+        1.5,
+        10**12,
+        "",
+        "a",
+        "b",
+        "az",
+        "c",
+        "日本",
+        "a-12",
+    ]
     if depth == 0 or choose.random() < 0.3:
         return choose.choice(scalars)
     if choose.random() < 0.3:
         return [random_value(choose, depth - 1) for _ in range(choose.randrange(3))]
     names = ["a", "b", "is", "v", "next", "kids", "x"]
-    return {name: random_value(choose, depth - 1) for name in choose.sample(names, choose.randrange(3))}
+    return {
+        name: random_value(choose, depth - 1) for name in choose.sample(names, choose.randrange(3))
+    }
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_what_the_bounded_schema_allows_the_original_allows(name):
-    bounded, original = compile_schema(bounded_schema(SCHEMAS[name], SHORT)), compile_schema(SCHEMAS[name])
+    bounded, original = (
+        compile_schema(bounded_schema(SCHEMAS[name], SHORT)),
+        compile_schema(SCHEMAS[name]),
+    )
     choose = random.Random(name)
     for _ in range(60):
         value = random_value(choose)
@@ -246,12 +345,20 @@ def test_a_keyword_that_no_grammar_expresses_is_named(tokenizer, keyword):
         json_constraint(tokenizer, VOCAB_SIZE, REFUSED[keyword])
     assert raised.value.keyword == keyword
     # Where the keyword has nothing to say, it is in nobody's way
-    if keyword in ("uniqueItems", "contains", "propertyNames", "dependentRequired", "patternProperties"):
+    if keyword in (
+        "uniqueItems",
+        "contains",
+        "propertyNames",
+        "dependentRequired",
+        "patternProperties",
+    ):
         assert allows_json(tokenizer, {**REFUSED[keyword], "type": "boolean"}, True)
 
 
 @pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
-@pytest.mark.parametrize("pattern", ["(?=a)b", "(a)\\1", "\\bfoo", "[a&&b]", "[[a]]", "a++", "(?x)a b", "a(?!b)"])
+@pytest.mark.parametrize(
+    "pattern", ["(?=a)b", "(a)\\1", "\\bfoo", "[a&&b]", "[[a]]", "a++", "(?x)a b", "a(?!b)"]
+)
 def test_a_pattern_that_the_grammar_reads_in_another_way_is_refused(tokenizer, pattern):
     with pytest.raises(UnsupportedSchema, match="'pattern'"):
         json_constraint(tokenizer, VOCAB_SIZE, {"type": "string", "pattern": pattern})
@@ -282,14 +389,20 @@ def test_an_empty_reference_is_not_taken_for_any_value():
         bounded_schema({"type": "object", "properties": {"a": {}, "b": {"$ref": ""}}}, Limits())
 
 
-@pytest.mark.parametrize("schema", [5, None, {"type": "foo"}, {"$ref": "#/nowhere"}, {"minimum": "1"}, {"a": {1, 2}}])
+@pytest.mark.parametrize(
+    "schema", [5, None, {"type": "foo"}, {"$ref": "#/nowhere"}, {"minimum": "1"}, {"a": {1, 2}}]
+)
 def test_a_malformed_schema_is_an_error(tokenizer, schema):
     with pytest.raises(SchemaError):
         json_constraint(tokenizer, VOCAB_SIZE, schema)
 
 
 def test_what_only_the_grammar_forbids_is_no_error_of_the_schema(tokenizer):
-    schema = {"type": "object", "required": ["a"], "minProperties": 2}  # valid with a property of any other name
+    schema = {
+        "type": "object",
+        "required": ["a"],
+        "minProperties": 2,
+    }  # valid with a property of any other name
     with pytest.raises(UnsupportedSchema, match="minProperties"):
         json_constraint(tokenizer, VOCAB_SIZE, schema)
 
@@ -301,7 +414,10 @@ def test_large_schemas_are_compiled_in_time_or_refused(tokenizer):
     tree = {"type": "object", "properties": {name: {"$ref": "#"} for name in "abcdef"}}
     assert allows_json(tokenizer, tree, {"a": {"b": {}}, "f": {}})
     twice = [{"properties": dict.fromkeys("xy", {"$ref": f"#/$defs/{i + 1}"})} for i in range(25)]
-    doubling = {"$ref": "#/$defs/0", "$defs": {str(i): part for i, part in enumerate([*twice, INTEGER])}}
+    doubling = {
+        "$ref": "#/$defs/0",
+        "$defs": {str(i): part for i, part in enumerate([*twice, INTEGER])},
+    }
     assert allows_json(tokenizer, doubling, {"y": {"x": {}}})
     with pytest.raises(UnsupportedSchema, match="anyOf"):
         json_constraint(tokenizer, VOCAB_SIZE, {"anyOf": [{"minimum": i} for i in range(300)]})
@@ -310,31 +426,43 @@ def test_large_schemas_are_compiled_in_time_or_refused(tokenizer):
 # --- Limits
 
 
-@pytest.mark.parametrize("schema", [STRING, INTEGER, {"type": "number"}, {"type": "array"}, {"type": "object"}, {}])
+@pytest.mark.parametrize(
+    "schema", [STRING, INTEGER, {"type": "number"}, {"type": "array"}, {"type": "object"}, {}]
+)
 def test_a_model_that_never_wants_to_end_comes_to_an_end(tokenizer, schema):
     liked = [encode(tokenizer, text)[0] for text in ('"', "9", ".", "a", ",", "[", "{", " ")]
 
     def insist(mask, generator):
-        return next((id for id in liked[1:] + liked[:1] if mask[id]), None) or random_id(mask & mask.roll(0), generator)
+        return next((id for id in liked[1:] + liked[:1] if mask[id]), None) or random_id(
+            mask & mask.roll(0), generator
+        )
 
-    text = walk(json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT), tokenizer, 0, 3000, insist)
+    text = walk(
+        json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT), tokenizer, 0, 3000, insist
+    )
     assert problem(compile_schema(schema), json.loads(text)) is None
 
 
 def test_each_limit_holds(tokenizer):
     assert allows_json(tokenizer, STRING, "日" * 8) and not allows_json(tokenizer, STRING, "a" * 9)
     assert allows_json(tokenizer, INTEGER, -999999) and not allows_json(tokenizer, INTEGER, 10**6)
-    assert allows_json(tokenizer, {"type": "number"}, 999.123) and not allows_json(tokenizer, {"type": "number"}, 1000)
+    assert allows_json(tokenizer, {"type": "number"}, 999.123) and not allows_json(
+        tokenizer, {"type": "number"}, 1000
+    )
     assert not allows_json(tokenizer, {"type": "number"}, 0.1234)
     ints = {"type": "array", "items": INTEGER}
     assert allows_json(tokenizer, ints, [1] * 3) and not allows_json(tokenizer, ints, [1] * 4)
     table = {"type": "object", "additionalProperties": INTEGER}
-    assert allows_json(tokenizer, table, {"a" * 8: 1, "b": 2}) and not allows_json(tokenizer, table, {"a" * 9: 1})
+    assert allows_json(tokenizer, table, {"a" * 8: 1, "b": 2}) and not allows_json(
+        tokenizer, table, {"a" * 9: 1}
+    )
     assert not allows_json(tokenizer, table, {"a": 1, "b": 2, "c": 3})
     assert allows_json(tokenizer, {}, [{"a": 1}]) and not allows_json(tokenizer, {}, [{"a": []}])
     node = SCHEMAS["recursive"]
     deepest = {"v": 1, "next": {"v": 2, "next": {"v": 3}}}
-    assert allows_json(tokenizer, node, deepest) and not allows_json(tokenizer, node, {"v": 0, "next": deepest})
+    assert allows_json(tokenizer, node, deepest) and not allows_json(
+        tokenizer, node, {"v": 0, "next": deepest}
+    )
 
 
 def test_a_minimum_of_the_schema_beats_a_limit(tokenizer):
@@ -342,7 +470,9 @@ def test_a_minimum_of_the_schema_beats_a_limit(tokenizer):
     assert allows_json(tokenizer, {"type": "string", "minLength": 20}, "a" * 20)
     assert allows_json(tokenizer, {"type": "integer", "minimum": 5 * 10**9}, 6 * 10**9)
     assert allows_json(tokenizer, {"type": "integer", "maximum": -5 * 10**9}, -6 * 10**9)
-    assert allows_json(tokenizer, {"type": "array", "prefixItems": [INTEGER] * 5, "minItems": 5}, [1] * 5)
+    assert allows_json(
+        tokenizer, {"type": "array", "prefixItems": [INTEGER] * 5, "minItems": 5}, [1] * 5
+    )
     assert allows_json(
         tokenizer,
         {"const": "a string that is longer than others may be"},
@@ -357,19 +487,35 @@ def test_limits_out_of_range_are_errors():
 
 
 def test_whitespace_ends_and_json_may_be_indented(tokenizer):
-    schema = {"type": "object", "properties": {"a": {"type": "array", "items": INTEGER}}, "required": ["a"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": INTEGER}},
+        "required": ["a"],
+    }
     constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
     for text in (json.dumps({"a": [1, 2]}), json.dumps({"a": [1, 2]}, indent=4), '{"a":[1,2]}'):
         assert allows(constraint, tokenizer, text)
-    for text in ('{"a":  [1]}', '{"a":\n\n[1]}', "{" + "\n" + " " * 17 + '"a":[]}', ' {"a":[]}', '{"a":[]}\n'):
+    for text in (
+        '{"a":  [1]}',
+        '{"a":\n\n[1]}',
+        "{" + "\n" + " " * 17 + '"a":[]}',
+        ' {"a":[]}',
+        '{"a":[]}\n',
+    ):
         assert not allows(constraint, tokenizer, text)
 
 
 def test_without_indent_json_is_what_json_dumps_writes(tokenizer):
-    schema = {"type": "object", "properties": {"a": {"type": "array", "items": INTEGER}}, "required": ["a"]}
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "array", "items": INTEGER}},
+        "required": ["a"],
+    }
     constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, limits=Limits(max_indent=0))
     assert allows(constraint, tokenizer, '{"a": [1, 2]}')
-    assert not allows(constraint, tokenizer, '{"a":[1, 2]}') and not allows(constraint, tokenizer, '{ "a": [1, 2]}')
+    assert not allows(constraint, tokenizer, '{"a":[1, 2]}') and not allows(
+        constraint, tokenizer, '{ "a": [1, 2]}'
+    )
     assert text_of(tokenizer, constraint.forced()) == '{"a":'
 
 
@@ -387,10 +533,18 @@ WEATHER = {
 }
 ADD = {
     "name": "add",
-    "parameters": {"type": "object", "properties": {"x": {"$ref": "#/$defs/unit"}}, "required": ["x"]},
+    "parameters": {
+        "type": "object",
+        "properties": {"x": {"$ref": "#/$defs/unit"}},
+        "required": ["x"],
+    },
 }
 ADD["parameters"]["$defs"] = {"unit": INTEGER}
-TOOLS = [{"type": "function", "function": WEATHER}, ADD, {"name": "now", "description": "", "parameters": {}}]
+TOOLS = [
+    {"type": "function", "function": WEATHER},
+    ADD,
+    {"name": "now", "description": "", "parameters": {}},
+]
 CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 NOW = '<tool_call>\n{"arguments": {}, "name": "now"}\n</tool_call>'
@@ -402,7 +556,10 @@ def tool_constraint(tokenizer, choice="auto", limits=SHORT, tools=TOOLS):
 
 @pytest.mark.parametrize("choice", ["required", "add"])
 def test_random_tokens_end_in_calls_of_the_tools(tokenizer, choice):
-    schemas = {tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"] for tool in TOOLS}
+    schemas = {
+        tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"]
+        for tool in TOOLS
+    }
     constraint, first = tool_constraint(tokenizer, choice), set()
     for seed in range(8):
         text = walk(constraint.copy(), tokenizer, seed)
@@ -448,7 +605,9 @@ def test_random_text_runs_into_calls_only_as_a_whole(tokenizer):
     for id in encode(tokenizer, "I look at the clock: <tool_call>"):
         constraint.accept(id)
     assert not constraint.accepting
-    text = walk(constraint, tokenizer, 1, choose=lambda mask, g: STOP if mask[STOP] else random_id(mask, g))
+    text = walk(
+        constraint, tokenizer, 1, choose=lambda mask, g: STOP if mask[STOP] else random_id(mask, g)
+    )
     call = json.loads(re.match(r"\n(.*)\n</tool_call>", text, re.DOTALL)[1])
     assert call["name"] in ("get_weather", "add", "now")
 
@@ -468,7 +627,9 @@ def test_calls_are_allowed_in_the_order_that_each_prompt_asks_for(tokenizer, sty
 
 def test_required_calls_have_no_text_around_them_and_are_limited(tokenizer):
     constraint = tool_constraint(tokenizer, "required")
-    assert allows(constraint, tokenizer, "\n".join([NOW] * 3)) and allows(constraint, tokenizer, NOW + PARIS)
+    assert allows(constraint, tokenizer, "\n".join([NOW] * 3)) and allows(
+        constraint, tokenizer, NOW + PARIS
+    )
     for text in ("", "Hello", " " + NOW, NOW + " ", NOW + "\n", "\n".join([NOW] * 4)):
         assert not allows(constraint, tokenizer, text), text
 
@@ -478,14 +639,22 @@ def test_when_no_tool_may_be_called_the_tag_cannot_be_written(tokenizer):
     for text in ("", "Hello.\n", "<tool_cal", "<tool_call", "< tool_call>", "</tool_call>"):
         assert allows(constraint, tokenizer, text)
         assert allows(constraint, tokenizer, text, ids=[byte + 3 for byte in text.encode()])
-    assert not allows(constraint, tokenizer, NOW) and not allows(constraint, tokenizer, "so <tool_call>")
+    assert not allows(constraint, tokenizer, NOW) and not allows(
+        constraint, tokenizer, "so <tool_call>"
+    )
     assert allows(tool_constraint(tokenizer, "none", tools=[]), tokenizer, "Hello.")
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", "add"])
 def test_random_tokens_end_in_a_list_of_calls(tokenizer, choice):
-    schemas = {tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"] for tool in TOOLS}
-    constraint, keys = call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, limits=SHORT), set()
+    schemas = {
+        tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"]
+        for tool in TOOLS
+    }
+    constraint, keys = (
+        call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, limits=SHORT),
+        set(),
+    )
     for seed in range(8):
         calls = json.loads(walk(constraint.copy(), tokenizer, seed))
         assert 1 <= len(calls) <= SHORT.max_items
@@ -497,7 +666,9 @@ def test_random_tokens_end_in_a_list_of_calls(tokenizer, choice):
     assert keys == {"name", "arguments", "id"}
     assert not allows(constraint, tokenizer, "[]") and not allows(constraint, tokenizer, "Hello")
     assert not allows(constraint, tokenizer, '[{"name": "add", "arguments": {"x": 1}}] and so')
-    assert allows(constraint, tokenizer, ' [{"name": "add", "arguments": {"x": 1}, "id": "aB3456789"}]')
+    assert allows(
+        constraint, tokenizer, ' [{"name": "add", "arguments": {"x": 1}, "id": "aB3456789"}]'
+    )
 
 
 def test_unusable_tools_are_errors(tokenizer):
@@ -543,7 +714,11 @@ def test_forced_tokens_are_allowed_and_lead_to_the_same_texts(tokenizer):
 
 
 def test_forced_tokens_leave_the_border_of_the_last_one_open(tokenizer):
-    schema = {"type": "object", "properties": {"name": {"const": "get_weather"}}, "required": ["name"]}
+    schema = {
+        "type": "object",
+        "properties": {"name": {"const": "get_weather"}},
+        "required": ["name"],
+    }
     constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, limits=Limits(max_indent=0))
     forced, whole = constraint.forced(), encode(tokenizer, '{"name": "get_weather"}')
     assert forced == whole  # nothing else can come, and nothing can follow
@@ -621,7 +796,9 @@ def test_mistral_gguf_and_sentencepiece_vocabularies_work_alike():
         mistral.load(small.DATA / "gguf/q8_0.gguf", sliding_window=None)[1],
         mistral.load(small.DATA / "small")[1],
     )
-    constraints = [json_constraint(made, 480, SCHEMAS["object"], limits=SHORT) for made in (file, folder)]
+    constraints = [
+        json_constraint(made, 480, SCHEMAS["object"], limits=SHORT) for made in (file, folder)
+    ]
     for id in encode(file, '{"a": "é x", "b": 12}'):
         masks = [constraint.mask() for constraint in constraints]
         assert torch.equal(*masks) and masks[0][id] and not masks[0][462:].any()
@@ -630,7 +807,9 @@ def test_mistral_gguf_and_sentencepiece_vocabularies_work_alike():
     assert all(constraint.is_finished for constraint in constraints)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"]
+)
 def test_every_sentencepiece_vocabulary_of_mistral_works(name):
     made = mistral.Tokenizer((small.TRUE_TOKENIZERS / name).read_bytes())
     constraint = json_constraint(made, made.vocab_size, SCHEMAS["object"], limits=SHORT)
@@ -672,9 +851,9 @@ def test_a_vocabulary_is_prepared_once_and_let_go_with_its_tokenizer():
     made = small.true_tokenizer(stop_ids=[STOP])
     constraint = json_constraint(made, VOCAB_SIZE, INTEGER)
     json_constraint(made, VOCAB_SIZE, STRING)
-    assert len(grammar_constraint._VOCABULARIES[made]) == 1
+    assert len(token_masks._VOCABULARIES[made]) == 1
     json_constraint(made, VOCAB_SIZE + 32, STRING)
-    assert len(grammar_constraint._VOCABULARIES[made]) == 2
+    assert len(token_masks._VOCABULARIES[made]) == 2
     alive = weakref.ref(made)
     del made
     constraint.forced()
@@ -693,16 +872,29 @@ def test_generate_and_generate_batch_keep_to_the_grammar(small_tokenizer):
     }
     constraint = json_constraint(small_tokenizer, model.config.vocab_size, schema, limits=SHORT)
     sampling = mistral.Sampling(temperature=1.0, seed=0)
-    rows = [list(mistral.generate(model, prompt, sampling, max_new_tokens=100, constraint=constraint.copy()))]
+    rows = [
+        list(
+            mistral.generate(
+                model, prompt, sampling, max_new_tokens=100, constraint=constraint.copy()
+            )
+        )
+    ]
     constraints = [constraint.copy() for _ in range(2)]
-    rows += mistral.generate_batch(model, [prompt] * 2, sampling, max_new_tokens=100, constraints=constraints)
+    rows += mistral.generate_batch(
+        model, [prompt] * 2, sampling, max_new_tokens=100, constraints=constraints
+    )
     for row in rows:
         assert row[-1] in small_tokenizer.stop_ids
-        assert problem(compile_schema(schema), json.loads(text_of(small_tokenizer, row[:-1]))) is None
+        assert (
+            problem(compile_schema(schema), json.loads(text_of(small_tokenizer, row[:-1]))) is None
+        )
 
 
 def test_a_missing_library_is_an_error_that_names_the_extra(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    for make in (lambda: json_constraint(tokenizer, VOCAB_SIZE, {}), lambda: tool_constraint(tokenizer)):
+    for make in (
+        lambda: json_constraint(tokenizer, VOCAB_SIZE, {}),
+        lambda: tool_constraint(tokenizer),
+    ):
         with pytest.raises(GrammarError, match=r"llguidance.*\[chat\]"):
             make()

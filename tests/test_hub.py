@@ -19,7 +19,9 @@ COMMIT = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers the two questions that huggingface_hub asks: which files there are, and for a file."""
+    """Answers the two questions that huggingface_hub asks: which files there are, and for a
+    file.
+    """
 
     repositories: dict[str, dict[str, bytes]] = {}
     asked: list[str] = []
@@ -39,18 +41,24 @@ class Hub(BaseHTTPRequestHandler):
             if revision not in ("main", COMMIT):
                 return self.send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}")
             files = [{"rfilename": name} for name in self.repositories[repo]]
-            return self.send(200, {}, json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode())
+            return self.send(
+                200, {}, json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode()
+            )
         repo, name = "/".join(parts[:2]), "/".join(parts[4:])
         data = self.repositories.get(repo, {}).get(name)
         if data is None:
             return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
         if body:
             self.asked.append(name)
-        return self.send(200, {"ETag": f'"{sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}, data, body)
+        return self.send(
+            200, {"ETag": f'"{sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}, data, body
+        )
 
     def send(self, code, headers, data, body=True):
         self.send_response(code)
-        for name, value in (headers | {"Content-Length": str(len(data)), "Content-Type": "application/json"}).items():
+        for name, value in (
+            headers | {"Content-Length": str(len(data)), "Content-Type": "application/json"}
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         if body:
@@ -85,10 +93,18 @@ def run(hub, tmp_path):
             "    except mistral.MistralError as error:\n"
             "        print('error', error)\n"
         )
-        variables = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"} | environment
+        variables = (
+            os.environ
+            | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+            | environment
+        )
         variables["HF_HUB_DISABLE_XET"] = "1"
         result = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(loads)], env=variables, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code, json.dumps(loads)],
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()
@@ -99,13 +115,19 @@ def run(hub, tmp_path):
 @pytest.fixture(autouse=True)
 def repositories():
     files = {
-        file.name: file.read_bytes() for file in SMALL.iterdir() if file.name not in ("tokens.json", "expected.npz")
+        file.name: file.read_bytes()
+        for file in SMALL.iterdir()
+        if file.name not in ("tokens.json", "expected.npz")
     }
     q8 = (small.DATA / "gguf/q8_0.gguf").read_bytes()
     Hub.repositories = {
         # As v0.3 is: the weights twice, and more
-        "some/mistral": files | {"consolidated.safetensors": b"x", "params.json": b"{}", "README.md": b"x"},
-        "some/mistral-GGUF": {"m.Q8_0.gguf": q8, "m.Q4_K_M.gguf": (small.DATA / "gguf/q4_k_m.gguf").read_bytes()},
+        "some/mistral": files
+        | {"consolidated.safetensors": b"x", "params.json": b"{}", "README.md": b"x"},
+        "some/mistral-GGUF": {
+            "m.Q8_0.gguf": q8,
+            "m.Q4_K_M.gguf": (small.DATA / "gguf/q4_k_m.gguf").read_bytes(),
+        },
         "some/half-GGUF": {"m.Q8_0-00001-of-00002.gguf": b"x"},
         "some/one-gguf": {"m.gguf": q8, "README.md": b"x"},
         "some/nothing": {"README.md": b"x"},
@@ -116,13 +138,21 @@ def test_a_repository_is_loaded_and_only_what_is_needed_is_fetched(run):
     (line,) = run(("some/mistral", {}))
     assert line.startswith("ok ")
     assert sorted(set(Hub.asked)) == sorted(
-        ["config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+        [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.model",
+            "tokenizer_config.json",
+        ]
         + ["added_tokens.json"]
     )
 
 
 def test_a_quantisation_is_chosen_by_name(run):
-    lines = run(("some/mistral-GGUF:Q4_K_M", {}), ("some/mistral-GGUF:q8_0", {}), ("some/one-gguf", {}))
+    lines = run(
+        ("some/mistral-GGUF:Q4_K_M", {}), ("some/mistral-GGUF:q8_0", {}), ("some/one-gguf", {})
+    )
     assert all(line.startswith("ok ") for line in lines), lines
     assert sorted(set(Hub.asked)) == ["m.Q4_K_M.gguf", "m.Q8_0.gguf", "m.gguf"]
 
@@ -182,19 +212,26 @@ def test_split_sets_are_fetched_whole(quantisation, expected):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "IQ4_XS", "TQ2_0", "F16", "BF16", "MXFP4", "NVFP4"])
 def test_a_quantisation_may_stand_behind_an_underscore(kind):
-    assert choose_files("a/b", [f"model_{kind}.gguf", "model_x.gguf"], kind, None) == [f"model_{kind}.gguf"]
+    assert choose_files("a/b", [f"model_{kind}.gguf", "model_x.gguf"], kind, None) == [
+        f"model_{kind}.gguf"
+    ]
 
 
 @pytest.mark.parametrize("quantisation", ["K_M", "Q4", "4_K_M", "Q8"])
 def test_a_part_of_a_quantisation_is_not_enough(quantisation):
-    with pytest.raises(CheckpointError, match="There is: model-Q4_K_M, model-Q4_K_S, sub/model-Q8_0"):
+    with pytest.raises(
+        CheckpointError, match="There is: model-Q4_K_M, model-Q4_K_S, sub/model-Q8_0"
+    ):
         choose_files("a/b", FILES, quantisation, None)
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        (["m.Q8_0.gguf", "m.Q8_0-00001-of-00002.gguf"], ["m.Q8_0.gguf"]),  # a set that is not whole does not count
+        (
+            ["m.Q8_0.gguf", "m.Q8_0-00001-of-00002.gguf"],
+            ["m.Q8_0.gguf"],
+        ),  # a set that is not whole does not count
         (["Q8_0/model.gguf", "Q4_0/model.gguf"], ["Q8_0/model.gguf"]),
         (["hermes_Q8_0.gguf", "hermes_Q4_0.gguf"], ["hermes_Q8_0.gguf"]),
     ],
@@ -212,21 +249,43 @@ def test_hostile_indexes_are_refused(places, tmp_path):
 
 
 def test_nothing_is_fetched_where_something_is_missing():
-    for files in (["config.json", "model.safetensors"], ["params.json"], ["params.json", "consolidated.safetensors"]):
+    for files in (
+        ["config.json", "model.safetensors"],
+        ["params.json"],
+        ["params.json", "consolidated.safetensors"],
+    ):
         with pytest.raises(CheckpointError, match="has"):
             choose_files("a/b", files, None, None)
 
 
 def test_shards_are_those_of_the_index(tmp_path):
     index = tmp_path / "index.json"
-    index.write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}))
-    files = ["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors", "c.safetensors"]
+    index.write_text(
+        json.dumps(
+            {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "a.safetensors"}}
+        )
+    )
+    files = [
+        "config.json",
+        "model.safetensors.index.json",
+        "a.safetensors",
+        "b.safetensors",
+        "c.safetensors",
+    ]
     files.append("tokenizer.model")
     assert choose_files("a/b", files, None, lambda name: index) == [
-        *("config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors", "tokenizer.model")
+        *(
+            "config.json",
+            "model.safetensors.index.json",
+            "a.safetensors",
+            "b.safetensors",
+            "tokenizer.model",
+        )
     ]
 
 
 def test_names_and_paths_are_told_apart():
-    assert all(map(is_name, ["a/b", "NousResearch/Hermes-2-Pro-Mistral-7B-GGUF:Q4_K_M", "a.b/c_d-e"]))
+    assert all(
+        map(is_name, ["a/b", "NousResearch/Hermes-2-Pro-Mistral-7B-GGUF:Q4_K_M", "a.b/c_d-e"])
+    )
     assert not any(map(is_name, ["a", "a/b/c", "/a/b", "a/b:", "C:\\a", "a b/c", "../a/b"]))

@@ -34,14 +34,18 @@ def test_rms_norm_rounds_before_the_weight():
 
 
 def test_rms_norm_of_large_half_precision_numbers_does_not_overflow():
-    assert torch.equal(RMSNorm(8, eps=1e-5).half()(torch.full((1, 8), 6e4).half()), torch.ones(1, 8).half())
+    assert torch.equal(
+        RMSNorm(8, eps=1e-5).half()(torch.full((1, 8), 6e4).half()), torch.ones(1, 8).half()
+    )
 
 
 def test_mlp_is_its_formula():
     mlp = MLP(small.config()).double()
     x = torch.randn(3, 40, dtype=torch.float64)
     gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
-    assert torch.allclose(mlp(x), (gate / (1 + (-gate).exp()) * up) @ mlp.down_proj.weight.T, atol=1e-12)
+    assert torch.allclose(
+        mlp(x), (gate / (1 + (-gate).exp()) * up) @ mlp.down_proj.weight.T, atol=1e-12
+    )
 
 
 def test_rotation_is_complex_multiplication_of_the_pairs():
@@ -103,7 +107,11 @@ def test_the_two_attentions_agree(T, kind, H):
 
 
 def test_the_two_attentions_agree_with_more_keys_than_queries():
-    q, k, v = torch.randn(3, 6, 2, 10).double(), torch.randn(3, 2, 7, 10).double(), torch.randn(3, 2, 7, 10).double()
+    q, k, v = (
+        torch.randn(3, 6, 2, 10).double(),
+        torch.randn(3, 2, 7, 10).double(),
+        torch.randn(3, 2, 7, 10).double(),
+    )
     mask = window_mask(torch.tensor([[5, 6]]), torch.arange(7)[None], 4)
     assert torch.allclose(attend(q, k, v, mask), attend_explicit(q, k, v, mask), atol=1e-12)
     one = q[:, :, :1]
@@ -115,7 +123,9 @@ def test_query_heads_share_key_value_heads_in_consecutive_groups():
     v = torch.zeros(1, 2, 5, 10).double()
     v[:, 1] = 1.0  # key/value head 1 belongs to query heads 3, 4 and 5
     for version in (attend, attend_explicit):
-        assert torch.allclose(version(q, k, v, None)[0, :, 0, 0], torch.tensor([0, 0, 0, 1, 1, 1]).double())
+        assert torch.allclose(
+            version(q, k, v, None)[0, :, 0, 0], torch.tensor([0, 0, 0, 1, 1, 1]).double()
+        )
 
 
 def test_explicit_attention_of_a_query_without_keys_is_finite():

@@ -1,4 +1,6 @@
-"""Looking inside a running model: what the recorder sees is what the model does, and the page shows that."""
+"""Looking inside a running model: what the recorder sees is what the model does, and the page shows
+that.
+"""
 
 import base64
 import json
@@ -8,6 +10,7 @@ import sys
 import zlib
 
 import browser
+import look_inside  # noqa: E402
 import numpy as np
 import pytest
 import small
@@ -18,11 +21,9 @@ from mistral import tracing
 from mistral.rotary import rotate
 from mistral.tracing import Recorder, Stopwatch, logit_lens
 
-sys.path.insert(0, str(small.ROOT / "scripts"))  # scripts stand alone and find each other there
-
-import look_inside  # noqa: E402
-
-LAYERS, HEADS, WINDOW = (small.SIZES[name] for name in ("num_hidden_layers", "num_attention_heads", "sliding_window"))
+LAYERS, HEADS, WINDOW = (
+    small.SIZES[name] for name in ("num_hidden_layers", "num_attention_heads", "sliding_window")
+)
 PROMPT, NEW = small.tokens(11).tolist(), 6
 
 
@@ -55,7 +56,11 @@ def explicit_attention(model, ids):
 
 
 def hooks_of(model):
-    return [h for module in model.modules() for h in (*module._forward_hooks, *module._forward_pre_hooks)]
+    return [
+        h
+        for module in model.modules()
+        for h in (*module._forward_hooks, *module._forward_pre_hooks)
+    ]
 
 
 @pytest.mark.parametrize("watcher", [Recorder, Stopwatch])
@@ -99,7 +104,9 @@ def test_recorded_attention_is_explicit_attention_far_past_the_window():
     for layer in range(LAYERS):
         weights = trace.attention(layer)
         torch.testing.assert_close(weights.double(), expected[layer], atol=5e-4, rtol=0)
-        torch.testing.assert_close(weights.double().sum(dim=-1), torch.ones(HEADS, 17).double(), atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            weights.double().sum(dim=-1), torch.ones(HEADS, 17).double(), atol=2e-3, rtol=0
+        )
         assert not weights[expected[layer] == 0].any()
 
 
@@ -170,14 +177,19 @@ def test_a_recorder_follows_one_text_alone():
         with pytest.raises(ValueError, match="one row without padding"):
             model(small.tokens(1, 5), model.new_cache(1), [3])
         model(small.tokens(1, 5))
-        with pytest.raises(ValueError, match="it has seen 5 tokens, and this forward begins behind 0"):
+        with pytest.raises(
+            ValueError, match="it has seen 5 tokens, and this forward begins behind 0"
+        ):
             model(small.tokens(1, 5))
 
 
 def test_a_text_too_long_to_record_is_refused_before_it_is_read(monkeypatch):
     model = small.model()
     monkeypatch.setattr(tracing, "ATTENTION_LIMIT", 2 * LAYERS * HEADS * 8**2)
-    with Recorder(model) as trace, pytest.raises(ValueError, match="at most 8 tokens of this model"):
+    with (
+        Recorder(model) as trace,
+        pytest.raises(ValueError, match="at most 8 tokens of this model"),
+    ):
         model(small.tokens(1, 9))
     assert not trace.steps
     with Recorder(model) as trace:
@@ -186,7 +198,12 @@ def test_a_text_too_long_to_record_is_refused_before_it_is_read(monkeypatch):
 
 
 def test_a_7b_can_be_recorded_for_512_tokens():
-    assert tracing.most_tokens(small.config(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)) == 512
+    assert (
+        tracing.most_tokens(
+            small.config(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
+        )
+        == 512
+    )
 
 
 def test_the_lens_ends_in_what_the_model_predicts():
@@ -201,7 +218,9 @@ def test_the_lens_ends_in_what_the_model_predicts():
     assert (lens.following[:, -1] == 0).all()
     early = model.lm_head(model.model.norm(model.model.embed_tokens(torch.tensor(trace.tokens))))
     assert torch.equal(lens.ids[0, :, 0], early.argmax(dim=-1))
-    assert trace.tokens[11:] == lens.ids[-1, 10:-1, 0].tolist()  # greedy: the most probable one came
+    assert (
+        trace.tokens[11:] == lens.ids[-1, 10:-1, 0].tolist()
+    )  # greedy: the most probable one came
 
 
 def test_the_lens_of_a_long_text_is_put_together_in_order():
@@ -215,9 +234,14 @@ def test_the_stopwatch_times_every_module_and_the_parts_make_the_whole():
     model = small.model()
     _, watch = record(model)
     for seconds in watch.steps:
-        assert set(seconds) == {name for name, _ in model.named_modules() if not name.endswith("layers")}
+        assert set(seconds) == {
+            name for name, _ in model.named_modules() if not name.endswith("layers")
+        }
         assert all(s > 0 for s in seconds.values())
-        assert sum(s for name, s in seconds.items() if name.count(".") == 2 and "layers" in name) < seconds["model"]
+        assert (
+            sum(s for name, s in seconds.items() if name.count(".") == 2 and "layers" in name)
+            < seconds["model"]
+        )
         assert seconds["model"] + seconds["lm_head"] < seconds[""]
         parts = look_inside.milliseconds(seconds)
         assert len(parts) == len(look_inside.PARTS)
@@ -239,12 +263,16 @@ def tokenizer_of(texts=()):
 
 def make_page(model, tokenizer, prompt=PROMPT, new=NEW, name="a model", **options):
     trace, watch = record(model, prompt, new)
-    data = look_inside.page_data(model, tokenizer, trace, watch, prompt=len(prompt), top=5, name=name)
+    data = look_inside.page_data(
+        model, tokenizer, trace, watch, prompt=len(prompt), top=5, name=name
+    )
     return look_inside.render(data, trace, **options), trace
 
 
 def data_of(page):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -252,7 +280,12 @@ def test_the_page_holds_what_the_model_does(dtype):
     model = small.model(dtype)
     page, trace = make_page(model, tokenizer_of())
     data, T = data_of(page), 17
-    assert (data["prompt"], data["tokens"], data["slots"], data["least"]) == (11, trace.tokens, WINDOW, 1)
+    assert (data["prompt"], data["tokens"], data["slots"], data["least"]) == (
+        11,
+        trace.tokens,
+        WINDOW,
+        1,
+    )
     rows, columns = np.tril_indices(T)
     for layer, packed in enumerate(data["attention"]):
         weights = np.zeros((HEADS, T, T))
@@ -264,7 +297,9 @@ def test_the_page_holds_what_the_model_does(dtype):
     probabilities = unpack(data["lens_probabilities"], "<u2") / 65535
     assert np.abs(probabilities - lens.probabilities.flatten().numpy()).max() < 1e-5
     norms = unpack(data["norms"], "<f4").reshape(3 * LAYERS + 1, T)
-    np.testing.assert_allclose(norms[: LAYERS + 1], trace.residual().double().norm(dim=-1), rtol=1e-3)
+    np.testing.assert_allclose(
+        norms[: LAYERS + 1], trace.residual().double().norm(dim=-1), rtol=1e-3
+    )
     for step, recorded in zip(data["steps"], trace.steps, strict=True):
         assert (step["start"], step["end"]) == (recorded.start, recorded.end)
         assert [tuple(write) for write in step["writes"]] == recorded.writes
@@ -295,7 +330,14 @@ def test_512_tokens_of_the_demo_stay_below_5_mb():
     assert len(page.encode()) < 5_000_000
 
 
-HOSTILE = ["</script><img/src=x/onerror=alert(1)>", "<!--", "<script>", "\u202eabc\x07", "{{data}}", "&amp;"]
+HOSTILE = [
+    "</script><img/src=x/onerror=alert(1)>",
+    "<!--",
+    "<script>",
+    "\u202eabc\x07",
+    "{{data}}",
+    "&amp;",
+]
 
 
 def hostile_page():
@@ -312,14 +354,20 @@ def test_hostile_tokens_cannot_leave_their_place():
     assert "<!--" not in page
     assert "<title>Inside &lt;b&gt;&amp;&lt;/title&gt;{{script}}</title>" in page
     data = data_of(page)
-    assert [data["texts"][str(32000 + i)] for i in (0, 1, 4)] == [HOSTILE[0], HOSTILE[1], HOSTILE[4]]
+    assert [data["texts"][str(32000 + i)] for i in (0, 1, 4)] == [
+        HOSTILE[0],
+        HOSTILE[1],
+        HOSTILE[4],
+    ]
     assert data["texts"]["32003"] == r"\u202eabc\u0007"
 
 
 def test_tokens_are_made_visible():
     tokenizer = tokenizer_of(["<|im_end|>"])
     newline, lone_byte, unknown = 13, 3 + 0xE2, 40000
-    shown = [look_inside.token_text(tokenizer, id) for id in (1, newline, lone_byte, 32000, unknown)]
+    shown = [
+        look_inside.token_text(tokenizer, id) for id in (1, newline, lone_byte, 32000, unknown)
+    ]
     assert shown == ["<s>", "↵", r"\xe2", "<|im_end|>", "[40000]"]
     [hello] = tokenizer.encode("the", bos=False)
     assert look_inside.token_text(tokenizer, hello) == "\u2581the"
@@ -333,7 +381,9 @@ def test_the_page_runs_its_own_script_alone():
     assert policy.startswith("default-src 'none'")
     assert look_inside.digest(script[0]) in policy
     assert look_inside.digest(style[0]) in policy
-    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|fetch\(|https?://(?!www\.w3\.org)", script[0])
+    assert not re.search(
+        r"innerHTML|insertAdjacentHTML|document\.write|fetch\(|https?://(?!www\.w3\.org)", script[0]
+    )
 
 
 def test_the_files_that_the_page_names_exist():
@@ -370,7 +420,19 @@ def run_script(monkeypatch, capsys):
 
 def test_the_script_writes_a_page_and_replaces_only_pages(run_script, tmp_path):
     out = tmp_path / "page.html"
-    command = ("demo", "What is a cache?", "--chat", "--window", 8, "--new-tokens", 3, "-o", out, "--device", "cpu")
+    command = (
+        "demo",
+        "What is a cache?",
+        "--chat",
+        "--window",
+        8,
+        "--new-tokens",
+        3,
+        "-o",
+        out,
+        "--device",
+        "cpu",
+    )
     code, said = run_script(*command)
     assert (code, "This is the demo" in said) == (0, True)
     assert re.search(r"wrote .*page\.html, .* kB: \d+ tokens and [0-3] new ones", said)
@@ -392,10 +454,15 @@ def test_the_script_writes_a_page_and_replaces_only_pages(run_script, tmp_path):
         (["demo", "a", "--top", 0], "--top 1 to 20"),
         (["demo", "a", "--new-tokens", -1], "--new-tokens must be 0 or more"),
         (["demo", "a", "-o", "no/such/folder/page.html"], "is not a folder"),
-        (["demo", "a", "--new-tokens", 511], "a page holds 512 of this model: shorten the text or lower --new-tokens"),
+        (
+            ["demo", "a", "--new-tokens", 511],
+            "a page holds 512 of this model: shorten the text or lower --new-tokens",
+        ),
     ],
 )
-def test_what_cannot_be_shown_is_refused_in_one_line(run_script, tmp_path, monkeypatch, arguments, message):
+def test_what_cannot_be_shown_is_refused_in_one_line(
+    run_script, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     code, said = run_script(*arguments)
     assert code == 1
@@ -405,14 +472,18 @@ def test_what_cannot_be_shown_is_refused_in_one_line(run_script, tmp_path, monke
 
 def test_a_packed_checkpoint_can_be_looked_into(run_script, tmp_path):
     out = tmp_path / "page.html"
-    code, said = run_script("demo", "Hello", "--packed", "--new-tokens", 2, "-o", out, "--device", "cpu")
+    code, said = run_script(
+        "demo", "Hello", "--packed", "--new-tokens", 2, "-o", out, "--device", "cpu"
+    )
     assert code == 0, said
     assert len(data_of(out.read_text())["steps"]) == 3
 
 
 # ---- in a browser ----
 
-needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium (Debian's package: chromium)")
+needs_chromium = pytest.mark.skipif(
+    browser.CHROMIUM is None, reason="needs Chromium (Debian's package: chromium)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +494,9 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def opened(chromium, tmp_path):
-    """Opens a page, wide or narrow; checks at the end that nothing was complained about or asked of the network."""
+    """Opens a page, wide or narrow; checks at the end that nothing was complained about or asked of
+    the network.
+    """
     chromium.complaints.clear()
     chromium.requests.clear()
 
@@ -456,17 +529,28 @@ def test_a_click_on_a_token_moves_every_panel(opened):
     assert shown(page, "#candidates .label") == first
     assert shown(page, "#candidates .value") == f"{100 * lens.probabilities[-1, 13, 0]:.1f}%"
     assert "position 13 of 0 to 16" in shown(page, "#here")
-    assert page.evaluate("document.querySelector('#strip [aria-pressed=true]').dataset.position") == "13"
+    assert (
+        page.evaluate("document.querySelector('#strip [aria-pressed=true]').dataset.position")
+        == "13"
+    )
     assert shown(page, "#grid thead .chosen").startswith("13 ")
     assert shown(page, "#grid tbody tr:last-child td.chosen") == first
     strongest = trace.attention(0)[0, 13].argmax().item()
     assert shown(page, "#seen .label").startswith(f"{strongest} ")
-    assert "Step 6 of 9 read position 13. Position 13 went to slot 1, where position 9 was." in shown(page, "#told")
+    assert (
+        "Step 6 of 9 read position 13. Position 13 went to slot 1, where position 9 was."
+        in shown(page, "#told")
+    )
     assert [
         text.split(":")[0]
-        for text in page.evaluate("[...document.querySelectorAll('#slots .number')].map((n) => n.innerText)")
+        for text in page.evaluate(
+            "[...document.querySelectorAll('#slots .number')].map((n) => n.innerText)"
+        )
     ] == ["0", "1", "2", "3"]
-    assert page.evaluate("document.querySelector('#chart svg').getAttribute('aria-label')") == "norms of position 13"
+    assert (
+        page.evaluate("document.querySelector('#chart svg').getAttribute('aria-label')")
+        == "norms of position 13"
+    )
     assert shown(page, "#took").startswith("Step 6, position 13: ")
 
 
@@ -485,13 +569,20 @@ def test_keys_heat_map_bars_and_menus_work(opened):
     page.wait("document.body.dataset.shown === '16 0 0'")
     page.click("#steps rect:nth-of-type(3)", down=0.9)
     page.wait("document.body.dataset.shown === '10 0 0'")
-    page.evaluate("(() => { const e = document.querySelector('#layer'); e.value = 2; e.onchange(); })()")
-    page.evaluate("(() => { const e = document.querySelector('#head'); e.value = 4; e.onchange(); })()")
+    page.evaluate(
+        "(() => { const e = document.querySelector('#layer'); e.value = 2; e.onchange(); })()"
+    )
+    page.evaluate(
+        "(() => { const e = document.querySelector('#head'); e.value = 4; e.onchange(); })()"
+    )
     page.wait("document.body.dataset.shown === '10 2 4'")
     best = trace.attention(2)[4, 10].max().item()
     assert abs(float(shown(page, "#seen .value").rstrip("%")) - 100 * best) < 0.3
     assert shown(page, "#shared") == "reads key/value head 1"
-    page.evaluate("(() => { const e = document.querySelector('#shade'); e.value = 'attention'; e.onchange(); })()")
+    page.evaluate(
+        "(() => { const e = document.querySelector('#shade'); e.value = 'attention'; e.onchange(); "
+        "})()"
+    )
     page.wait("document.querySelector('#strip button').title.includes('attention: ')")
 
 
@@ -503,7 +594,10 @@ def test_hostile_tokens_are_text_in_the_browser_and_nothing_overflows(opened, wi
     assert shown(page, "#strip [data-position='1']") == HOSTILE[0]
     assert shown(page, "#name") == "<b>&</title>{{script}}"
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    beyond = "[...document.querySelectorAll('section > *')].filter((e) => e.getBoundingClientRect().right > innerWidth)"
+    beyond = (
+        "[...document.querySelectorAll('section > *')].filter((e) => "
+        "e.getBoundingClientRect().right > innerWidth)"
+    )
     assert page.evaluate(f"{beyond}.length") == 0
 
 

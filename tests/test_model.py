@@ -62,7 +62,8 @@ def test_logits_and_cache_have_the_models_dtype():
 
 
 def test_a_changed_dtype_keeps_the_rotary_angles():
-    # Where the frequencies are a buffer of the module, .to(bfloat16) rounds them: an error of 0.15 in the logits.
+    # Where the frequencies are a buffer of the module, .to(bfloat16) rounds them: an error of 0.15
+    # in the logits.
     tokens = small.tokens(1, 50)
     there_and_back = small.model(torch.float32).to(torch.bfloat16)(tokens)
     made_so = small.model(torch.bfloat16)(tokens)
@@ -95,7 +96,9 @@ def test_impossible_lengths_are_refused_without_a_cache_too(lengths):
 
 
 def test_a_cache_that_cannot_fit_is_refused_with_what_would():
-    with pytest.raises(mistral.NotEnoughMemory, match=r"needs .* are free; \d+ positions, or \d+ rows, would fit"):
+    with pytest.raises(
+        mistral.NotEnoughMemory, match=r"needs .* are free; \d+ positions, or \d+ rows, would fit"
+    ):
         small.model(sliding_window=None).new_cache(4, max_tokens=2**31)
 
 
@@ -112,9 +115,13 @@ def test_gradients_reach_every_parameter_and_match_finite_differences():
     for step in (eps, -eps):
         with torch.no_grad():
             weight[3, 5] += step
-            losses.append(F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+            losses.append(
+                F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            )
             weight[3, 5] -= step
-    assert weight.grad[3, 5].item() == pytest.approx((losses[0] - losses[1]).item() / (2 * eps), rel=1e-5)
+    assert weight.grad[3, 5].item() == pytest.approx(
+        (losses[0] - losses[1]).item() / (2 * eps), rel=1e-5
+    )
 
 
 def test_the_model_learns():

@@ -1,4 +1,6 @@
-"""Unpacking ggml's blocks: gguf-py's numbers to the bit, on random bytes and on blocks that llama.cpp made."""
+"""Unpacking ggml's blocks: gguf-py's numbers to the bit, on random bytes and on blocks that
+llama.cpp made.
+"""
 
 import gguf
 import numpy as np
@@ -45,7 +47,21 @@ def test_genuine_blocks_give_gguf_pys_bits(name):
 
 
 def test_the_types_that_mistral_files_hold_are_our_own():
-    ours = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    ours = {
+        "F32",
+        "F16",
+        "BF16",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+    }
     assert set(FUNCTIONS) == ours | {"F64"}
     assert ours - {"F32"} <= set(GENUINE.files)
 
@@ -58,12 +74,16 @@ def test_block_sizes_are_ggufs():
 
 def test_unpack_is_the_drawing_in_its_docstring():
     a, b, c, d = 1, 2, 3, 4
-    assert unpack(torch.tensor([[b << 4 | a, d << 4 | c]], dtype=torch.uint8), 4, 2).tolist() == [[a, c, b, d]]
+    assert unpack(torch.tensor([[b << 4 | a, d << 4 | c]], dtype=torch.uint8), 4, 2).tolist() == [
+        [a, c, b, d]
+    ]
     assert unpack(torch.tensor([[0b11100100]], dtype=torch.uint8), 2, 1).tolist() == [[0, 1, 2, 3]]
 
 
 def test_one_q4_0_block_by_hand():
-    block = torch.tensor([[0x00, 0x38, *([0x90] * 16)]], dtype=torch.uint8)  # d = 0.5; low nibbles 0, high ones 9
+    block = torch.tensor(
+        [[0x00, 0x38, *([0x90] * 16)]], dtype=torch.uint8
+    )  # d = 0.5; low nibbles 0, high ones 9
     assert dequantize(block, BY_NAME["Q4_0"]).tolist() == [[-4.0] * 16 + [0.5] * 16]
 
 
@@ -89,7 +109,9 @@ def test_packed_layers_are_layers_with_the_unpacked_weights(name, dtype, monkeyp
     x = torch.randn(2, 3, 512, dtype=dtype)
     wanted = F.linear(x, weight)
     error = (PackedLinear(blocks, kind)(x) - wanted).abs().max() / wanted.abs().max()
-    assert error < (1e-2 if dtype.itemsize == 2 else 1e-6)  # other pieces may be summed in another order
+    assert error < (
+        1e-2 if dtype.itemsize == 2 else 1e-6
+    )  # other pieces may be summed in another order
     tokens = torch.tensor([[0, 12, 3], [3, 3, 1]])
     embedding = PackedEmbedding(blocks, kind, torch.float32).to(dtype)
     assert torch.equal(embedding(tokens), weight[tokens])
@@ -99,7 +121,9 @@ def test_packed_layers_are_layers_with_the_unpacked_weights(name, dtype, monkeyp
 @pytest.mark.parametrize("id", [-1, 13])
 def test_an_id_outside_a_packed_table_is_an_error_as_in_a_plain_one(id):
     kind = BY_NAME["Q8_0"]
-    embedding = PackedEmbedding(torch.zeros(13, kind.block_bytes, dtype=torch.uint8), kind, torch.float32)
+    embedding = PackedEmbedding(
+        torch.zeros(13, kind.block_bytes, dtype=torch.uint8), kind, torch.float32
+    )
     with pytest.raises(IndexError):
         embedding(torch.tensor([[3, id]]))
 

@@ -47,7 +47,9 @@ def test_the_bytes_are_gguf_pys(name, dtype, monkeypatch):
     assert np.array_equal(quantize(rows, KINDS[name], CPU).numpy(), theirs)
 
 
-@pytest.mark.parametrize(("number", "name"), [(torch.inf, "q8_0"), (torch.nan, "q4_0"), (9e6, "q8_0"), (6e5, "q4_0")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(torch.inf, "q8_0"), (torch.nan, "q4_0"), (9e6, "q8_0"), (6e5, "q4_0")]
+)
 def test_numbers_that_a_block_cannot_hold_are_refused(number, name):
     rows = awkward_rows()
     rows[23, 255] = number
@@ -68,12 +70,18 @@ def test_the_model_is_that_of_a_packed_gguf(tmp_path):
     with torch.no_grad():
         assert torch.equal(ours(tokens), theirs(tokens))
     ids = list(mistral.generate(ours, [1, 5, 6], mistral.Sampling(temperature=0), max_new_tokens=5))
-    assert ids == list(mistral.generate(theirs, [1, 5, 6], mistral.Sampling(temperature=0), max_new_tokens=5))
+    assert ids == list(
+        mistral.generate(theirs, [1, 5, 6], mistral.Sampling(temperature=0), max_new_tokens=5)
+    )
 
 
 def test_four_bits_are_for_all_matrices_but_the_output_and_norms_stay():
     model, _ = load(SMALL, quantize="q4_0", dtype=torch.bfloat16)
-    kinds = {name: module.kind.name for name, module in model.named_modules() if isinstance(module, Packed)}
+    kinds = {
+        name: module.kind.name
+        for name, module in model.named_modules()
+        if isinstance(module, Packed)
+    }
     assert kinds.pop("lm_head") == "Q8_0"
     assert set(kinds.values()) == {"Q4_0"}
     assert len(kinds) == 1 + 7 * model.config.num_hidden_layers
@@ -90,7 +98,9 @@ def consolidated_copy(folder):
     names, tensors = consolidated_names(config.num_hidden_layers), {}
     for name, tensor in load_file(SMALL / "model.safetensors").items():
         heads = rotary_heads(name, config)
-        tensors[names[name]] = tensor if heads is None else tensor[interleaved_rows(len(tensor), heads)].contiguous()
+        tensors[names[name]] = (
+            tensor if heads is None else tensor[interleaved_rows(len(tensor), heads)].contiguous()
+        )
     save_file(tensors, folder / "consolidated.safetensors")
     shutil.copyfile(SMALL / "tokenizer.model", folder / "tokenizer.model.v3")
     params = dict(
@@ -114,7 +124,9 @@ def test_every_form_that_holds_numbers_gives_the_same_blocks(tmp_path):
 def test_a_tied_output_has_eight_bits_and_no_bytes_of_its_own(tmp_path):
     from mistral.checkpoints import hugging_face
 
-    small.save_hf(tmp_path, tie_word_embeddings=True, hidden_size=64, intermediate_size=96, head_dim=16)
+    small.save_hf(
+        tmp_path, tie_word_embeddings=True, hidden_size=64, intermediate_size=96, head_dim=16
+    )
     config = hugging_face.read_config(tmp_path)
     model = hugging_face.load_model(tmp_path, config, CPU, None, "q4_0")
     assert model.model.embed_tokens.kind.name == "Q8_0"
@@ -127,20 +139,25 @@ def test_what_cannot_be_rounded_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="quantize must be 'q8_0' or 'q4_0', not 'q4_k'"):
         load(SMALL, quantize="q4_k")
     with pytest.raises(
-        ValueError, match=r"q8_0.gguf is quantised \(model.embed_tokens.weight is Q8_0\): keep it .* packed"
+        ValueError,
+        match=r"q8_0.gguf is quantised \(model.embed_tokens.weight is Q8_0\): keep it .* packed",
     ):
         load(small.DATA / "gguf/q8_0.gguf", quantize="q4_0")
     small.save_hf(tmp_path)  # rows of 40
     shutil.copyfile(SMALL / "tokenizer.model", tmp_path / "tokenizer.model")
     from mistral.checkpoints import hugging_face
 
-    with pytest.raises(ValueError, match="stores blocks of 32 weights, and .* has rows of 40: leave out quantize"):
+    with pytest.raises(
+        ValueError, match="stores blocks of 32 weights, and .* has rows of 40: leave out quantize"
+    ):
         hugging_face.load_model(tmp_path, hugging_face.read_config(tmp_path), CPU, None, "q8_0")
     tensors = load_file(SMALL / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = torch.inf
     broken = shutil.copytree(SMALL, tmp_path / "broken")
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(mistral.CheckpointError, match="layers.1.mlp.up_proj.weight: Q8_0 holds numbers up to"):
+    with pytest.raises(
+        mistral.CheckpointError, match="layers.1.mlp.up_proj.weight: Q8_0 holds numbers up to"
+    ):
         load(broken, quantize="q8_0")
 
 
@@ -172,12 +189,24 @@ def test_memory_is_asked_for_what_the_blocks_take(monkeypatch):
 
 
 def test_the_scripts_take_it():
-    command = [sys.executable, "scripts/generate.py", str(SMALL), "--quantize", "q8_0", "--prompt", "Hello"]
+    command = [
+        sys.executable,
+        "scripts/generate.py",
+        str(SMALL),
+        "--quantize",
+        "q8_0",
+        "--prompt",
+        "Hello",
+    ]
     options = ["--max-new-tokens", "2", "--device", "cpu"]
     result = subprocess.run([*command, *options], capture_output=True, text=True, cwd=small.ROOT)
     assert result.returncode == 0, result.stderr
-    load_it = "import sys; sys.path.insert(0, 'scripts'); import common; parser = common.parser('', ''); "
-    load_it += "common.add_model_arguments(parser); print(common.load(parser.parse_args())[0].lm_head)"
+    load_it = (
+        "import sys; sys.path.insert(0, 'scripts'); import common; parser = common.parser('', ''); "
+    )
+    load_it += (
+        "common.add_model_arguments(parser); print(common.load(parser.parse_args())[0].lm_head)"
+    )
     command = [sys.executable, "-c", load_it, str(SMALL), "--device", "cpu", "--quantize"]
     result = subprocess.run([*command, "q8_0"], capture_output=True, text=True, cwd=small.ROOT)
     assert result.stdout.startswith("PackedLinear("), result.stderr

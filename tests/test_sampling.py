@@ -56,7 +56,9 @@ def test_each_rule_is_transformers_rule(ours, theirs, ties):
     for seed in range(40):
         logits, history = random_logits(seed, ties), random_history(seed)
         expected = theirs()(history, logits.clone())
-        assert torch.equal(processed_scores(logits, Sampling(**ours), history, full(history)), expected)
+        assert torch.equal(
+            processed_scores(logits, Sampling(**ours), history, full(history)), expected
+        )
 
 
 def test_n_grams_are_banned_for_short_histories_as_well():
@@ -64,13 +66,18 @@ def test_n_grams_are_banned_for_short_histories_as_well():
         for length in range(5):
             history = torch.tensor([[4, 4, 4, 4, 4][:length]], dtype=torch.int64)
             expected = NoRepeatNGramLogitsProcessor(n)(history, torch.zeros(1, V))
-            scores = processed_scores(torch.zeros(1, V), Sampling(no_repeat_ngram_size=n), history, full(history))
+            scores = processed_scores(
+                torch.zeros(1, V), Sampling(no_repeat_ngram_size=n), history, full(history)
+            )
             assert torch.equal(scores, expected)
 
 
 def test_ragged_histories_are_each_rows_own():
     history = torch.tensor([[3, 4, 3, -1, -1], [5, 6, 7, 5, 6], [-1] * 5])
-    lengths, sampling = torch.tensor([3, 5, 0]), Sampling(no_repeat_ngram_size=2, repetition_penalty=2.0)
+    lengths, sampling = (
+        torch.tensor([3, 5, 0]),
+        Sampling(no_repeat_ngram_size=2, repetition_penalty=2.0),
+    )
     scores = processed_scores(torch.ones(3, V), sampling, history, lengths)
     for row, ids in enumerate(([3, 4, 3], [5, 6, 7, 5, 6], [])):
         alone = torch.tensor([ids], dtype=torch.int64)
@@ -83,8 +90,17 @@ def test_ragged_histories_are_each_rows_own():
 def test_all_rules_together_in_transformers_order():
     values = dict(temperature=0.7, top_k=30, top_p=0.9, min_p=0.02, typical_p=0.8)
     values |= dict(repetition_penalty=1.2, no_repeat_ngram_size=2)
-    chain = [RepetitionPenaltyLogitsProcessor(1.2), NoRepeatNGramLogitsProcessor(2), TemperatureLogitsWarper(0.7)]
-    chain += [TopKLogitsWarper(30), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02), TypicalLogitsWarper(0.8)]
+    chain = [
+        RepetitionPenaltyLogitsProcessor(1.2),
+        NoRepeatNGramLogitsProcessor(2),
+        TemperatureLogitsWarper(0.7),
+    ]
+    chain += [
+        TopKLogitsWarper(30),
+        TopPLogitsWarper(0.9),
+        MinPLogitsWarper(0.02),
+        TypicalLogitsWarper(0.8),
+    ]
     for seed in range(100):
         logits, history = random_logits(seed, ties=seed % 2 == 0), random_history(seed)
         scores = processed_scores(logits, Sampling(**values), history, full(history))
@@ -95,22 +111,36 @@ def test_all_rules_together_in_transformers_order():
 
 
 def draw(logits, sampling, mask=None, generator=None):
-    return next_ids(logits, sampling, torch.zeros(logits.shape[0], 0).long(), full(logits[:, :0]), mask, generator)
+    return next_ids(
+        logits,
+        sampling,
+        torch.zeros(logits.shape[0], 0).long(),
+        full(logits[:, :0]),
+        mask,
+        generator,
+    )
 
 
 def test_a_draw_is_torch_multinomials_draw():
     logits = random_logits(0, ties=False)
     for seed in range(50):
-        expected = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seed))[:, 0]
-        assert torch.equal(draw(logits, Sampling(), generator=torch.Generator().manual_seed(seed)), expected)
+        expected = torch.multinomial(
+            logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seed)
+        )[:, 0]
+        assert torch.equal(
+            draw(logits, Sampling(), generator=torch.Generator().manual_seed(seed)), expected
+        )
 
 
 def test_frequencies_are_the_probabilities():
     logits, n = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5]]), 40_000
-    ids = draw(logits.expand(n, -1), Sampling(temperature=0.8), generator=torch.Generator().manual_seed(1))
+    ids = draw(
+        logits.expand(n, -1), Sampling(temperature=0.8), generator=torch.Generator().manual_seed(1)
+    )
     frequencies = ids.bincount(minlength=5) / n
     expected = (logits[0] / 0.8).softmax(-1)
-    # Five standard deviations: a correct sampler fails once in a million seeds, and the seed is fixed.
+    # Five standard deviations: a correct sampler fails once in a million seeds, and the seed is
+    # fixed.
     assert ((frequencies - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()).all()
 
 
@@ -118,7 +148,9 @@ def test_temperature_0_is_greedy_and_takes_the_first_of_equals():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
     assert draw(logits, Sampling(temperature=0, top_k=1)).tolist() == [1]
     history = torch.tensor([[1]])
-    penalized = next_ids(logits, Sampling(temperature=0, repetition_penalty=2.0), history, full(history), None, None)
+    penalized = next_ids(
+        logits, Sampling(temperature=0, repetition_penalty=2.0), history, full(history), None, None
+    )
     assert penalized.tolist() == [2]
 
 

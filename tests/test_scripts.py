@@ -21,9 +21,11 @@ SMALL = str(small.DATA / "small")
 
 
 def run(script, *arguments, **options):
-    command = [sys.executable, f"scripts/{script}.py", *map(str, arguments)]
+    command = [sys.executable, small.SCRIPTS[script], *map(str, arguments)]
     options = {"stdin": subprocess.DEVNULL} | options if "input" not in options else options
-    result = subprocess.run(command, cwd=small.ROOT, capture_output=True, text=True, timeout=120, **options)
+    result = subprocess.run(
+        command, cwd=small.ROOT, capture_output=True, text=True, timeout=120, **options
+    )
     assert "Traceback" not in result.stderr
     return result
 
@@ -33,10 +35,9 @@ def run_here(monkeypatch, capsys):
     """The same inside this process, which has everything imported: (exit code, stdout, stderr)."""
 
     def run_here(script, *arguments):
-        monkeypatch.syspath_prepend(str(small.ROOT / "scripts"))
-        monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [small.SCRIPTS[script], *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(small.ROOT / f"scripts/{script}.py"), run_name="__main__")
+            runpy.run_path(str(small.ROOT / small.SCRIPTS[script]), run_name="__main__")
         return ended.value.code, *capsys.readouterr()
 
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which `run` replaces
@@ -45,9 +46,13 @@ def run_here(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def hermes(tmp_path_factory):
-    """Random weights with the true tokenizer of Mistral, padded to 32,032 rows as Hermes-2-Pro is."""
+    """Random weights with the true tokenizer of Mistral, padded to 32,032 rows as Hermes-2-Pro
+    is.
+    """
     folder = tmp_path_factory.mktemp("hermes") / "checkpoint"
-    made = run("random_checkpoint", folder, "--tokenizer", small.TRUE_TOKENIZERS / "tokenizer.model.v1")
+    made = run(
+        "random_checkpoint", folder, "--tokenizer", small.TRUE_TOKENIZERS / "tokenizer.model.v1"
+    )
     assert made.returncode == 0, made.stderr
     return folder
 
@@ -66,7 +71,9 @@ def test_generate_lets_an_engine_run_ahead_of_what_it_prints(hermes, monkeypatch
         return Ahead(model, *sizes, **options), "engine: ahead"
 
     monkeypatch.setattr(mistral_kernels, "open_engine", open_engine)
-    monkeypatch.setattr(mistral.tokenizer.TextStream, "feed", lambda self, id: events.append("text") or "a")
+    monkeypatch.setattr(
+        mistral.tokenizer.TextStream, "feed", lambda self, id: events.append("text") or "a"
+    )
     code, _, err = run_here("generate", hermes, "--prompt", "Hello", "--max-new-tokens", 6)
     assert code == 0
     assert "6 new tokens" in err
@@ -89,13 +96,21 @@ def test_generate_streams_text_and_reports_on_stderr(hermes):
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout
     assert len(first.stdout) > 20
-    for part in ("prompt 6 tokens", "first token after", "tokens/s", "20 new tokens", "peak memory"):
+    for part in (
+        "prompt 6 tokens",
+        "first token after",
+        "tokens/s",
+        "20 new tokens",
+        "peak memory",
+    ):
         assert part in first.stderr
 
 
 def test_generate_takes_a_real_chat_prompt_from_a_pipe_far_past_the_window(hermes):
     turn = "<|im_start|>user\nWhat is the weather in Zürich? 🌧️<|im_end|>\n<|im_start|>assistant\n"
-    result = run("generate", hermes, "--special", "--max-new-tokens", 5, "--temperature", 0, input=turn * 12)
+    result = run(
+        "generate", hermes, "--special", "--max-new-tokens", 5, "--temperature", 0, input=turn * 12
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stderr.split("prompt ")[1].split(" tokens")[0].replace(",", "")) > 2 * 128
 
@@ -106,14 +121,40 @@ def test_generate_obeys_its_flags(hermes):
     stop = free[10:14]
     stopped = run("generate", *base, "--stop", stop).stdout
     assert stopped == free[: free.index(stop)] + "\n"
-    flags = ("--top-k", 5, "--top-p", 0.9, "--min-p", 0.01, "--typical-p", 0.9, "--repetition-penalty", 1.2)
-    flags += ("--no-repeat-ngram-size", 3, "--seed", 3, "--dtype", "bfloat16", "--device", "cpu", "--window", "none")
+    flags = (
+        "--top-k",
+        5,
+        "--top-p",
+        0.9,
+        "--min-p",
+        0.01,
+        "--typical-p",
+        0.9,
+        "--repetition-penalty",
+        1.2,
+    )
+    flags += (
+        "--no-repeat-ngram-size",
+        3,
+        "--seed",
+        3,
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--window",
+        "none",
+    )
     result = run("generate", hermes, "--prompt", "Hello there", "--max-new-tokens", 10, *flags)
     assert result.returncode == 0, result.stderr
 
 
 def test_compare_hf_finds_no_difference_and_exits_with_0(hermes):
-    for arguments in ((hermes, "--dtype", "bfloat16"), (SMALL, "--tokens", 40), (SMALL, "--window", "none")):
+    for arguments in (
+        (hermes, "--dtype", "bfloat16"),
+        (SMALL, "--tokens", 40),
+        (SMALL, "--window", "none"),
+    ):
         result = run("compare_hf", *arguments)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "bit-identical" in result.stdout
@@ -136,11 +177,19 @@ GGUF = small.DATA / "gguf/q4_k_m.gguf"
 
 
 def test_every_script_takes_a_gguf_file(run_here, tmp_path):
-    code, out, err = run_here("generate", GGUF, "--packed", "--prompt", "hello", "--max-new-tokens", 5, "--seed", 1)
+    code, out, err = run_here(
+        "generate", GGUF, "--packed", "--prompt", "hello", "--max-new-tokens", 5, "--seed", 1
+    )
     assert (code, len(out) > 1, "names no sliding window" in err) == (0, True, True)
     code, out, _ = run_here("inspect_checkpoint", GGUF)
     assert code == 0
-    for fact in ("Q6_K 221.76 kB", "tokenizer.ggml.tokens", "blk.*.attn_q.weight", "462 ids for 480 rows", "packed"):
+    for fact in (
+        "Q6_K 221.76 kB",
+        "tokenizer.ggml.tokens",
+        "blk.*.attn_q.weight",
+        "462 ids for 480 rows",
+        "packed",
+    ):
         assert fact in out
     code, out, _ = run_here("compare_hf", GGUF, "--window", 16, "--tokens", 40)
     assert (code, "bit-identical" in out) == (0, True)
@@ -181,7 +230,11 @@ def test_inspect_checkpoint_tells_the_facts(hermes):
         ("generate", ("no/such/folder", "--prompt", "hi"), "no/such/folder does not exist"),
         ("generate", (__file__, "--prompt", "hi"), "is no GGUF file"),
         ("generate", (SMALL, "--prompt", ""), "the prompt is empty"),
-        ("generate", (SMALL, "--prompt", "hi", "--temperature", -1), "temperature must be 0 (greedy) or"),
+        (
+            "generate",
+            (SMALL, "--prompt", "hi", "--temperature", -1),
+            "temperature must be 0 (greedy) or",
+        ),
         ("generate", (SMALL, "--prompt", "hi", "--max-new-tokens", 3000), "made for 2048"),
         ("generate", (SMALL, "--prompt", "hi", "--stop", ""), "non-empty strings"),
         ("generate", (SMALL, "--prompt", "hi", "--device", "gpu"), "device 'gpu'"),
@@ -208,7 +261,9 @@ def test_bad_input_is_one_line_and_a_code(script, arguments, message, run_here):
     assert message in lines[0]
 
 
-@pytest.mark.parametrize("arguments", [("--window", "-3"), ("--dtype", "int8"), ("--no-such-option",)])
+@pytest.mark.parametrize(
+    "arguments", [("--window", "-3"), ("--dtype", "int8"), ("--no-such-option",)]
+)
 def test_unknown_options_are_refused(arguments, run_here):
     code, _, err = run_here("generate", SMALL, *arguments)
     assert code == 2
@@ -217,7 +272,9 @@ def test_unknown_options_are_refused(arguments, run_here):
 
 def test_input_that_is_not_utf_8_is_said():
     command = [sys.executable, "scripts/generate.py", SMALL]
-    result = subprocess.run(command, cwd=small.ROOT, input=b"caf\xe9", capture_output=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=small.ROOT, input=b"caf\xe9", capture_output=True, timeout=120
+    )
     assert result.returncode == 1
     assert b"not UTF-8" in result.stderr
     assert b"Traceback" not in result.stderr
@@ -245,8 +302,18 @@ def test_a_terminal_sees_a_progress_bar(hermes):
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = [sys.executable, "scripts/generate.py", hermes, "--prompt", "hello", "--max-new-tokens", "2"]
-    result = subprocess.run(command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=theirs, timeout=120)
+    command = [
+        sys.executable,
+        "scripts/generate.py",
+        hermes,
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        "2",
+    ]
+    result = subprocess.run(
+        command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=theirs, timeout=120
+    )
     shown = os.read(ours, 100_000)
     os.close(ours)
     os.close(theirs)
@@ -256,7 +323,8 @@ def test_a_terminal_sees_a_progress_bar(hermes):
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments"), [("generate", ("--prompt", "x")), ("inspect_checkpoint", ()), ("compare_hf", ())]
+    ("script", "arguments"),
+    [("generate", ("--prompt", "x")), ("inspect_checkpoint", ()), ("compare_hf", ())],
 )
 def test_a_damaged_checkpoint_is_one_line(script, arguments, tmp_path, run_here):
     folder = tmp_path / "checkpoint"
@@ -270,9 +338,19 @@ def test_a_damaged_checkpoint_is_one_line(script, arguments, tmp_path, run_here)
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_ends_generation_cleanly(hermes):
-    command = [sys.executable, "scripts/generate.py", hermes, "--prompt", "hello", "--max-new-tokens", "4000"]
+    command = [
+        sys.executable,
+        "scripts/generate.py",
+        hermes,
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        "4000",
+    ]
     # Unbuffered, so that the first piece of text is seen at once.
-    process = subprocess.Popen(command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    process = subprocess.Popen(
+        command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
@@ -285,20 +363,40 @@ def test_ctrl_c_ends_generation_cleanly(hermes):
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 @pytest.mark.parametrize(
     ("script", "seconds"),
-    [("generate", 0.4), ("generate", 1.2), ("generate", 2.0), ("compare_hf", 2.4), ("inspect_checkpoint", 1.0)],
+    [
+        ("generate", 0.4),
+        ("generate", 1.2),
+        ("generate", 2.0),
+        ("compare_hf", 2.4),
+        ("inspect_checkpoint", 1.0),
+    ],
 )
 def test_ctrl_c_at_any_time_is_quiet(script, seconds):
-    command = [sys.executable, f"scripts/{script}.py", SMALL, *(["--prompt", "x"] if script == "generate" else [])]
-    process = subprocess.Popen(command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [
+        sys.executable,
+        f"scripts/{script}.py",
+        SMALL,
+        *(["--prompt", "x"] if script == "generate" else []),
+    ]
+    process = subprocess.Popen(
+        command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert b"Traceback" not in err
-    assert process.returncode in (0, 130, -signal.SIGINT)  # the last: while importing, or when Python was leaving
+    assert process.returncode in (
+        0,
+        130,
+        -signal.SIGINT,
+    )  # the last: while importing, or when Python was leaving
 
 
 def test_a_reader_that_leaves_is_no_error(hermes):
-    command = f"{sys.executable} scripts/generate.py {hermes} --prompt hello --max-new-tokens 4000 | head -c 5"
+    command = (
+        f"{sys.executable} scripts/generate.py {hermes} --prompt hello --max-new-tokens 4000 "
+        f"| head -c 5"
+    )
     result = subprocess.run(command, shell=True, cwd=small.ROOT, capture_output=True, timeout=120)
     assert len(result.stdout) == 5
     assert b"Traceback" not in result.stderr
@@ -307,7 +405,10 @@ def test_a_reader_that_leaves_is_no_error(hermes):
 
 def test_a_chat_in_the_terminal_answers_obeys_commands_and_keeps_the_conversation(tmp_path):
     saved = tmp_path / "talk.jsonl"
-    typed = f"Hello!\n/system Be brief.\n/nothing\nWhat is\\\nGGUF?\n/save {saved}\n/reset\n/load {saved}\n/quit\n"
+    typed = (
+        f"Hello!\n/system Be brief.\n/nothing\nWhat is\\\nGGUF?\n/save {saved}\n/reset\n/load "
+        f"{saved}\n/quit\n"
+    )
     result = run("chat", "--temperature", 0, "--max-new-tokens", 40, input=typed)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("tokens/s") == 2
@@ -320,15 +421,25 @@ def test_a_chat_in_the_terminal_answers_obeys_commands_and_keeps_the_conversatio
 
 
 def test_function_calling_shows_the_call_its_result_and_the_answer(run_here, tmp_path):
-    code, out, err = run_here("function_calling", "--prompt", "What is 12 * 7?", "--tool-choice", "calculate")
+    code, out, err = run_here(
+        "function_calling", "--prompt", "What is 12 * 7?", "--tool-choice", "calculate"
+    )
     assert code == 0, err
     assert "call    calculate(" in out
     assert "result  " in out or "error  " in out
     assert "without asking the model" in err
     (tmp_path / "mine.py").write_text(
-        "from mistral.chat import tool\n\n@tool\ndef lucky() -> int:\n    '''Tell a lucky number.'''\n    return 7\n"
+        "from mistral.chat import tool\n\n@tool\ndef lucky() -> int:\n    '''Tell a lucky "
+        "number.'''\n    return 7\n"
     )
-    options = ("--tools", tmp_path / "mine.py", "--tool-choice", "required", "--prompt", "A number?")
+    options = (
+        "--tools",
+        tmp_path / "mine.py",
+        "--tool-choice",
+        "required",
+        "--prompt",
+        "A number?",
+    )
     code, out, _ = run_here("function_calling", *options)
     assert (code, "call    lucky({})" in out, "result  7" in out) == (0, True, True)
 
@@ -343,10 +454,21 @@ def test_the_word_counter_reads_no_file_outside_of_the_folder(tmp_path, monkeypa
     (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
     (folder / "image.png").write_bytes(b"\x89PNG")
     assert count_words("notes.txt") == count_words(str(folder / "notes.txt")) == 4
-    for path in ("../secret.txt", str(tmp_path / "secret.txt"), "link.txt", "/etc/passwd", "/nowhere"):
+    for path in (
+        "../secret.txt",
+        str(tmp_path / "secret.txt"),
+        "link.txt",
+        "/etc/passwd",
+        "/nowhere",
+    ):
         with pytest.raises(ValueError, match="outside of"):
             count_words(path)
-    for path, words in (("none.txt", "no file"), (".", "no file"), ("image.png", "no text in UTF-8"), ("a\0", "null")):
+    for path, words in (
+        ("none.txt", "no file"),
+        (".", "no file"),
+        ("image.png", "no text in UTF-8"),
+        ("a\0", "null"),
+    ):
         with pytest.raises(ValueError, match=words):
             count_words(path)
 
@@ -355,8 +477,13 @@ def test_the_word_counter_reads_no_file_outside_of_the_folder(tmp_path, monkeypa
 def test_a_long_line_that_is_pasted_into_the_terminal_arrives_whole():
     # Seen in a terminal: of 5,000 characters the model read 4,095.
     ours, theirs = os.openpty()
-    code = "import sys; sys.path.insert(0, 'scripts'); import common; print(len(common.read_message()), 'characters')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=small.ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); import common; "
+        "print(len(common.read_message()), 'characters')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=small.ROOT, stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     shown = b""
     while not shown.endswith(b"> "):
@@ -375,7 +502,9 @@ def test_a_long_line_that_is_pasted_into_the_terminal_arrives_whole():
 
 def test_json_mode_prints_json_that_follows_the_schema(run_here, tmp_path):
     schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}))
+    schema.write_text(
+        json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})
+    )
     code, out, err = run_here("json_mode", "--schema", schema, "--prompt", "Make n 5.")
     assert code == 0, err
     assert list(json.loads(out)) == ["n"]
@@ -383,7 +512,9 @@ def test_json_mode_prints_json_that_follows_the_schema(run_here, tmp_path):
 
 
 def test_made_up_schemas_are_answered_validly_by_the_demo_and_by_noise(run_here):
-    code, out, err = run_here("stress_grammar", "--schemas", 24, "--batch-size", 12, "--max-new-tokens", 300)
+    code, out, err = run_here(
+        "stress_grammar", "--schemas", 24, "--batch-size", 12, "--max-new-tokens", 300
+    )
     assert code == 0, out + err
     for line in out.splitlines():
         counts = json.loads(line.split(": ", 1)[1].split(", mean")[0])
@@ -417,7 +548,11 @@ def test_the_demo_is_measured_and_its_page_written(run_here, tmp_path):
         ("function_calling", ("--tools", "/nowhere.py"), "/nowhere.py does not exist"),
         ("function_calling", ("--tools", "README.md"), "cannot be run"),
         ("function_calling", ("--tool-choice", "fly", "--prompt", "x"), "no tool 'fly'"),
-        ("function_calling", ("--tool-choice", "required", "--no-grammar", "--prompt", "x"), "needs grammar=True"),
+        (
+            "function_calling",
+            ("--tool-choice", "required", "--no-grammar", "--prompt", "x"),
+            "needs grammar=True",
+        ),
         ("json_mode", ("--schema", "README.md", "--prompt", "x"), "is no JSON"),
         ("json_mode", ("--schema", "/nowhere.json", "--prompt", "x"), "cannot be read"),
         ("chat", ("--load", "README.md"), "README.md, line 1, is no JSON"),

@@ -12,15 +12,21 @@ import torch
 
 import mistral
 from mistral import Decoder, Sampling, generate, generate_batch
-from mistral.compiled import CompiledDecoder
-from mistral.constraints import CountsForced
+from mistral.engine.compiled import CompiledDecoder
+from mistral.engine.constraints import CountsForced
+from mistral.engine.speculation import LookupDecoder, find_guess
 from mistral.sampling import processed_scores
-from mistral.speculation import LookupDecoder, find_guess
 from mistral_kernels.decoder import Decoder as KernelsDecoder
 
 GREEDY = Sampling(temperature=0.0)
 RICH = Sampling(
-    temperature=0.9, top_k=5, top_p=0.95, min_p=0.01, repetition_penalty=1.1, no_repeat_ngram_size=4, seed=5
+    temperature=0.9,
+    top_k=5,
+    top_p=0.95,
+    min_p=0.01,
+    repetition_penalty=1.1,
+    no_repeat_ngram_size=4,
+    seed=5,
 )
 RULES = pytest.mark.parametrize(
     "sampling", [GREEDY, RICH, Sampling(typical_p=0.9, seed=3)], ids=["greedy", "rich", "typical"]
@@ -66,7 +72,10 @@ def test_the_text_is_that_of_plain_generation(length, window, sampling):
     plain = list(generate(model, prompt(length), sampling, max_new_tokens=40, stop_tokens=()))
     for tokens in (1, 8):
         lookup = LookupDecoder(Decoder(model, 1, length + 40), tokens)
-        assert list(generate(lookup, prompt(length), sampling, max_new_tokens=40, stop_tokens=())) == plain
+        assert (
+            list(generate(lookup, prompt(length), sampling, max_new_tokens=40, stop_tokens=()))
+            == plain
+        )
         assert lookup.forwards < lookup.plain_forwards == 40
 
 
@@ -79,7 +88,10 @@ def test_right_guesses_save_forwards_and_both_counts_are_true(forces):
     made_plainly = len(forwards)
     forwards.clear()
     lookup = LookupDecoder(Decoder(model, 1, 200))
-    assert list(generate(lookup, prompt(5), GREEDY, constraint=Alternating(forces), **arguments)) == plain
+    assert (
+        list(generate(lookup, prompt(5), GREEDY, constraint=Alternating(forces), **arguments))
+        == plain
+    )
     assert (lookup.forwards, lookup.plain_forwards) == (len(forwards), made_plainly)
     assert lookup.tokens_a_forward == made_plainly / len(forwards) > 1.2
 
@@ -90,11 +102,15 @@ def test_log_probabilities_are_those_of_plain_generation():
     plain = list(generate(model, prompt(9), RICH, **arguments))
     lookup = list(generate(LookupDecoder(Decoder(model)), prompt(9), RICH, **arguments))
     assert [token.id for token in lookup] == [token.id for token in plain]
-    assert [token.logprob for token in lookup] == pytest.approx([token.logprob for token in plain], abs=1e-9)
+    assert [token.logprob for token in lookup] == pytest.approx(
+        [token.logprob for token in plain], abs=1e-9
+    )
 
 
 class Chain:
-    """An engine whose next token depends on the last one alone, by a table: quick, and its distribution is known."""
+    """An engine whose next token depends on the last one alone, by a table: quick, and its
+    distribution is known.
+    """
 
     def __init__(self, table):
         self.table, self.ids, self.batch_size, self.slack, self.limit = table, [], 1, 8, 1000
@@ -129,8 +145,15 @@ def exact_probability(table, start, continuation):
 
 
 def test_sampled_texts_have_the_distribution_of_plain_sampling():
-    table, start, runs = torch.randn(4, 4, generator=torch.Generator().manual_seed(3)), [0, 1, 2, 0, 1, 2, 0], 2000
-    lookup, counts = LookupDecoder(Chain(table), 3), dict.fromkeys(itertools.product(range(4), repeat=3), 0)
+    table, start, runs = (
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(3)),
+        [0, 1, 2, 0, 1, 2, 0],
+        2000,
+    )
+    lookup, counts = (
+        LookupDecoder(Chain(table), 3),
+        dict.fromkeys(itertools.product(range(4), repeat=3), 0),
+    )
     for _ in range(runs):
         lookup.rewind(lookup.lengths)
         lookup.read([start])
@@ -197,11 +220,15 @@ def test_it_goes_on_after_ctrl_c(layer):
         with pytest.raises(KeyboardInterrupt):
             broken_off()
     handle.remove()
-    assert torch.allclose(lookup.logits, model(torch.tensor([prompt(20) + [id, 5, 6]]))[:, -1], atol=1e-12)
+    assert torch.allclose(
+        lookup.logits, model(torch.tensor([prompt(20) + [id, 5, 6]]))[:, -1], atol=1e-12
+    )
 
 
 class Alternating:
-    """A constraint to an even id, then an odd one, ...; after each pair, 3 and 4 are the only choice."""
+    """A constraint to an even id, then an odd one, ...; after each pair, 3 and 4 are the only
+    choice.
+    """
 
     def __init__(self, forces=True):
         self.accepted, self._forces = [], forces
@@ -237,14 +264,22 @@ def test_ids_without_a_choice_are_read_in_one_forward_with_a_guess_or_none_if_th
     lookup.read([[2, 3]])
     assert read == []
     lookup.read([[6, 1]])
-    assert read == [[3] + [6, 1] + [2, 3, 6, 1]]  # 4 and 5 are taken back, and with them the logits behind 3
-    assert torch.allclose(lookup.logits, model(torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2, 3, 6, 1]]))[:, -1], atol=1e-12)
+    assert read == [
+        [3] + [6, 1] + [2, 3, 6, 1]
+    ]  # 4 and 5 are taken back, and with them the logits behind 3
+    assert torch.allclose(
+        lookup.logits, model(torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2, 3, 6, 1]]))[:, -1], atol=1e-12
+    )
 
 
 def test_forced_ids_count_as_saved_only_if_they_are_reached():
     for limit, saved in ((3, 1), (4, 2), (5, 2), (7, 3), (40, 20)):
         constraint = CountsForced(Alternating())
-        ids = list(generate(tiny(), [1], GREEDY, max_new_tokens=limit, stop_tokens=(), constraint=constraint))
+        ids = list(
+            generate(
+                tiny(), [1], GREEDY, max_new_tokens=limit, stop_tokens=(), constraint=constraint
+            )
+        )
         assert (len(ids), constraint.taken) == (limit, saved)
 
 
@@ -269,12 +304,17 @@ def test_scores_are_the_logits_behind_each_id(window):
 
 @pytest.mark.parametrize(
     "engine",
-    [CompiledDecoder, lambda model, **sizes: KernelsDecoder(model, plain=not torch.cuda.is_available(), **sizes)],
+    [
+        CompiledDecoder,
+        lambda model, **sizes: KernelsDecoder(model, plain=not torch.cuda.is_available(), **sizes),
+    ],
     ids=["compiled", "kernels"],
 )
 def test_the_other_engines_can_be_sped_up_too(engine, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # which takes seconds
-    sizes = dict(hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7)
+    sizes = dict(
+        hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7
+    )
     model = tiny(**sizes).to(torch.float32)
     if torch.cuda.is_available():
         model = model.cuda()
@@ -295,7 +335,9 @@ def test_a_full_decoder_is_filled_to_its_last_token_and_then_refuses():
         with pytest.raises(ValueError, match="31 tokens in a row, and the limit here is 30"):
             more()
     assert lookup.lengths == [30]
-    assert torch.allclose(lookup.logits, model(torch.tensor([prompt(5) + plain]))[:, -1], atol=1e-12)
+    assert torch.allclose(
+        lookup.logits, model(torch.tensor([prompt(5) + plain]))[:, -1], atol=1e-12
+    )
 
 
 def test_wrong_calls_are_refused_and_leave_it_as_it_was():
@@ -305,7 +347,11 @@ def test_wrong_calls_are_refused_and_leave_it_as_it_was():
     lookup.read([[]])
     lookup.read([prompt(5)])
     before = lookup.logits
-    for rows, message in (([[5], [6]], "2 rows"), ([[5, 7]], "token id 7 lies outside"), ([[-1]], "token id -1")):
+    for rows, message in (
+        ([[5], [6]], "2 rows"),
+        ([[5, 7]], "token id 7 lies outside"),
+        ([[-1]], "token id -1"),
+    ):
         with pytest.raises(ValueError, match=message):
             lookup.read(rows)
     for n in (-1, 6, [1, 1]):
@@ -342,15 +388,23 @@ def test_what_cannot_look_up_says_so():
 
 @pytest.mark.parametrize("script", ["generate", "chat", "function_calling", "json_mode"])
 def test_scripts_take_it_and_report_it(script, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(small.ROOT / "scripts"))
     arguments = ["--prompt", "Hello!"] if script != "chat" else []
-    arguments += ["--engine", "eager", "--device", "cpu", "--max-new-tokens", "3", "--temperature", "0"]
+    arguments += [
+        "--engine",
+        "eager",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "3",
+        "--temperature",
+        "0",
+    ]
     outputs = []
     for more in ([], ["--lookup", "4"]):
         monkeypatch.setattr(sys, "argv", [f"scripts/{script}.py", *arguments, *more])
         monkeypatch.setattr("builtins.input", iter_input(["Hello!"]))
         with pytest.raises(SystemExit):
-            runpy.run_path(str(small.ROOT / f"scripts/{script}.py"), run_name="__main__")
+            runpy.run_path(str(small.ROOT / small.SCRIPTS[script]), run_name="__main__")
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out
     assert "tokens a forward" not in outputs[0].err
@@ -375,7 +429,9 @@ def test_a_conversation_says_the_same_with_fewer_forwards():
     for make in (lambda decoder: decoder, LookupDecoder):
         decoder = make(Decoder(model, slack=32))
         conversation = mistral.chat.Conversation(decoder, tokenizer, max_new_tokens=30)
-        said.append([[str(event) for event in conversation.say(text)] for text in ("Hello!", "Hello!")])
+        said.append(
+            [[str(event) for event in conversation.say(text)] for text in ("Hello!", "Hello!")]
+        )
         assert decoder.lengths == [conversation.tokens_held]
     assert said[0] == said[1]
     assert decoder.forwards < decoder.plain_forwards

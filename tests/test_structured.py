@@ -9,12 +9,14 @@ from scripted import TOKENIZER, Scripted
 
 import mistral
 from mistral.chat import generate_json
+from mistral.chat.formats.prompts import json_prompt
 from mistral.chat.grammar import json_constraint
-from mistral.chat.json_schema import SchemaError
-from mistral.chat.prompts import json_prompt
 from mistral.chat.structured import JSONError, OutOfTokens, read_schema
+from mistral.chat.tools.json_schema import SchemaError
 
-V3 = mistral.Tokenizer((small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())
+V3 = mistral.Tokenizer(
+    (small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
+)
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
@@ -24,7 +26,9 @@ SCHEMA = {
 
 def ask(*answers, schema=SCHEMA, **options):
     engine = Scripted(*answers)
-    return engine, generate_json(engine, TOKENIZER, "Ada, 36", schema, **{"grammar": False, **options})
+    return engine, generate_json(
+        engine, TOKENIZER, "Ada, 36", schema, **{"grammar": False, **options}
+    )
 
 
 def test_a_valid_answer_is_returned_at_once():
@@ -60,7 +64,9 @@ def test_running_out_of_tokens_is_an_error_of_its_own_with_the_partial_text():
 
 def test_the_first_token_of_json_may_have_the_leading_space_of_a_format_that_begins_a_text():
     pytest.importorskip("llguidance")
-    [with_space], [without] = (V3.encode("{", bos=False, prefix_space=space)[:1] for space in (True, False))
+    [with_space], [without] = (
+        V3.encode("{", bos=False, prefix_space=space)[:1] for space in (True, False)
+    )
     assert with_space != without
     for begins_text in (True, False):
         constraint = json_constraint(V3, V3.vocab_size, SCHEMA, begins_text=begins_text)
@@ -89,7 +95,9 @@ def test_a_schema_may_be_a_file_or_a_pydantic_model(tmp_path):
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(SCHEMA))
     assert ask('{"name": "Ada"}', schema=path)[1] == {"name": "Ada"}
-    engine, person = ask('{"name": "Ada Lovelace", "age": 1}', '{"name": "Ada", "age": 36}', schema=Person)
+    engine, person = ask(
+        '{"name": "Ada Lovelace", "age": 1}', '{"name": "Ada", "age": 36}', schema=Person
+    )
     assert person == Person(name="Ada", age=36)
     assert "too long a name" in TOKENIZER.decode(engine.reads[1])
 
@@ -130,7 +138,12 @@ def test_under_a_grammar_the_demo_answers_validly_even_at_a_high_temperature():
     model, tokenizer = mistral.load("demo", device="cpu")
     for seed in range(4):
         value = generate_json(
-            model, tokenizer, "Anything", SCHEMA, sampling=mistral.Sampling(temperature=1.5, seed=seed), retries=0
+            model,
+            tokenizer,
+            "Anything",
+            SCHEMA,
+            sampling=mistral.Sampling(temperature=1.5, seed=seed),
+            retries=0,
         )
         assert set(value) <= {"name", "age"}
         assert isinstance(value["name"], str)
@@ -138,7 +151,11 @@ def test_under_a_grammar_the_demo_answers_validly_even_at_a_high_temperature():
 
 def test_a_schema_that_no_grammar_expresses_is_only_checked_and_that_is_said():
     model, tokenizer = mistral.load("demo", device="cpu")
-    schema = {"type": "object", "properties": {"y": {"not": {}}}, "required": ["y"]}  # nothing is valid
+    schema = {
+        "type": "object",
+        "properties": {"y": {"not": {}}},
+        "required": ["y"],
+    }  # nothing is valid
     with (
         pytest.warns(UserWarning, match="checked only after it is written"),
         pytest.raises((JSONError, OutOfTokens)),

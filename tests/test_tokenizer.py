@@ -8,9 +8,30 @@ import small
 import mistral
 from mistral.checkpoints import hugging_face
 
-HERMES = "<|im_start|>system\nYou are Hermes 2.<|im_end|>\n<|im_start|>user\nHello, who are you?<|im_end|>\n"
+HERMES = (
+    "<|im_start|>system\nYou are Hermes 2.<|im_end|>\n<|im_start|>user\nHello, who are "
+    "you?<|im_end|>\n"
+)
 HERMES += "<|im_start|>assistant\n"
-HERMES_IDS = [1, 32001, 1587, 13, 1976, 460, 14741, 274, 28705, 28750, 28723, 32000, 28705, 13, 32001, 2188, 13]
+HERMES_IDS = [
+    1,
+    32001,
+    1587,
+    13,
+    1976,
+    460,
+    14741,
+    274,
+    28705,
+    28750,
+    28723,
+    32000,
+    28705,
+    13,
+    32001,
+    2188,
+    13,
+]
 HERMES_IDS += [16230, 28725, 693, 460, 368, 28804, 32000, 28705, 13, 32001, 13892, 13]
 TEXTS = [
     "",
@@ -36,7 +57,20 @@ def tokenizer():
 
 
 def random_text(generator):
-    alphabet = [*" \n\t<>|/_{}\"'", "im_end", "<s>", "é", "語", "😀", "the", " The", "▂", "ß", "\u0301", chr(0x10FFFF)]
+    alphabet = [
+        *" \n\t<>|/_{}\"'",
+        "im_end",
+        "<s>",
+        "é",
+        "語",
+        "😀",
+        "the",
+        " The",
+        "▂",
+        "ß",
+        "\u0301",
+        chr(0x10FFFF),
+    ]
     return "".join(generator.choice(alphabet) for _ in range(generator.randrange(20)))
 
 
@@ -69,7 +103,9 @@ def test_random_text_survives_the_round_trip_and_is_split_as_by_sentencepiece(to
     for _ in range(3000):
         text = random_text(generator)
         assert tokenizer.encode(text, bos=False) == reference.encode(text)
-        assert tokenizer.decode(tokenizer.encode(text, special=True, bos=False), control=True) == text
+        assert (
+            tokenizer.decode(tokenizer.encode(text, special=True, bos=False), control=True) == text
+        )
 
 
 @pytest.mark.parametrize("text", [*TEXTS, HERMES])
@@ -103,7 +139,9 @@ def test_facts_of_the_true_tokenizer(tokenizer):
 
 
 def test_the_tokenizer_of_v3_has_its_control_tokens_inside():
-    made = mistral.Tokenizer((small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes())
+    made = mistral.Tokenizer(
+        (small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
+    )
     assert made.vocab_size == 32768
     assert made.encode("[INST] a[/INST]", special=True)[1] == 3
     assert made.encode("[INST] a[/INST]", special=True)[-1] == 4
@@ -168,7 +206,9 @@ def test_bytes_that_are_no_tokenizer_are_refused(proto):
         mistral.Tokenizer(proto)
 
 
-@pytest.mark.parametrize("added", [{5: "<|im_end|>"}, {32000: ""}, {-1: "x"}, {32000: "x", 32001: "x"}])
+@pytest.mark.parametrize(
+    "added", [{5: "<|im_end|>"}, {32000: ""}, {-1: "x"}, {32000: "x", 32001: "x"}]
+)
 def test_added_tokens_that_contradict_the_model_are_refused(added):
     with pytest.raises(mistral.CheckpointError, match="added token"):
         small.true_tokenizer(added=added)

@@ -7,14 +7,16 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from mistral.chat.call_objects import call_of, untagged_calls
 from mistral.chat.events import Call, Error, Text
-from mistral.chat.literals import MAX_DEPTH, MAX_NUMBER, read_literals
-from mistral.chat.tool_calls import Reply, ToolCall, ToolCallStream, parse_tool_calls
+from mistral.chat.formats.call_objects import call_of, untagged_calls
+from mistral.chat.formats.literals import MAX_DEPTH, MAX_NUMBER, read_literals
+from mistral.chat.formats.tool_calls import Reply, ToolCall, ToolCallStream, parse_tool_calls
 
 F = '{"name": "f", "arguments": {"x": 1}}'
 G = "{'arguments': {'y': None}, 'name': 'g'}"
-CARD = "<tool_call>\n{'arguments': {'symbol': 'TSLA'}, 'name': 'get_stock_fundamentals'}\n</tool_call>"
+CARD = (
+    "<tool_call>\n{'arguments': {'symbol': 'TSLA'}, 'name': 'get_stock_fundamentals'}\n</tool_call>"
+)
 
 
 def block(inside, close="</tool_call>"):
@@ -105,7 +107,18 @@ TEXTS = [
     "\ud800 lone \udfff <tool_call>\ud800</tool_call> \x00 " + with_argument('"\x00\ud800"'),
     with_argument("[" * 200 + "]" * 200),
 ]
-FRAGMENTS = ["<tool_call>", "</tool_call>", "<tool_call>", "</tool_call>", "<", "<tool", "</tool_", "```", F, G]
+FRAGMENTS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_call>",
+    "</tool_call>",
+    "<",
+    "<tool",
+    "</tool_",
+    "```",
+    F,
+    G,
+]
 FRAGMENTS += [
     *"{}[]()\"'\\,: \n\té😀\ud800\x00",
     "text",
@@ -120,7 +133,9 @@ FRAGMENTS += [
 
 def random_texts(count, seed=0):
     generator = random.Random(seed)
-    return ["".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 25))) for _ in range(count)]
+    return [
+        "".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 25))) for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("lenient", [False, True])
@@ -170,10 +185,16 @@ def test_what_is_written_is_read():
         prose, calls, text = [], [], ""
         for _ in range(generator.randrange(4)):
             prose += [generator.choice(["", "Some text.", "a < b it's {", "日本 </tool_call>"])]
-            calls += [(generator.choice(["f", "get weather", "É"]), random_value(generator, 3, dict))]
+            calls += [
+                (generator.choice(["f", "get weather", "É"]), random_value(generator, 3, dict))
+            ]
             text += f"{prose[-1]}{generator.choice(['', ' '])}<tool_call>{written(generator, *calls[-1])}"
-            text += generator.choice(["</tool_call>", "\n</tool_call>\n", "\n"] if not prose[-1] else ["</tool_call>"])
-            text = text if text.endswith(("</tool_call>", "</tool_call>\n")) else text + "</tool_call>"
+            text += generator.choice(
+                ["</tool_call>", "\n</tool_call>\n", "\n"] if not prose[-1] else ["</tool_call>"]
+            )
+            text = (
+                text if text.endswith(("</tool_call>", "</tool_call>\n")) else text + "</tool_call>"
+            )
         reply = parse_tool_calls(text)
         assert not reply.errors
         assert [(one.name, one.arguments) for one in reply.calls] == calls
@@ -181,7 +202,11 @@ def test_what_is_written_is_read():
 
 
 def written(generator, name, arguments):
-    pairs = [("name", name), ("arguments", arguments), ("id", generator.choice([None, "call_1", 7]))]
+    pairs = [
+        ("name", name),
+        ("arguments", arguments),
+        ("id", generator.choice([None, "call_1", 7])),
+    ]
     generator.shuffle(pairs)
     value = dict(pairs)
     if generator.random() < 0.2:
@@ -189,11 +214,27 @@ def written(generator, name, arguments):
     ascii_only = generator.random() < 0.5
     forms = [repr, json.dumps]
     forms.append(lambda value: json.dumps(value, ensure_ascii=ascii_only, separators=(",", ":")))
-    forms.append(lambda value: json.dumps(value, ensure_ascii=ascii_only, indent=4).replace("\n    ", "\r\n\t"))
+    forms.append(
+        lambda value: json.dumps(value, ensure_ascii=ascii_only, indent=4).replace(
+            "\n    ", "\r\n\t"
+        )
+    )
     return generator.choice(forms)(value)
 
 
-STRINGS = ["", "TSLA", "it's", 'say "x"', "\"'", "\\", "\\n", "a\nb\t", "</tool_call>", "<tool_call>{", "{t1,t2"]
+STRINGS = [
+    "",
+    "TSLA",
+    "it's",
+    'say "x"',
+    "\"'",
+    "\\",
+    "\\n",
+    "a\nb\t",
+    "</tool_call>",
+    "<tool_call>{",
+    "{t1,t2",
+]
 STRINGS += [
     "[oops",
     '{"a": 1} tail text',
@@ -278,7 +319,13 @@ def test_events_cannot_be_changed():
 @pytest.mark.parametrize(
     ("first", "repeated", "last", "piece", "length"),
     [
-        ("<tool_call>{'name': 'f', 'arguments': {'x': '", "long text ", "'}}</tool_call>", 100, 3_000_000),
+        (
+            "<tool_call>{'name': 'f', 'arguments': {'x': '",
+            "long text ",
+            "'}}</tool_call>",
+            100,
+            3_000_000,
+        ),
         ("<tool_call>{'name': 'f', 'arguments': {'x': '", "long text ", "", 100, 3_000_000),
         ("<tool_call>nothing", "long text ", "", 100, 3_000_000),
         ("", "<tool_call>x</tool_call>", "", 1_000_000, 1_000_000),
@@ -337,7 +384,17 @@ def test_text_around_calls_is_kept_without_the_whitespace_next_to_them(text, sai
 
 
 @pytest.mark.parametrize(
-    "end", ["</tool_call>", "\n</tool_call>", "", "\n", "</tool_call", "\n</", "<tool_call", ",\n</tool_call>"]
+    "end",
+    [
+        "</tool_call>",
+        "\n</tool_call>",
+        "",
+        "\n",
+        "</tool_call",
+        "\n</",
+        "<tool_call",
+        ",\n</tool_call>",
+    ],
 )
 def test_a_call_cut_off_at_the_end_is_kept(end):
     assert call(f"<tool_call>{F}{end}") == ("f", {"x": 1})
@@ -350,7 +407,11 @@ def test_the_next_tag_closes_a_block_too():
 
 
 def test_keys_may_come_in_either_order_with_others_among_them():
-    for text in (F, '{"arguments": {"x": 1}, "name": "f"}', '{"id": 7, "arguments":{"x":1},"type":"t","name":"f"}'):
+    for text in (
+        F,
+        '{"arguments": {"x": 1}, "name": "f"}',
+        '{"id": 7, "arguments":{"x":1},"type":"t","name":"f"}',
+    ):
         assert call(block(text)) == ("f", {"x": 1})
 
 
@@ -359,7 +420,9 @@ def test_the_last_of_two_equal_keys_counts():
     assert call(block(text)) == ("f", json.loads(text)["arguments"])
 
 
-@pytest.mark.parametrize("arguments", ["", ', "arguments": {}', ', "arguments": null', ", 'arguments': '{}'"])
+@pytest.mark.parametrize(
+    "arguments", ["", ', "arguments": {}', ', "arguments": null', ", 'arguments': '{}'"]
+)
 def test_a_call_without_arguments(arguments):
     assert call(block('{"name": "now"' + arguments + "}")) == ("now", {})
 
@@ -374,7 +437,9 @@ def test_arguments_in_a_string_are_decoded_once():
     assert call(block(json.dumps({"name": "f", "arguments": inner}))) == ("f", {"p": '{"q": "1"}'})
     assert call(block('{"name": "f", "arguments": " "}')) == ("f", {})
     assert "not an object in JSON" in error(block('{"name": "f", "arguments": "Paris"}'))
-    assert "not an object" in error(block(json.dumps({"name": "f", "arguments": json.dumps(inner)})))
+    assert "not an object" in error(
+        block(json.dumps({"name": "f", "arguments": json.dumps(inner)}))
+    )
     assert "not an object in JSON: 2 values" in error(block('{"name": "f", "arguments": "{} {}"}'))
 
 
@@ -419,7 +484,10 @@ def test_escapes(written, value):
         ("[.5, 1., -2.5e-3, 1E5]", [0.5, 1.0, -0.0025, 100000.0]),
         (str(10**30), 10**30),
         ("9" * MAX_NUMBER, int("9" * MAX_NUMBER)),
-        ("[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2), json.loads("[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2))),
+        (
+            "[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2),
+            json.loads("[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2)),
+        ),
     ],
 )
 def test_json_python_and_mixtures(written, value):
@@ -436,7 +504,10 @@ def test_literals_mean_what_json_and_python_mean_by_them():
     generator = random.Random(4)
     for _ in range(500):
         value = random_value(generator, 4)
-        for text in (json.dumps(value), json.dumps(value, ensure_ascii=False, indent=generator.randrange(3))):
+        for text in (
+            json.dumps(value),
+            json.dumps(value, ensure_ascii=False, indent=generator.randrange(3)),
+        ):
             assert read_literals(text) == [json.loads(text)] == [value]
         assert read_literals(repr(value)) == [ast.literal_eval(repr(value))]
 
@@ -447,7 +518,11 @@ def test_a_damaged_literal_raises_value_error_or_can_be_written_as_json():
     for _ in range(4000):
         text = generator.choice([repr, json.dumps])(random_value(generator, 3))
         at = generator.randrange(len(text))
-        text = text[:at] + generator.choice("{}[]()\"'\\,:x0.u \ud800") + text[at + generator.randrange(3) :]
+        text = (
+            text[:at]
+            + generator.choice("{}[]()\"'\\,:x0.u \ud800")
+            + text[at + generator.randrange(3) :]
+        )
         try:
             values = read_literals(text)
         except ValueError as error:
@@ -542,13 +617,17 @@ def test_a_broken_block_ends_at_the_first_tag_in_it():
     reply = parse_tool_calls(f"{unclosed}\n{block(F)} and {block(G)}")
     assert (reply.text, names(reply)) == ("and", ["f", "g"])
     [one] = reply.errors
-    assert one.source == unclosed and "string that begins at character 33 is not closed" in one.message
+    assert (
+        one.source == unclosed and "string that begins at character 33 is not closed" in one.message
+    )
     reply = parse_tool_calls(f'<tool_call>{{"name": "f" "x": "</tool_call>"}}{block(G)}')
     assert (reply.text, names(reply)) == ('"}', ["g"])
     reply = parse_tool_calls(f"<tool_call>oops {block(F)}")
     assert [one.source for one in reply.errors] == ["<tool_call>oops "] and names(reply) == ["f"]
     reply = parse_tool_calls(f"{block(F)}<tool_call>{F[:20]}")
-    assert [one.source for one in reply.errors] == [f"<tool_call>{F[:20]}"] and names(reply) == ["f"]
+    assert [one.source for one in reply.errors] == [f"<tool_call>{F[:20]}"] and names(reply) == [
+        "f"
+    ]
 
 
 def test_a_block_that_is_read_but_is_no_call_ends_behind_its_strings():
@@ -575,7 +654,10 @@ UNTAGGED = [
     f"```xml\n<response>\n  {F}\n</response>\n```",
     f"```json\n\n  <function_call> {F} </function_call> \n\n```  ",
     f"```xml\n<tool_call>{F}</tool_call>\n```",
-    *(f"<{tag}>\n{F}\n</{tag}>" for tag in ("function_call", "tool", "tools", "response", "json", "xml", "JSON")),
+    *(
+        f"<{tag}>\n{F}\n</{tag}>"
+        for tag in ("function_call", "tool", "tools", "response", "json", "xml", "JSON")
+    ),
     '<function=f>{"x": 1}</function>',
     '<function name="f">\n{"x": 1}\n</function>',
 ]
@@ -588,7 +670,11 @@ def test_a_message_that_is_a_call_in_other_tags_is_one_only_if_lenient(text):
     assert text[slice(*one.span)] == text.strip()
     strict = parse_tool_calls(text)
     assert not strict.errors
-    assert strict.text == text and not strict.calls if "<tool_call>" not in text else names(strict) == ["f"]
+    assert (
+        strict.text == text and not strict.calls
+        if "<tool_call>" not in text
+        else names(strict) == ["f"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -634,7 +720,10 @@ def test_lenient_reads_parameters_as_arguments():
     text = block('{"name": "f", "parameters": {"x": 1}}')
     assert call(text, lenient=True) == ("f", {"x": 1})
     assert call(text) == ("f", {}), "a key like any other"
-    assert call(block('{"name": "f", "arguments": {}, "parameters": {"x": 1}}'), lenient=True) == ("f", {})
+    assert call(block('{"name": "f", "arguments": {}, "parameters": {"x": 1}}'), lenient=True) == (
+        "f",
+        {},
+    )
 
 
 def test_lenient_streams_what_cannot_be_an_untagged_call():

@@ -16,11 +16,19 @@ import pytest
 from pydantic import BaseModel, Field
 from transformers.utils import get_json_schema
 
-from mistral.chat import json_schema
-from mistral.chat.docstrings import parse_docstring
-from mistral.chat.json_schema import SchemaError, compile_schema, problem
-from mistral.chat.prompts import tool_prompt
-from mistral.chat.tools import ArgumentError, Tool, ToolError, check_arguments, run_tool, tool, tool_table
+from mistral.chat.formats.prompts import tool_prompt
+from mistral.chat.tools import json_schema
+from mistral.chat.tools.docstrings import parse_docstring
+from mistral.chat.tools.functions import (
+    ArgumentError,
+    Tool,
+    ToolError,
+    check_arguments,
+    run_tool,
+    tool,
+    tool_table,
+)
+from mistral.chat.tools.json_schema import SchemaError, compile_schema, problem
 from mistral.errors import MistralError
 
 HINTS = [
@@ -177,7 +185,14 @@ class Host:
         return x + 1
 
 
-FUNCTIONS = [theirs_too, nothing_to_say, returns_none, returns_an_object, returns_first, no_sections_but_examples]
+FUNCTIONS = [
+    theirs_too,
+    nothing_to_say,
+    returns_none,
+    returns_an_object,
+    returns_first,
+    no_sections_but_examples,
+]
 
 
 def same(function):
@@ -211,13 +226,25 @@ def test_the_docstring_is_read_as_transformers_reads_it(function):
 
 def test_a_docstring_in_full():
     made = tool(plain)
-    assert (made.name, made.description) == ("plain", "Adds.\n\nIt adds things, one after\nthe other.")
+    assert (made.name, made.description) == (
+        "plain",
+        "Adds.\n\nIt adds things, one after\nthe other.",
+    )
     assert made.parameters == {
         "type": "object",
         "properties": {
             "a": {"type": "integer", "description": "The first, which goes on here: with a colon."},
-            "b": {"type": "string", "nullable": True, "enum": ["x", "y"], "description": "The second"},
-            "c": {"type": "array", "items": {"type": "integer"}, "description": "is written with its type"},
+            "b": {
+                "type": "string",
+                "nullable": True,
+                "enum": ["x", "y"],
+                "description": "The second",
+            },
+            "c": {
+                "type": "array",
+                "items": {"type": "integer"},
+                "description": "is written with its type",
+            },
         },
         "required": ["a"],
     }
@@ -243,12 +270,26 @@ def test_a_docstring_may_begin_with_its_arguments():
 
 
 def test_a_tuple_of_any_length_is_a_list():
-    assert tool(function_of(tuple[int, ...])).parameters["properties"]["x"]["items"] == {"type": "integer"}
+    assert tool(function_of(tuple[int, ...])).parameters["properties"]["x"]["items"] == {
+        "type": "integer"
+    }
 
 
 @pytest.mark.parametrize(
     "hint",
-    [date, set[int], list[date], dict[int, str], dict[str, date], bytes, Literal[b"a"], [int], type, callable, Host],
+    [
+        date,
+        set[int],
+        list[date],
+        dict[int, str],
+        dict[str, date],
+        bytes,
+        Literal[b"a"],
+        [int],
+        type,
+        callable,
+        Host,
+    ],
     ids=str,
 )
 def test_a_hint_without_json_is_named(hint):
@@ -259,7 +300,11 @@ def test_a_hint_without_json_is_named(hint):
 def test_tools_are_made_with_and_without_arguments_of_the_decorator():
     bare = tool(plain)
     renamed = tool(name="other.name-1", description="Described here.")(plain)
-    assert (bare.name, renamed.name, renamed.description) == ("plain", "other.name-1", "Described here.")
+    assert (bare.name, renamed.name, renamed.description) == (
+        "plain",
+        "other.name-1",
+        "Described here.",
+    )
     assert renamed.parameters == bare.parameters
     assert tool(Host().method)(3) == tool(Host().method)(x=3) == 4
 
@@ -333,7 +378,10 @@ def undescribed():
         (no_hint, "tool no_hint: the parameter x has no type hint"),
         (Host.method, "tool method: the parameter self has no type hint"),
         (no_entry, "tool no_entry: the docstring has no entry for y under Args:"),
-        (unknown_hint, "tool unknown_hint: its type hints cannot be read: name 'Nowhere' is not defined"),
+        (
+            unknown_hint,
+            "tool unknown_hint: its type hints cannot be read: name 'Nowhere' is not defined",
+        ),
         (bad_choices, "the parameter x: the choices must be a JSON list"),
         (any_number, "any_number: .x: int cannot be given by name"),
         (by_position, "x: int cannot be given by name"),
@@ -350,7 +398,9 @@ def test_a_function_that_makes_no_tool_is_told_why(function, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["", "two words", "größe", "a\n", "x" * 65, "</tool_call>", '"', None, 3])
+@pytest.mark.parametrize(
+    "name", ["", "two words", "größe", "a\n", "x" * 65, "</tool_call>", '"', None, 3]
+)
 def test_a_name_that_a_model_cannot_write_is_refused(name):
     with pytest.raises(ValueError, match="cannot be a tool's name"):
         Tool(name, "", {})
@@ -383,7 +433,9 @@ STOCK = {
 
 
 def of(properties, **rest):
-    return Tool.from_schema({"name": "f", "parameters": {"type": "object", "properties": properties, **rest}})
+    return Tool.from_schema(
+        {"name": "f", "parameters": {"type": "object", "properties": properties, **rest}}
+    )
 
 
 def test_a_schema_makes_the_tool_that_it_describes():
@@ -399,7 +451,10 @@ def test_a_schema_makes_the_tool_that_it_describes():
 
 
 def test_a_tool_keeps_its_own_copy_of_the_schema():
-    schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+    schema = {
+        "name": "f",
+        "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}},
+    }
     made = Tool.from_schema(schema)
     schema["parameters"]["properties"]["x"]["type"] = "string"
     check_arguments(made, {"x": 1})
@@ -414,9 +469,18 @@ def test_a_tool_keeps_its_own_copy_of_the_schema():
         ({"name": "f", "description": ["x"]}, "the description is list, not text"),
         ({"name": "f", "parameters": []}, "a schema is a JSON object, not list"),
         ({"name": "f", "parameters": {"type": "array"}}, "must be of type object, not 'array'"),
-        ({"name": "f", "parameters": {"type": "objekt"}}, "malformed schema: type: 'objekt' is not one of"),
-        ({"name": "f", "parameters": {"required": "x"}}, "malformed schema: required: 'x' is not of type 'array'"),
-        ({"name": "f", "parameters": {"properties": {"x": {"pattern": "("}}}}, r"properties.x.pattern: '\('"),
+        (
+            {"name": "f", "parameters": {"type": "objekt"}},
+            "malformed schema: type: 'objekt' is not one of",
+        ),
+        (
+            {"name": "f", "parameters": {"required": "x"}},
+            "malformed schema: required: 'x' is not of type 'array'",
+        ),
+        (
+            {"name": "f", "parameters": {"properties": {"x": {"pattern": "("}}}},
+            r"properties.x.pattern: '\('",
+        ),
         ({"name": "f", "parameters": {"enum": {1, 2}}}, "type set is not JSON"),
         ({"name": "f", "parameters": {"minimum": math.nan}}, "not JSON compliant"),
         ({"name": "f", "return": {1, 2}}, "type set is not JSON"),
@@ -433,7 +497,10 @@ def test_a_malformed_schema_is_refused(schema, message):
     [
         {"$ref": "#"},
         {"allOf": [{"$ref": "#"}]},
-        {"$ref": "#/$defs/a", "$defs": {"a": {"not": {"$ref": "#/$defs/b"}}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}}},
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"not": {"$ref": "#/$defs/b"}}, "b": {"anyOf": [{"$ref": "#/$defs/a"}]}},
+        },
         {"properties": {"x": {"if": {"$ref": "#/properties/x"}}}},
         {"dependentSchemas": {"x": {"$ref": "#"}}},
         {"$dynamicAnchor": "here", "oneOf": [{"$dynamicRef": "#here"}]},
@@ -451,7 +518,9 @@ def test_a_tree_is_no_endless_schema():
     }
     made = of({"root": {"$ref": "#/$defs/n"}}, **{"$defs": {"n": node}})
     check_arguments(made, {"root": {"value": 1, "children": [{"children": [{"value": 2}]}]}})
-    with pytest.raises(ArgumentError, match=r"root.children\[0\].children\[0\].value: '2' is not of type 'integer'"):
+    with pytest.raises(
+        ArgumentError, match=r"root.children\[0\].children\[0\].value: '2' is not of type 'integer'"
+    ):
         check_arguments(made, {"root": {"value": 1, "children": [{"children": [{"value": "2"}]}]}})
     with pytest.raises(ArgumentError, match="nested"):
         check_arguments(made, {"root": nested({}, 40, lambda inner: {"children": [inner]})})
@@ -481,7 +550,12 @@ def server():
 def test_a_reference_to_elsewhere_is_never_fetched(server, tmp_path):
     url, requests = server
     (tmp_path / "schema.json").write_text("{}")
-    for place in (url, (tmp_path / "schema.json").as_uri(), "https://json-schema.org/draft/2020-12/schema", "other"):
+    for place in (
+        url,
+        (tmp_path / "schema.json").as_uri(),
+        "https://json-schema.org/draft/2020-12/schema",
+        "other",
+    ):
         for schema in (
             {"$ref": place},
             {"$dynamicRef": place},
@@ -491,11 +565,21 @@ def test_a_reference_to_elsewhere_is_never_fetched(server, tmp_path):
             {"$ref": "#/definitions/a", "definitions": {"a": {"$ref": place}}},
             {"$schema": "http://json-schema.org/draft-03/schema#", "items": {"$ref": place}},
         ):
-            with pytest.raises(SchemaError, match=r"its \$ref .* leads nowhere in it, and nothing is fetched"):
+            with pytest.raises(
+                SchemaError, match=r"its \$ref .* leads nowhere in it, and nothing is fetched"
+            ):
                 compile_schema(schema)
-    # jsonschema reads a part that names another draft by that draft's rules; such parts are refused.
+    # jsonschema reads a part that names another draft by that draft's rules; such parts are
+    # refused.
     with pytest.raises(SchemaError, match=r"a \$schema of its own"):
-        compile_schema({"items": {"$schema": "http://json-schema.org/draft-03/schema#", "extends": {"$ref": url}}})
+        compile_schema(
+            {
+                "items": {
+                    "$schema": "http://json-schema.org/draft-03/schema#",
+                    "extends": {"$ref": url},
+                }
+            }
+        )
     # `dependencies` is no keyword of this draft: nothing reads it.
     assert problem(compile_schema({"dependencies": {"x": {"$ref": url}}}), {"x": 1}) is None
     assert requests == []
@@ -519,7 +603,9 @@ def test_even_an_unchecked_reference_is_not_fetched(server, monkeypatch):
     assert requests == []
 
 
-@pytest.mark.parametrize("reference", ["#/nowhere", "#/required", "#/properties", "#anchor", "http://[::1"])
+@pytest.mark.parametrize(
+    "reference", ["#/nowhere", "#/required", "#/properties", "#anchor", "http://[::1"]
+)
 def test_a_reference_to_no_schema_is_refused(reference):
     properties = {"x": {"$ref": reference}, "type": {"type": "integer"}}
     with pytest.raises(SchemaError, match="malformed schema"):
@@ -527,7 +613,13 @@ def test_a_reference_to_no_schema_is_refused(reference):
 
 
 def test_a_property_named_like_a_keyword_is_a_property():
-    made = of({"$ref": {"type": "integer"}, "$schema": {"type": "string"}, "x": {"const": {"$ref": "http://a"}}})
+    made = of(
+        {
+            "$ref": {"type": "integer"},
+            "$schema": {"type": "string"},
+            "x": {"const": {"$ref": "http://a"}},
+        }
+    )
     check_arguments(made, {"$ref": 1, "$schema": "s", "x": {"$ref": "http://a"}})
 
 
@@ -593,8 +685,14 @@ def test_arguments_of_the_schema_pass(arguments):
         ({"many": [1, None]}, "typed: many[1]: None is not of type 'integer'"),
         ({"many": {}}, "typed: many: {} is not of type 'array'"),
         ({"table": {"x": "y"}}, "typed: table.x: 'y' is not of type 'number'"),
-        ({"either": "x"}, "typed: either: 'x' is not of type 'integer', or either: 'x' is not of type 'array'"),
-        ({"flag": 0, "text": 1}, "typed: flag: 0 is not of type 'boolean'; text: 1 is not of type 'string'"),
+        (
+            {"either": "x"},
+            "typed: either: 'x' is not of type 'integer', or either: 'x' is not of type 'array'",
+        ),
+        (
+            {"flag": 0, "text": 1},
+            "typed: flag: 0 is not of type 'boolean'; text: 1 is not of type 'string'",
+        ),
         ({"real": math.inf}, "typed: not JSON: Out of range float values are not JSON compliant"),
         ({"real": math.nan}, "typed: not JSON: Out of range float values are not JSON compliant"),
         ([], "typed: the arguments must be a JSON object, not list"),
@@ -613,7 +711,8 @@ def test_what_is_missing_and_what_is_too_much_is_named():
         check_arguments(stock, {"ticker": "TSLA", "days": 0})
     assert str(error.value) == (
         "get_stock_price: days: 0 is less than the minimum of 1; 'symbol' is a required property; "
-        "Unevaluated properties are not allowed ('ticker' was unexpected); known: symbol, days, fields"
+        "Unevaluated properties are not allowed ('ticker' was unexpected); known: symbol, days, "
+        "fields"
     )
 
 
@@ -648,7 +747,17 @@ def nested(value, levels, around):
         {(1, 2): 3},
         nested([], 5000, lambda v: [v]),
     ],
-    ids=["surrogate", "surrogate key", "set", "bytes", "object", "digits", "infinity", "tuple key", "deep"],
+    ids=[
+        "surrogate",
+        "surrogate key",
+        "set",
+        "bytes",
+        "object",
+        "digits",
+        "infinity",
+        "tuple key",
+        "deep",
+    ],
 )
 def test_arguments_that_are_no_json_are_refused(value):
     with pytest.raises(ArgumentError) as error:
@@ -697,12 +806,19 @@ def test_a_pydantic_model_makes_a_tool_that_gets_an_instance():
     got = []
     made = Tool.from_pydantic(Fund, got.append)
     assert (made.name, made.description) == ("Fund", "Fundamentals of a share.")
-    assert made.parameters == {key: v for key, v in Fund.model_json_schema().items() if key != "description"}
+    assert made.parameters == {
+        key: v for key, v in Fund.model_json_schema().items() if key != "description"
+    }
     arguments = {"symbol": "TSLA", "since": "2024-03-01", "weights": [1, 2.0]}
     check_arguments(made, arguments)
     assert run_tool(made, arguments) is None
     assert got == [Fund(symbol="TSLA", since=date(2024, 3, 1), weights=[1, 2])]
-    for wrong in ({}, {"symbol": "X"}, {"symbol": "TSLA", "since": 3}, {"symbol": "TSLA", "extra": 1}):
+    for wrong in (
+        {},
+        {"symbol": "X"},
+        {"symbol": "TSLA", "since": 3},
+        {"symbol": "TSLA", "extra": 1},
+    ):
         with pytest.raises(ArgumentError):
             check_arguments(made, wrong)
 
@@ -727,7 +843,11 @@ def test_a_class_without_schema_is_no_tool():
         def __get_pydantic_json_schema__(cls, core_schema, handler):
             return {"type": "objekt"}
 
-    for model, message in ((Host, "is not a class made from"), (Fund(symbol="xx"), "is not"), (Unwritable, "objekt")):
+    for model, message in (
+        (Host, "is not a class made from"),
+        (Fund(symbol="xx"), "is not"),
+        (Unwritable, "objekt"),
+    ):
         with pytest.raises(SchemaError, match=message):
             Tool.from_pydantic(model)
 
@@ -751,13 +871,22 @@ def test_a_tool_is_called_by_keyword_in_any_order(time_limit):
 def test_whole_numbers_reach_the_function_as_integers():
     arguments = {"whole": 3.0, "real": 3.0, "many": [1.0, 2], "table": {"x": 2.0}, "either": [4.0]}
     whole, real, *_, many, table, either = run_tool(typed, arguments)
-    assert [type(x) for x in (whole, real, *many, table["x"], *either)] == [int, float, int, int, float, int]
+    assert [type(x) for x in (whole, real, *many, table["x"], *either)] == [
+        int,
+        float,
+        int,
+        int,
+        float,
+        int,
+    ]
     assert arguments["whole"] == 3.0 and type(arguments["whole"]) is float
 
 
 def test_whole_numbers_are_found_in_every_part_of_a_schema():
     integer = {"type": "integer"}
-    schema = {"properties": {"p": {"prefixItems": [{}, integer], "items": {"type": ["integer", "null"]}}}}
+    schema = {
+        "properties": {"p": {"prefixItems": [{}, integer], "items": {"type": ["integer", "null"]}}}
+    }
     schema["properties"]["r"] = {"type": ["integer", "number"]}
     schema |= {"additionalProperties": {"oneOf": [integer, {"type": "string"}]}}
     made = runner(lambda **arguments: [arguments["p"], arguments["q"], arguments["r"]], schema)
@@ -915,11 +1044,15 @@ def test_a_thread_that_cannot_be_started_is_a_tool_error(monkeypatch):
 def test_a_tool_that_hangs_does_not_keep_the_process_alive():
     code = """
 import time
-from mistral.chat.tools import Tool, ToolError, run_tool
+from mistral.chat.tools.functions import Tool, ToolError, run_tool
 try:
     run_tool(Tool("f", "", {}, lambda: time.sleep(3600)), {}, time_limit=0.05)
 except ToolError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (result.returncode, result.stdout) == (0, "f did not finish within 0.05 seconds\n"), result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (0, "f did not finish within 0.05 seconds\n"), (
+        result.stderr
+    )

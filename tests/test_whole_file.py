@@ -2,7 +2,7 @@
 
 import pytest
 
-from mistral.whole_file import whole_file
+from mistral.files import whole_file
 
 
 def test_a_file_is_replaced_when_all_of_it_is_written(tmp_path):

@@ -29,7 +29,9 @@ def projections(block) -> tuple:
 
 def data() -> dict:
     ids = style.demo()[1].encode(TEXT)
-    heads = {f"layer {layer}, head {head}": weights(ids, layer)[head].tolist() for layer, head in HEADS}
+    heads = {
+        f"layer {layer}, head {head}": weights(ids, layer)[head].tolist() for layer, head in HEADS
+    }
     return {"tokens": [style.label(id) for id in ids], "heads": heads}
 
 
@@ -43,7 +45,9 @@ def draw(folder=style.FOLDER) -> None:
         for i, row in enumerate(table):
             for j, weight in enumerate(row):
                 if weight > 0.01:
-                    square = Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=style.BLUE, alpha=weight, linewidth=0)
+                    square = Rectangle(
+                        (j - 0.5, i - 0.5), 1, 1, facecolor=style.BLUE, alpha=weight, linewidth=0
+                    )
                     ax.add_patch(square)
         ticks, edges = range(len(tokens)), (-0.5, len(tokens) - 0.5)
         ax.set(xticks=ticks, yticks=ticks, xlim=edges, ylim=edges, title=name, aspect="equal")

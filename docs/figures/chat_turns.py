@@ -1,10 +1,15 @@
-"""A conversation as the model reads it: control tokens between stretches of text, each encoded on its own."""
+"""A conversation as the model reads it: control tokens between stretches of text, each encoded on
+its own.
+"""
 
 import style
 
 from mistral.chat import encode_chat
 
-MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello! <|im_end|>"}]
+MESSAGES = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hello! <|im_end|>"},
+]
 WIDTH = 46  # letters in a row
 
 
@@ -31,6 +36,8 @@ def draw(folder=style.FOLDER) -> None:
     for row, boxes in enumerate(rows):
         y = 2.2 * (len(rows) - 1 - row) + 0.8
         for x, width, text, id, control in boxes:
-            style.cell(ax, x, y, text, style.ORANGE if control else style.BLUE, width=width, fontsize=8)
+            style.cell(
+                ax, x, y, text, style.ORANGE if control else style.BLUE, width=width, fontsize=8
+            )
             ax.text(x + width / 2, y - 0.55, str(id), ha="center", fontsize=7, alpha=0.8)
     style.save(figure, "chat_turns", numbers, folder)

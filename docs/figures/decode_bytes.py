@@ -1,4 +1,5 @@
-"""What a 7B has to read from memory for one new token, part by part, in three formats. Arithmetic, not a measurement.
+"""What a 7B has to read from memory for one new token, part by part, in three formats. Arithmetic,
+not a measurement.
 
 Sizes: Mistral 7B, table 1, https://arxiv.org/abs/2310.06825
 """
@@ -24,8 +25,11 @@ SEVEN_B = mistral.Config(
     tie_word_embeddings=False,
     eos_token_id=(2,),
 )
-BITS = {kind.name: 8 * kind.block_bytes / kind.block_weights for kind in GGML_TYPES.values()}  # of one weight
-# llama.cpp's mix Q4_K_M keeps v_proj and down_proj finer in these layers: first and last eighth, one in three between
+BITS = {
+    kind.name: 8 * kind.block_bytes / kind.block_weights for kind in GGML_TYPES.values()
+}  # of one weight
+# llama.cpp's mix Q4_K_M keeps v_proj and down_proj finer in these layers: first and last eighth,
+# one in three between
 FINER = {i for i in range(32) if i < 4 or i >= 28 or (i - 4) % 3 == 2}
 PARTS = {
     "Q, K, V": ("q_proj", "k_proj", "v_proj"),
@@ -47,7 +51,9 @@ def bits_of(name: str, format: str) -> float:
 
 
 def matrix_bytes(format: str) -> dict[str, float]:
-    """Bytes of the matrices that one token has to pass through, part by part; of the embedding it needs one row."""
+    """Bytes of the matrices that one token has to pass through, part by part; of the embedding it
+    needs one row.
+    """
     found = dict.fromkeys(PARTS, 0.0)
     for name, shape in tensor_shapes(SEVEN_B).items():
         for part, modules in PARTS.items():
@@ -60,7 +66,9 @@ def data() -> dict:
     """Gigabytes, part by part; the cache is that of a full window in 16 bits."""
     cache = SEVEN_B.cache_bytes(SEVEN_B.sliding_window, itemsize=2)
     return {
-        format: {part: count / 1e9 for part, count in (matrix_bytes(format) | {"cache": cache}).items()}
+        format: {
+            part: count / 1e9 for part, count in (matrix_bytes(format) | {"cache": cache}).items()
+        }
         for format in ("BF16", "Q8_0", "Q4_K_M")
     }
 
@@ -72,9 +80,13 @@ def draw(folder=style.FOLDER) -> None:
     for row, parts in enumerate(numbers.values()):
         left = 0.0
         for (part, size), color in zip(parts.items(), colors):
-            ax.barh(-row, size, left=left, color=color, alpha=0.75, label=part if row == 0 else None)
+            ax.barh(
+                -row, size, left=left, color=color, alpha=0.75, label=part if row == 0 else None
+            )
             left += size
         ax.text(left + 0.1, -row, f"{left:.2f} GB", va="center")
-    ax.set(yticks=[0, -1, -2], yticklabels=list(numbers), xlabel="GB read for one token", xlim=(0, 17))
+    ax.set(
+        yticks=[0, -1, -2], yticklabels=list(numbers), xlabel="GB read for one token", xlim=(0, 17)
+    )
     figure.legend(loc="outside upper center", ncols=3)
     style.save(figure, "decode_bytes", numbers, folder)

@@ -1,4 +1,6 @@
-"""Draw the book's figures again, all of them or those named: python docs/figures/draw.py [NAME ...]"""
+"""Draw the book's figures again, all of them or those named: python docs/figures/draw.py [NAME
+...]
+"""
 
 import importlib
 import sys

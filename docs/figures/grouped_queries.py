@@ -11,7 +11,9 @@ QUERY_HEADS, KV_HEADS = 8, 2
 def data() -> dict:
     """reads[n]: the key/value heads whose values show in what query head n gives."""
     q, k = torch.zeros(1, QUERY_HEADS, 1, 4), torch.zeros(1, KV_HEADS, 1, 4)
-    v = torch.eye(KV_HEADS, 4).view(1, KV_HEADS, 1, 4)  # head h holds a 1 at place h and nothing else
+    v = torch.eye(KV_HEADS, 4).view(
+        1, KV_HEADS, 1, 4
+    )  # head h holds a 1 at place h and nothing else
     y = attend(q, k, v, None)[0, :, 0]  # [N, H]
     return {"reads": [row.nonzero().flatten().tolist() for row in y]}
 

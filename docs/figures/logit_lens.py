@@ -6,10 +6,14 @@ import torch
 
 @torch.inference_mode()
 def data() -> dict:
-    """Behind the embedding and each layer: the most probable token, and the probability of the final answer."""
+    """Behind the embedding and each layer: the most probable token, and the probability of the
+    final answer.
+    """
     model = style.demo()[0]
     states = style.hidden_states(style.question_ids())
-    p = torch.stack([model.lm_head(model.model.norm(state[-1])).softmax(-1) for state in states])  # [L + 1, V]
+    p = torch.stack(
+        [model.lm_head(model.model.norm(state[-1])).softmax(-1) for state in states]
+    )  # [L + 1, V]
     answer = p[-1].argmax().item()
     return {
         "answer": style.label(answer),
@@ -27,7 +31,11 @@ def draw(folder=style.FOLDER) -> None:
     for row, says in zip(rows, numbers["says"]):
         ax.text(1.03, row, says, va="center_baseline", family="DejaVu Sans Mono")
     ax.text(1.03, -1.1, "would say", va="center_baseline")
-    ax.set(yticks=rows, xlim=(0, 1), xlabel=f"probability of “{numbers['answer']}”, the token that it says in the end")
+    ax.set(
+        yticks=rows,
+        xlim=(0, 1),
+        xlabel=f"probability of “{numbers['answer']}”, the token that it says in the end",
+    )
     ax.set_yticklabels(names)
     ax.invert_yaxis()
     style.save(figure, "logit_lens", numbers, folder)

@@ -1,6 +1,8 @@
-"""The 144 bytes of a Q4_K super-block: which weight each half byte is, and what each bit of the scales belongs to.
+"""The 144 bytes of a Q4_K super-block: which weight each half byte is, and what each bit of the
+scales belongs to.
 
-Nothing is copied from a description: bits are flipped one by one, and `dequantize` tells what changed.
+Nothing is copied from a description: bits are flipped one by one, and `dequantize` tells what
+changed.
 """
 
 import style
@@ -11,13 +13,20 @@ from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GGML_TYPES
 
 Q4_K = next(kind for kind in GGML_TYPES.values() if kind.name == "Q4_K")
-HEADER, SCALES = 16, slice(4, 16)  # d and dmin, two bytes each, then the scales; the rest are half bytes
+HEADER, SCALES = (
+    16,
+    slice(4, 16),
+)  # d and dmin, two bytes each, then the scales; the rest are half bytes
 
 
 def block(scales: list[int], nibbles: int) -> Tensor:
-    """A block with d = dmin = 1, these 12 bytes of scales, and the same byte everywhere behind them."""
+    """A block with d = dmin = 1, these 12 bytes of scales, and the same byte everywhere behind
+    them.
+    """
     ones = torch.ones(2, dtype=torch.float16).view(torch.uint8).tolist()
-    return torch.tensor([*ones, *scales, *[nibbles] * (Q4_K.block_bytes - HEADER)], dtype=torch.uint8)
+    return torch.tensor(
+        [*ones, *scales, *[nibbles] * (Q4_K.block_bytes - HEADER)], dtype=torch.uint8
+    )
 
 
 def changes(before: Tensor, byte: int, mask: int) -> Tensor:
@@ -28,14 +37,17 @@ def changes(before: Tensor, byte: int, mask: int) -> Tensor:
 
 
 def data() -> dict:
-    """scales: for each of 12 bytes, from bit 7 to bit 0, a letter: A-H are the scales, a-h the mins of groups 0-7.
-    nibbles: for each byte behind the header the weight that its lower half is, and the weight that its upper half is.
+    """scales: for each of 12 bytes, from bit 7 to bit 0, a letter: A-H are the scales, a-h the mins
+    of groups 0-7. nibbles: for each byte behind the header the weight that its lower half is, and
+    the weight that its upper half is.
     """
     scales = []
     for byte in range(SCALES.start, SCALES.stop):
         letters = ""
         for bit in range(7, -1, -1):
-            change = changes(block([0] * 12, 0x11), byte, 1 << bit)  # every q is 1: the change is that of scale - min
+            change = changes(
+                block([0] * 12, 0x11), byte, 1 << bit
+            )  # every q is 1: the change is that of scale - min
             group = int(change.nonzero()[0]) // 32
             letters += "ABCDEFGH"[group] if change.sum() > 0 else "abcdefgh"[group]
         scales.append(letters)
@@ -56,7 +68,9 @@ def draw(folder=style.FOLDER) -> None:
         x, y = byte % 16, rows - 1 - byte // 16
         if byte < SCALES.start:
             if byte % 2 == 0:
-                style.cell(top, x, y, "d" if byte == 0 else "dmin", style.GREEN, width=2, fontsize=7)
+                style.cell(
+                    top, x, y, "d" if byte == 0 else "dmin", style.GREEN, width=2, fontsize=7
+                )
         elif byte < HEADER:
             style.cell(top, x, y, "", style.PURPLE)
         else:

@@ -1,4 +1,6 @@
-"""How large the hidden state of the demo's last token is at each layer, before the norm and behind it."""
+"""How large the hidden state of the demo's last token is at each layer, before the norm and behind
+it.
+"""
 
 import style
 
@@ -20,7 +22,12 @@ def draw(folder=style.FOLDER) -> None:
     figure, ax = style.start(2.8)
     ax.plot(numbers["stream"], "o-", label="the stream that enters the layer")
     ax.plot(numbers["normed"], "s-", label="what attention reads of it, normalised")
-    ax.set(xlabel="layer", ylabel="root mean square", xticks=range(len(numbers["stream"])), ylim=(0, None))
+    ax.set(
+        xlabel="layer",
+        ylabel="root mean square",
+        xticks=range(len(numbers["stream"])),
+        ylim=(0, None),
+    )
     ax.set_xticklabels([*range(len(numbers["normed"])), "out"])
     ax.legend()
     style.save(figure, "residual_stream", numbers, folder)

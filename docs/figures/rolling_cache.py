@@ -10,9 +10,13 @@ TOKENS, WINDOW = 8, 3
 
 
 def data() -> dict:
-    """After each token: the position in each slot (-1: empty), and the positions that the token saw."""
+    """After each token: the position in each slot (-1: empty), and the positions that the token
+    saw.
+    """
     config = mistral.Config(**{**vars(style.demo()[0].config), "sliding_window": WINDOW})
-    cache = RollingCache(config, 1, max_tokens=None, slack=0, dtype=torch.float32, device=torch.device("cpu"))
+    cache = RollingCache(
+        config, 1, max_tokens=None, slack=0, dtype=torch.float32, device=torch.device("cpu")
+    )
     steps = []
     for position in range(TOKENS):
         plan = cache.plan(1)

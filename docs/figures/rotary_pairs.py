@@ -25,12 +25,25 @@ def draw(folder=style.FOLDER) -> None:
     for ax, (name, points) in zip(axes.flat, numbers.items()):
         ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=style.INK, alpha=0.4, linewidth=0.8))
         for position, (x, y) in enumerate(points):
-            ax.plot([0, x], [0, y], color=style.BLUE, alpha=0.25 + 0.75 * (1 - position / POSITIONS), linewidth=1)
+            ax.plot(
+                [0, x],
+                [0, y],
+                color=style.BLUE,
+                alpha=0.25 + 0.75 * (1 - position / POSITIONS),
+                linewidth=1,
+            )
         first, last = points[0], points[-1]
         near = abs(last[0] - first[0]) + abs(last[1] - first[1]) < 0.5
         ax.text(1.2, 0, f"0–{POSITIONS - 1}" if near else "0", va="center", fontsize=9)
         if not near:
-            ax.text(1.25 * last[0], 1.25 * last[1], str(POSITIONS - 1), ha="center", va="center", fontsize=9)
+            ax.text(
+                1.25 * last[0],
+                1.25 * last[1],
+                str(POSITIONS - 1),
+                ha="center",
+                va="center",
+                fontsize=9,
+            )
         ax.set(xlim=(-1.4, 1.8), ylim=(-1.4, 1.4), aspect="equal", title=name)
         ax.axis("off")
     style.save(figure, "rotary_pairs", numbers, folder)

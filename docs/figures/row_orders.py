@@ -1,4 +1,6 @@
-"""The rows of one head of Q (or K) in a file that pairs neighbours, and where they stand in ours."""
+"""The rows of one head of Q (or K) in a file that pairs neighbours, and where they stand in
+ours.
+"""
 
 import style
 

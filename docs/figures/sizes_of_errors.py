@@ -1,6 +1,7 @@
 """How far logits move by rounding, and how far by a mistake: where a test's tolerance has to lie.
 
-A random model of three layers with sizes that all differ, the same on every machine; the largest change of a logit.
+A random model of three layers with sizes that all differ, the same on every machine; the largest
+change of a logit.
 """
 
 import copy
@@ -35,7 +36,10 @@ def model(**changes) -> mistral.Mistral:
     generator = torch.Generator().manual_seed(0)
     made = mistral.Mistral(mistral.Config(**{**SIZES, **changes})).double().requires_grad_(False)
     for name, weight in made.named_parameters():
-        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.3 + ("norm" in name))
+        weight.copy_(
+            torch.randn(weight.shape, generator=generator, dtype=torch.float64) * 0.3
+            + ("norm" in name)
+        )
     return made
 
 
@@ -50,7 +54,12 @@ def in_the_files_order() -> mistral.Mistral:
 
 def with_mixed_groups() -> mistral.Mistral:
     """Query head n reads key/value head n mod K instead of n // G."""
-    made, H, N, K = model(), SIZES["head_dim"], SIZES["num_attention_heads"], SIZES["num_key_value_heads"]
+    made, H, N, K = (
+        model(),
+        SIZES["head_dim"],
+        SIZES["num_attention_heads"],
+        SIZES["num_key_value_heads"],
+    )
     heads = sorted(range(N), key=lambda n: (n % K, n))
     rows = torch.tensor(heads)[:, None] * H + torch.arange(H)
     for layer in made.model.layers:
@@ -78,7 +87,10 @@ def spelled_out(model: mistral.Mistral, tokens: Tensor) -> Tensor:
 @torch.inference_mode()
 def data() -> dict:
     """The largest change of any logit: by rounding, and by mistakes."""
-    right, tokens = model(), torch.randint(3, 101, (1, 24), generator=torch.Generator().manual_seed(0))
+    right, tokens = (
+        model(),
+        torch.randint(3, 101, (1, 24), generator=torch.Generator().manual_seed(0)),
+    )
     single, rounded = copy.deepcopy(right).float(), copy.deepcopy(right).bfloat16().double()
     expected = right(tokens)
 
@@ -107,10 +119,21 @@ def draw(folder=style.FOLDER) -> None:
     names, row = [], 0
     for color, (kind, errors) in zip((style.BLUE, style.ORANGE), numbers.items()):
         for name, size in errors.items():
-            ax.barh(-row, size, color=color, alpha=0.8, label=kind if name == next(iter(errors)) else None)
+            ax.barh(
+                -row,
+                size,
+                color=color,
+                alpha=0.8,
+                label=kind if name == next(iter(errors)) else None,
+            )
             names.append(name)
             row += 1
-    ax.set(xscale="log", xlim=(1e-16, 1e2), yticks=range(0, -row, -1), xlabel="largest change of a logit")
+    ax.set(
+        xscale="log",
+        xlim=(1e-16, 1e2),
+        yticks=range(0, -row, -1),
+        xlabel="largest change of a logit",
+    )
     ax.set_yticklabels(names)
     ax.axvline(2e-5, color=style.INK, linestyle=":", linewidth=1)
     figure.legend(loc="outside upper center", ncols=2)

@@ -1,8 +1,8 @@
 """What all figures share: their colours, their size, how they are saved.
 
-The ink is the page's own text colour: black on a light page, white on a dark one. The other colours are of middle
-lightness and readable on both. Backgrounds are transparent. An SVG carries the numbers that it shows, so that a test
-can compare them with what the code computes.
+The ink is the page's own text colour: black on a light page, white on a dark one. The other colours
+are of middle lightness and readable on both. Backgrounds are transparent. An SVG carries the
+numbers that it shows, so that a test can compare them with what the code computes.
 """
 
 import functools
@@ -45,9 +45,12 @@ def hidden_states(ids: list[int]) -> list[Tensor]:
     """What enters each layer of the demo for a text, and what leaves the last one, [T, D] each."""
     model, states = demo()[0], []
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0])) for layer in model.model.layers
+        layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0]))
+        for layer in model.model.layers
     ]
-    hooks.append(model.model.norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0])))
+    hooks.append(
+        model.model.norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0]))
+    )
     model(torch.tensor([ids]))
     for hook in hooks:
         hook.remove()
@@ -57,12 +60,16 @@ def hidden_states(ids: list[int]) -> list[Tensor]:
 def label(id: int) -> str:
     """The text of one of the demo's tokens, with signs for blanks."""
     tokenizer = demo()[1]
-    text = tokenizer.control_text(id) or (tokenizer.token_bytes(id) or b"?").decode(errors="replace")
+    text = tokenizer.control_text(id) or (tokenizer.token_bytes(id) or b"?").decode(
+        errors="replace"
+    )
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def start(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """A figure of the book's width, `height` inches high, and its axes; options as for plt.subplots."""
+    """A figure of the book's width, `height` inches high, and its axes; options as for
+    plt.subplots.
+    """
     import matplotlib
 
     matplotlib.use("svg")
@@ -70,7 +77,8 @@ def start(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tup
 
     plt.rcdefaults()
     plt.rcParams |= {
-        "svg.hashsalt": "mistral",  # the same names in every run, so that files change with what they show
+        # the same names in every run, so that files change with what they show
+        "svg.hashsalt": "mistral",
         "svg.fonttype": "none",
         "font.family": "DejaVu Sans",
         "font.size": 10,
@@ -89,16 +97,28 @@ def start(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tup
 
 
 def shades(color: str) -> Any:
-    """A colour map from nothing to `color`, for tables of numbers; the page shines through where they are small."""
+    """A colour map from nothing to `color`, for tables of numbers; the page shines through where
+    they are small.
+    """
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    return LinearSegmentedColormap.from_list("shades", [(*to_rgb(color), 0.0), (*to_rgb(color), 1.0)])
+    return LinearSegmentedColormap.from_list(
+        "shades", [(*to_rgb(color), 0.0), (*to_rgb(color), 1.0)]
+    )
 
 
 def cell(
-    ax: Any, x: float, y: float, text: str = "", color: str | None = None, width: float = 1, **options: Any
+    ax: Any,
+    x: float,
+    y: float,
+    text: str = "",
+    color: str | None = None,
+    width: float = 1,
+    **options: Any,
 ) -> None:
-    """A box of height 1 with its lower left corner at (x, y), tinted with `color`; options as for `text`."""
+    """A box of height 1 with its lower left corner at (x, y), tinted with `color`; options as for
+    `text`.
+    """
     from matplotlib.patches import Rectangle
 
     if color:

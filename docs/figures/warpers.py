@@ -1,4 +1,6 @@
-"""What each warper leaves of one distribution: what the demo expects behind "What is" in a user's turn."""
+"""What each warper leaves of one distribution: what the demo expects behind "What is" in a user's
+turn.
+"""
 
 import style
 import torch
@@ -22,7 +24,8 @@ def beginning_ids() -> list[int]:
     """The ids of a user's turn that has only begun."""
     tokenizer = style.demo()[1]
     start = tokenizer.control_id("<|im_start|>")
-    # A space may be a piece of its own or the first letter of the next one; so some word is encoded, and taken off.
+    # A space may be a piece of its own or the first letter of the next one; so some word is
+    # encoded, and taken off.
     return [tokenizer.bos_id, start, *tokenizer.encode(f"user\n{BEGINNING} a", bos=False)[:-1]]
 
 
@@ -35,10 +38,16 @@ def data() -> dict:
     plain = logits[0].softmax(-1)
     top = plain.topk(SHOWN).indices
     warped = {
-        name: processed_scores(logits, Sampling(**rule), history, lengths)[0].softmax(-1)[top].tolist()
+        name: processed_scores(logits, Sampling(**rule), history, lengths)[0]
+        .softmax(-1)[top]
+        .tolist()
         for name, rule in RULES.items()
     }
-    return {"tokens": [style.label(id) for id in top.tolist()], "plain": plain[top].tolist(), "warped": warped}
+    return {
+        "tokens": [style.label(id) for id in top.tolist()],
+        "plain": plain[top].tolist(),
+        "warped": warped,
+    }
 
 
 def draw(folder=style.FOLDER) -> None:
@@ -47,7 +56,11 @@ def draw(folder=style.FOLDER) -> None:
     places = range(SHOWN)
     for ax, (name, probabilities) in zip(axes.flat, numbers["warped"].items()):
         ax.bar(places, probabilities, color=style.BLUE, alpha=0.8)
-        ax.bar(places, numbers["plain"], fill=False, edgecolor=style.INK, linewidth=1, linestyle=":")
+        ax.bar(
+            places, numbers["plain"], fill=False, edgecolor=style.INK, linewidth=1, linestyle=":"
+        )
         ax.set(title=name, xticks=list(places))
-        ax.set_xticklabels(numbers["tokens"], rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        ax.set_xticklabels(
+            numbers["tokens"], rotation=60, ha="right", rotation_mode="anchor", fontsize=8
+        )
     style.save(figure, "warpers", numbers, folder)

@@ -3,8 +3,8 @@
 from mistral.chat.conversation import Conversation
 from mistral.chat.events import Call, End, Error, Result, Text
 from mistral.chat.formats import encode_chat
+from mistral.chat.formats.tool_calls import ToolCallStream, parse_tool_calls
 from mistral.chat.structured import generate_json
-from mistral.chat.tool_calls import ToolCallStream, parse_tool_calls
 from mistral.chat.tools import Tool, tool
 
 __all__ = [

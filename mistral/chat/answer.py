@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Sequence
 
 from mistral.chat.formats import ChatFormat
-from mistral.chat.tool_calls import ToolCallStream
-from mistral.constraints import Constraint, CountsForced
-from mistral.decoder import Decoder, Engine
-from mistral.generation import generate, text_until
+from mistral.chat.formats.tool_calls import ToolCallStream
+from mistral.engine.constraints import Constraint, CountsForced
+from mistral.engine.decoder import Decoder, Engine
+from mistral.engine.generation import generate, text_until
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
 
-SLACK = 32  # tokens that can be taken back after the window rolled: an end of turn that the model spelled
+# tokens that can be taken back after the window rolled: an end of turn that the model spelled
+SLACK = 32
 
 
 class Answer:
@@ -19,13 +20,15 @@ class Answer:
 
     text    what was written so far
     ids     its tokens, without the one that ended it
-    reason  why it ended: "stop", or "length" after `max_new_tokens` or where there is no more room; "interrupted" until
-            then
+    reason  why it ended: "stop", or "length" after `max_new_tokens` or where there is no more room;
+            "interrupted" until then
 
-    When the text has ended, the decoder holds the prompt and `ids`, and nothing behind them. Where iteration is
-    broken off, `settle` makes `ids` the tokens of `text`; the decoder may hold a few more then.
-    `spelled_ends` says whether an end of turn that is written as text is one, as in `ChatFormat`; in a string of a call
-    it never is. Raises what `mistral.generate` raises, and ValueError for a prompt that there is no room for.
+    When the text has ended, the decoder holds the prompt and `ids`, and nothing behind them. Where
+    iteration is broken off, `settle` makes `ids` the tokens of `text`; the decoder may hold a few
+    more then.
+    `spelled_ends` says whether an end of turn that is written as text is one, as in `ChatFormat`;
+    in a string of a call it never is. Raises what `mistral.generate` raises, and ValueError for a
+    prompt that there is no room for.
     """
 
     def __init__(
@@ -41,14 +44,21 @@ class Answer:
     ):
         self.text, self.ids, self.reason = "", [], "interrupted"
         self.prompt_ids = prompt_ids
-        self._decoder, self._tokenizer, self._stop_tokens = decoder, tokenizer, chat.stop_ids(tokenizer)
+        self._decoder, self._tokenizer, self._stop_tokens = (
+            decoder,
+            tokenizer,
+            chat.stop_ids(tokenizer),
+        )
         self._constraint, self._begins_text = CountsForced(constraint), chat.reply_begins_text
         self._spelled = chat.spelled_ends if spelled_ends else ()
-        self._call_token = None if chat.call_token is None else tokenizer.control_id(chat.call_token)
+        self._call_token = (
+            None if chat.call_token is None else tokenizer.control_id(chat.call_token)
+        )
         self._exhausted, self._start = False, decoder.lengths[0] + len(prompt_ids)
         if (room := decoder.limit - self._start) < 1:
             raise ValueError(
-                f"the prompt makes {self._start} tokens, and there is room for {decoder.limit}: shorten it"
+                f"the prompt makes {self._start} tokens, and there is room for {decoder.limit}: "
+                f"shorten it"
             )
         self._generated = generate(
             decoder,
@@ -60,7 +70,9 @@ class Answer:
         )
 
     def __iter__(self) -> Iterator[str]:
-        for piece in text_until(self._record(), self._tokenizer, self._spelled, self._begins_text, in_string_of_call):
+        for piece in text_until(
+            self._record(), self._tokenizer, self._spelled, self._begins_text, in_string_of_call
+        ):
             self.text += piece
             yield piece
         if not self._exhausted:
@@ -81,7 +93,9 @@ class Answer:
 
     @property
     def saved(self) -> int:
-        """How many tokens the constraint left no choice about: they cost no forward pass of their own."""
+        """How many tokens the constraint left no choice about: they cost no forward pass of their
+        own.
+        """
         return self._constraint.taken
 
     def settle(self) -> None:
@@ -114,13 +128,17 @@ def in_string_of_call(text: str, at: int) -> bool:
 
 
 def one_row(model_or_decoder: Mistral | Engine, max_tokens: int | None = None) -> Engine:
-    """A decoder for one answer after the other: the one that is given, or one for the model. ValueError for more rows.
+    """A decoder for one answer after the other: the one that is given, or one for the model.
+    ValueError for more rows.
 
-    max_tokens  room in the cache for a model without a window; None: what the checkpoint was made for
+    max_tokens  room in the cache for a model without a window; None: what the checkpoint was made
+                for
     """
     if not isinstance(model_or_decoder, Mistral):
         if model_or_decoder.batch_size != 1:
-            raise ValueError(f"a decoder of one row is needed, not of {model_or_decoder.batch_size}")
+            raise ValueError(
+                f"a decoder of one row is needed, not of {model_or_decoder.batch_size}"
+            )
         return model_or_decoder
     config = model_or_decoder.config
     if config.sliding_window is None and max_tokens is None:

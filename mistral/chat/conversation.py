@@ -1,4 +1,5 @@
-"""A conversation: the user says something, the model answers, calls functions, reads their results, and answers.
+"""A conversation: the user says something, the model answers, calls functions, reads their results,
+and answers.
 
 The decoder keeps what it has read between the turns, so that each turn costs its own tokens only.
 """
@@ -7,18 +8,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mistral.chat import feedback
 from mistral.chat.answer import Answer, one_row
-from mistral.chat.call_list import CallListStream, assistant_message
 from mistral.chat.events import Call, End, Event, Text
 from mistral.chat.formats import chat_format, choose_format
+from mistral.chat.formats.call_list import CallListStream, assistant_message
+from mistral.chat.formats.tool_calls import Reply, ToolCallStream
 from mistral.chat.held import Held
-from mistral.chat.outcomes import outcome, outcomes_together
 from mistral.chat.saved import ConversationError, read_lines, write_lines
-from mistral.chat.tool_calls import Reply, ToolCallStream
 from mistral.chat.tool_choice import call_constraints, check_tool_choice
-from mistral.chat.tools import Tool, tool_table
-from mistral.decoder import Engine
+from mistral.chat.tools import Tool, feedback, tool_table
+from mistral.chat.tools.outcomes import outcome, outcomes_together
+from mistral.engine.decoder import Engine
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -27,25 +27,29 @@ from mistral.tokenizer import Tokenizer
 class Conversation:
     """A chat with a model, kept in the decoder's cache.
 
-    model_or_decoder  a model (a `Decoder` is made for it), or any empty engine for one row, for this conversation alone
+    model_or_decoder  a model (a `Decoder` is made for it), or any empty engine for one row, for
+                      this conversation alone
     tools             functions that the model may call; needs the extra `chat`
     system            the system message
     sampling          how tokens are chosen; None: greedily
-    grammar           allow only calls that the tools' schemas allow (needs the extra `chat`). A schema that no grammar
-                      can express is a warning, and calls are then checked only after they are written.
-    tool_choice       "auto"; "none"; "required": the first answer is a call; or the name of the tool to call first. The
-                      last two need the grammar.
+    grammar           allow only calls that the tools' schemas allow (needs the extra `chat`). A
+                      schema that no grammar can express is a warning, and calls are then checked
+                      only after they are written.
+    tool_choice       "auto"; "none"; "required": the first answer is a call; or the name of the
+                      tool to call first. The last two need the grammar.
     format            a name of `mistral.chat.formats`; None: what the checkpoint's tokens tell
     max_rounds        how many answers may follow one thing that the user says
     max_new_tokens    of one answer
-    max_tokens        room in the cache for a model without a window; None: what the checkpoint was made for
+    max_tokens        room in the cache for a model without a window; None: what the checkpoint was
+                      made for
     time_limit        seconds for one function; None: no limit
     parallel          run the functions of one answer at the same time
 
-    messages      what was said, as OpenAI's interface has it; an assistant's content is what the model wrote, calls in
-                  `<tool_call>` included
+    messages      what was said, as OpenAI's interface has it; an assistant's content is what the
+                  model wrote, calls in `<tool_call>` included
     tokens_read   how many tokens the model was given, and `tokens_written` how many it chose
-    tokens_saved  how many of those the grammar left no choice about, so that no forward pass was needed
+    tokens_saved  how many of those the grammar left no choice about, so that no forward pass was
+                  needed
 
     Raises ValueError for arguments that make no sense.
     """
@@ -74,13 +78,21 @@ class Conversation:
         self._chat = chat_format(tokenizer, self.format)
         check_tool_choice(tool_choice, self.tools, self.format)
         self.tokenizer, self.sampling = tokenizer, sampling or Sampling(temperature=0)
-        self.max_rounds, self.max_new_tokens, self.time_limit = max_rounds, max_new_tokens, time_limit
+        self.max_rounds, self.max_new_tokens, self.time_limit = (
+            max_rounds,
+            max_new_tokens,
+            time_limit,
+        )
         self.parallel, self.tool_choice = parallel, tool_choice
         self.decoder = one_row(model_or_decoder, max_tokens)
-        self.messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, Any]] = (
+            [] if system is None else [{"role": "system", "content": system}]
+        )
         self.tokens_read = self.tokens_written = self.tokens_saved = 0
         self._held = Held(self.decoder)
-        self._constraints = call_constraints(self.decoder, tokenizer, self._chat, self.tools, tool_choice, grammar)
+        self._constraints = call_constraints(
+            self.decoder, tokenizer, self._chat, self.tools, tool_choice, grammar
+        )
         self._speaking: Iterator[Event] | None = None
 
     @property
@@ -91,10 +103,10 @@ class Conversation:
     def say(self, text: str) -> Iterator[Event]:
         """Say something; the answer comes as events while it is made, `End` being the last.
 
-        End's reason: "stop", "length" (max_new_tokens), or "max_rounds". If the caller stops listening (by Ctrl-C, or
-        by saying something else), what was heard until then stays. Raises ConversationError for text that is empty or
-        no Unicode, where the conversation has become too long, and where something else used its decoder; nothing is
-        lost then.
+        End's reason: "stop", "length" (max_new_tokens), or "max_rounds". If the caller stops
+        listening (by Ctrl-C, or by saying something else), what was heard until then stays. Raises
+        ConversationError for text that is empty or no Unicode, where the conversation has become
+        too long, and where something else used its decoder; nothing is lost then.
         """
         if not isinstance(text, str) or not text:
             raise ConversationError("there is nothing to say: the text is empty")
@@ -109,7 +121,9 @@ class Conversation:
         self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation as JSON lines, whole or not at all: its format, then the messages."""
+        """Write the conversation as JSON lines, whole or not at all: its format, then the
+        messages.
+        """
         write_lines(Path(path), [{"format": self.format, "tools": self._schemas()}, *self.messages])
 
     @classmethod
@@ -124,18 +138,27 @@ class Conversation:
     ) -> "Conversation":
         """Go on with a saved conversation; `options` are those of the constructor.
 
-        Functions are not saved: `tools` must be those of the conversation. ConversationError where they differ, for a
-        system message or a format, which the file has, and for a file that holds no conversation.
+        Functions are not saved: `tools` must be those of the conversation. ConversationError where
+        they differ, for a system message or a format, which the file has, and for a file that holds
+        no conversation.
         """
         if given := [name for name in ("format", "system") if options.get(name) is not None]:
-            raise ConversationError(f"{path} says what {' and '.join(given)} it has: leave them out")
+            raise ConversationError(
+                f"{path} says what {' and '.join(given)} it has: leave them out"
+            )
         head, *messages = read_lines(Path(path))
-        made = cls(model_or_decoder, tokenizer, tools=tools, **(options | {"format": head.get("format")}))
+        made = cls(
+            model_or_decoder, tokenizer, tools=tools, **(options | {"format": head.get("format")})
+        )
         if head.get("tools") != made._schemas():
-            raise ConversationError(f"{path} is a conversation with other tools; give those that it was begun with")
+            raise ConversationError(
+                f"{path} is a conversation with other tools; give those that it was begun with"
+            )
         try:
             if messages:
-                made._chat.begin(tokenizer, messages, list(made.tools.values()) or None, generate=False)
+                made._chat.begin(
+                    tokenizer, messages, list(made.tools.values()) or None, generate=False
+                )
         except ValueError as error:
             raise ConversationError(f"{path}: {error}") from error
         made.messages = messages
@@ -175,16 +198,27 @@ class Conversation:
                 ids = self._encode()
             if (tokens := self.tokens_held + len(ids)) >= limit:
                 raise ConversationError(
-                    f"the conversation would have {tokens} tokens, and there is room for {limit}: reset it, or say less"
+                    f"the conversation would have {tokens} tokens, and there is room for {limit}: "
+                    f"reset it, or say less"
                 )
         except ConversationError:
             self._take_back()
             raise
         constraint = self._constraints[choice].copy()
-        return Answer(self.decoder, self.tokenizer, self._chat, ids, self.sampling, constraint, self.max_new_tokens)
+        return Answer(
+            self.decoder,
+            self.tokenizer,
+            self._chat,
+            ids,
+            self.sampling,
+            constraint,
+            self.max_new_tokens,
+        )
 
     def _listen(self, answer: Answer) -> Iterator[Event]:
-        """The events of one answer; however it ends, the conversation then holds what was heard of it."""
+        """The events of one answer; however it ends, the conversation then holds what was heard of
+        it.
+        """
         stream, calls = self._stream(answer), []
         try:
             for piece in answer:
@@ -208,28 +242,46 @@ class Conversation:
         """What finds the calls in an answer."""
         if not self.tools or self.tool_choice == "none":
             return None
-        return ToolCallStream() if self._chat.call_token is None else CallListStream(answer, len(self.messages))
+        return (
+            ToolCallStream()
+            if self._chat.call_token is None
+            else CallListStream(answer, len(self.messages))
+        )
 
     def _shorten_results(self) -> bool:
-        """Put an error in the place of the longest result that the model has not read; False if there is none."""
-        results = [m for m in self.messages[self._held.messages :] if m["role"] == "tool" and "content" in m]
+        """Put an error in the place of the longest result that the model has not read;
+
+        False if there is none.
+        """
+        results = [
+            m
+            for m in self.messages[self._held.messages :]
+            if m["role"] == "tool" and "content" in m
+        ]
         if not results:
             return False
         longest = max(results, key=lambda message: len(message["content"]))
         size = len(longest.pop("content"))
         problem = f"the result is too long: {size:,} characters"
-        longest["error"] = feedback.not_executed(longest["name"], problem, "tool_call_id" not in longest)
+        longest["error"] = feedback.not_executed(
+            longest["name"], problem, "tool_call_id" not in longest
+        )
         return True
 
     def _take_back(self) -> None:
-        """Forget what the user said if no answer to it was heard; results of functions stay, they have happened."""
+        """Forget what the user said if no answer to it was heard; results of functions stay, they
+        have happened.
+        """
         if self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()
 
     def _encode(self) -> list[int]:
         """The ids to read next: all of the conversation, or what follows the last answer."""
         tools = list(self.tools.values()) or None
-        history, new = self.messages[: max(self._held.messages - 1, 0)], self.messages[self._held.messages :]
+        history, new = (
+            self.messages[: max(self._held.messages - 1, 0)],
+            self.messages[self._held.messages :],
+        )
         try:
             if self.tokens_held and self._chat.can_go_on(history, new, tools):
                 return self._chat.go_on(self.tokenizer, new)
@@ -243,7 +295,9 @@ class Conversation:
         """Run the calls; each outcome is a message and an event."""
         if self.parallel:
             ran = outcomes_together(reply.calls, self.tools, self.time_limit)
-            self.messages += [message for _, message in ran]  # all have happened, whoever is still listening
+            self.messages += [
+                message for _, message in ran
+            ]  # all have happened, whoever is still listening
             yield from (event for event, _ in ran)
         else:
             for call in reply.calls:
@@ -251,4 +305,6 @@ class Conversation:
                 self.messages.append(message)
                 yield event
         for error in reply.errors:  # they were events when they were found
-            self.messages.append({"role": "tool", "name": "", "error": feedback.not_readable(error.message)})
+            self.messages.append(
+                {"role": "tool", "name": "", "error": feedback.not_readable(error.message)}
+            )

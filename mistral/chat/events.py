@@ -1,4 +1,6 @@
-"""What happens while a model answers: the events that `ToolCallStream` and `Conversation` give, in their order."""
+"""What happens while a model answers: the events that `ToolCallStream` and `Conversation` give, in
+their order.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,8 @@ class Call:
     """The model calls a function.
 
     arguments  by name; everything in them can be written as JSON
-    span       where the call stands in the model's text, its tags included; None for one that was not read from text
+    span       where the call stands in the model's text, its tags included; None for one that was
+               not read from text
     id         what its result refers to it by, in formats that need one
     """
 
@@ -40,7 +43,8 @@ class Result:
 class Error:
     """Something went wrong, and the model can be told.
 
-    span, source  for a call that cannot be read: where it stands in the model's text, and that part of the text
+    span, source  for a call that cannot be read: where it stands in the model's text, and that part
+                  of the text
     """
 
     message: str

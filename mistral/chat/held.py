@@ -1,7 +1,7 @@
 """What a decoder holds of a conversation."""
 
 from mistral.chat.saved import ConversationError
-from mistral.decoder import Engine
+from mistral.engine.decoder import Engine
 
 
 class Held:
@@ -24,14 +24,18 @@ class Held:
     def go_back(self) -> None:
         """Bring the decoder back to `tokens`, where the listener left an answer while it went on.
 
-        Of a decoder that is empty it holds nothing. Raises ConversationError for one that something else filled.
+        Of a decoder that is empty it holds nothing. Raises ConversationError for one that something
+        else filled.
         """
         length = self._decoder.lengths[0]
         if not length:
             self.forget()
-        elif length != self._left or self._decoder.holder is not self:  # another conversation may have as many tokens
+        elif (
+            length != self._left or self._decoder.holder is not self
+        ):  # another conversation may have as many tokens
             raise ConversationError(
-                f"the decoder holds {length} tokens that are not this conversation's: give every conversation a "
+                f"the decoder holds {length} tokens that are not this conversation's: give every "
+                f"conversation a "
                 f"decoder of its own, or empty it between their turns (decoder.rewind({length}))"
             )
         try:

@@ -1,4 +1,6 @@
-"""Conversations in files: JSON lines, the first names the format and the tools, each other one is a message."""
+"""Conversations in files: JSON lines, the first names the format and the tools, each other one is a
+message.
+"""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mistral.errors import MistralError
-from mistral.whole_file import whole_file
+from mistral.files import whole_file
 
 
 class ConversationError(MistralError, ValueError):
@@ -14,7 +16,10 @@ class ConversationError(MistralError, ValueError):
 
 
 def write_lines(path: Path, lines: Sequence[Any]) -> None:
-    """Write one line of JSON each, the file whole or not at all. OSError where it cannot be written."""
+    """Write one line of JSON each, the file whole or not at all.
+
+    OSError where it cannot be written.
+    """
     with whole_file(path) as file:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -22,7 +27,8 @@ def write_lines(path: Path, lines: Sequence[Any]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The first line and the messages.
 
-    Raises ConversationError, naming file and line, for what is no saved conversation, OSError where there is no file.
+    Raises ConversationError, naming file and line, for what is no saved conversation, OSError where
+    there is no file.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,5 +43,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if not isinstance(lines[-1], dict):
             raise ConversationError(f"{path}, line {number}, is no message")
     if not isinstance(lines[0].get("format"), str):
-        raise ConversationError(f"{path} holds no saved conversation: its first line must name the format")
+        raise ConversationError(
+            f"{path} holds no saved conversation: its first line must name the format"
+        )
     return lines

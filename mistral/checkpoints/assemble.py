@@ -1,4 +1,6 @@
-"""What every kind of checkpoint goes through: checks before anything is read, and putting the model together."""
+"""What every kind of checkpoint goes through: checks before anything is read, and putting the model
+together.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from mistral.checkpoints.names import tensor_shapes
 from mistral.config import Config
+from mistral.engine.memory import format_bytes, require_memory
 from mistral.errors import CheckpointError
-from mistral.memory import format_bytes, require_memory
 from mistral.model import Mistral
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import PackedEmbedding, PackedLinear, TiedOutput
@@ -25,7 +27,9 @@ def check_layers(source: Path, found: int, config: Config) -> None:
     Before anything is made for each layer: a forged number must not keep us busy for ever.
     """
     if found != config.num_hidden_layers:
-        raise CheckpointError(f"{source}: the weights have {found} layers, the config says {config.num_hidden_layers}")
+        raise CheckpointError(
+            f"{source}: the weights have {found} layers, the config says {config.num_hidden_layers}"
+        )
 
 
 def check_tensors(
@@ -35,7 +39,8 @@ def check_tensors(
     unknown: Iterable[str],
     spelled: Callable[[str], str] = str,
 ) -> None:
-    """CheckpointError, with names and both shapes, where the tensors on disk are not those of the config.
+    """CheckpointError, with names and both shapes, where the tensors on disk are not those of the
+    config.
 
     shapes   of the tensors on disk, under our names
     unknown  names on disk that no Mistral has
@@ -43,7 +48,11 @@ def check_tensors(
     """
     expected = tensor_shapes(config)
     optional = {OUTPUT} if config.tie_word_embeddings else set()
-    wrong = [f"{spelled(name)} is missing" for name in expected if name not in shapes and name not in optional]
+    wrong = [
+        f"{spelled(name)} is missing"
+        for name in expected
+        if name not in shapes and name not in optional
+    ]
     wrong += [f"{name} is not part of a Mistral" for name in sorted(unknown)]
     wrong += [
         f"{spelled(name)} is {list(shapes[name])} in the file and {list(shape)} by the config"
@@ -56,11 +65,16 @@ def check_tensors(
 
 
 def require_room(
-    source: Path, config: Config, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, GgmlType]
+    source: Path,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    kinds: Mapping[str, GgmlType],
 ) -> None:
     """Room for the weights in `dtype`, those in `kinds` packed.
 
-    ValueError for a dtype that weights cannot have; NotEnoughMemory, with what would fit, where they do not fit.
+    ValueError for a dtype that weights cannot have; NotEnoughMemory, with what would fit, where
+    they do not fit.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, not {dtype}")
@@ -73,10 +87,12 @@ def require_room(
 
 
 def quantized_kinds(source: Path, config: Config, name: str | None) -> dict[str, GgmlType]:
-    """The format that each tensor is rounded to for `mistral.load(..., quantize=name)`; none for None.
+    """The format that each tensor is rounded to for `mistral.load(..., quantize=name)`; none for
+    None.
 
-    All matrices, as llama.cpp does it, the embedding included. The output matrix is kept finer there too: llama.cpp
-    gives it Q6_K beside Q4_0, for which there is no rounding in Python, so here it gets Q8_0.
+    All matrices, as llama.cpp does it, the embedding included. The output matrix is kept finer
+    there too: llama.cpp gives it Q6_K beside Q4_0, for which there is no rounding in Python, so
+    here it gets Q8_0.
 
     ValueError for an unknown name and for rows that are no whole blocks.
     """
@@ -91,7 +107,8 @@ def quantized_kinds(source: Path, config: Config, name: str | None) -> dict[str,
     for tensor, kind in kinds.items():
         if (columns := shapes[tensor][1]) % kind.block_weights:
             raise ValueError(
-                f"{source}: {kind.name} stores blocks of {kind.block_weights} weights, and {tensor} has rows of "
+                f"{source}: {kind.name} stores blocks of {kind.block_weights} weights, and "
+                f"{tensor} has rows of "
                 f"{columns}: leave out quantize"
             )
     return kinds
@@ -103,7 +120,13 @@ class Parts:
     kinds  the tensors that `add` rounds to a packed format
     """
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, kinds: Mapping[str, GgmlType]):
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        kinds: Mapping[str, GgmlType],
+    ):
         with torch.device("meta"):
             self._model = Mistral(config)
         self._state: dict[str, Tensor] = {}
@@ -118,13 +141,19 @@ class Parts:
             self._state[name] = data.to(device=self._device, dtype=self._dtype, copy=copy)
             return
         try:
-            self.add_packed(name, quantize(data, self._kinds[name], self._device), self._kinds[name])
+            self.add_packed(
+                name, quantize(data, self._kinds[name], self._device), self._kinds[name]
+            )
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
     def add_packed(self, name: str, blocks: Tensor, kind: GgmlType) -> None:
         """A matrix as packed rows on the device, which stay what they are."""
-        packed = PackedEmbedding(blocks, kind, self._dtype) if name == EMBEDDING else PackedLinear(blocks, kind)
+        packed = (
+            PackedEmbedding(blocks, kind, self._dtype)
+            if name == EMBEDDING
+            else PackedLinear(blocks, kind)
+        )
         owner, _, module = name.removesuffix(".weight").rpartition(".")
         setattr(self._model.get_submodule(owner), module, packed)
         self._state[name.removesuffix("weight") + "blocks"] = blocks
@@ -139,7 +168,9 @@ class Parts:
             state[OUTPUT] = state[EMBEDDING]
         model.load_state_dict(state, assign=True)
         if tied and not isinstance(embedding, PackedEmbedding):
-            model.lm_head.weight = embedding.weight  # one parameter again, not two that share memory
+            model.lm_head.weight = (
+                embedding.weight
+            )  # one parameter again, not two that share memory
         return model.to(self._device)  # what is no weight: the rotary frequencies
 
 
@@ -151,5 +182,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _what_fits(num_parameters: int, free: int) -> str:
     for dtype in (torch.float32, torch.bfloat16):
         if num_parameters * dtype.itemsize <= free:
-            return f"in {dtype_name(dtype)} ({format_bytes(num_parameters * dtype.itemsize)}) it would fit"
-    return f"at 2 bytes a weight {free // 2 / 1e9:.2f} billion weights would fit, and it has {num_parameters / 1e9:.2f}"
+            return (
+                f"in {dtype_name(dtype)} ({format_bytes(num_parameters * dtype.itemsize)}) it "
+                f"would fit"
+            )
+    return (
+        f"at 2 bytes a weight {free // 2 / 1e9:.2f} billion weights would fit, and it has "
+        f"{num_parameters / 1e9:.2f}"
+    )

@@ -11,12 +11,14 @@ from mistral.config import Config
 from mistral.errors import CheckpointError
 
 
-def read_config(path: Path, header: GgufHeader, sliding_window: int | None | Literal["auto"] = "auto") -> Config:
+def read_config(
+    path: Path, header: GgufHeader, sliding_window: int | None | Literal["auto"] = "auto"
+) -> Config:
     """The metadata as a Config. CheckpointError where it is bad or not a Mistral's.
 
-    llama.cpp's own defaults stand for keys that its files may leave out: head_count_kv (head_count), key_length
-    (embedding_length / head_count), rope.freq_base (10000), eos_token_id (2). For sliding_window "auto" see
-    `window_of`.
+    llama.cpp's own defaults stand for keys that its files may leave out: head_count_kv
+    (head_count), key_length (embedding_length / head_count), rope.freq_base (10000), eos_token_id
+    (2). For sliding_window "auto" see `window_of`.
     """
     metadata = header.metadata
     try:
@@ -28,17 +30,21 @@ def read_config(path: Path, header: GgufHeader, sliding_window: int | None | Lit
 
 
 def window_of(path: Path, metadata: Mapping[str, Any], config: Config) -> int | None:
-    """The rule behind sliding_window="auto": what the file names, else what its rotary base tells, with a warning.
+    """The rule behind sliding_window="auto": what the file names, else what its rotary base tells,
+    with a warning.
 
-    Files that `gguf_export` wrote name a window (0: none). Others of Mistral do not (and llama.cpp applies none), so it
-    is told from the rotary base, which changed when the window was given up: base 10,000 with more than 4,096 positions
-    is v0.1 or one of its fine-tunes, Hermes-2-Pro among them: 4,096. Everything else, v0.2 and v0.3 with base 1,000,000
-    among them: none. ValueError for a window that is no whole number.
+    Files that `gguf_export` wrote name a window (0: none). Others of Mistral do not (and llama.cpp
+    applies none), so it is told from the rotary base, which changed when the window was given up:
+    base 10,000 with more than 4,096 positions is v0.1 or one of its fine-tunes, Hermes-2-Pro among
+    them: 4,096. Everything else, v0.2 and v0.3 with base 1,000,000 among them: none. ValueError for
+    a window that is no whole number.
     """
     named = whole(metadata, "llama.attention.sliding_window")
     if named is not None:
         return named or None
-    window = 4096 if config.rope_theta == 10000.0 and config.max_position_embeddings > 4096 else None
+    window = (
+        4096 if config.rope_theta == 10000.0 and config.max_position_embeddings > 4096 else None
+    )
     decided = "attending to everything" if window is None else f"taking v0.1's window of {window:,}"
     warnings.warn(
         f"{path.name} names no sliding window; with rotary base {config.rope_theta:,.0f} and "
@@ -65,7 +71,9 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> C
     heads, hidden_size = size("attention.head_count"), size("embedding_length")
     head_dim = whole(metadata, "llama.attention.key_length", hidden_size // heads, least=1)
     if whole(metadata, "llama.rope.dimension_count", head_dim) != head_dim:
-        raise ValueError("rotary embedding of a part of the head is not supported; no Mistral-7B uses it")
+        raise ValueError(
+            "rotary embedding of a part of the head is not supported; no Mistral-7B uses it"
+        )
     if "llama.attention.layer_norm_rms_epsilon" not in metadata:
         raise ValueError("llama.attention.layer_norm_rms_epsilon is missing, and it is not guessed")
     ends = [whole(metadata, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
@@ -97,6 +105,8 @@ def _refuse_variants(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTens
         or not all(type(f) in (int, float) and f in (0, 1) for f in factors)
         or "rope_freqs.weight" in tensors
     ):
-        raise ValueError(f"rotary scaling ({kind}, {factors}) is not supported; no Mistral-7B uses any")
+        raise ValueError(
+            f"rotary scaling ({kind}, {factors}) is not supported; no Mistral-7B uses any"
+        )
     if whole(metadata, "llama.expert_count", 0):
         raise ValueError("this is a mixture of experts; only Mistral-7B is read")

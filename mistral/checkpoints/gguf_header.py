@@ -2,7 +2,8 @@
 
     magic "GGUF" | version u32 | number of tensors u64 | number of keys u64
     keys      name string | type u32 | value                           (string: length u64, bytes)
-    tensors   name string | number of dimensions u32 | dimensions u64 ... | ggml type u32 | offset u64
+    tensors   name string | number of dimensions u32 | dimensions u64 ... | ggml type u32 | offset
+              u64
     padding to `general.alignment`, then the data that the offsets count from
 
 The file is untrusted: every length is held against the bytes that are left before it is believed.
@@ -25,7 +26,19 @@ from mistral.errors import CheckpointError
 from mistral.quantization.ggml_types import GgmlType, ggml_type
 
 # GGUF's numbers, in the letters that struct and numpy share
-NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+NUMBERS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS, MAX_NAME = 4, 256
 
@@ -59,24 +72,39 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
 
-def whole(metadata: Mapping[str, Any], key: str, default: int | None = None, least: int = 0) -> int | None:
-    """The whole number at `key`, or the default. ValueError, naming the key, where something else is there."""
+def whole(
+    metadata: Mapping[str, Any], key: str, default: int | None = None, least: int = 0
+) -> int | None:
+    """The whole number at `key`, or the default.
+
+    ValueError, naming the key, where something else is there.
+    """
     return whole_number(key, metadata[key], least) if key in metadata else default
 
 
 def array(metadata: Mapping[str, Any], key: str, length: int) -> list | None:
-    """The numbers at `key`, None where it is absent. ValueError for anything but finite numbers of that length."""
+    """The numbers at `key`, None where it is absent.
+
+    ValueError for anything but finite numbers of that length.
+    """
     value = metadata.get(key)
     if value is None:
         return None
     numbers = np.asarray(value) if isinstance(value, (list, np.ndarray)) else np.empty(0, object)
-    if numbers.shape != (length,) or numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
+    if (
+        numbers.shape != (length,)
+        or numbers.dtype.kind not in "iuf"
+        or not np.isfinite(numbers).all()
+    ):
         raise ValueError(f"{key} is not a list of {length} numbers")
     return numbers.tolist()
 
 
 def read_header(path: Path) -> GgufHeader:
-    """The header of one file. CheckpointError for anything that is not a whole little-endian GGUF of version 2 or 3."""
+    """The header of one file.
+
+    CheckpointError for anything that is not a whole little-endian GGUF of version 2 or 3.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data).header()
@@ -95,9 +123,13 @@ class _Reader:
         if magic != b"GGUF":
             raise CheckpointError(f"{self.path} is no GGUF file: it begins with {magic!r}")
         if version & 0xFFFF == 0:
-            raise CheckpointError(f"{self.path} is a big-endian GGUF file; only little-endian ones are read")
+            raise CheckpointError(
+                f"{self.path} is a big-endian GGUF file; only little-endian ones are read"
+            )
         if version not in (2, 3):
-            raise CheckpointError(f"{self.path} is GGUF version {version}; versions 2 and 3 are read")
+            raise CheckpointError(
+                f"{self.path} is GGUF version {version}; versions 2 and 3 are read"
+            )
         num_tensors, num_keys = self.count(least=24), self.count(least=13)
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
@@ -106,7 +138,12 @@ class _Reader:
                 raise self.bad(f"has the key {key} twice")
             metadata[key] = self.value(self.number("<I"))
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
+        if (
+            not isinstance(alignment, int)
+            or alignment < 1
+            or alignment & (alignment - 1)
+            or alignment > 1 << 20
+        ):
             raise self.bad(f"has the impossible alignment {alignment!r}")
         found = [self.tensor() for _ in range(num_tensors)]
         data_start = -(-self.at // alignment) * alignment
@@ -116,7 +153,10 @@ class _Reader:
             if name in tensors:
                 raise self.bad(f"has the tensor {name} twice")
             if offset % alignment or tensor.start + tensor.num_bytes > self.size:
-                raise self.bad(f"is not complete: {name} would lie beyond its {self.size:,} bytes, or is not aligned")
+                raise self.bad(
+                    f"is not complete: {name} would lie beyond its {self.size:,} bytes, or is not "
+                    f"aligned"
+                )
             tensors[name] = tensor
         return GgufHeader(metadata, tensors)
 
@@ -142,7 +182,8 @@ class _Reader:
             return np.frombuffer(self.take(length * dtype.itemsize), dtype)
         if inner == STRING:
             return [self.string() for _ in range(self.count(least=8))]
-        # Arrays of arrays are possible too; no model has any, and they could make a small file take much memory.
+        # Arrays of arrays are possible too; no model has any, and they could make a small file take
+        # much memory.
         raise self.bad(f"has a value of type {kind}, {inner}, which is not read")
 
     def name(self) -> str:
@@ -160,7 +201,9 @@ class _Reader:
         """A number of things of at least `least` bytes each."""
         number = self.number("<Q")
         if number > (self.size - self.at) // least:
-            raise self.bad(f"speaks of {number:,} things where {self.size - self.at:,} bytes are left")
+            raise self.bad(
+                f"speaks of {number:,} things where {self.size - self.at:,} bytes are left"
+            )
         return number
 
     def number(self, form: str) -> Any:
@@ -173,4 +216,6 @@ class _Reader:
         return self.data[self.at - length : self.at]
 
     def bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} {what} (at byte {self.at:,}); it is damaged, download it again")
+        return CheckpointError(
+            f"{self.path} {what} (at byte {self.at:,}); it is damaged, download it again"
+        )

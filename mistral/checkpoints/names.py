@@ -1,8 +1,9 @@
 """One tensor, three names: Hugging Face's (ours), Mistral's own files', and GGUF's.
 
-Beyond the names there is one difference: for the rotary embedding Hugging Face pairs number i of a head with number
-i + H/2, the other two pair neighbours. So the rows of each head of Q and K stand in another order there;
-`half_split_rows` brings them into ours.
+Beyond the names there is one difference: for the rotary embedding Hugging Face pairs number i of a
+head with number
+i + H/2, the other two pair neighbours. So the rows of each head of Q and K stand in another order
+there; `half_split_rows` brings them into ours.
 """
 
 import torch
@@ -31,7 +32,10 @@ IN_A_LAYER = {
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model by Hugging Face's name, worked out without building the model."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    q, kv = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     in_a_layer = {
         "input_layernorm": (D,),
         "self_attn.q_proj": (q, D),
@@ -68,7 +72,10 @@ def _names(num_layers: int, column: int, layer: str) -> dict[str, str]:
 
 
 def rotary_heads(name: str, config: Config) -> int | None:
-    """How many heads the rows of a Q or K matrix make; None for every other tensor (Hugging Face's names)."""
+    """How many heads the rows of a Q or K matrix make;
+
+    None for every other tensor (Hugging Face's names).
+    """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(name.split(".")[-2])
 

@@ -1,4 +1,5 @@
-"""The tensors of a folder's safetensors files: one `model.safetensors`, or shards named by an index.
+"""The tensors of a folder's safetensors files: one `model.safetensors`, or shards named by an
+index.
 
 Never a glob: the folders of v0.3 hold the weights a second time, in Mistral's own layout.
 """
@@ -12,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mistral.checkpoints.json_files import read_json
 from mistral.errors import CheckpointError
+from mistral.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -35,8 +36,8 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The data, on the CPU. CheckpointError if the file cannot be read."""
-        # The file is mapped into memory, and its pages count as ours until it is closed: one opening per tensor keeps
-        # that at one tensor's worth.
+        # The file is mapped into memory, and its pages count as ours until it is closed: one
+        # opening per tensor keeps that at one tensor's worth.
         try:
             with safe_open(self.path, framework="pt") as file:
                 return file.get_tensor(self.name)
@@ -47,13 +48,18 @@ class StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint by name, from the headers alone.
 
-    CheckpointError where files are missing or damaged, or hold what is not a plain floating-point tensor.
+    CheckpointError where files are missing or damaged, or hold what is not a plain floating-point
+    tensor.
     """
     if (folder / WEIGHTS).is_file():  # transformers, too, prefers it to an index
         return headers(folder / WEIGHTS, None)
     if not (folder / INDEX).is_file():
         found = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; {found[0]} is a pickle, which is not read: convert it to safetensors" if found else ""
+        hint = (
+            f"; {found[0]} is a pickle, which is not read: convert it to safetensors"
+            if found
+            else ""
+        )
         raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
     places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -61,7 +67,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     shards = defaultdict(set)
     for name, file in places.items():
         if not is_file_name(file):
-            raise CheckpointError(f"{folder / INDEX} puts {name} into {file!r}, which is no file name")
+            raise CheckpointError(
+                f"{folder / INDEX} puts {name} into {file!r}, which is no file name"
+            )
         shards[file].add(name)
     tensors: dict[str, StoredTensor] = {}
     for file, names in shards.items():
@@ -77,7 +85,8 @@ def is_file_name(value: object) -> bool:
 def headers(path: Path, names: set[str] | None) -> dict[str, StoredTensor]:
     """The tensors in one file, from its header (`names` of them; None: all).
 
-    CheckpointError where it is missing or damaged, lacks one of `names`, or holds what is not floating-point.
+    CheckpointError where it is missing or damaged, lacks one of `names`, or holds what is not
+    floating-point.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -85,12 +94,20 @@ def headers(path: Path, names: set[str] | None) -> dict[str, StoredTensor]:
             if missing := sorted((names or set()) - present):
                 raise CheckpointError(f"{path} lacks {missing[0]}, which the index puts there")
             slices = {name: file.get_slice(name) for name in sorted(names or present)}
-            kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            kinds = {
+                name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the download is not complete") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not complete ({error}); download it again") from error
+        raise CheckpointError(
+            f"{path} is damaged or not complete ({error}); download it again"
+        ) from error
     for name, (_, kind) in kinds.items():
         if kind not in DTYPES:
-            raise CheckpointError(f"{path}: {name} is stored as {kind}; only {', '.join(DTYPES)} are read")
-    return {name: StoredTensor(path, name, shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()}
+            raise CheckpointError(
+                f"{path}: {name} is stored as {kind}; only {', '.join(DTYPES)} are read"
+            )
+    return {
+        name: StoredTensor(path, name, shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()
+    }

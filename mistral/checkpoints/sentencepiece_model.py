@@ -1,15 +1,24 @@
 """Write a sentencepiece model from a list of pieces, as a GGUF file carries them.
 
-A `tokenizer.model` is a protobuf message. Its wire format is simple enough to write by hand, which saves a dependency:
-each field is a key (field number * 8 + kind) and a value; kind 0 is a varint, 2 a length and bytes, 5 four bytes.
+A `tokenizer.model` is a protobuf message. Its wire format is simple enough to write by hand, which
+saves a dependency: each field is a key (field number * 8 + kind) and a value; kind 0 is a varint, 2
+a length and bytes, 5 four bytes.
 
-Source: sentencepiece_model.proto, https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+Source: sentencepiece_model.proto,
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
 import struct
 from collections.abc import Sequence
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF uses the same numbers
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # GGUF uses the same numbers
 BPE = 2
 
 
@@ -22,20 +31,31 @@ def write_model(
     eos_id: int | None,
     dummy_prefix: bool = True,
 ) -> bytes:
-    """The bytes of a BPE model with Mistral's settings: byte fallback, no normalisation, spaces kept.
+    """The bytes of a BPE model with Mistral's settings: byte fallback, no normalisation, spaces
+    kept.
 
-    pieces, scores and kinds have one entry for each id; `dummy_prefix` gives each text a leading space. ValueError
-    where no piece is of the kind UNKNOWN.
+    pieces, scores and kinds have one entry for each id; `dummy_prefix` gives each text a leading
+    space. ValueError where no piece is of the kind UNKNOWN.
     """
     unknown = list(kinds).index(UNKNOWN)
     # type, size, byte fallback
     trainer = _int_field(3, BPE) + _int_field(4, len(pieces)) + _int_field(35, BYTE in kinds)
-    special = ((40, 45, unknown), (41, 46, bos_id), (42, 47, eos_id), (43, 48, None))  # id and piece of unk bos eos pad
+    special = (
+        (40, 45, unknown),
+        (41, 46, bos_id),
+        (42, 47, eos_id),
+        (43, 48, None),
+    )  # id and piece of unk bos eos pad
     for id_field, piece_field, id in special:
         trainer += _int_field(id_field, -1 if id is None else id)
         trainer += _bytes_field(piece_field, pieces[id].encode()) if id is not None else b""
     # name, dummy prefix, remove extra spaces, write spaces as U+2581
-    normalizer = _bytes_field(1, b"identity") + _int_field(3, dummy_prefix) + _int_field(4, False) + _int_field(5, True)
+    normalizer = (
+        _bytes_field(1, b"identity")
+        + _int_field(3, dummy_prefix)
+        + _int_field(4, False)
+        + _int_field(5, True)
+    )
     entries = (
         _bytes_field(1, piece.encode()) + _float_field(2, score) + _int_field(3, kind)
         for piece, score, kind in zip(pieces, scores, kinds)

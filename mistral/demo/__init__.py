@@ -1,1 +1,1 @@
-"""The bundled demo: a small Mistral in one GGUF file, and how it is made."""
+"""The bundled demo: a small Mistral in one GGUF file. `scripts/demo/` makes it."""

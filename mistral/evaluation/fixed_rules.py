@@ -1,11 +1,16 @@
 """The evaluation of `paper_rules` with its mistakes corrected.
 
-- Calls are read as the chat reads them (`parse_tool_calls`): whatever a text or an argument has in it, it is not XML.
-- Every expected call needs a call of its own, in any order; two of one function are told apart by their arguments.
-- All arguments count. One that was not expected is wrong, unless leaving it out means the same: null or the default.
-- Values are compared as JSON: 1 is 1.0, but true is not 1. In JSON mode a code block may stand around the answer.
+- Calls are read as the chat reads them (`parse_tool_calls`): whatever a text or an argument has in
+  it, it is not XML.
+- Every expected call needs a call of its own, in any order; two of one function are told apart by
+  their arguments.
+- All arguments count. One that was not expected is wrong, unless leaving it out means the same:
+  null or the default.
+- Values are compared as JSON: 1 is 1.0, but true is not 1. In JSON mode a code block may stand
+  around the answer.
 
-What equals the expected answer passes, whatever the JSON schema says; the schema only tells what is wrong with others.
+What equals the expected answer passes, whatever the JSON schema says; the schema only tells what is
+wrong with others.
 """
 
 import re
@@ -13,9 +18,9 @@ from collections import Counter
 from typing import Any
 
 from mistral.chat.events import Call
-from mistral.chat.json_schema import SchemaError, compile_schema, one_line, problem
-from mistral.chat.literals import read_literals
-from mistral.chat.tool_calls import parse_tool_calls
+from mistral.chat.formats.literals import read_literals
+from mistral.chat.formats.tool_calls import parse_tool_calls
+from mistral.chat.tools.json_schema import SchemaError, compile_schema, one_line, problem
 from mistral.evaluation.rows import Row
 from mistral.evaluation.verdict import Verdict, key_problem
 
@@ -29,7 +34,9 @@ def score_calls(row: Row, answer: str) -> Verdict:
         return Verdict("no call", one_line(reply.errors[0].message) if reply.errors else "")
     if reply.errors or len(reply.calls) != len(row.expected):
         unreadable = f" and {len(reply.errors)} that cannot be read" if reply.errors else ""
-        return Verdict("wrong count", f"expected {len(row.expected)}, got {len(reply.calls)}{unreadable}")
+        return Verdict(
+            "wrong count", f"expected {len(row.expected)}, got {len(reply.calls)}{unreadable}"
+        )
     functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in row.tools}
     missing = list(row.expected)
     wrong = []
@@ -37,7 +44,11 @@ def score_calls(row: Row, answer: str) -> Verdict:
         parameters = functions.get(call.name)
         arguments = _without_defaults(call.arguments, parameters)
         same_name = (i for i, one in enumerate(missing) if one["name"] == call.name)
-        matches = (i for i in same_name if equal(arguments, _without_defaults(missing[i]["arguments"], parameters)))
+        matches = (
+            i
+            for i in same_name
+            if equal(arguments, _without_defaults(missing[i]["arguments"], parameters))
+        )
         match = next(matches, None)
         if match is None:
             wrong.append(call)
@@ -64,7 +75,9 @@ def score_json(row: Row, answer: str) -> Verdict:
     if wrong := key_problem(expected, value):
         return Verdict("wrong keys", wrong)
     key = next(key for key in expected if not equal(value[key], expected[key]))
-    return Verdict("wrong values", one_line(f"{key}: expected {expected[key]!r}, got {value[key]!r}"))
+    return Verdict(
+        "wrong values", one_line(f"{key}: expected {expected[key]!r}, got {value[key]!r}")
+    )
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -79,7 +92,9 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def _without_defaults(arguments: dict[str, Any], parameters: Any) -> dict[str, Any]:
-    """The arguments without those that may as well be left out: null or the default, unless they are required."""
+    """The arguments without those that may as well be left out: null or the default, unless they
+    are required.
+    """
     parameters = parameters if isinstance(parameters, dict) else {}
     properties, required = parameters.get("properties"), parameters.get("required")
 
@@ -92,7 +107,10 @@ def _without_defaults(arguments: dict[str, Any], parameters: Any) -> dict[str, A
 
 
 def _why(wrong: list[Call], missing: list[dict[str, Any]], functions: dict[str, Any]) -> Verdict:
-    """What is wrong with the calls that nobody expected; `missing` are as many that were expected."""
+    """What is wrong with the calls that nobody expected;
+
+    `missing` are as many that were expected.
+    """
     for call in wrong:
         if call.name not in functions:
             return Verdict("unknown function", one_line(call.name))

@@ -1,15 +1,17 @@
-"""This model in lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), as `mistral_from_scratch`.
+"""This model in lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), as
+`mistral_from_scratch`.
 
-    python -m mistral.evaluation.harness --model mistral_from_scratch --model_args pretrained=FOLDER --tasks hellaswag
+    python -m mistral.evaluation.harness --model mistral_from_scratch --model_args pretrained=FOLDER
+    --tasks hellaswag
 
-is its command line with this model added. Releases after 0.4.13 read this package's entry point, and there plain
-`lm_eval --model mistral_from_scratch` does the same.
+is its command line with this model added. Releases after 0.4.13 read this package's entry point,
+and there plain `lm_eval --model mistral_from_scratch` does the same.
 
-Truncation, scores and stop strings are those of the harness's own `hf` model, so that numbers can be compared with
-published ones. The differences, all on purpose: log-probabilities are float32 whatever the model is (in `hf`:
-softmax_dtype=float32); sampling uses what the task names and nothing else (transformers adds a top_k of 50); text
-behind a control token has its leading space (Hugging Face calls it legacy); broken UTF-8 is written as in
-`Tokenizer.decode`.
+Truncation, scores and stop strings are those of the harness's own `hf` model, so that numbers can
+be compared with published ones. The differences, all on purpose: log-probabilities are float32
+whatever the model is (in `hf`: softmax_dtype=float32); sampling uses what the task names and
+nothing else (transformers adds a top_k of 50); text behind a control token has its leading space
+(Hugging Face calls it legacy); broken UTF-8 is written as in `Tokenizer.decode`.
 """
 
 import json
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 from mistral.chat.formats import choose_format, render_chat
 from mistral.checkpoints.load import load
-from mistral.decoder import Decoder
+from mistral.engine.decoder import Decoder
 from mistral.errors import MistralError
 from mistral.sampling import Sampling
 
@@ -34,13 +36,24 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import (
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     missing = f'lm_eval cannot be imported ({error}); the extra has it: pip install -e ".[eval]"'
-    raise SystemExit(f"error: {missing}") if __name__ == "__main__" else MistralError(missing) from None
+    raise (
+        SystemExit(f"error: {missing}") if __name__ == "__main__" else MistralError(missing)
+    ) from None
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 SAMPLING = {field.name for field in fields(Sampling)}
 Item = TypeVar("Item")
 Scored = tuple[Any, list[int], list[int]]  # what the cache files it under, context, continuation
@@ -48,18 +61,21 @@ Scored = tuple[Any, list[int], list[int]]  # what the cache files it under, cont
 
 @register_model("mistral_from_scratch")
 class MistralLM(TemplateLM):
-    """A checkpoint as the harness wants it: scores of continuations and of whole texts, and generated text.
+    """A checkpoint as the harness wants it: scores of continuations and of whole texts, and
+    generated text.
 
-    pretrained     the source that `mistral.load` takes; device, revision, packed and sliding_window are its, too
+    pretrained     the source that `mistral.load` takes; device, revision, packed and sliding_window
+                   are its, too
     dtype          "float32", "bfloat16", "float16" or "float64"; None: as in `mistral.load`
     batch_size     rows of one forward. A number: there is no "auto"
-    max_length     how many tokens the model reads at once; what is longer loses its beginning, whole texts are scored
-                   in windows. None: what the checkpoint was made for
+    max_length     how many tokens the model reads at once; what is longer loses its beginning,
+                   whole texts are scored in windows. None: what the checkpoint was made for
     max_gen_toks   how many tokens to generate where the task does not say
-    chat_format    with --apply_chat_template: a name in `mistral.chat.formats.FORMATS`; None: chosen by the tokens
+    chat_format    with --apply_chat_template: a name in `mistral.chat.formats.FORMATS`; None:
+                   chosen by the tokens
 
-    As in `hf`, control tokens that are spelled in a text are control tokens: templates come as text here. Raises
-    ValueError for arguments that make no sense, and what `mistral.load` raises.
+    As in `hf`, control tokens that are spelled in a text are control tokens: templates come as text
+    here. Raises ValueError for arguments that make no sense, and what `mistral.load` raises.
     """
 
     def __init__(
@@ -83,13 +99,19 @@ class MistralLM(TemplateLM):
             raise ValueError(f"batch_size must be a number of rows, not {batch_size!r}")
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness's command line says cuda:0 where nobody has named a device
-        options = dict(device=device, packed=packed, sliding_window=sliding_window, revision=revision)
+        options = dict(
+            device=device, packed=packed, sliding_window=sliding_window, revision=revision
+        )
         self.model, self.tokenizer = load(pretrained, dtype=DTYPES.get(dtype), **options)
         limit = self.model.config.max_position_embeddings
         self.max_length = limit if max_length is None else max_length
         if not 1 <= self.max_length <= limit:
             raise ValueError(f"max_length must lie between 1 and {limit}, not {max_length}")
-        self.batch_size, self.max_gen_toks, self.chat_format = int(batch_size), max_gen_toks, chat_format
+        self.batch_size, self.max_gen_toks, self.chat_format = (
+            int(batch_size),
+            max_gen_toks,
+            chat_format,
+        )
         self._device = self.model.device
 
     @property
@@ -105,20 +127,28 @@ class MistralLM(TemplateLM):
         bos = self.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         """Ids, with the begin-of-text token unless told otherwise."""
         bos = add_special_tokens is not False and self.tokenizer.bos_id is not None
         return self.tokenizer.encode(string, bos=bos, special=True)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of whole texts, each token scored once, in windows of at most `max_length`.
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of whole texts, each token scored once, in windows of at most
+        `max_length`.
 
-        As in `hf`, the begin-of-text token that `tok_encode` puts before a text is scored like the rest of it.
+        As in `hf`, the begin-of-text token that `tok_encode` puts before a text is scored like the
+        rest of it.
         """
         windows, owners = [], []
         for i, (text,) in enumerate(request.args for request in requests):
             ids = self.tok_encode(text)
-            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+            for pair in get_rolling_token_windows(
+                ids, self.prefix_token_id, self.max_length, context_len=1
+            ):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(i)
         totals = [0.0] * len(requests)
@@ -132,12 +162,17 @@ class MistralLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        # What the model reads lacks the last token, so answers of one token to one question are one input.
+        # What the model reads lacks the last token, so answers of one token to one question are one
+        # input.
         inputs: dict[tuple[int, ...], list[int]] = {}
         for i, (name, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
-                raise ValueError(f"cannot score {len(continuation)} tokens behind {len(context)}: {name!r:.200}")
-            inputs.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
+                raise ValueError(
+                    f"cannot score {len(continuation)} tokens behind {len(context)}: {name!r:.200}"
+                )
+            inputs.setdefault(
+                tuple((context + continuation)[-self.max_length - 1 : -1]), []
+            ).append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         longest_first = sorted(inputs, key=lambda ids: (-len(ids), ids))
         with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
@@ -158,7 +193,9 @@ class MistralLM(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        prompts = [
+            self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests
+        ]
         texts = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="texts") as bar:
             for group in groups.values():
@@ -174,12 +211,17 @@ class MistralLM(TemplateLM):
     def _continue(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
         tokenizer, most = self.tokenizer, settings.pop("max_gen_toks")
-        until = handle_stop_sequences(settings.pop("until"), eos=tokenizer.control_text(self.eot_token_id))
+        until = handle_stop_sequences(
+            settings.pop("until"), eos=tokenizer.control_text(self.eot_token_id)
+        )
         until = [stop for stop in until if stop]
         stop_ids = {*self.model.config.eos_token_id, *map(tokenizer.control_id, until)}
         sampling = _sampling(settings)
         if not 0 <= most < self.max_length:
-            raise ValueError(f"max_gen_toks must lie between 0 and max_length - 1 = {self.max_length - 1}, not {most}")
+            raise ValueError(
+                f"max_gen_toks must lie between 0 and max_length - 1 = {self.max_length - 1}, not "
+                f"{most}"
+            )
         prompts = [ids[most - self.max_length :] for ids in prompts]
         decoder = Decoder(self.model, len(prompts), max(map(len, prompts)) + most, slack=0)
         decoder.read(prompts)
@@ -207,15 +249,21 @@ class MistralLM(TemplateLM):
         """The name of the format, for the harness's records."""
         return (self.chat_format or choose_format(self.tokenizer)) if chat_template else None
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without `add_generation_prompt` the last message is left open, to be gone on with."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text; without `add_generation_prompt` the last message is left open, to
+        be gone on with.
+        """
         whole = chat_history if add_generation_prompt else chat_history[:-1]
         text = render_chat(self.tokenizer, whole, format=self.chat_format)
         return text if add_generation_prompt else text + chat_history[-1]["content"]
 
 
 def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Log-probability of the continuation that the last logits [T, V] are of, and whether greedy choice writes it."""
+    """Log-probability of the continuation that the last logits [T, V] are of, and whether greedy
+    choice writes it.
+    """
     logits = logits[-len(continuation) :]  # [T, V]
     _require_numbers(logits)
     target = torch.tensor(continuation, device=logits.device)
@@ -230,7 +278,9 @@ def _sampling(settings: dict[str, Any]) -> Sampling:
     if settings.pop("num_beams") != 1:
         raise ValueError("generation_kwargs asks for num_beams; there is no beam search here")
     if unknown := settings.keys() - SAMPLING:
-        raise ValueError(f"generation_kwargs has {min(unknown)!r}; there are {', '.join(sorted(SAMPLING))}")
+        raise ValueError(
+            f"generation_kwargs has {min(unknown)!r}; there are {', '.join(sorted(SAMPLING))}"
+        )
     return Sampling(**settings)
 
 

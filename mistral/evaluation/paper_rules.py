@@ -1,7 +1,9 @@
-"""The scoring behind the model card's 91% (function calling) and 84% (JSON mode), its mistakes included.
+"""The scoring behind the model card's 91% (function calling) and 84% (JSON mode), its mistakes
+included.
 
-The rules are those of https://github.com/interstellarninja/function-calling-eval at commit 1c9fcb5 of 3 March 2024, ten
-days before the model came out; later ones differ. Where that program would end with an exception, the row fails here.
+The rules are those of https://github.com/interstellarninja/function-calling-eval at commit 1c9fcb5
+of 3 March 2024, ten days before the model came out; later ones differ. Where that program would end
+with an exception, the row fails here.
 """
 
 import ast
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from mistral.chat.json_schema import one_line
+from mistral.chat.tools.json_schema import one_line
 from mistral.errors import MistralError
 from mistral.evaluation.rows import Row
 from mistral.evaluation.verdict import Verdict, key_problem
@@ -64,17 +66,22 @@ def score_json(row: Row, answer: str) -> Verdict:
         return Verdict("wrong keys", wrong)
     for key, expected in row.expected.items():
         if value[key] != expected:
-            return Verdict("wrong values", one_line(f"{key}: expected {expected!r}, got {value[key]!r}"))
+            return Verdict(
+                "wrong values", one_line(f"{key}: expected {expected!r}, got {value[key]!r}")
+            )
     return Verdict("passed")
 
 
 def assistant_text(row: Row, answer: str) -> str:
     """What their pattern finds: the text behind the last `>assistant` in the whole conversation.
 
-    The pattern has a backslash too many before each bar and so is three patterns: `<\\`, `im_start\\` and what it was
-    meant to be. Where one of the first two stands anywhere, it matches nothing that could be returned.
+    The pattern has a backslash too many before each bar and so is three patterns: `<\\`,
+    `im_start\\` and what it was meant to be. Where one of the first two stands anywhere, it matches
+    nothing that could be returned.
     """
-    turns = [f"<|im_start|>{message['role']}\n{message['content']}{END}\n" for message in row.messages]
+    turns = [
+        f"<|im_start|>{message['role']}\n{message['content']}{END}\n" for message in row.messages
+    ]
     conversation = "".join(turns) + f"<|im_start|>assistant\n{answer}"
     for text in ("<\\", "im_start\\"):
         if text in conversation:
@@ -83,9 +90,11 @@ def assistant_text(row: Row, answer: str) -> str:
 
 
 def tool_calls(text: str) -> list[Any]:
-    """The values in `<tool_call>` tags; what can be read neither as JSON nor as Python's literals is left out.
+    """The values in `<tool_call>` tags; what can be read neither as JSON nor as Python's literals
+    is left out.
 
-    Raises xml's ParseError unless the whole text is XML, and one of CRASHES for some of what is in a tag.
+    Raises xml's ParseError unless the whole text is XML, and one of CRASHES for some of what is in
+    a tag.
     """
     # Nothing in a root element can declare entities, so that XML's usual bombs do not go off.
     root = ElementTree.fromstring(f"<root>{text}</root>")
@@ -142,16 +151,19 @@ def _compare(call: dict[str, Any], expected: dict[str, Any]) -> Verdict | None:
     for name, value in expected["arguments"].items():
         got = call["arguments"].get(name)
         if got != value:
-            return Verdict("wrong argument", one_line(f"{call['name']}, {name}: expected {value!r}, got {got!r}"))
+            return Verdict(
+                "wrong argument",
+                one_line(f"{call['name']}, {name}: expected {value!r}, got {got!r}"),
+            )
     return None
 
 
 def check_call(call: Any, tools: Sequence[Any]) -> Verdict | None:
     """Why their validator rejects a call; None for one that it lets through.
 
-    It lets through arguments that the function does not have, every value that Python takes for false, whatever its
-    type, booleans for integers, and values outside of an enum that is not one of strings. It rejects 3.0 for an integer
-    and every value of an argument with several types.
+    It lets through arguments that the function does not have, every value that Python takes for
+    false, whatever its type, booleans for integers, and values outside of an enum that is not one
+    of strings. It rejects 3.0 for an integer and every value of an argument with several types.
     """
     if not isinstance(call, dict) or not all(isinstance(key, str) for key in call):
         raise _Crash("a call is not an object")
@@ -164,10 +176,19 @@ def check_call(call: Any, tools: Sequence[Any]) -> Verdict | None:
         if function["name"] == call["name"]:
             try:
                 wrong = _arguments_problem(call["arguments"], function.get("parameters"))
-            except (AttributeError, TypeError, LookupError) as error:  # from schemas that they do not understand
+            except (
+                AttributeError,
+                TypeError,
+                LookupError,
+            ) as error:  # from schemas that they do not understand
                 wrong = str(error)
-            return Verdict("schema failure", one_line(f"{call['name']}: {wrong}")) if wrong else None
-    return Verdict("unknown function", one_line(f"No matching function signature found for function: {call['name']}"))
+            return (
+                Verdict("schema failure", one_line(f"{call['name']}: {wrong}")) if wrong else None
+            )
+    return Verdict(
+        "unknown function",
+        one_line(f"No matching function signature found for function: {call['name']}"),
+    )
 
 
 def _is_tool(tool: Any) -> bool:
@@ -197,7 +218,10 @@ def _value_problem(name: str, value: Any, schema: Any) -> str | None:
     if kind == "string" and "enum" in schema:
         choices = schema["enum"]
         if None not in choices and choices != [] and value not in choices:
-            return f"Invalid value '{value}' for parameter {name}. Expected one of {', '.join(map(str, choices))}"
+            return (
+                f"Invalid value '{value}' for parameter {name}. Expected one of "
+                f"{', '.join(map(str, choices))}"
+            )
     if not isinstance(value, PYTHON_TYPES[kind]):
         return f"Type mismatch for parameter {name}. Expected: {kind}, Got: {type(value)}"
     return None
@@ -209,7 +233,9 @@ def _schema_problem(schema: dict[str, Any], value: Any) -> str | None:
         from jsonschema import Draft202012Validator, validators
         from referencing import Registry
     except ImportError:
-        raise MistralError('jsonschema is not installed; the extra has it: pip install -e ".[chat]"') from None
+        raise MistralError(
+            'jsonschema is not installed; the extra has it: pip install -e ".[chat]"'
+        ) from None
     try:
         validator = validators.validator_for(schema, default=Draft202012Validator)
         validator.check_schema(schema)

@@ -1,7 +1,8 @@
 """The rows of an evaluation: what is asked, and the answer that is expected.
 
-Their form is that of NousResearch/func-calling-eval (prompt, completion, tools) and of NousResearch/json-mode-eval
-(prompt, completion, schema): `prompt` is a list of {"role", "content"}, the other columns are JSON in a string.
+Their form is that of NousResearch/func-calling-eval (prompt, completion, tools) and of
+NousResearch/json-mode-eval (prompt, completion, schema): `prompt` is a list of {"role", "content"},
+the other columns are JSON in a string.
 """
 
 import json
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from mistral.chat.prompts import tool_prompt
+from mistral.chat.formats.prompts import tool_prompt
 from mistral.checkpoints import hub
 from mistral.errors import MistralError
 
@@ -60,12 +61,14 @@ class Row:
 
 
 def read_rows(source: str, task: Task, limit: int | None = None) -> list[Row]:
-    """The rows of a .jsonl or .parquet file, of a folder of such files, or of a dataset on the hub ("owner/name").
+    """The rows of a .jsonl or .parquet file, of a folder of such files, or of a dataset on the hub
+    ("owner/name").
 
     limit  only so many, from the first
 
-    In a folder only the .parquet files count if there are any, and only those of the split "train" if there is one.
-    Raises DataError for what cannot be had, and for a malformed row, with its file and line. Parquet needs pyarrow.
+    In a folder only the .parquet files count if there are any, and only those of the split "train"
+    if there is one. Raises DataError for what cannot be had, and for a malformed row, with its file
+    and line. Parquet needs pyarrow.
     """
     lines = (line for file in _files(source) for line in _lines(file))
     rows = [_row(i, where, line, task) for i, (where, line) in enumerate(islice(lines, limit))]
@@ -80,29 +83,43 @@ def _files(source: str) -> list[Path]:
         return [path]
     if not path.exists():
         if not hub.is_name(source) or ":" in source or path.suffix in ENDINGS:
-            raise DataError(f"{source} does not exist; name a .jsonl or .parquet file, or a dataset on the hub")
+            raise DataError(
+                f"{source} does not exist; name a .jsonl or .parquet file, or a dataset on the hub"
+            )
         path = _download(source)
     for ending in ENDINGS:  # some datasets are there in both forms
         files = sorted(path.rglob(f"*{ending}"))
         if files:
             split = re.compile(r"(^|[/._-])train($|[/._-])")
-            return [file for file in files if split.search(file.relative_to(path).as_posix())] or files
+            return [
+                file for file in files if split.search(file.relative_to(path).as_posix())
+            ] or files
     raise DataError(f"{source} has no .parquet and no .jsonl file")
 
 
 def _download(name: str) -> Path:
     patterns = [f"*{ending}" for ending in ENDINGS]
     try:
-        return Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+        return Path(
+            huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
+        )
     except GatedRepoError as error:
-        raise DataError(f"{name} asks you to accept its terms on its page, and to set HF_TOKEN") from error
+        raise DataError(
+            f"{name} asks you to accept its terms on its page, and to set HF_TOKEN"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise DataError(f"there is no file and no dataset {name}, or HF_TOKEN gives no access") from error
+        raise DataError(
+            f"there is no file and no dataset {name}, or HF_TOKEN gives no access"
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise DataError(f"the dataset {name} is not in the cache, and the hub cannot be reached") from error
+        raise DataError(
+            f"the dataset {name} is not in the cache, and the hub cannot be reached"
+        ) from error
     except Exception as error:  # the HTTP client's own errors differ by version
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"the dataset {name} could not be downloaded ({reason}); run it again") from error
+        raise DataError(
+            f"the dataset {name} could not be downloaded ({reason}); run it again"
+        ) from error
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -123,7 +140,9 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f"reading {file.name} needs pyarrow (pip install pyarrow); rows in .jsonl do not") from None
+        raise DataError(
+            f"reading {file.name} needs pyarrow (pip install pyarrow); rows in .jsonl do not"
+        ) from None
     try:
         return parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -133,7 +152,11 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
 def _row(index: int, where: str, columns: Any, task: Task) -> Row:
     wanted = ("prompt", "completion", "tools" if task == "function-calling" else "schema")
     for name in wanted:
-        _require(isinstance(columns, dict) and name in columns, where, f"it has no {name!r}, and {task} needs it")
+        _require(
+            isinstance(columns, dict) and name in columns,
+            where,
+            f"it has no {name!r}, and {task} needs it",
+        )
     _check_prompt(where, columns["prompt"])
     messages = [{key: message[key] for key in ("role", "content")} for message in columns["prompt"]]
     expected = _json(where, "'completion'", columns["completion"])
@@ -150,7 +173,9 @@ def _row(index: int, where: str, columns: Any, task: Task) -> Row:
 
 
 def _tool_prompt(tools: str) -> str:
-    """The system prompt of the evaluation, with the row's tools as they stand there, spaces and all."""
+    """The system prompt of the evaluation, with the row's tools as they stand there, spaces and
+    all.
+    """
     before, after = tool_prompt([], style="eval").split(" [] ")
     return f"{before} {tools} {after}"
 
@@ -168,8 +193,12 @@ def _json(where: str, what: str, text: Any) -> Any:
 def _check_prompt(where: str, prompt: Any) -> None:
     _require(isinstance(prompt, list) and prompt, where, "its 'prompt' is not a list of messages")
     for message in prompt:
-        valid = isinstance(message, dict) and all(_is_text(message.get(key)) for key in ("role", "content"))
-        _require(valid, where, "a message of its 'prompt' has no 'role' and 'content' that are text")
+        valid = isinstance(message, dict) and all(
+            _is_text(message.get(key)) for key in ("role", "content")
+        )
+        _require(
+            valid, where, "a message of its 'prompt' has no 'role' and 'content' that are text"
+        )
 
 
 def _check_tools(where: str, tools: Any) -> None:
@@ -177,13 +206,25 @@ def _check_tools(where: str, tools: Any) -> None:
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) else None
         valid = isinstance(function, dict) and isinstance(function.get("name"), str)
-        _require(valid, where, "one of its 'tools' is not of the form {'type': 'function', 'function': {'name': ...}}")
+        _require(
+            valid,
+            where,
+            "one of its 'tools' is not of the form {'type': 'function', 'function': {'name': ...}}",
+        )
 
 
 def _check_calls(where: str, calls: list[Any]) -> None:
     for call in calls:
-        valid = isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
-        _require(valid, where, "its 'completion' is not a call, {'name': ..., 'arguments': {...}}, or a list of calls")
+        valid = (
+            isinstance(call, dict)
+            and isinstance(call.get("name"), str)
+            and isinstance(call.get("arguments"), dict)
+        )
+        _require(
+            valid,
+            where,
+            "its 'completion' is not a call, {'name': ..., 'arguments': {...}}, or a list of calls",
+        )
 
 
 def _is_text(value: Any) -> bool:

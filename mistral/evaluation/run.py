@@ -1,4 +1,6 @@
-"""Rows in, verdicts out: the model is asked, its answers are kept in a file as they come, and scored by both rules."""
+"""Rows in, verdicts out: the model is asked, its answers are kept in a file as they come, and
+scored by both rules.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,12 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mistral.chat.chatml import begin_turn, encode_turn
-from mistral.decoder import Engine
+from mistral.chat.formats.chatml import begin_turn, encode_turn
+from mistral.engine.decoder import Engine
+from mistral.engine.generation import generate_batch
 from mistral.evaluation import fixed_rules, paper_rules
 from mistral.evaluation.rows import DataError, Row, Task
 from mistral.evaluation.verdict import Verdict
-from mistral.generation import generate_batch
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -26,12 +28,13 @@ BEGINNING = b'{"id": '  # of every line that is written here
 class ModelAnswers:
     """Asks a model, several rows at once: called with rows, it gives a text for each.
 
-    The card's numbers come from a temperature of 0.1, 512 new tokens, and top_k 50, transformers' default at the time.
-    The random numbers of a row depend on the seed and its index (with several rows at once, on that of the first), so
-    an evaluation that was cut gives the same answers when it goes on.
+    The card's numbers come from a temperature of 0.1, 512 new tokens, and top_k 50, transformers'
+    default at the time. The random numbers of a row depend on the seed and its index (with several
+    rows at once, on that of the first), so an evaluation that was cut gives the same answers when
+    it goes on.
 
-    empty_decoder  to be set for another engine than the reference: gives a decoder of the model for so many rows, with
-                   as much room as `check` says
+    empty_decoder  to be set for another engine than the reference: gives a decoder of the model for
+                   so many rows, with as much room as `check` says
     """
 
     def __init__(
@@ -52,27 +55,36 @@ class ModelAnswers:
             raise ValueError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
 
     def check(self, rows: Sequence[Row]) -> int:
-        """The room in tokens that the longest row needs. Raises ValueError where that is more than the model has."""
+        """The room in tokens that the longest row needs.
+
+        Raises ValueError where that is more than the model has.
+        """
         limit, most = self._model.config.max_position_embeddings, 0
         for row in rows:
             tokens = len(self._encode(row))
             if (room := tokens + self._max_new_tokens) > limit:
                 raise ValueError(
-                    f"{row.where}: a prompt of {tokens} tokens and {self._max_new_tokens} new ones are more than the "
+                    f"{row.where}: a prompt of {tokens} tokens and {self._max_new_tokens} new ones "
+                    f"are more than the "
                     f"{limit} that the checkpoint was made for; ask for fewer new tokens"
                 )
             most = max(most, room)
         return most
 
     def __call__(self, rows: Sequence[Row]) -> list[str]:
-        """The answers' text: the token that ends one is left out, other control tokens are spelled."""
+        """The answers' text: the token that ends one is left out, other control tokens are
+        spelled.
+        """
         number = sha256(f"{self._seed} {rows[0].index}".encode()).digest()[:8]
         sampling = Sampling(**self._sampling, seed=int.from_bytes(number))
         prompts = [self._encode(row) for row in rows]
         decoder = self.empty_decoder(len(rows)) if self.empty_decoder else self._model
         answers = generate_batch(decoder, prompts, sampling, max_new_tokens=self._max_new_tokens)
         stop = self._model.config.eos_token_id
-        return [self._tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, control=True) for ids in answers]
+        return [
+            self._tokenizer.decode(ids[:-1] if ids[-1] in stop else ids, control=True)
+            for ids in answers
+        ]
 
     def _encode(self, row: Row) -> list[int]:
         ids = self._tokenizer.encode("")
@@ -82,10 +94,11 @@ class ModelAnswers:
 
 
 class Answers:
-    """The answers that were given, kept in a file of JSON lines that grows by one with each of them.
+    """The answers that were given, kept in a file of JSON lines that grows by one with each of
+    them.
 
-    path      None: nothing is kept. A file of an earlier run with the same settings is gone on with; a last line that
-              was cut off is dropped.
+    path      None: nothing is kept. A file of an earlier run with the same settings is gone on
+              with; a last line that was cut off is dropped.
     settings  what the answers depend on besides the prompts
 
     Raises DataError for a file with other settings, and for one that was not written here.
@@ -105,8 +118,17 @@ class Answers:
 
     def add(self, row: Row, text: str, verdicts: Mapping[str, Verdict]) -> None:
         """Write one line; nothing if it is there already."""
-        scores = {rules: {"passed": verdict.passed, **vars(verdict)} for rules, verdict in verdicts.items()}
-        record = {"id": row.index, "prompt": row.prompt_hash, "text": text, **scores, "settings": self._settings}
+        scores = {
+            rules: {"passed": verdict.passed, **vars(verdict)}
+            for rules, verdict in verdicts.items()
+        }
+        record = {
+            "id": row.index,
+            "prompt": row.prompt_hash,
+            "text": text,
+            **scores,
+            "settings": self._settings,
+        }
         if self._path is None or record == self._records.get(row.index):
             return
         with self._path.open("ab") as file:
@@ -122,9 +144,14 @@ class Answers:
             return
         try:
             json.loads(rest)
-        except (ValueError, RecursionError):  # cut off; but never touch the end of a file that is not ours
+        except (
+            ValueError,
+            RecursionError,
+        ):  # cut off; but never touch the end of a file that is not ours
             if not lines and not rest.startswith(BEGINNING[: len(rest)]):
-                raise DataError(f"{path} is no file of answers; name another file for them") from None
+                raise DataError(
+                    f"{path} is no file of answers; name another file for them"
+                ) from None
             with path.open("r+b") as file:
                 file.truncate(path.stat().st_size - len(rest))
             return
@@ -140,11 +167,15 @@ class Answers:
             if not all(isinstance(record[key], kind) for key, kind in kinds.items()):
                 raise ValueError
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise DataError(f"{where}: this is no line that an evaluation wrote; name another file") from None
+            raise DataError(
+                f"{where}: this is no line that an evaluation wrote; name another file"
+            ) from None
         for name in {**self._settings, **record["settings"]}:
             theirs, ours = record["settings"].get(name), self._settings.get(name)
             if theirs != ours:
-                raise DataError(f"{where}: it was made with {name} {theirs}, not {ours}; name another file")
+                raise DataError(
+                    f"{where}: it was made with {name} {theirs}, not {ours}; name another file"
+                )
         return record
 
 

@@ -1,7 +1,9 @@
-"""Blocks to numbers: ggml's formats, worked out with whole tensors on whatever device the bytes are.
+"""Blocks to numbers: ggml's formats, worked out with whole tensors on whatever device the bytes
+are.
 
-Every format stores a row of weights as blocks, one after the other. `blocks` below is uint8 [n, bytes of a block], the
-result float32 [n, weights of a block]. The order of the operations is ggml's, so the results are ggml's to the bit.
+Every format stores a row of weights as blocks, one after the other. `blocks` below is uint8 [n,
+bytes of a block], the result float32 [n, weights of a block]. The order of the operations is
+ggml's, so the results are ggml's to the bit.
 
 In the drawings a box is a field with its size in bytes; d, m and dmin are float16.
 
@@ -26,13 +28,16 @@ def dequantize(data: Tensor, kind: GgmlType) -> Tensor:
     """
     function = FUNCTIONS.get(kind.name) or _rare(kind)
     weights = function(data.reshape(-1, kind.block_bytes))
-    return weights.reshape(*data.shape[:-1], data.shape[-1] // kind.block_bytes * kind.block_weights)
+    return weights.reshape(
+        *data.shape[:-1], data.shape[-1] // kind.block_bytes * kind.block_weights
+    )
 
 
 def unpack(field: Tensor, bits: int, run: int) -> Tensor:
     """Split bytes into numbers of `bits` bits: uint8 [n, bytes] -> uint8 [n, bytes * 8 / bits].
 
-    Within each run of `run` bytes come first the lowest bits of every byte, then the next, and so on:
+    Within each run of `run` bytes come first the lowest bits of every byte, then the next, and so
+    on:
 
         run of 2 bytes, 4 bits   [ba dc] -> a c b d
     """
@@ -67,7 +72,10 @@ def bf16(blocks: Tensor) -> Tensor:
 
 
 def q4_0(blocks: Tensor) -> Tensor:
-    """[d 2 | q 16]: 32 weights d * (q - 8). The low nibbles are weights 0-15, the high ones 16-31."""
+    """[d 2 | q 16]: 32 weights d * (q - 8).
+
+    The low nibbles are weights 0-15, the high ones 16-31.
+    """
     return half(blocks, 0) * (unpack(blocks[:, 2:], 4, 16).float() - 8)
 
 
@@ -77,7 +85,10 @@ def q4_1(blocks: Tensor) -> Tensor:
 
 
 def q5_0(blocks: Tensor) -> Tensor:
-    """[d 2 | high 4 | q 16]: 32 weights d * (q - 16). Bit i of `high` is the fifth bit of weight i."""
+    """[d 2 | high 4 | q 16]: 32 weights d * (q - 16).
+
+    Bit i of `high` is the fifth bit of weight i.
+    """
     q = unpack(blocks[:, 6:], 4, 16) | unpack(blocks[:, 2:6], 1, 1) << 4
     return half(blocks, 0) * (q.float() - 16)
 
@@ -107,8 +118,8 @@ def q2_k(blocks: Tensor) -> Tensor:
 def q3_k(blocks: Tensor) -> Tensor:
     """[high 32 | q 64 | scales 12 | d 2]: 16 groups of 16 weights d * (scale - 32) * (q - 4 or 0).
 
-    q has 2 bits, and 4 is taken off where its bit in `high` is not set. A scale has 6 bits: the lower four of the 16
-    scales are nibbles of bytes 0-7, the upper two lie in bytes 8-11.
+    q has 2 bits, and 4 is taken off where its bit in `high` is not set. A scale has 6 bits: the
+    lower four of the 16 scales are nibbles of bytes 0-7, the upper two lie in bytes 8-11.
     """
     scales = unpack(blocks[:, 96:104], 4, 8) | unpack(blocks[:, 104:108], 2, 4) << 4  # [n, 16]
     high = unpack(blocks[:, :32], 1, 32) << 2  # 4 or 0
@@ -125,7 +136,8 @@ def q4_k(blocks: Tensor) -> Tensor:
 
 
 def q5_k(blocks: Tensor) -> Tensor:
-    """[d 2 | dmin 2 | scales 12 | high 32 | q 128]: 8 groups of 32 weights d * scale * q - dmin * min.
+    """[d 2 | dmin 2 | scales 12 | high 32 | q 128]: 8 groups of 32 weights d * scale * q - dmin *
+    min.
 
     Bit g of byte i of `high` is the fifth bit of weight i of group g.
     """
@@ -135,7 +147,8 @@ def q5_k(blocks: Tensor) -> Tensor:
 
 
 def q6_k(blocks: Tensor) -> Tensor:
-    """[q 128 | high 64 | scales 16 | d 2]: 16 groups of 16 weights d * scale * (q - 32), scales signed bytes.
+    """[q 128 | high 64 | scales 16 | d 2]: 16 groups of 16 weights d * scale * (q - 32), scales
+    signed bytes.
 
     The lower four bits of a weight are in q, the upper two in `high`.
     """
@@ -160,7 +173,9 @@ def _scales_and_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rare(kind: GgmlType) -> Callable[[Tensor], Tensor]:
-    from mistral.quantization import rare  # which builds on this file, and takes its tables from gguf-py
+    from mistral.quantization import (
+        rare,
+    )  # which builds on this file, and takes its tables from gguf-py
 
     if kind.name not in rare.FUNCTIONS:
         raise CheckpointError(f"no way is known to unpack ggml type {kind.name}")
@@ -169,5 +184,20 @@ def _rare(kind: GgmlType) -> Callable[[Tensor], Tensor]:
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     function.__name__.upper(): function
-    for function in (f32, f64, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k)
+    for function in (
+        f32,
+        f64,
+        f16,
+        bf16,
+        q4_0,
+        q4_1,
+        q5_0,
+        q5_1,
+        q8_0,
+        q2_k,
+        q3_k,
+        q4_k,
+        q5_k,
+        q6_k,
+    )
 }

@@ -1,8 +1,11 @@
-"""The number formats that a GGUF file may hold: how many weights make a block, and how many bytes it takes.
+"""The number formats that a GGUF file may hold: how many weights make a block, and how many bytes
+it takes.
 
-The numbers 4, 5, 31 to 33 and 36 to 38 were formats once and are removed; Q8_1 and Q8_K exist in memory only.
+The numbers 4, 5, 31 to 33 and 36 to 38 were formats once and are removed; Q8_1 and Q8_K exist in
+memory only.
 
-Source: ggml's table `type_traits`, https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml.c
+Source: ggml's table `type_traits`,
+https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml.c
 """
 
 from typing import NamedTuple
@@ -48,11 +51,23 @@ GGML_TYPES = {
     40: GgmlType("NVFP4", 64, 36),
 }
 
-NOT_READ = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 41: "Q1_0", 42: "Q2_0"}
+NOT_READ = {
+    9: "Q8_1",
+    15: "Q8_K",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    41: "Q1_0",
+    42: "Q2_0",
+}
 
 
 def ggml_type(number: int, tensor: str) -> GgmlType:
-    """The format with this number; CheckpointError, which names tensor and format, for one that is not read."""
+    """The format with this number;
+
+    CheckpointError, which names tensor and format, for one that is not read.
+    """
     if number not in GGML_TYPES:
         known = f" ({NOT_READ[number]})" if number in NOT_READ else ", an unknown or removed one"
         raise CheckpointError(f"{tensor} is stored as ggml type {number}{known}, which is not read")

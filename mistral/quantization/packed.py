@@ -12,20 +12,25 @@ from mistral.quantization.ggml_types import GgmlType
 
 
 def weights_at_once(device: torch.device) -> int:
-    """How many weights to unpack at a time, so that the packed ones remain by far the largest thing in memory.
+    """How many weights to unpack at a time, so that the packed ones remain by far the largest thing
+    in memory.
 
-    On a CPU 1 MB of float32, which its caches hold: twice as fast as 16 MB. A GPU wants fewer and larger pieces.
+    On a CPU 1 MB of float32, which its caches hold: twice as fast as 16 MB. A GPU wants fewer and
+    larger pieces.
     """
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def packed_linear(x: Tensor, blocks: Tensor, kind: GgmlType) -> Tensor:
-    """x W^T with W packed: x [..., in], blocks uint8 [out, bytes of a row] -> [..., out] in x's dtype.
+    """x W^T with W packed: x [..., in], blocks uint8 [out, bytes of a row] -> [..., out] in x's
+    dtype.
 
     Each weight is rounded to that dtype first.
     """
     rows = max(1, weights_at_once(x.device) // x.shape[-1])
-    return torch.cat([F.linear(x, dequantize(part, kind).to(x.dtype)) for part in blocks.split(rows)], dim=-1)
+    return torch.cat(
+        [F.linear(x, dequantize(part, kind).to(x.dtype)) for part in blocks.split(rows)], dim=-1
+    )
 
 
 class Keeper(Protocol):
@@ -84,13 +89,19 @@ class PackedEmbedding(Packed):
 
     def __init__(self, blocks: Tensor, kind: GgmlType, dtype: torch.dtype):
         super().__init__(blocks, kind)
-        # No number, but a dtype: packed bytes keep theirs when model.to(float16) changes everything else's.
-        self.register_buffer("dtype_of_rows", torch.empty(0, dtype=dtype, device=blocks.device), persistent=False)
+        # No number, but a dtype: packed bytes keep theirs when model.to(float16) changes everything
+        # else's.
+        self.register_buffer(
+            "dtype_of_rows", torch.empty(0, dtype=dtype, device=blocks.device), persistent=False
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, D]
         width = self.row_bytes // self.kind.block_bytes * self.kind.block_weights  # D
         at_once, rows = max(1, weights_at_once(tokens.device) // width), self._rows
-        parts = [dequantize(rows(part), self.kind).to(self.dtype) for part in tokens.flatten().split(at_once)]
+        parts = [
+            dequantize(rows(part), self.kind).to(self.dtype)
+            for part in tokens.flatten().split(at_once)
+        ]
         return torch.cat(parts).view(*tokens.shape, width)
 
     @property
@@ -109,7 +120,9 @@ class TiedOutput(nn.Module):
 
     def __init__(self, embedding: PackedEmbedding):
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple it is no submodule, so nothing moves or saves it twice
+        self._embedding = (
+            embedding,
+        )  # in a tuple it is no submodule, so nothing moves or saves it twice
 
     @property
     def embedding(self) -> PackedEmbedding:

@@ -1,8 +1,9 @@
-"""The rarer block formats, in the manner of dequantize.py: importance quants, ternary ones, and 4-bit floats.
+"""The rarer block formats, in the manner of dequantize.py: importance quants, ternary ones, and
+4-bit floats.
 
-The importance quants (IQ...) look runs of 4 or 8 weights up in a grid of the patterns that occur; the grids are
-gguf-py's, and so is the order of the operations. A lookup with signs has a bit for each weight, or 7 bits that stand
-for 8 (an even number of them is set).
+The importance quants (IQ...) look runs of 4 or 8 weights up in a grid of the patterns that occur;
+the grids are gguf-py's, and so is the order of the operations. A lookup with signs has a bit for
+each weight, or 7 bits that stand for 8 (an even number of them is set).
 
 Source: gguf-py, quants.py (`dequantize_blocks`); ggml-quants.c, see dequantize.py
 """
@@ -18,12 +19,31 @@ from torch import Tensor
 from mistral.quantization.dequantize import half, unpack
 
 NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # 4-bit floats, twice what they stand for
+E2M1_DOUBLED = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    0,
+    -1,
+    -2,
+    -3,
+    -4,
+    -6,
+    -8,
+    -12,
+)  # 4-bit floats, twice what they stand for
 
 
 def iq4_nl(blocks: Tensor) -> Tensor:
     """[d 2 | q 16]: 32 weights d * NONLINEAR[q]."""
-    return half(blocks, 0) * _look_up(_numbers(NONLINEAR, blocks.device), unpack(blocks[:, 2:], 4, 16))
+    return half(blocks, 0) * _look_up(
+        _numbers(NONLINEAR, blocks.device), unpack(blocks[:, 2:], 4, 16)
+    )
 
 
 def iq4_xs(blocks: Tensor) -> Tensor:
@@ -32,15 +52,24 @@ def iq4_xs(blocks: Tensor) -> Tensor:
     A scale's lower four bits are in `low`, the upper two in `high`.
     """
     scale = unpack(blocks[:, 4:8], 4, 1) | unpack(blocks[:, 2:4], 2, 1) << 4
-    values = _look_up(_numbers(NONLINEAR, blocks.device), unpack(blocks[:, 8:], 4, 16)).view(-1, 8, 32)
+    values = _look_up(_numbers(NONLINEAR, blocks.device), unpack(blocks[:, 8:], 4, 16)).view(
+        -1, 8, 32
+    )
     return ((half(blocks, 0) * (scale.float() - 32))[..., None] * values).flatten(1)
 
 
 def tq1_0(blocks: Tensor) -> Tensor:
-    """[q 48 | high 4 | d 2]: 256 weights d * (digit - 1). A byte is a fraction of 256 with five digits to base 3."""
+    """[q 48 | high 4 | d 2]: 256 weights d * (digit - 1).
+
+    A byte is a fraction of 256 with five digits to base 3.
+    """
     first, second, third = blocks[:, :32], blocks[:, 32:48], blocks[:, 48:52]
     powers = (1, 3, 9, 27, 81)  # uint8 drops what lies before the point
-    parts = [part * power for part, digits in ((first, 5), (second, 5), (third, 4)) for power in powers[:digits]]
+    parts = [
+        part * power
+        for part, digits in ((first, 5), (second, 5), (third, 4))
+        for power in powers[:digits]
+    ]
     return half(blocks, 52) * ((torch.cat(parts, dim=1).int() * 3 >> 8).float() - 1)
 
 
@@ -52,57 +81,80 @@ def tq2_0(blocks: Tensor) -> Tensor:
 def mxfp4(blocks: Tensor) -> Tensor:
     """[e 1 | q 16]: 32 weights 2^(e - 128) * E2M1_DOUBLED[q]."""
     e = blocks[:, :1].int()
-    d = torch.where(e < 2, 0x200000 * (e + 1), (e - 1) << 23).view(torch.float32)  # the first two are subnormal
+    d = torch.where(e < 2, 0x200000 * (e + 1), (e - 1) << 23).view(
+        torch.float32
+    )  # the first two are subnormal
     return d * _look_up(_numbers(E2M1_DOUBLED, blocks.device), unpack(blocks[:, 1:], 4, 16))
 
 
 def nvfp4(blocks: Tensor) -> Tensor:
-    """[d 4 | q 32]: 4 groups of 16 weights d / 2 * E2M1_DOUBLED[q]; each d is a byte, a float E4M3."""
-    half_d = _look_up(_numbers(tuple(map(_half_of_e4m3, range(256))), blocks.device), blocks[:, :4])  # [n, 4]
-    values = _look_up(_numbers(E2M1_DOUBLED, blocks.device), unpack(blocks[:, 4:], 4, 8)).view(-1, 4, 16)
+    """[d 4 | q 32]: 4 groups of 16 weights d / 2 * E2M1_DOUBLED[q]; each d is a byte, a float
+    E4M3.
+    """
+    half_d = _look_up(
+        _numbers(tuple(map(_half_of_e4m3, range(256))), blocks.device), blocks[:, :4]
+    )  # [n, 4]
+    values = _look_up(_numbers(E2M1_DOUBLED, blocks.device), unpack(blocks[:, 4:], 4, 8)).view(
+        -1, 4, 16
+    )
     return (half_d[..., None] * values).flatten(1)
 
 
 def iq2_xxs(blocks: Tensor) -> Tensor:
-    """[d 2 | (index 4, signs and scale 4) * 8]: 8 groups of 4 lookups of 8 weights d * (scale + 1/2) / 4 * grid."""
+    """[d 2 | (index 4, signs and scale 4) * 8]: 8 groups of 4 lookups of 8 weights d * (scale +
+    1/2) / 4 * grid.
+    """
     groups = blocks[:, 2:].reshape(-1, 8, 8)
-    words = _words(groups[:, :, 4:], torch.int32)  # [n, 8, 1]: four times 7 bits of signs, 4 bits of scale
+    words = _words(
+        groups[:, :, 4:], torch.int32
+    )  # [n, 8, 1]: four times 7 bits of signs, 4 bits of scale
     scale = half(blocks, 0)[..., None] * (0.5 + (words >> 28 & 15).float()) * 0.25
     return _from_grid("IQ2_XXS", groups[:, :, :4], scale, _seven_bits(words))
 
 
 def iq2_xs(blocks: Tensor) -> Tensor:
-    """[d 2 | q 64 | scales 8]: 16 groups of 2 lookups of 8 weights; q has 9 bits of index and 7 of signs."""
+    """[d 2 | q 64 | scales 8]: 16 groups of 2 lookups of 8 weights; q has 9 bits of index and 7 of
+    signs.
+    """
     q = _words(blocks[:, 2:66], torch.int16).int() & 0xFFFF  # [n, 32]
     scale = half(blocks, 0) * (0.5 + unpack(blocks[:, 66:], 4, 1).float()) * 0.25
     return _from_grid("IQ2_XS", q & 511, scale, _look_up(_even_signs(blocks.device), q >> 9))
 
 
 def iq2_s(blocks: Tensor) -> Tensor:
-    """[d 2 | q 32 | signs 32 | high 8 | scales 8]: 16 groups of 2 lookups of 8 weights; `high` has 2 bits more of q."""
+    """[d 2 | q 32 | signs 32 | high 8 | scales 8]: 16 groups of 2 lookups of 8 weights;
+
+    `high` has 2 bits more of q.
+    """
     q = blocks[:, 2:34].int() | unpack(blocks[:, 66:74], 2, 1).int() << 8
     scale = half(blocks, 0) * (0.5 + unpack(blocks[:, 74:], 4, 1).float()) * 0.25
     return _from_grid("IQ2_S", q, scale, _signs(blocks[:, 34:66]))
 
 
 def iq3_xxs(blocks: Tensor) -> Tensor:
-    """[d 2 | q 64 | (signs and scale 4) * 8]: 8 groups of 8 lookups of 4 weights d * (scale + 1/2) / 2 * grid."""
+    """[d 2 | q 64 | (signs and scale 4) * 8]: 8 groups of 8 lookups of 4 weights d * (scale + 1/2)
+    / 2 * grid.
+    """
     words = _words(blocks[:, 66:].reshape(-1, 8, 4), torch.int32)
     scale = half(blocks, 0)[..., None] * (0.5 + (words >> 28 & 15).float()) * 0.5
     return _from_grid("IQ3_XXS", blocks[:, 2:66], scale, _seven_bits(words))
 
 
 def iq3_s(blocks: Tensor) -> Tensor:
-    """[d 2 | q 64 | high 8 | signs 32 | scales 4]: 8 groups of 8 lookups of 4 weights d * (2 scale + 1) * grid."""
+    """[d 2 | q 64 | high 8 | signs 32 | scales 4]: 8 groups of 8 lookups of 4 weights d * (2 scale
+    + 1) * grid.
+    """
     q = blocks[:, 2:66].int() | unpack(blocks[:, 66:74], 1, 1).int() << 8
     scale = half(blocks, 0) * (1 + 2 * unpack(blocks[:, 106:], 4, 1)).float()
     return _from_grid("IQ3_S", q, scale, _signs(blocks[:, 74:106]))
 
 
 def iq1_s(blocks: Tensor) -> Tensor:
-    """[d 2 | q 32 | high 16]: 8 groups of 4 lookups of 8 weights d * (2 scale + 1) * (grid + 1/8 or - 1/8).
+    """[d 2 | q 32 | high 16]: 8 groups of 4 lookups of 8 weights d * (2 scale + 1) * (grid + 1/8 or
+    - 1/8).
 
-    A word of `high` has 3 bits more of the index for each lookup, then the scale, then the eighth's sign.
+    A word of `high` has 3 bits more of the index for each lookup, then the scale, then the eighth's
+    sign.
     """
     high = _words(blocks[:, 34:], torch.int16).int()  # [n, 8]
     q = blocks[:, 2:34].int() | _fields(high, 3).flatten(1) << 8
@@ -113,11 +165,16 @@ def iq1_s(blocks: Tensor) -> Tensor:
 def iq1_m(blocks: Tensor) -> Tensor:
     """[q 32 | high 16 | scales 8]: 16 groups of 2 lookups of 8 weights, as in IQ1_S.
 
-    A nibble of `high` has 3 bits more of the index and the eighth's sign. A word of `scales` has 4 scales of 3 bits and
-    4 bits of d.
+    A nibble of `high` has 3 bits more of the index and the eighth's sign. A word of `scales` has 4
+    scales of 3 bits and 4 bits of d.
     """
     words = _words(blocks[:, 48:], torch.int16).int() & 0xFFFF  # [n, 4]
-    d = sum((words[:, i : i + 1] >> 12) << 4 * i for i in range(4)).to(torch.int16).view(torch.float16).float()
+    d = (
+        sum((words[:, i : i + 1] >> 12) << 4 * i for i in range(4))
+        .to(torch.int16)
+        .view(torch.float16)
+        .float()
+    )
     high = unpack(blocks[:, 32:48], 4, 1).int()  # [n, 32]
     scale = d * (2 * _fields(words, 3).flatten(1) + 1).float()
     q = blocks[:, :32].int() | (high & 7) << 8
@@ -125,7 +182,11 @@ def iq1_m(blocks: Tensor) -> Tensor:
 
 
 def _from_grid(
-    name: str, index: Tensor, scale: Tensor, signs: Tensor | None = None, shift: Tensor | None = None
+    name: str,
+    index: Tensor,
+    scale: Tensor,
+    signs: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Look up `index`, and multiply by the scale of each group: -> [n, 256].
 
@@ -141,7 +202,9 @@ def _from_grid(
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    """table[index], [n, index.numel() / n * width of the table], for `index` [n, ...] of any integer type."""
+    """table[index], [n, index.numel() / n * width of the table], for `index` [n, ...] of any
+    integer type.
+    """
     return table.index_select(0, index.reshape(-1).int()).view(index.shape[0], -1)
 
 
@@ -186,7 +249,10 @@ def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def _half_of_e4m3(x: int) -> float:
-    """Half of the float E4M3 (4 bits of exponent, 3 of mantissa) in the byte `x`; 0x7F, nan elsewhere, counts as 0."""
+    """Half of the float E4M3 (4 bits of exponent, 3 of mantissa) in the byte `x`;
+
+    0x7F, nan elsewhere, counts as 0.
+    """
     e, m = x >> 3 & 15, x & 7
     return 0.0 if x == 0x7F else 0.5 * (m * 2.0**-9 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import mistral
 import mistral_kernels
 from benchmark_parts.sizes import Case
-from mistral.steps import Arriving
+from mistral.engine.steps import Arriving
 
 GREEDY = mistral.Sampling(temperature=0.0)
 
@@ -18,8 +18,8 @@ class Contestant(Protocol):
     """One way to run one case. Each turn is `prefill`, then `generate`.
 
     prefill   forget everything, read the prompts, and look at the first new ids
-    generate  make n more tokens a row; each is looked at when the next one has been started, as a program does that
-              stops a token late
+    generate  make n more tokens a row; each is looked at when the next one has been started, as a
+              program does that stops a token late
     """
 
     note: str
@@ -35,7 +35,10 @@ class Ours:
     def __init__(self, name: str, model: mistral.Mistral, case: Case, prompts: Tensor):
         room = case.context + case.tokens + 2
         if name == "kernels-pdl":
-            self.decoder, self.note = mistral_kernels.Decoder(model, case.batch, room, pdl=True), "dependent launches"
+            self.decoder, self.note = (
+                mistral_kernels.Decoder(model, case.batch, room, pdl=True),
+                "dependent launches",
+            )
         else:
             self.decoder, self.note = mistral_kernels.open_engine(name, model, case.batch, room)
         self.prompts = prompts.tolist()
@@ -77,7 +80,9 @@ class Theirs:
     def prefill(self) -> None:
         """The prompt is not compiled: its length changes."""
         self.cache = self.new_cache()
-        logits = self.model(self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(
+            self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
         self.ids = logits[:, -1:].argmax(-1)  # [B, 1]
         self.ids.tolist()
 

@@ -39,7 +39,9 @@ def kind_of(name: str, layer: int, layers: int, format: str) -> GgmlType:
 
 
 def replace_matrices(model: mistral.Mistral, format: str) -> None:
-    """Put packed layers in the places of all matrices; their blocks are not made yet if the model is on `meta`."""
+    """Put packed layers in the places of all matrices; their blocks are not made yet if the model
+    is on `meta`.
+    """
     layers = model.config.num_hidden_layers
     for name, module in list(model.named_modules()):
         if not isinstance(module, (nn.Linear, nn.Embedding)):
@@ -48,11 +50,16 @@ def replace_matrices(model: mistral.Mistral, format: str) -> None:
         kind = kind_of(last, int(name.split(".")[2]) if ".layers." in name else 0, layers, format)
         rows, columns = module.weight.shape
         if columns % kind.block_weights:
-            raise ValueError(f"{name} has rows of {columns}, and {kind.name} stores blocks of {kind.block_weights}")
+            raise ValueError(
+                f"{name} has rows of {columns}, and {kind.name} stores blocks of "
+                f"{kind.block_weights}"
+            )
         size = rows, columns // kind.block_weights * kind.block_bytes
         blocks = torch.empty(size, dtype=torch.uint8, device=module.weight.device)
         embedding = isinstance(module, nn.Embedding)
-        packed = PackedEmbedding(blocks, kind, model.dtype) if embedding else PackedLinear(blocks, kind)
+        packed = (
+            PackedEmbedding(blocks, kind, model.dtype) if embedding else PackedLinear(blocks, kind)
+        )
         setattr(model.get_submodule(owner), last, packed)
 
 
@@ -70,7 +77,9 @@ def packed_bytes(model: mistral.Mistral, embedding: bool) -> int:
     """What the packed layers take, with the embedding or without."""
     layers = [module for module in model.modules() if isinstance(module, Packed)]
     return sum(
-        layer.num_rows * layer.row_bytes for layer in layers if embedding or not isinstance(layer, PackedEmbedding)
+        layer.num_rows * layer.row_bytes
+        for layer in layers
+        if embedding or not isinstance(layer, PackedEmbedding)
     )
 
 

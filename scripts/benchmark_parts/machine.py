@@ -27,13 +27,19 @@ def seconds(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of the quickest of some sums over 1 GB: reading and nothing else. Random numbers, not zeros.
+    """Bytes/s of the quickest of some sums over 1 GB: reading and nothing else. Random numbers, not
+    zeros.
 
-    A GPU has done one in a quarter of a millisecond, and starting it and waiting for it would count: it does 20.
+    A GPU has done one in a quarter of a millisecond, and starting it and waiting for it would
+    count: it does 20.
     """
     numbers, times = torch.rand(250_000_000, device=device), 20 if device.type == "cuda" else 1
     sums = [numbers.sum, numbers.view(25_000, -1).sum, lambda: numbers.view(25_000, -1).sum(-1)]
-    quickest = min(seconds(device, lambda run=run: [run() for _ in range(times)]) for _ in range(2) for run in sums)
+    quickest = min(
+        seconds(device, lambda run=run: [run() for _ in range(times)])
+        for _ in range(2)
+        for run in sums
+    )
     return times * 1e9 / quickest
 
 
@@ -46,13 +52,19 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
     """The machine and the versions of everything that is measured."""
-    known = {"machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()}
+    known = {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    }
     if device.type == "cuda":
         known |= {"cuda": torch.version.cuda or torch.version.hip}
     else:
         known |= {"threads": torch.get_num_threads()}
     known |= {"python": sys.version.split()[0], "torch": torch.__version__}
-    for name, package in (("triton", "triton"), ("transformers", "transformers"), ("llama_cpp", "llama-cpp-python")):
+    for name, package in (
+        ("triton", "triton"),
+        ("transformers", "transformers"),
+        ("llama_cpp", "llama-cpp-python"),
+    ):
         if importlib.util.find_spec(name):
             known[package] = metadata.version(package)
     return known | {"dtype": str(dtype).removeprefix("torch.")}
@@ -62,4 +74,7 @@ def processor_name() -> str:
     """As Linux calls it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

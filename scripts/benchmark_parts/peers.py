@@ -10,12 +10,16 @@ from mistral.quantization.packed import Packed
 
 
 def transformers_model(model: mistral.Mistral, sliding_window: int | None) -> torch.nn.Module:
-    """transformers' Mistral around our tensors: no second copy. The window is that of its attention and its cache."""
+    """transformers' Mistral around our tensors: no second copy.
+
+    The window is that of its attention and its cache.
+    """
     import transformers
     from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
     names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads head_dim "
         "rms_norm_eps max_position_embeddings tie_word_embeddings"
     )
     config = transformers.MistralConfig(
@@ -32,11 +36,13 @@ def transformers_model(model: mistral.Mistral, sliding_window: int | None) -> to
 
 
 class GGUFFile:
-    """The model in a GGUF file, of its own dtype or packed as it is, in a folder that goes away with this object."""
+    """The model in a GGUF file, of its own dtype or packed as it is, in a folder that goes away
+    with this object.
+    """
 
     def __init__(self, model: mistral.Mistral):
         # Here, so that the others can be measured where gguf and sentencepiece are not installed
-        from random_checkpoint import train_tokenizer
+        from dev.random_checkpoint import train_tokenizer
 
         from mistral.checkpoints.gguf_export import PLAIN, export
 

@@ -3,23 +3,28 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mistral.memory import format_bytes
+from mistral.engine.memory import format_bytes
 
 HEAD = (
-    f"{'tokens/s':<23}{'decode':>9}{'of roof':>9}{'to hf':>7}{'medians':>9}{'prefill':>11}{'of roof':>9}"
-    f"{'first':>10}{'peak':>11}"
+    f"{'tokens/s':<23}{'decode':>9}{'of roof':>9}{'to hf':>7}{'medians':>9}"
+    f"{'prefill':>11}{'of roof':>9}{'first':>10}{'peak':>11}"
 )
 
 
 def table(title: str, results: Sequence[dict]) -> str:
-    """One case: tokens/s of decode and prefill, what part of the roof that is, and the ratio to transformers."""
+    """One case: tokens/s of decode and prefill, what part of the roof that is, and the ratio to
+    transformers.
+    """
     peer = next((r for r in results if r["engine"] == "transformers" and "failed" not in r), None)
     lines = [title, HEAD]
     for result in results:
         if "failed" in result:
             lines.append(f"{result['engine']:<23}not measured: {result['failed']}")
             continue
-        ratios = [result[key] / peer[key] if peer else None for key in ("decode_tokens_per_s", "decode_median")]
+        ratios = [
+            result[key] / peer[key] if peer else None
+            for key in ("decode_tokens_per_s", "decode_median")
+        ]
         ratio, medians = (f"{r:.2f}" if r else "-" for r in ratios)
         first, peak = f"{1e3 * result['first_token_s']:,.1f} ms", result["peak_bytes"]
         lines.append(
@@ -27,13 +32,21 @@ def table(title: str, results: Sequence[dict]) -> str:
             f"{medians:>9}{result['prefill_tokens_per_s']:>11,.1f}{result['prefill_of_roof']:>9.1%}{first:>10}"
             f"{format_bytes(peak) if peak else '-':>11}"
         )
-    notes = [f"  {r['engine']}: {r['note'].removeprefix('engine: ')}" for r in results if r.get("note")]
+    notes = [
+        f"  {r['engine']}: {r['note'].removeprefix('engine: ')}" for r in results if r.get("note")
+    ]
     return "\n".join([*lines, *notes, ""])
 
 
 def costs_of_length(results: Sequence[dict]) -> list[str]:
-    """A line for each engine and batch: what a step costs at the longest context, beside a window's, 4,096 tokens."""
-    cost = {(r["engine"], r["batch"], r["context"]): r["ms_per_step"] for r in results if "failed" not in r}
+    """A line for each engine and batch: what a step costs at the longest context, beside a
+    window's, 4,096 tokens.
+    """
+    cost = {
+        (r["engine"], r["batch"], r["context"]): r["ms_per_step"]
+        for r in results
+        if "failed" not in r
+    }
     longest = max((context for _, _, context in cost), default=0)
     ratios = {
         (engine, batch): ms / cost[engine, batch, 4096]
@@ -41,7 +54,8 @@ def costs_of_length(results: Sequence[dict]) -> list[str]:
         if context == longest > 4096 and (engine, batch, 4096) in cost
     }
     return [
-        f"{engine}, batch {batch}: a step at {longest:,} tokens costs {ratio:.3f} times one at 4,096"
+        f"{engine}, batch {batch}: a step at {longest:,} tokens costs {ratio:.3f} times one at "
+        f"4,096"
         for (engine, batch), ratio in ratios.items()
     ]
 
@@ -67,11 +81,15 @@ def plot(path: Path, results: Sequence[dict], title: str) -> None:
     engines = list(dict.fromkeys(r["engine"] for r in measured))
     for engine, batch in dict.fromkeys((r["engine"], r["batch"]) for r in measured):
         points = sorted(
-            (r["context"], r["ms_per_step"]) for r in measured if (r["engine"], r["batch"]) == (engine, batch)
+            (r["context"], r["ms_per_step"])
+            for r in measured
+            if (r["engine"], r["batch"]) == (engine, batch)
         )
         color, mark = f"C{engines.index(engine)}", "o^sDvP*X"[batch.bit_length() % 8]
         axes.plot(*zip(*points), color=color, marker=mark, label=f"{engine}, batch {batch}")
-    axes.set(xscale="log", xlabel="tokens of context", ylabel="ms a step", title=title, ylim=(0, None))
+    axes.set(
+        xscale="log", xlabel="tokens of context", ylabel="ms a step", title=title, ylim=(0, None)
+    )
     contexts = sorted({r["context"] for r in measured})
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()  # whose labels would stand across these

@@ -1,4 +1,6 @@
-"""The models that are measured, made on the spot of random weights, and what a step of them must cost at least."""
+"""The models that are measured, made on the spot of random weights, and what a step of them must
+cost at least.
+"""
 
 from dataclasses import dataclass
 
@@ -7,8 +9,11 @@ import torch
 import mistral
 from benchmark_parts import formats
 
-# Numbers of all sizes that a text is measured at fit into the positions; a random model does not mind.
-COMMON = dict(rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2**17, tie_word_embeddings=False)
+# Numbers of all sizes that a text is measured at fit into the positions; a random model does not
+# mind.
+COMMON = dict(
+    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2**17, tie_word_embeddings=False
+)
 
 SIZES = {
     "7b": dict(
@@ -21,7 +26,8 @@ SIZES = {
         head_dim=128,
         sliding_window=4096,
     ),
-    # 175 million parameters, cut like the 7B: 4 query heads a key/value head, an MLP of 3.5 times the width
+    # 175 million parameters, cut like the 7B: 4 query heads a key/value head, an MLP of 3.5 times
+    # the width
     "small": dict(
         vocab_size=32000,
         hidden_size=1024,
@@ -48,7 +54,9 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: `batch` rows of `context` tokens are read, then `tokens` more are generated."""
+    """One thing to measure: `batch` rows of `context` tokens are read, then `tokens` more are
+    generated.
+    """
 
     batch: int
     context: int
@@ -63,7 +71,9 @@ def config(size: str) -> mistral.Config:
     return mistral.Config(**SIZES[size], **COMMON, eos_token_id=(2,))
 
 
-def make_model(size: str, device: torch.device, dtype: torch.dtype, format: str = "plain") -> mistral.Mistral:
+def make_model(
+    size: str, device: torch.device, dtype: torch.dtype, format: str = "plain"
+) -> mistral.Mistral:
     """Random weights of the size's shapes, made where they are used: nothing is read or copied.
 
     format  "plain" or one of `formats.FORMATS`. ValueError where rows are no whole blocks of it.
@@ -86,8 +96,14 @@ def make_model(size: str, device: torch.device, dtype: torch.dtype, format: str 
 
 
 def weight_bytes(model: mistral.Mistral) -> int:
-    """What a decode step reads of the weights: all but the embedding, of which it takes one row for each text."""
-    plain = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("model.embed_tokens."))
+    """What a decode step reads of the weights: all but the embedding, of which it takes one row for
+    each text.
+    """
+    plain = sum(
+        p.nbytes
+        for name, p in model.named_parameters()
+        if not name.startswith("model.embed_tokens.")
+    )
     return plain + formats.packed_bytes(model, embedding=False)
 
 
@@ -100,7 +116,9 @@ def decode_roof(model: mistral.Mistral, case: Case, bandwidth: float) -> float:
 
 
 def prefill_roof(model: mistral.Mistral, case: Case, bandwidth: float, rate: float) -> float:
-    """Tokens/s if reading the prompts took no longer than their arithmetic, or than reading the weights once."""
+    """Tokens/s if reading the prompts took no longer than their arithmetic, or than reading the
+    weights once.
+    """
     config, T = model.config, case.context
     window = min(T, config.sliding_window or T)
     pairs = window * (window + 1) // 2 + (T - window) * window  # of a query and a key that it sees

@@ -1,4 +1,6 @@
-"""One case at a time: everybody is opened, and then they take turns, so that all meet the same machine."""
+"""One case at a time: everybody is opened, and then they take turns, so that all meet the same
+machine.
+"""
 
 import copy
 import dataclasses
@@ -20,7 +22,15 @@ from benchmark_parts.sizes import Case
 from mistral.quantization.packed import Packed
 
 # Kernels first: they regroup the weights, and whoever comes later shares what they made of them.
-NAMES = ("kernels", "kernels-pdl", "compile", "eager", "transformers", "transformers-compiled", "llama.cpp")
+NAMES = (
+    "kernels",
+    "kernels-pdl",
+    "compile",
+    "eager",
+    "transformers",
+    "transformers-compiled",
+    "llama.cpp",
+)
 
 
 class Field:
@@ -29,7 +39,8 @@ class Field:
     def __init__(self, model: mistral.Mistral, names: Sequence[str]):
         self.model = model
         self._packed = any(isinstance(module, Packed) for module in model.modules())
-        # Kernels keep packed weights in another order, from which the others would have to put them together again.
+        # Kernels keep packed weights in another order, from which the others would have to put them
+        # together again.
         apart = self._packed and "kernels" in names and len(names) > 1
         self._others = copy.deepcopy(model) if apart else model
         self._theirs: dict[int | None, torch.nn.Module] = {}  # by window
@@ -43,7 +54,9 @@ class Field:
         if name.startswith("transformers"):
             if self._packed:
                 raise ValueError("it multiplies no packed weights")
-            return Theirs(self._transformers(case), case, prompts, compiled=name.endswith("compiled"))
+            return Theirs(
+                self._transformers(case), case, prompts, compiled=name.endswith("compiled")
+            )
         if name == "llama.cpp":
             import llama_cpp  # noqa: F401  (before a file is written for it)
 
@@ -51,7 +64,9 @@ class Field:
         return Ours(name, self.model if name.startswith("kernels") else self._others, case, prompts)
 
     def _transformers(self, case: Case) -> torch.nn.Module:
-        """With a window only where it cuts something off: its caches of a window are slower, and compile badly."""
+        """With a window only where it cuts something off: its caches of a window are slower, and
+        compile badly.
+        """
         window = self.model.config.sliding_window
         if window and case.context + case.tokens + 2 <= window:
             window = None
@@ -69,14 +84,24 @@ class Row:
     note: str = ""
     failed: str = ""
     peak_bytes: int | None = None  # weights included; known on a GPU
-    reserved_bytes: int | None = None  # the most that PyTorch took from the GPU, for all that ran so far
+    reserved_bytes: int | None = (
+        None  # the most that PyTorch took from the GPU, for all that ran so far
+    )
     prefills: list[float] = dataclasses.field(default_factory=list)  # seconds
     decodes: list[float] = dataclasses.field(default_factory=list)
 
     def result(self, model: mistral.Mistral, bandwidth: float, rate: float) -> dict:
-        """As a line of JSON has it. The quickest turn counts: what else the machine did made others slower."""
+        """As a line of JSON has it.
+
+        The quickest turn counts: what else the machine did made others slower.
+        """
         case = self.case
-        facts = {"engine": self.engine, "batch": case.batch, "context": case.context, "new_tokens": case.tokens}
+        facts = {
+            "engine": self.engine,
+            "batch": case.batch,
+            "context": case.context,
+            "new_tokens": case.tokens,
+        }
         if self.failed:
             return facts | {"failed": self.failed}
         decode = case.batch * case.tokens / min(self.decodes)
@@ -88,7 +113,9 @@ class Row:
             "decode_of_roof": round(decode / sizes.decode_roof(model, case, bandwidth), 4),
             "ms_per_step": round(1e3 * min(self.decodes) / case.tokens, 4),
             "prefill_tokens_per_s": round(prefill, 1),
-            "prefill_median": round(case.batch * case.context / statistics.median(self.prefills), 1),
+            "prefill_median": round(
+                case.batch * case.context / statistics.median(self.prefills), 1
+            ),
             "prefill_of_roof": round(prefill / sizes.prefill_roof(model, case, bandwidth, rate), 4),
             "first_token_s": round(min(self.prefills), 5),
             "peak_bytes": self.peak_bytes,
@@ -98,12 +125,18 @@ class Row:
 
 @torch.inference_mode()
 def run_case(
-    field: Field, names: Sequence[str], case: Case, repeats: int, out_of_time: Callable[[], str], say: Callable
+    field: Field,
+    names: Sequence[str],
+    case: Case,
+    repeats: int,
+    out_of_time: Callable[[], str],
+    say: Callable,
 ) -> list[Row]:
     """Measure everybody in one case. Who fails is a row that says so, and the others go on."""
     device = field.model.device
     vocabulary = field.model.config.vocab_size
-    # Ids that every contestant takes for text, the small vocabulary of the GGUF file's tokenizer included
+    # Ids that every contestant takes for text, the small vocabulary of the GGUF file's tokenizer
+    # included
     prompts = torch.randint(300, min(vocabulary, 500), (case.batch, case.context), device=device)
     rows = {name: Row(name, case) for name in names}
     contestants: dict[str, Contestant] = {}
@@ -111,7 +144,9 @@ def run_case(
         row.failed = out_of_time()
         if not row.failed:
             say(f"{case}: {name} ...")
-            _attempt(row, lambda row=row: contestants.update({row.engine: _open(field, row, prompts)}))
+            _attempt(
+                row, lambda row=row: contestants.update({row.engine: _open(field, row, prompts)})
+            )
     for turn in range(repeats):
         for name in list(contestants) if turn % 2 else list(contestants)[::-1]:
             row, contestant = rows[name], contestants[name]
@@ -166,4 +201,6 @@ def _clean_up(device: torch.device) -> None:
 def time_limit(seconds: float | None) -> Callable[[], str]:
     """Tells whether there is time to begin another contestant: "" or why not."""
     end = None if seconds is None else time.monotonic() + seconds
-    return lambda: "left out: the time limit was reached" if end is not None and time.monotonic() > end else ""
+    return lambda: (
+        "left out: the time limit was reached" if end is not None and time.monotonic() > end else ""
+    )

@@ -1,4 +1,5 @@
-"""Compile the decode kernels of a 7B for GPUs that are not here, and print one line of JSON for each.
+"""Compile the decode kernels of a 7B for GPUs that are not here, and print one line of JSON for
+each.
 
 It runs in a process of its own: the interpreter of the other tests replaces the compiler.
 """
@@ -10,10 +11,10 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts/dev"))
 from benchmark_parts.sizes import config
-
-from mistral.demo.training import CONFIG as DEMO
-from mistral_kernels.compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
+from compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
+from demo.training import CONFIG as DEMO
 
 MATRICES = ("qkv", "output", "gate_up", "down", "head")
 ALL = ("embed", "attention", *MATRICES)
@@ -40,7 +41,9 @@ def facts(name, task, dtype, target, model_dtype=None):
         dtype=str(dtype).removeprefix("torch."),
         registers=made.registers,
         spilled=made.spilled,
-        spilled_in_loops=sum(made.count(kind, *loop) for loop in made.loops for kind in ("STL", "LDL")),
+        spilled_in_loops=sum(
+            made.count(kind, *loop) for loop in made.loops for kind in ("STL", "LDL")
+        ),
         shared=made.shared,
         threads=32 * task.launch.options["num_warps"],
         chunks=task.launch.constants.get("CHUNKS"),
@@ -57,7 +60,9 @@ def main():
     for target, dtype, batch, model, names in VARIANTS:
         tasks = decode_kernels(model, dtype, batch, target)
         for name in names:
-            print(json.dumps(facts(name, tasks[name], dtype, target) | dict(batch=batch)), flush=True)
+            print(
+                json.dumps(facts(name, tasks[name], dtype, target) | dict(batch=batch)), flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Compile the prefill's kernels and the sampler for GPUs that are not here, and print a line of JSON for each.
+"""Compile the prefill's kernels and the sampler for GPUs that are not here, and print a line of
+JSON for each.
 
 It runs in a process of its own: the interpreter of the other tests replaces the compiler.
 """
@@ -12,9 +13,9 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts/dev"))
 from benchmark_parts.sizes import config
-
-from mistral_kernels.compile_ahead import compile_ahead, prefill_kernels, sample_kernel, short_attention_kernel
+from compile_ahead import compile_ahead, prefill_kernels, sample_kernel, short_attention_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -24,7 +25,9 @@ def tasks(arch):
     for V, B in itertools.product((32_000, 32_001, 32_002, 32_032, 32_768), (1, 3)):
         yield f"sample {V} {B}", sample_kernel(replace(config("7b"), vocab_size=V), B, arch), FP32
     for H, dtype in ((128, BF16), (128, FP16), (64, BF16), (64, FP32)):
-        for name, task in prefill_kernels(replace(config("7b"), head_dim=H), dtype, 2048, arch).items():
+        for name, task in prefill_kernels(
+            replace(config("7b"), head_dim=H), dtype, 2048, arch
+        ).items():
             if name != "swiglu":  # which has no heads
                 yield f"{name} {H} {dtype}", task, dtype
     yield f"prefill short {BF16}", prefill_kernels(config("7b"), BF16, 64, arch)["prefill"], BF16
@@ -35,7 +38,9 @@ def tasks(arch):
 
 
 def main():
-    smaller_blackwell = [("prefill 128", prefill_kernels(config("7b"), BF16, 2048, 120)["prefill"], BF16)]
+    smaller_blackwell = [
+        ("prefill 128", prefill_kernels(config("7b"), BF16, 2048, 120)["prefill"], BF16)
+    ]
     for target, chosen in ((90, tasks(90)), (80, tasks(80)), (120, smaller_blackwell)):
         for name, task, dtype in chosen:
             made = compile_ahead(task, dtype, target)

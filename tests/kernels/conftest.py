@@ -1,4 +1,6 @@
-"""Kernels run on a GPU if there is one, else in Triton's interpreter, chosen before Triton is imported."""
+"""Kernels run on a GPU if there is one, else in Triton's interpreter, chosen before Triton is
+imported.
+"""
 
 import os
 import sys
@@ -9,13 +11,17 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     early = "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
-    assert not early, "Triton was imported without its interpreter: run tests/kernels in a process of its own"
+    assert not early, (
+        "Triton was imported without its interpreter: run tests/kernels in a process of its own"
+    )
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Look into the language once for each function, not at each call of it: the interpreter takes half the time."""
+    """Look into the language once for each function, not at each call of it: the interpreter takes
+    half the time.
+    """
     if DEVICE == "cuda":
         yield
         return

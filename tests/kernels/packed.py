@@ -6,14 +6,22 @@ import small
 import torch
 
 from mistral.quantization.ggml_types import GGML_TYPES
-from mistral_kernels.planes import FAST_KINDS
+from mistral_kernels.packed.planes import FAST_KINDS
 
 KINDS = {kind.name: kind for kind in GGML_TYPES.values() if kind.name in FAST_KINDS}
-_SCALES = {"Q4_0": (0,), "Q8_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # bytes of the fp16 numbers
+_SCALES = {
+    "Q4_0": (0,),
+    "Q8_0": (0,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}  # bytes of the fp16 numbers
 
 
 def genuine(name, columns=1536):
-    """What llama.cpp made of a real matrix: uint8 [16, bytes of `columns` weights], columns up to 3,072."""
+    """What llama.cpp made of a real matrix: uint8 [16, bytes of `columns` weights], columns up to
+    3,072.
+    """
     matrices = np.load(small.DATA / "packed_matrices.npz")
     kind, blocks = KINDS[name], torch.from_numpy(matrices[name])
     return torch.cat((blocks, blocks.flip(0)), dim=1)[
@@ -35,14 +43,23 @@ def random_blocks(name, rows, columns, seed=0, scale=1e-3):
     for at in _SCALES[name]:
         view = blocks.view(-1, KINDS[name].block_bytes)[:, at : at + 2]
         d = (torch.rand(len(view), 1, generator=generator) + 0.1) * scale
-        view.copy_((d * (torch.randint(0, 2, d.shape, generator=generator) * 2 - 1)).half().view(torch.uint8))
+        view.copy_(
+            (d * (torch.randint(0, 2, d.shape, generator=generator) * 2 - 1))
+            .half()
+            .view(torch.uint8)
+        )
     return blocks
 
 
 def scales(name, blocks):
     """All fp16 scales d of some blocks, flat."""
     at = _SCALES[name][0]
-    return blocks.reshape(-1, KINDS[name].block_bytes)[:, at : at + 2].contiguous().view(torch.float16).flatten()
+    return (
+        blocks.reshape(-1, KINDS[name].block_bytes)[:, at : at + 2]
+        .contiguous()
+        .view(torch.float16)
+        .flatten()
+    )
 
 
 def put_scale(blocks, name, row, value, block=0):
@@ -55,4 +72,6 @@ def put_scale(blocks, name, row, value, block=0):
 def exactly(name, blocks):
     """The weights as gguf-py unpacks them, float64 [rows, columns]."""
     with np.errstate(all="ignore"):
-        return torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[name])).double()
+        return torch.from_numpy(
+            gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[name])
+        ).double()

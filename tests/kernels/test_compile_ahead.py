@@ -1,4 +1,6 @@
-"""Every decode kernel compiles for GPUs that are not here, and the compiler keeps what the design promises."""
+"""Every decode kernel compiles for GPUs that are not here, and the compiler keeps what the design
+promises.
+"""
 
 import json
 import os
@@ -11,8 +13,17 @@ import pytest
 MATRICES = ("qkv", "output", "gate_up", "down", "head")
 KERNELS = ("embed", "attention", *MATRICES)
 # (target, dtype, batch)
-WHOLE = [(90, "bfloat16", 1), (80, "bfloat16", 1), (90, "float16", 16), (80, "float16", 16), (90, "float32", 3)]
-IN_PART = {(90, "bfloat16", 8): ("qkv", "down"), (120, "bfloat16", 1): ("embed", "qkv", "attention", "gate_up")}
+WHOLE = [
+    (90, "bfloat16", 1),
+    (80, "bfloat16", 1),
+    (90, "float16", 16),
+    (80, "float16", 16),
+    (90, "float32", 3),
+]
+IN_PART = {
+    (90, "bfloat16", 8): ("qkv", "down"),
+    (120, "bfloat16", 1): ("embed", "qkv", "attention", "gate_up"),
+}
 ROOM = 65536  # registers of a multiprocessor
 
 
@@ -29,7 +40,9 @@ def compiled():
 
 def test_every_kernel_compiles_for_every_target(compiled):
     whole = {(name, *variant) for name in KERNELS for variant in WHOLE}
-    assert set(compiled) == whole | {(name, *variant) for variant, names in IN_PART.items() for name in names}
+    assert set(compiled) == whole | {
+        (name, *variant) for variant, names in IN_PART.items() for name in names
+    }
 
 
 def test_nothing_spills(compiled):
@@ -40,8 +53,8 @@ def test_two_blocks_of_threads_fit_a_multiprocessor(compiled):
     for key, made in compiled.items():
         if key[2] != "float32":  # which is there to be compared, not to be fast
             assert 2 * made["threads"] * made["registers"] <= ROOM, key
-        # Of shared memory there are 164 KB on Ampere and 228 on Hopper, less 1 KB a block; 100 on the smaller
-        # Blackwells, where attention is alone on a multiprocessor.
+        # Of shared memory there are 164 KB on Ampere and 228 on Hopper, less 1 KB a block; 100 on
+        # the smaller Blackwells, where attention is alone on a multiprocessor.
         blocks, room = {80: (2, 164), 90: (2, 228), 120: (1, 100)}[key[1]]
         assert blocks * (made["shared"] + 1024) <= room * 1024, key
 
@@ -53,7 +66,8 @@ def products(compiled):
 
 def test_weights_are_loaded_wide_and_ahead_of_their_use(compiled):
     for made in products(compiled):
-        # Each chunk is two loads of 16 bytes a lane; at least the first round stands before the first product.
+        # Each chunk is two loads of 16 bytes a lane; at least the first round stands before the
+        # first product.
         assert made["wide_loads_ahead"] >= 2 * made["chunks"]
         assert made["chunks"] >= 4
 
@@ -62,8 +76,11 @@ def test_weights_go_straight_into_the_tensor_cores(compiled):
     for made in products(compiled):
         assert made["products"] >= 16
         assert made["widths"] == [2]
-        assert made["detours"] == 0  # neither shared memory nor shuffles between the first product and the last
-        # Bandwidth leaves time for 13 instructions a weight in 16 bits; a vector unit would take 3.6 for one row.
+        assert (
+            made["detours"] == 0
+        )  # neither shared memory nor shuffles between the first product and the last
+        # Bandwidth leaves time for 13 instructions a weight in 16 bits; a vector unit would take
+        # 3.6 for one row.
         assert made["a_weight"] < 3.6
 
 

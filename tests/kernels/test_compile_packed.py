@@ -1,4 +1,6 @@
-"""The kernels of packed models compile for GPUs that are not here, and keep what packed_tile.py promises."""
+"""The kernels of packed models compile for GPUs that are not here, and keep what packed_tile.py
+promises.
+"""
 
 import json
 import os
@@ -31,18 +33,25 @@ def compiled():
 def test_every_kind_compiles_for_every_target(compiled):
     for target in (90, 80):
         made = [line for line in compiled if line["target"] == target]
-        assert {kind for line in made if line["name"] == "down" for kind in line["kinds"]} == set(KINDS)
+        assert {kind for line in made if line["name"] == "down" for kind in line["kinds"]} == set(
+            KINDS
+        )
         assert {line["name"] for line in made} >= set(MATRICES)
         assert ["Q4_K", "Q6_K"] in [line["kinds"] for line in made if line["name"] == "qkv"]
         assert {line["name"] for line in made} >= {"scale", *SHORT}
-    assert {kind for line in compiled if line["name"] == "short down" for kind in line["kinds"]} == set(KINDS)
+    assert {
+        kind for line in compiled if line["name"] == "short down" for kind in line["kinds"]
+    } == set(KINDS)
 
 
 def test_nothing_spills_that_is_needed_and_two_blocks_of_threads_fit_a_multiprocessor(compiled):
     for made in compiled:
         if made["dtype"] == "float16":  # float32 is there to be compared, not to be fast
             if made["batch"] == 8:  # one register may wait in memory until the loop is over
-                assert made["spilled"] == 0 or (made["spilled"], made["spilled_in_loops"]) == (8, 0), made
+                assert made["spilled"] == 0 or (made["spilled"], made["spilled_in_loops"]) == (
+                    8,
+                    0,
+                ), made
             else:
                 assert made["spilled"] == 0, made
             assert 2 * made["threads"] * made["registers"] <= ROOM, made
@@ -57,7 +66,9 @@ def test_weights_go_from_memory_to_the_tensor_cores_without_a_detour(compiled):
     for made in products(compiled):
         assert made["products"] >= 64
         assert made["widths"] == [2]
-        if len(made["kinds"]) == 1:  # else the end of one branch stands between the products of the two
+        if (
+            len(made["kinds"]) == 1
+        ):  # else the end of one branch stands between the products of the two
             assert made["detours"] == 0, made
 
 
@@ -69,4 +80,6 @@ def test_unpacking_takes_less_time_than_the_memory(compiled):
 
 
 def products(compiled):
-    return [made for made in compiled if made["name"] in MATRICES + SHORT and made["dtype"] == "float16"]
+    return [
+        made for made in compiled if made["name"] in MATRICES + SHORT and made["dtype"] == "float16"
+    ]

@@ -1,6 +1,8 @@
-"""Each decode kernel against its plain twin: unequal sizes, odd batch, poisoned outputs, neighbours untouched.
+"""Each decode kernel against its plain twin: unequal sizes, odd batch, poisoned outputs, neighbours
+untouched.
 
-On a CPU the kernels run in Triton's interpreter, in float32 and float16; `pytest -m gpu` runs the same in bfloat16 too.
+On a CPU the kernels run in Triton's interpreter, in float32 and float16; `pytest -m gpu` runs the
+same in bfloat16 too.
 """
 
 import copy
@@ -12,13 +14,13 @@ import torch
 
 from mistral.attention import attend_explicit
 from mistral.rotary import rotate
-from mistral_kernels.decode_attention import Partials, attend, attend_reference, num_splits
-from mistral_kernels.embed import embed, embed_reference
-from mistral_kernels.gate_up import gate_up, gate_up_reference
-from mistral_kernels.head import head, head_reference
-from mistral_kernels.matvec import scaled_norm
-from mistral_kernels.projection import project, project_reference
-from mistral_kernels.qkv import qkv, qkv_reference
+from mistral_kernels.decode.attention import Partials, attend, attend_reference, num_splits
+from mistral_kernels.decode.embed import embed, embed_reference
+from mistral_kernels.decode.gate_up import gate_up, gate_up_reference
+from mistral_kernels.decode.head import head, head_reference
+from mistral_kernels.decode.matvec import scaled_norm
+from mistral_kernels.decode.projection import project, project_reference
+from mistral_kernels.decode.qkv import qkv, qkv_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -37,13 +39,18 @@ def poisoned(*shape, dtype=torch.float32):
 
 
 def check(launcher, twin, arguments, outputs, close=None):
-    """Run both on the same data; the outputs (by position) must be close, all other tensors as they were.
+    """Run both on the same data; the outputs (by position) must be close, all other tensors as they
+    were.
 
     close  how close; None: as their dtype lets us expect
     """
     guards = {i: whole(arguments[i]) for i in outputs}
     theirs = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-    inputs = {i: a.clone() for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) and i not in outputs}
+    inputs = {
+        i: a.clone()
+        for i, a in enumerate(arguments)
+        if isinstance(a, torch.Tensor) and i not in outputs
+    }
     launcher(*arguments)
     twin(*theirs)
     for i in outputs:
@@ -78,7 +85,12 @@ def test_projection_adds_to_the_residual_and_prepares_the_next_input(B, columns,
     weight, norm = normal(D, columns, dtype=dtype, scale=columns**-0.5), normal(D, dtype=dtype)
     residual = torch.cat((normal(B, D), torch.full((1, D), math.nan, device=DEVICE)))[:B]
     outputs = (residual, poisoned(B, D, dtype=dtype), poisoned(B, D // 16))
-    check(project, project_reference, [normal(B, columns, dtype=dtype), weight, norm, *outputs], (3, 4, 5))
+    check(
+        project,
+        project_reference,
+        [normal(B, columns, dtype=dtype), weight, norm, *outputs],
+        (3, 4, 5),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +98,9 @@ def test_projection_adds_to_the_residual_and_prepares_the_next_input(B, columns,
 def test_gate_up_is_swiglu_of_the_normalised_input(B, dtype):
     x, sums = input_of(B, dtype)
     weight = normal(2 * F, D, dtype=dtype, scale=D**-0.5)
-    check(gate_up, gate_up_reference, [x, sums, weight, poisoned(B, F, dtype=dtype), EPS, 0.5], (3,))
+    check(
+        gate_up, gate_up_reference, [x, sums, weight, poisoned(B, F, dtype=dtype), EPS, 0.5], (3,)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,13 +114,25 @@ def test_head_scores_a_vocabulary_that_is_no_multiple_of_a_tile(B, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embed_begins_a_step(dtype):
     B, S = 3, 5
-    tokens, positions = torch.tensor([44, 0, 7], device=DEVICE), torch.tensor([4097, -1, 3], device=DEVICE)
-    table, norm, frequencies = normal(V, D, dtype=dtype), normal(D, dtype=dtype), torch.rand(H // 2, device=DEVICE)
+    tokens, positions = (
+        torch.tensor([44, 0, 7], device=DEVICE),
+        torch.tensor([4097, -1, 3], device=DEVICE),
+    )
+    table, norm, frequencies = (
+        normal(V, D, dtype=dtype),
+        normal(D, dtype=dtype),
+        torch.rand(H // 2, device=DEVICE),
+    )
     residual, x, sums = poisoned(B, D), poisoned(B, D, dtype=dtype), poisoned(B, D // 16)
     cos, sin = poisoned(B, H // 2), poisoned(B, H // 2)
     slots = torch.full((B,), 99, device=DEVICE)
     arguments = [tokens, positions, table, norm, frequencies, residual, x, sums, cos, sin]
-    check(lambda *a: embed(*a, slots, S), lambda *a: embed_reference(*a, slots.clone(), S), arguments, (5, 6, 7, 8, 9))
+    check(
+        lambda *a: embed(*a, slots, S),
+        lambda *a: embed_reference(*a, slots.clone(), S),
+        arguments,
+        (5, 6, 7, 8, 9),
+    )
     assert slots.tolist() == [4097 % S, S, 3]  # the row that takes no part writes into the bin
 
 
@@ -117,8 +143,12 @@ def test_embed_turns_by_the_angles_of_the_model():
     scratch = [poisoned(4, D), poisoned(4, D), poisoned(4, D // 16)]
     frequencies = model.model.rotary.frequencies.to(DEVICE)
     table, norm = model.model.embed_tokens.weight.to(DEVICE), model.model.norm.weight.to(DEVICE)
-    embed(positions % 7, positions, table, norm, frequencies, *scratch, cos, sin, positions.clone(), 8)
-    for ours, theirs in zip((cos, sin), model.model.rotary(positions.cpu()[:, None], torch.float32)):
+    embed(
+        positions % 7, positions, table, norm, frequencies, *scratch, cos, sin, positions.clone(), 8
+    )
+    for ours, theirs in zip(
+        (cos, sin), model.model.rotary(positions.cpu()[:, None], torch.float32)
+    ):
         assert torch.allclose(ours.cpu(), theirs[:, 0, 0, : H // 2], atol=1e-6, rtol=0)
 
 
@@ -132,7 +162,12 @@ def test_qkv_writes_one_slot_of_each_row_and_leaves_the_others(dtype):
     keys, values = normal(B, K, S + 1, H, dtype=dtype), normal(B, K, S + 1, H, dtype=dtype)
     before, q = (keys.clone(), values.clone()), poisoned(B, N, H, dtype=dtype)
     arguments = [x, sums, weight, angles.cos(), angles.sin(), slots, q]
-    check(lambda *a: qkv(*a, keys, values, EPS), lambda *a: qkv_reference(*a, *before, EPS), arguments, (6,))
+    check(
+        lambda *a: qkv(*a, keys, values, EPS),
+        lambda *a: qkv_reference(*a, *before, EPS),
+        arguments,
+        (6,),
+    )
     for ours, twin in zip((keys, values), before):
         assert_close(ours, twin)
         others = torch.ones(B, S + 1, dtype=torch.bool, device=DEVICE)
@@ -146,7 +181,18 @@ def test_qkv_turns_pairs_as_the_model_does():
     weight = normal((N + 2 * K) * H, D, scale=D**-0.5)
     angles = normal(B, H // 2)
     keys, values, q = normal(B, K, S + 1, H), normal(B, K, S + 1, H), poisoned(B, N, H)
-    qkv(x, sums, weight, angles.cos(), angles.sin(), torch.tensor([1, 2], device=DEVICE), q, keys, values, EPS)
+    qkv(
+        x,
+        sums,
+        weight,
+        angles.cos(),
+        angles.sin(),
+        torch.tensor([1, 2], device=DEVICE),
+        q,
+        keys,
+        values,
+        EPS,
+    )
     straight = x @ weight.T * torch.rsqrt(sums.sum(-1, keepdim=True) / D + EPS)
     straight = straight.view(B, N + 2 * K, 1, H)
     angles = torch.cat((angles, angles), dim=-1)[:, None, None]
@@ -208,7 +254,11 @@ def test_attention_again_has_the_same_bits():
 def test_attention_agrees_with_the_rolling_cache_of_the_model():
     B, S, W = 2, 9, 6
     config = small.config(
-        num_hidden_layers=1, num_attention_heads=N, num_key_value_heads=K, head_dim=H, sliding_window=W
+        num_hidden_layers=1,
+        num_attention_heads=N,
+        num_key_value_heads=K,
+        head_dim=H,
+        sliding_window=W,
     )
     model = small.mistral.Mistral(config)
     cache, partials = model.new_cache(B, slack=S - W), two_parts(B)
@@ -217,11 +267,17 @@ def test_attention_agrees_with_the_rolling_cache_of_the_model():
         plan = cache.plan(1, [1, step % 3 > 0])  # a row that falls behind
         cache.begin(plan)
         seen = cache.layer(0, plan).update(k, v)
-        mask = plan.mask if plan.mask is not None else torch.ones(B, 1, 1, seen[0].shape[2], dtype=torch.bool)
+        mask = (
+            plan.mask
+            if plan.mask is not None
+            else torch.ones(B, 1, 1, seen[0].shape[2], dtype=torch.bool)
+        )
         if step in (3, 18, 25) and step % 3 > 0:
             y = poisoned(B, N * H)
             layer = (cache.keys[0].to(DEVICE), cache.values[0].to(DEVICE))
-            attend(q[:, :, 0].to(DEVICE), *layer, plan.positions[:, 0].to(DEVICE), y, partials, S, W)
+            attend(
+                q[:, :, 0].to(DEVICE), *layer, plan.positions[:, 0].to(DEVICE), y, partials, S, W
+            )
             assert_close(y.cpu(), attend_explicit(q, *seen, mask).transpose(1, 2).reshape(B, -1))
         cache.commit(plan)
         if step == 20:
@@ -234,7 +290,9 @@ def test_keys_are_cut_into_as_many_parts_as_the_gpu_has_room_for():
 
 @pytest.mark.parametrize("launchers", ["kernels", "twins"])
 def test_a_step_is_the_models_forward(launchers):
-    model = small.model(torch.float32, hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2)
+    model = small.model(
+        torch.float32, hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2
+    )
     cache, steps = model.new_cache(3, slack=2), 2 if launchers == "kernels" else 30
     prompt, new = small.tokens(3, 11), small.tokens(3, steps, seed=1)
     model(prompt, cache, [11, 2, 5])  # past the window of 4; within it; just past
@@ -249,22 +307,41 @@ def test_a_step_is_the_models_forward(launchers):
 
 STEPS = {
     "kernels": (embed, qkv, attend, project, gate_up, head),
-    "twins": (embed_reference, qkv_reference, attend_reference, project_reference, gate_up_reference, head_reference),
+    "twins": (
+        embed_reference,
+        qkv_reference,
+        attend_reference,
+        project_reference,
+        gate_up_reference,
+        head_reference,
+    ),
 }
 
 
 def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
     """The step of an engine, in as few lines as it can be written."""
-    model, keys, values = copy.deepcopy(model).to(DEVICE), cache.keys.to(DEVICE), cache.values.to(DEVICE)
+    model, keys, values = (
+        copy.deepcopy(model).to(DEVICE),
+        cache.keys.to(DEVICE),
+        cache.values.to(DEVICE),
+    )
     c, layers, B = model.config, model.model.layers, cache.batch_size
     dtype, D, N, H = model.dtype, c.hidden_size, c.num_attention_heads, c.head_dim
-    norms = [scaled_norm(n.weight) for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms = [
+        scaled_norm(n.weight)
+        for layer in layers
+        for n in (layer.input_layernorm, layer.post_attention_layernorm)
+    ]
     norms.append(scaled_norm(model.model.norm.weight))
     attention = [layer.self_attn for layer in layers]
     fused = [torch.cat((a.q_proj.weight, a.k_proj.weight, a.v_proj.weight)) for a in attention]
     both = [torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)) for layer in layers]
     x, sums, residual = poisoned(B, D, dtype=dtype), poisoned(B, D // 16), poisoned(B, D)
-    cos, sin, slots = poisoned(B, H // 2), poisoned(B, H // 2), torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    cos, sin, slots = (
+        poisoned(B, H // 2),
+        poisoned(B, H // 2),
+        torch.zeros(B, dtype=torch.int64, device=DEVICE),
+    )
     q, y = poisoned(B, N, H, dtype=dtype), poisoned(B, N * H, dtype=dtype)
     h, logits = poisoned(B, c.intermediate_size, dtype=dtype), poisoned(B, c.vocab_size)
     partials = Partials(B, N, c.num_key_value_heads, H, DEVICE, splits=1)
@@ -297,7 +374,12 @@ def test_kernels_of_a_7b_on_a_gpu(B, pdl):
     check(bound(gate_up, pdl), gate_up_reference, [x, sums, weight, h, EPS, 1.0], (3,))
     outputs = (normal(B, D), poisoned(B, D, dtype=dtype), poisoned(B, D // 16))
     weight, norm = normal(D, F, dtype=dtype, scale=F**-0.5), normal(D, dtype=dtype)
-    check(bound(project, pdl), project_reference, [normal(B, F, dtype=dtype), weight, norm, *outputs], (3, 4, 5))
+    check(
+        bound(project, pdl),
+        project_reference,
+        [normal(B, F, dtype=dtype), weight, norm, *outputs],
+        (3, 4, 5),
+    )
     weight = normal(V, D, dtype=dtype, scale=D**-0.5)
     check(bound(head, pdl), head_reference, [x, sums, weight, poisoned(B, V), EPS, 1.0], (3,))
     cache = [normal(B, K, S + 1, H, dtype=dtype) for _ in range(2)]
@@ -341,20 +423,35 @@ def test_what_the_kernels_cannot_do_is_named():
         y, weight = torch.zeros(B, columns, device=DEVICE, dtype=dtype), x.new_zeros(D, columns)
         project(y, weight, x[0], x.float(), x, torch.zeros(B, max(D // 16, 1), device=DEVICE))
 
-    with pytest.raises(ValueError, match="hidden_size is 40; the decode kernels need a multiple of 32"):
+    with pytest.raises(
+        ValueError, match="hidden_size is 40; the decode kernels need a multiple of 32"
+    ):
         projection(D=40)
     with pytest.raises(ValueError, match="projection's input is 48"):
         projection(columns=48)
     with pytest.raises(ValueError, match="batch of 17 rows: the decode kernels take 1 to 16"):
         projection(B=17)
-    with pytest.raises(ValueError, match="float64: the decode kernels take bfloat16, float16 and float32"):
+    with pytest.raises(
+        ValueError, match="float64: the decode kernels take bfloat16, float16 and float32"
+    ):
         projection(dtype=torch.float64)
     x, sums = input_of(1, torch.float32)
     with pytest.raises(ValueError, match="intermediate_size is 40"):
         gate_up(x, sums, normal(80, D), normal(1, 40), EPS)
     cache = normal(1, K, 8, 48)
-    with pytest.raises(ValueError, match="head_dim is 48; the decode kernels need 16, 32, 64, 128 or 256"):
-        attend(normal(1, N, 48), cache, cache, torch.tensor([1]), normal(1, N * 48), Partials(1, N, K, 48, "cpu"), 7, 4)
+    with pytest.raises(
+        ValueError, match="head_dim is 48; the decode kernels need 16, 32, 64, 128 or 256"
+    ):
+        attend(
+            normal(1, N, 48),
+            cache,
+            cache,
+            torch.tensor([1]),
+            normal(1, N * 48),
+            Partials(1, N, K, 48, "cpu"),
+            7,
+            4,
+        )
 
 
 def test_tensors_with_gaps_are_refused():

@@ -1,7 +1,7 @@
 """The fast engine against the reference engine: the same ids, the same lengths, the same errors.
 
-On a CPU most of it runs on the kernels' plain twins, which compute what the kernels compute (test_decode_kernels.py);
-a few steps run the kernels themselves in Triton's interpreter.
+On a CPU most of it runs on the kernels' plain twins, which compute what the kernels compute
+(test_decode_kernels.py); a few steps run the kernels themselves in Triton's interpreter.
 """
 
 import copy
@@ -13,13 +13,15 @@ import small
 import torch
 
 import mistral
-from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
+from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.decoder import Decoder
 from mistral_kernels.weights import weights_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = mistral.Sampling(temperature=0)
-SIZES = dict(hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7)
+SIZES = dict(
+    hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7
+)
 CLOSE = 2e-5  # float32, of logits up to about 10
 PLAIN = DEVICE == "cpu"
 
@@ -40,9 +42,13 @@ def test_reads_steps_and_rewinds_in_any_order_give_what_the_reference_gives():
     random = Random(1)
     reference, fast = pair(batch_size=3)
     for i in range(150):
-        kind = random.choice(("read", "read one", "step", "step", "step", "rewind")) if i else "read"
+        kind = (
+            random.choice(("read", "read one", "step", "step", "step", "rewind")) if i else "read"
+        )
         if kind == "read":
-            rows = [[random.randrange(101) for _ in range(random.randint(i == 0, 20))] for _ in range(3)]
+            rows = [
+                [random.randrange(101) for _ in range(random.randint(i == 0, 20))] for _ in range(3)
+            ]
             calls = [decoder.read(rows) for decoder in (reference, fast)]
         elif kind == "read one":
             rows = [[random.randrange(101)] * random.randint(0, 1) for _ in range(3)]
@@ -72,7 +78,10 @@ def test_generation_that_runs_ahead_of_the_host_ends_where_the_references_ends()
     rules = mistral.Sampling(temperature=0, repetition_penalty=1.2)
     for prompt in ([5, 6, 7], [8], [3, 4]):  # one behind the other
         options = dict(max_new_tokens=30, stop_tokens=range(0, 101, 9))
-        texts = [list(mistral.generate(decoder, prompt, rules, **options)) for decoder in (reference, fast)]
+        texts = [
+            list(mistral.generate(decoder, prompt, rules, **options))
+            for decoder in (reference, fast)
+        ]
         assert texts[0] == texts[1]
         assert reference.lengths == fast.lengths
     assert_same_logits(reference, fast)
@@ -94,7 +103,10 @@ def a_decoder_under_way():
 def test_a_step_never_waits_for_the_device(a_decoder_under_way, no_host_reads, monkeypatch):
     if PLAIN:  # the kernels' twins read numbers: here all around the kernels is looked at
         monkeypatch.setattr(a_decoder_under_way, "_run", lambda name, work: None)
-    allowed, other_rules = torch.ones(101, dtype=torch.bool, device=DEVICE), replace(RULES, temperature=0)
+    allowed, other_rules = (
+        torch.ones(101, dtype=torch.bool, device=DEVICE),
+        replace(RULES, temperature=0),
+    )
     for _ in range(8):  # past the window
         a_decoder_under_way.step(RULES)
         a_decoder_under_way.step(other_rules, allowed)
@@ -129,11 +141,16 @@ def test_logits_that_are_not_numbers_are_an_error_although_nobody_looks_at_them(
         next(mistral.generate(fast, [5, 6, 7], GREEDY, max_new_tokens=3))
 
 
-@pytest.mark.parametrize("changes", [dict(sliding_window=None), dict(num_key_value_heads=6), dict(rope_theta=1e6)])
+@pytest.mark.parametrize(
+    "changes", [dict(sliding_window=None), dict(num_key_value_heads=6), dict(rope_theta=1e6)]
+)
 def test_other_shapes_and_no_window_give_the_references_text(changes):
     reference, fast = pair(max_tokens=60, **changes)
     options = dict(max_new_tokens=40, stop_tokens=())
-    texts = [list(mistral.generate(decoder, [5, 6, 7], GREEDY, **options)) for decoder in (reference, fast)]
+    texts = [
+        list(mistral.generate(decoder, [5, 6, 7], GREEDY, **options))
+        for decoder in (reference, fast)
+    ]
     assert texts[0] == texts[1]
 
 

@@ -1,6 +1,8 @@
-"""The fast engine on packed models: the reference's ids and logits, from the same packed bytes, and those only once.
+"""The fast engine on packed models: the reference's ids and logits, from the same packed bytes, and
+those only once.
 
-On a CPU most of it runs on the kernels' plain twins; two steps and a prompt run the kernels in Triton's interpreter.
+On a CPU most of it runs on the kernels' plain twins; two steps and a prompt run the kernels in
+Triton's interpreter.
 """
 
 import copy
@@ -22,11 +24,11 @@ from mistral.checkpoints import gguf_export, hugging_face
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GGML_TYPES
 from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear, TiedOutput
-from mistral_kernels.decode_step import KERNELS, REFERENCES, DecodeStep
+from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.decoder import Decoder
-from mistral_kernels.dequantize import Blocks, unpack, unpack_reference
-from mistral_kernels.planes import FAST_KINDS, Planes, repack
-from mistral_kernels.prefill import read_chunk
+from mistral_kernels.packed.dequantize import Blocks, unpack, unpack_reference
+from mistral_kernels.packed.planes import FAST_KINDS, Planes, repack
+from mistral_kernels.prefill.chunk import read_chunk
 from mistral_kernels.weights import ToUnpack, unpacked_kinds, weights_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,8 +55,12 @@ MIXES = {
     "Q4_0, embedding and output plain": dict(other="Q4_0", embed_tokens=None, lm_head=None),
     "Q5_0": dict(other="Q5_0"),
     "IQ4_NL": dict(other="IQ4_NL"),
-    "Q2_K beside Q3_K and Q4_K": dict(v_proj="Q4_K", o_proj="Q3_K", down_proj="Q3_K", lm_head="Q6_K", other="Q2_K"),
-    "gate and up differ, one of Q, K, V is plain": dict(gate_proj="Q4_K", k_proj=None, other="Q6_K"),
+    "Q2_K beside Q3_K and Q4_K": dict(
+        v_proj="Q4_K", o_proj="Q3_K", down_proj="Q3_K", lm_head="Q6_K", other="Q2_K"
+    ),
+    "gate and up differ, one of Q, K, V is plain": dict(
+        gate_proj="Q4_K", k_proj=None, other="Q6_K"
+    ),
 }
 
 
@@ -62,7 +68,9 @@ def random_blocks(rows, columns, name, seed):
     """Random bytes with scales of a sensible size."""
     kind, generator = KINDS[name], torch.Generator().manual_seed(seed)
     count = rows * columns // kind.block_weights
-    blocks = torch.randint(0, 256, (count, kind.block_bytes), dtype=torch.uint8, generator=generator)
+    blocks = torch.randint(
+        0, 256, (count, kind.block_bytes), dtype=torch.uint8, generator=generator
+    )
     for at, size in SCALES[name].items():
         d = size * (0.5 + torch.rand(count, 1, generator=generator))
         blocks[:, at : at + 2] = d.half().view(torch.uint8)
@@ -79,7 +87,9 @@ def packed_model(mix, dtype=torch.float32, **changes):
             blocks = random_blocks(*module.weight.shape, kind, seed)
             embedding = isinstance(module, nn.Embedding)
             packed = (
-                PackedEmbedding(blocks, KINDS[kind], torch.float32) if embedding else PackedLinear(blocks, KINDS[kind])
+                PackedEmbedding(blocks, KINDS[kind], torch.float32)
+                if embedding
+                else PackedLinear(blocks, KINDS[kind])
             )
             setattr(model.get_submodule(owner), last, packed)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
@@ -116,9 +126,17 @@ def test_greedy_text_of_a_packed_file_is_the_references(name):
     options = dict(packed=True, device=DEVICE, dtype=torch.float32)
     texts = []
     for engine in (mistral.Decoder, lambda model: Decoder(model, plain=PLAIN)):
-        model = mistral.load(source, **options, **({} if name == "demo" else dict(sliding_window=9)))[0]
+        model = mistral.load(
+            source, **options, **({} if name == "demo" else dict(sliding_window=9))
+        )[0]
         prompt = small.tokens(7, vocab_size=model.config.vocab_size).tolist()
-        texts.append(list(mistral.generate(engine(model), prompt, GREEDY, max_new_tokens=steps, stop_tokens=())))
+        texts.append(
+            list(
+                mistral.generate(
+                    engine(model), prompt, GREEDY, max_new_tokens=steps, stop_tokens=()
+                )
+            )
+        )
     assert texts[0] == texts[1]
 
 
@@ -158,9 +176,15 @@ def test_the_packed_bytes_are_in_memory_once_and_the_model_still_works():
     assert model.model.layers[0].self_attn.o_proj.blocks is untouched
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.dtype == torch.uint8 and thing.numel() > 10_000:
+        if (
+            issubclass(type(thing), torch.Tensor)
+            and thing.dtype == torch.uint8
+            and thing.numel() > 10_000
+        ):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    assert bytes_before <= sum(storages.values()) <= 1.03 * bytes_before  # guards, and the rows that fill up 101 to 104
+    assert (
+        bytes_before <= sum(storages.values()) <= 1.03 * bytes_before
+    )  # guards, and the rows that fill up 101 to 104
 
     assert torch.equal(model(tokens), logits)
     again = Decoder(model, plain=PLAIN)
@@ -172,7 +196,9 @@ def test_a_model_whose_blocks_became_planes_is_not_saved_by_halves(tmp_path):
     weights_of(model)
     with pytest.raises(ValueError, match="the model is packed"):
         hugging_face.save(model, None, tmp_path)
-    with pytest.raises(ValueError, match="is packed; load the checkpoint without packed and quantize"):
+    with pytest.raises(
+        ValueError, match="is packed; load the checkpoint without packed and quantize"
+    ):
         gguf_export.export(model, small.true_tokenizer(), tmp_path / "m.gguf", "F16")
 
 
@@ -224,7 +250,10 @@ def test_a_prompt_is_unpacked_matrix_by_matrix_into_the_same_memory():
     cache, theirs = model.new_cache(1, slack=1), reference.new_cache(1, slack=1)
     workspace = DecodeStep(model, cache).workspace
     tokens = small.tokens(1, 5).to(DEVICE)
-    assert_close(read_chunk(model, tokens, cache, None, workspace, last_only=False), reference(tokens, theirs))
+    assert_close(
+        read_chunk(model, tokens, cache, None, workspace, last_only=False),
+        reference(tokens, theirs),
+    )
     assert_close(cache.keys[:, :, :, :-1], theirs.keys[:, :, :, :-1])
     # the largest matrix of a layer, and no more
     assert workspace._memory.numel() == 512 * 256
@@ -233,8 +262,12 @@ def test_a_prompt_is_unpacked_matrix_by_matrix_into_the_same_memory():
 @pytest.mark.parametrize("name", FAST_KINDS)
 def test_matrices_are_unpacked_to_ggmls_bits(name):
     kind = KINDS[name]
-    genuine = torch.from_numpy(np.resize(GENUINE[name], (9, 256 // kind.block_weights * kind.block_bytes)).copy())
-    random_bytes = torch.randint(0, 256, (9, 1280 // kind.block_weights * kind.block_bytes), dtype=torch.uint8)
+    genuine = torch.from_numpy(
+        np.resize(GENUINE[name], (9, 256 // kind.block_weights * kind.block_bytes)).copy()
+    )
+    random_bytes = torch.randint(
+        0, 256, (9, 1280 // kind.block_weights * kind.block_bytes), dtype=torch.uint8
+    )
     for blocks in (genuine.to(DEVICE), random_bytes.to(DEVICE)):
         planes, rows = repack(blocks, kind), torch.tensor([8, 0, 3], device=DEVICE)
         for dtype in (torch.float32, torch.float16):
@@ -249,7 +282,9 @@ def test_matrices_are_unpacked_to_ggmls_bits(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pdl", [False, True])
-@pytest.mark.parametrize("mix", [Q4_K_M, dict(other="Q2_K"), dict(other="IQ4_NL")], ids=["Q4_K_M", "Q2_K", "IQ4_NL"])
+@pytest.mark.parametrize(
+    "mix", [Q4_K_M, dict(other="Q2_K"), dict(other="IQ4_NL")], ids=["Q4_K_M", "Q2_K", "IQ4_NL"]
+)
 def test_a_graph_gives_the_bits_of_single_launches(mix, pdl):
     if pdl and not (9, 0) <= torch.cuda.get_device_capability() < (12, 0):
         pytest.skip("these kernels launch dependently on compute capability 9.0 to 11.x")
@@ -264,7 +299,6 @@ def test_a_graph_gives_the_bits_of_single_launches(mix, pdl):
 
 @pytest.mark.gpu
 def test_a_7b_in_four_bits_with_its_whole_window_takes_5_4_gb():
-    sys.path.append(str(small.ROOT / "scripts"))
     from benchmark_parts.sizes import make_model
 
     gc.collect()
@@ -281,8 +315,8 @@ def test_a_7b_in_four_bits_with_its_whole_window_takes_5_4_gb():
 COMPILE = """
 import json, torch
 from benchmark_parts.sizes import config
-from mistral_kernels.compile_ahead import compile_ahead, unpack_kernel
-from mistral_kernels.planes import FAST_KINDS
+from compile_ahead import compile_ahead, unpack_kernel
+from mistral_kernels.packed.planes import FAST_KINDS
 for kind in FAST_KINDS:
     for target, dtype, chosen in ((90, torch.bfloat16, False), (80, torch.float16, True)):
         made = compile_ahead(unpack_kernel(config("7b"), kind, chosen), dtype, target)
@@ -294,14 +328,19 @@ for kind in FAST_KINDS:
 
 def test_unpacking_compiles_and_moves_16_bytes_at_a_time():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(small.ROOT / "scripts")
-    result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(lines) == 2 * len(FAST_KINDS)
     for made in lines:
-        # 1,024 lines of 8 weights on 128 threads: 8 stores each, and as many loads, or twice that with high bits
+        # 1,024 lines of 8 weights on 128 threads: 8 stores each, and as many loads, or twice that
+        # with high bits
         assert made["spilled"] == 0, made
         assert made["stores"] == 8, made
         assert made["loads"] == (16 if made["kind"] in ("Q5_K", "Q6_K") else 8), made
-        assert made["all"] / 64 < 18, made  # instructions a weight; the bytes leave time for 17 to 19
+        assert made["all"] / 64 < 18, (
+            made
+        )  # instructions a weight; the bytes leave time for 17 to 19

@@ -1,4 +1,5 @@
-"""The decode kernels on packed weights: against float64 on gguf-py's numbers, and against their plain twins.
+"""The decode kernels on packed weights: against float64 on gguf-py's numbers, and against their
+plain twins.
 
 On a CPU they run in Triton's interpreter; `pytest -m gpu` adds the sizes of a 7B.
 """
@@ -10,12 +11,12 @@ import pytest
 import torch
 from test_decode_kernels import CLOSE, DEVICE, EPS, check, normal, poisoned
 
-from mistral_kernels.embed import embed, embed_reference
-from mistral_kernels.gate_up import gate_up, gate_up_reference
-from mistral_kernels.head import head, head_reference
-from mistral_kernels.planes import repack
-from mistral_kernels.projection import project, project_reference
-from mistral_kernels.qkv import qkv, qkv_reference
+from mistral_kernels.decode.embed import embed, embed_reference
+from mistral_kernels.decode.gate_up import gate_up, gate_up_reference
+from mistral_kernels.decode.head import head, head_reference
+from mistral_kernels.decode.projection import project, project_reference
+from mistral_kernels.decode.qkv import qkv, qkv_reference
+from mistral_kernels.packed.planes import repack
 
 NAMES = list(packed.KINDS)
 
@@ -32,7 +33,13 @@ def product(name, blocks, x):
     """x W^T by the kernel of the head, whose norm is made to do nothing: [B, rows] on the CPU."""
     B, D = x.shape
     scores = poisoned(B, len(blocks))
-    head(x.to(DEVICE), torch.full((B, D // 16), 16.0, device=DEVICE), planes(name, blocks), scores, 0.0)
+    head(
+        x.to(DEVICE),
+        torch.full((B, D // 16), 16.0, device=DEVICE),
+        planes(name, blocks),
+        scores,
+        0.0,
+    )
     return scores.cpu()
 
 
@@ -43,7 +50,9 @@ def errors(ours, x, weights):
 
 
 def matrices(name):
-    """Genuine blocks, 1.5 groups of columns wide; random ones, 2.5 groups, whose rows fill no tile."""
+    """Genuine blocks, 1.5 groups of columns wide; random ones, 2.5 groups, whose rows fill no
+    tile.
+    """
     yield packed.genuine(name)
     yield packed.random_blocks(name, 13, 2560)
 
@@ -99,11 +108,15 @@ def test_any_bytes_at_all_give_numbers_or_none_as_the_reference_does(name, dtype
     assert finite.any()
     assert torch.equal(ours.isfinite().all(0), finite)
     assert torch.equal(ours.isfinite().any(0), finite)
-    assert errors(ours[:, finite], x, weights[finite]).max() < (1e-3 if dtype == torch.float16 else 2e-6)
+    assert errors(ours[:, finite], x, weights[finite]).max() < (
+        1e-3 if dtype == torch.float16 else 2e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("name", "columns"), [("Q6_K", 1280), ("Q4_0", 96), ("Q5_K", 2048), ("Q8_0", 3072)])
+@pytest.mark.parametrize(
+    ("name", "columns"), [("Q6_K", 1280), ("Q4_0", 96), ("Q5_K", 2048), ("Q8_0", 3072)]
+)
 def test_projection_adds_to_the_residual(name, columns, dtype):
     B, D = 3, 32
     weight, norm = random_planes(name, D, columns), normal(D)
@@ -118,7 +131,12 @@ def test_gate_and_up_are_two_matrices(name):
     B, D, F = 3, 256, 32
     x, sums = normal(B, D, dtype=torch.float16), torch.rand(B, D // 16, device=DEVICE) * 16
     pair = tuple(random_planes(name, F, D, seed) for seed in (1, 2))
-    check(gate_up, gate_up_reference, [x, sums, pair, poisoned(B, F, dtype=torch.float16), EPS, 0.5], (3,))
+    check(
+        gate_up,
+        gate_up_reference,
+        [x, sums, pair, poisoned(B, F, dtype=torch.float16), EPS, 0.5],
+        (3,),
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +152,9 @@ def test_queries_keys_and_values_may_be_of_different_kinds(names):
     ours = [normal(B, K, S + 1, H, dtype=torch.float16) for _ in range(2)]
     theirs, q = [cache.clone() for cache in ours], poisoned(B, N, H, dtype=torch.float16)
     arguments = [x, sums, weights, angles.cos(), angles.sin(), slots, q]
-    check(lambda *a: qkv(*a, *ours, EPS), lambda *a: qkv_reference(*a, *theirs, EPS), arguments, (6,))
+    check(
+        lambda *a: qkv(*a, *ours, EPS), lambda *a: qkv_reference(*a, *theirs, EPS), arguments, (6,)
+    )
     for mine, twin in zip(ours, theirs):
         assert (mine.float() - twin.float()).abs().max() < 2e-3 * twin.abs().max()
 
@@ -144,18 +164,42 @@ def test_queries_keys_and_values_may_be_of_different_kinds(names):
 def test_embedding_of_a_packed_table(name, random):
     B, D, H = 3, 1280, 16
     blocks = packed.random_blocks(name, 13, D) if random else packed.genuine(name, D)
-    tokens, positions = torch.tensor([12, 0, 7], device=DEVICE), torch.tensor([5, -1, 3], device=DEVICE)
-    arguments = [tokens, positions, planes(name, blocks), normal(D), torch.rand(H // 2, device=DEVICE)]
-    arguments += [poisoned(B, D), poisoned(B, D), poisoned(B, D // 16), poisoned(B, H // 2), poisoned(B, H // 2)]
+    tokens, positions = (
+        torch.tensor([12, 0, 7], device=DEVICE),
+        torch.tensor([5, -1, 3], device=DEVICE),
+    )
+    arguments = [
+        tokens,
+        positions,
+        planes(name, blocks),
+        normal(D),
+        torch.rand(H // 2, device=DEVICE),
+    ]
+    arguments += [
+        poisoned(B, D),
+        poisoned(B, D),
+        poisoned(B, D // 16),
+        poisoned(B, H // 2),
+        poisoned(B, H // 2),
+    ]
     slots = torch.zeros(B, dtype=torch.int64, device=DEVICE)
-    check(lambda *a: embed(*a, slots, 4), lambda *a: embed_reference(*a, slots, 4), arguments, (5, 6, 7, 8, 9))
+    check(
+        lambda *a: embed(*a, slots, 4),
+        lambda *a: embed_reference(*a, slots, 4),
+        arguments,
+        (5, 6, 7, 8, 9),
+    )
     expected = packed.exactly(name, blocks)[tokens.cpu()]
-    assert torch.allclose(arguments[5].cpu().double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+    assert torch.allclose(
+        arguments[5].cpu().double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item()
+    )
 
 
 def test_what_packed_weights_cannot_do_is_named():
     x, sums = normal(1, 256, dtype=torch.bfloat16), normal(1, 16)
-    with pytest.raises(ValueError, match="x is torch.bfloat16: packed weights take float16 and float32"):
+    with pytest.raises(
+        ValueError, match="x is torch.bfloat16: packed weights take float16 and float32"
+    ):
         head(x, sums, random_planes("Q4_K", 8, 256), normal(1, 8), EPS)
     pair = (random_planes("Q4_K", 32, 256), random_planes("Q5_K", 32, 256))
     with pytest.raises(ValueError, match="gate_proj is Q4_K and up_proj Q5_K"):
@@ -168,7 +212,10 @@ def test_what_packed_weights_cannot_do_is_named():
 def test_packed_kernels_of_a_7b_on_a_gpu(name, B):
     D, F, V = 4096, 14336, 32002
     x, sums = normal(B, D, dtype=torch.float16), torch.rand(B, D // 16, device=DEVICE) * 32
-    pair, h = tuple(random_planes(name, F, D, seed) for seed in (1, 2)), poisoned(B, F, dtype=torch.float16)
+    pair, h = (
+        tuple(random_planes(name, F, D, seed) for seed in (1, 2)),
+        poisoned(B, F, dtype=torch.float16),
+    )
     check(gate_up, gate_up_reference, [x, sums, pair, h, EPS, 1.0], (3,))
     outputs = [normal(B, D), poisoned(B, D, dtype=torch.float16), poisoned(B, D // 16)]
     arguments = [normal(B, F, dtype=torch.float16), random_planes(name, D, F), normal(D), *outputs]

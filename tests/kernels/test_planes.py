@@ -5,14 +5,25 @@ import pytest
 import torch
 
 from mistral.quantization.ggml_types import GGML_TYPES
-from mistral_kernels import packed_tile, planes
-from mistral_kernels.planes import FAST_KINDS, dense, fits, repack, restore, restore_rows, row_block_bytes
+from mistral_kernels.packed import planes
+from mistral_kernels.packed import tile as packed_tile
+from mistral_kernels.packed.planes import (
+    FAST_KINDS,
+    dense,
+    fits,
+    repack,
+    restore,
+    restore_rows,
+    row_block_bytes,
+)
 
 NAMES = list(packed.KINDS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("rows", "columns"), [(8, 1024), (13, 256), (3, 1536), (33, 2048), (1, 5120)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(8, 1024), (13, 256), (3, 1536), (33, 2048), (1, 5120)]
+)
 def test_any_bytes_come_back(name, rows, columns):
     blocks = packed.random_bytes(name, rows, columns, seed=rows)
     made = repack(blocks, packed.KINDS[name])
@@ -41,7 +52,9 @@ def test_genuine_blocks_come_back_and_have_their_values(name):
 def test_a_matrix_grows_by_less_than_3_percent(name):
     kind = packed.KINDS[name]
     for columns, most in ((1024, 1.03), (4096, 1.007), (14336, 1.002)):
-        assert row_block_bytes(kind, columns) <= most * 8 * (columns // kind.block_weights * kind.block_bytes)
+        assert row_block_bytes(kind, columns) <= most * 8 * (
+            columns // kind.block_weights * kind.block_bytes
+        )
         assert row_block_bytes(kind, columns) % 128 == 0
 
 
@@ -82,7 +95,9 @@ def test_a_large_matrix_is_moved_in_parts(monkeypatch):
     whole = repack(blocks, packed.KINDS["Q6_K"])
     sizes, pack = [], planes._pack
     monkeypatch.setattr(planes, "_AT_ONCE", 16 * 512)
-    monkeypatch.setattr(planes, "_pack", lambda rows, kind: sizes.append(len(rows)) or pack(rows, kind))
+    monkeypatch.setattr(
+        planes, "_pack", lambda rows, kind: sizes.append(len(rows)) or pack(rows, kind)
+    )
     parts = repack(blocks, packed.KINDS["Q6_K"], device="cpu")
     assert sizes == [16, 16, 8]
     assert torch.equal(parts.data, whole.data)
@@ -93,6 +108,8 @@ def test_what_has_no_planes_is_named():
     kinds = {kind.name: kind for kind in GGML_TYPES.values()}
     with pytest.raises(ValueError, match="Q2_K has no planes; Q4_0, Q4_K, Q5_K, Q6_K, Q8_0 have"):
         repack(torch.zeros(1, 84, dtype=torch.uint8), kinds["Q2_K"])
-    with pytest.raises(ValueError, match="row of 145 bytes is no whole number of Q4_K blocks of 144"):
+    with pytest.raises(
+        ValueError, match="row of 145 bytes is no whole number of Q4_K blocks of 144"
+    ):
         repack(torch.zeros(1, 145, dtype=torch.uint8), kinds["Q4_K"])
     assert set(FAST_KINDS) <= set(kinds)

@@ -1,4 +1,6 @@
-"""Prefill attention against the model's own, and a prompt read with it against the model's forward."""
+"""Prefill attention against the model's own, and a prompt read with it against the model's
+forward.
+"""
 
 import math
 
@@ -8,8 +10,8 @@ import torch
 
 from mistral.attention import attend_explicit
 from mistral.cache import window_mask
-from mistral_kernels.prefill import read_chunk
-from mistral_kernels.prefill_attention import attend_chunk, attend_chunk_reference
+from mistral_kernels.prefill.attention import attend_chunk, attend_chunk_reference
+from mistral_kernels.prefill.chunk import read_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, N, K, H = 2, 6, 2, 16
@@ -26,16 +28,24 @@ def poisoned(*shape, dtype=torch.float32):
 
 def assert_close(ours, theirs):
     assert ours.isfinite().all()
-    assert (ours.double() - theirs.double()).abs().max() < CLOSE[ours.dtype] * theirs.double().abs().max()
+    assert (ours.double() - theirs.double()).abs().max() < CLOSE[
+        ours.dtype
+    ] * theirs.double().abs().max()
 
 
 def ring_after(starts, S, dtype=torch.float32):
-    """Random keys and values of rows that hold `starts` tokens, and which position each slot holds (-1: none)."""
+    """Random keys and values of rows that hold `starts` tokens, and which position each slot holds
+    (-1: none).
+    """
     held = torch.full((len(starts), S + 1), -1)
     for b, start in enumerate(starts):
         for p in range(max(0, start - S), start):
             held[b, p % S] = p
-    return normal(len(starts), K, S + 1, H, dtype=dtype), normal(len(starts), K, S + 1, H, dtype=dtype), held.to(DEVICE)
+    return (
+        normal(len(starts), K, S + 1, H, dtype=dtype),
+        normal(len(starts), K, S + 1, H, dtype=dtype),
+        held.to(DEVICE),
+    )
 
 
 CASES = [
@@ -44,12 +54,19 @@ CASES = [
     ([0, 0], [70, 33], 9, 5),  # a prompt far longer than the window, and the ring
     ([9, 3], [37, 37], 64, None),  # goes on, nothing wrapped
     ([131, 12], [40, 1], 37, 32),  # wrapped; a row with a single token
-    ([64, 200], [64, 0], 66, 64),  # tiles that end exactly where the chunk does; a row that reads nothing
+    (
+        [64, 200],
+        [64, 0],
+        66,
+        64,
+    ),  # tiles that end exactly where the chunk does; a row that reads nothing
 ]
 
 
 def a_chunk(starts, lengths, S, window):
-    """Arguments of an attention up to `lengths`, its result [B, T, N, H], and where that is none: pads [B, T]."""
+    """Arguments of an attention up to `lengths`, its result [B, T, N, H], and where that is none:
+    pads [B, T].
+    """
     T = max(lengths)
     keys, values, held = ring_after(starts, S)
     q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
@@ -58,7 +75,9 @@ def a_chunk(starts, lengths, S, window):
     all_keys = torch.cat((keys, k.transpose(1, 2)), dim=2)
     all_values = torch.cat((values, v.transpose(1, 2)), dim=2)
     mask = window_mask(positions, torch.cat((held, positions), dim=1), window)
-    expected = attend_explicit(q.transpose(1, 2), all_keys, all_values, mask).transpose(1, 2)  # [B, T, N, H]
+    expected = attend_explicit(q.transpose(1, 2), all_keys, all_values, mask).transpose(
+        1, 2
+    )  # [B, T, N, H]
 
     # Whoever reads what no query may see gets NaN.
     pads = torch.arange(T, device=DEVICE) >= real[:, None]
@@ -80,7 +99,9 @@ def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(starts, leng
     assert y[B:].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
 def test_twin_and_kernel_agree_in_half_precision(dtype):
     T, S, window = 33, 20, 17
     keys, values, _ = ring_after([50, 7], S, dtype)
@@ -93,14 +114,20 @@ def test_twin_and_kernel_agree_in_half_precision(dtype):
 
 
 def small_model(window):
-    sizes = dict(hidden_size=32, head_dim=H, intermediate_size=48, num_hidden_layers=2, sliding_window=window)
-    return small.model(torch.float32, num_attention_heads=4, num_key_value_heads=2, **sizes).to(DEVICE)
+    sizes = dict(
+        hidden_size=32, head_dim=H, intermediate_size=48, num_hidden_layers=2, sliding_window=window
+    )
+    return small.model(torch.float32, num_attention_heads=4, num_key_value_heads=2, **sizes).to(
+        DEVICE
+    )
 
 
 @pytest.mark.parametrize("window", [5, 40, None])
 def test_a_prompt_in_chunks_leaves_the_logits_and_the_cache_of_the_models_forward(window):
     model = small_model(window)
-    ours, theirs = (model.new_cache(3, max_tokens=None if window == 5 else 100, slack=3) for _ in range(2))
+    ours, theirs = (
+        model.new_cache(3, max_tokens=None if window == 5 else 100, slack=3) for _ in range(2)
+    )
     for seed, lengths in enumerate(([37, 5, 11], [1, 9, 0], [16, 16, 16])):
         tokens = small.tokens(3, max(lengths), seed=seed).to(DEVICE)
         logits = read_chunk(model, tokens, ours, lengths if seed < 2 else None)
@@ -133,34 +160,69 @@ def test_a_cache_without_room_is_refused_and_stays_as_it_was():
 
 def test_what_the_prefill_kernel_cannot_do_is_named():
     def run(H=16, dtype=torch.float32):
-        q, ring = torch.zeros(1, 4, 2, H, dtype=dtype, device=DEVICE), torch.zeros(1, 2, 9, H, device=DEVICE)
+        q, ring = (
+            torch.zeros(1, 4, 2, H, dtype=dtype, device=DEVICE),
+            torch.zeros(1, 2, 9, H, device=DEVICE),
+        )
         one = torch.ones(1, dtype=torch.int64, device=DEVICE)
         attend_chunk(q, q, q, ring, ring, one, one, torch.empty_like(q), 8, None)
 
-    with pytest.raises(ValueError, match="head_dim is 24; the prefill kernel needs 16, 32, 64, 128 or 256"):
+    with pytest.raises(
+        ValueError, match="head_dim is 24; the prefill kernel needs 16, 32, 64, 128 or 256"
+    ):
         run(H=24)
-    with pytest.raises(ValueError, match="float64: the prefill kernel takes bfloat16, float16 and float32"):
+    with pytest.raises(
+        ValueError, match="float64: the prefill kernel takes bfloat16, float16 and float32"
+    ):
         run(dtype=torch.float64)
-    gaps, one = torch.zeros(1, 4, 2, 32, device=DEVICE)[..., :16], torch.ones(1, dtype=torch.int64, device=DEVICE)
+    gaps, one = (
+        torch.zeros(1, 4, 2, 32, device=DEVICE)[..., :16],
+        torch.ones(1, dtype=torch.int64, device=DEVICE),
+    )
     ring = torch.zeros(1, 2, 9, 16, device=DEVICE)
     with pytest.raises(ValueError, match=r"k \[1, 4, 2, 16\] must be contiguous"):
-        attend_chunk(gaps.clone(), gaps, gaps, ring, ring, one, one, torch.zeros(1, 4, 2, 16, device=DEVICE), 8, None)
+        attend_chunk(
+            gaps.clone(),
+            gaps,
+            gaps,
+            ring,
+            ring,
+            one,
+            one,
+            torch.zeros(1, 4, 2, 16, device=DEVICE),
+            8,
+            None,
+        )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("start, T, window", [(0, 2048, 4096), (5000, 2048, 4096), (4000, 300, None), (0, 6000, 4096)])
+@pytest.mark.parametrize(
+    "start, T, window", [(0, 2048, 4096), (5000, 2048, 4096), (4000, 300, None), (0, 6000, 4096)]
+)
 def test_a_7b_layer_in_half_precision(dtype, start, T, window):
     heads, groups, size, S = 32, 8, 128, 4112 if window else 8192
-    keys, values = normal(2, groups, S + 1, size, dtype=dtype), normal(2, groups, S + 1, size, dtype=dtype)
-    q, k, v = normal(2, T, heads, size, dtype=dtype), *(normal(2, T, groups, size, dtype=dtype) for _ in range(2))
-    begin, real = torch.tensor([start, start // 2], device=DEVICE), torch.tensor([T, T - 7], device=DEVICE)
+    keys, values = (
+        normal(2, groups, S + 1, size, dtype=dtype),
+        normal(2, groups, S + 1, size, dtype=dtype),
+    )
+    q, k, v = (
+        normal(2, T, heads, size, dtype=dtype),
+        *(normal(2, T, groups, size, dtype=dtype) for _ in range(2)),
+    )
+    begin, real = (
+        torch.tensor([start, start // 2], device=DEVICE),
+        torch.tensor([T, T - 7], device=DEVICE),
+    )
     y, twin = poisoned(2, T, heads, size, dtype=dtype), poisoned(2, T, heads, size, dtype=dtype)
     attend_chunk(q, k, v, keys, values, begin, real, y, S, window)
     for h in range(groups):  # one at a time: the twin keeps every score
         mine = slice(4 * h, 4 * h + 4)
         part = torch.empty_like(twin[:, :, mine])
-        ring, chunk = ((keys[:, h : h + 1], values[:, h : h + 1]), (k[:, :, h : h + 1], v[:, :, h : h + 1]))
+        ring, chunk = (
+            (keys[:, h : h + 1], values[:, h : h + 1]),
+            (k[:, :, h : h + 1], v[:, :, h : h + 1]),
+        )
         attend_chunk_reference(q[:, :, mine], *chunk, *ring, begin, real, part, S, window)
         twin[:, :, mine] = part
     pads = torch.arange(T, device=DEVICE) >= real[:, None]

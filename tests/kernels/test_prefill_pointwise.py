@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mistral.rotary import Rotary, rotate
-from mistral_kernels import prefill_pointwise as kernels
+from mistral_kernels.prefill import pointwise as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -26,11 +26,15 @@ def guarded(x):
 
 def assert_close(ours, theirs):
     assert ours.isfinite().all()
-    assert (ours.double() - theirs.double()).abs().max() < CLOSE[ours.dtype] * theirs.double().abs().max()
+    assert (ours.double() - theirs.double()).abs().max() < CLOSE[
+        ours.dtype
+    ] * theirs.double().abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("B", "T", "N", "K", "H"), [(1, 1, 2, 1, 16), (3, 13, 6, 2, 16), (2, 5, 7, 3, 64)])
+@pytest.mark.parametrize(
+    ("B", "T", "N", "K", "H"), [(1, 1, 2, 1, 16), (3, 13, 6, 2, 16), (2, 5, 7, 3, 64)]
+)
 def test_queries_and_keys_are_turned_as_the_model_turns_them(B, T, N, K, H, dtype):
     positions = torch.randint(0, 5000, (B, T), device=DEVICE)
     cos, sin = Rotary(H, 1e4).to(DEVICE)(positions, torch.float64)  # [B, 1, T, H] each
@@ -55,7 +59,9 @@ def test_each_key_goes_to_its_tokens_slot_and_nothing_else_is_touched(dtype):
     k, v = normal(B, T, K, H, dtype=dtype), normal(B, T, K, H, dtype=dtype)
     slots = torch.stack([torch.randperm(S)[:T] for _ in range(B)]).to(DEVICE)
     slots[1, 4:] = S  # pads: all of them go where nobody reads
-    keys, values = (torch.full((B, K, S + 1, H), math.nan, dtype=dtype, device=DEVICE) for _ in range(2))
+    keys, values = (
+        torch.full((B, K, S + 1, H), math.nan, dtype=dtype, device=DEVICE) for _ in range(2)
+    )
     twins = keys.clone(), values.clone()
 
     kernels.store_chunk(k, v, slots, keys, values)
@@ -98,12 +104,17 @@ def test_what_these_kernels_cannot_do_is_named():
         return torch.zeros(1, 4, 2, H, dtype=dtype, device=DEVICE)
 
     angles = torch.zeros(1, 4, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="head_dim is 24; the prefill kernels need 16, 32, 64, 128 or 256"):
+    with pytest.raises(
+        ValueError, match="head_dim is 24; the prefill kernels need 16, 32, 64, 128 or 256"
+    ):
         kernels.rotate_chunk(chunk(24), chunk(24), angles, angles)
     with pytest.raises(ValueError, match="float64: the kernels take bfloat16, float16 and float32"):
         kernels.swiglu(chunk(dtype=torch.float64), chunk(dtype=torch.float64))
     with pytest.raises(ValueError, match=r"k \[1, 4, 2, 16\] must be contiguous"):
         kernels.rotate_chunk(chunk(), chunk(32)[..., :16], angles, angles)
     with pytest.raises(ValueError, match="head_dim is 12"):
-        slots, ring = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE), torch.zeros(1, 2, 9, 12, device=DEVICE)
+        slots, ring = (
+            torch.zeros(1, 4, dtype=torch.int64, device=DEVICE),
+            torch.zeros(1, 2, 9, 12, device=DEVICE),
+        )
         kernels.store_chunk(chunk(12), chunk(12), slots, ring, ring)

@@ -1,4 +1,5 @@
-"""The sampling kernel against the rules in mistral/sampling.py: the same tokens can be drawn, and as often.
+"""The sampling kernel against the rules in mistral/sampling.py: the same tokens can be drawn, and
+as often.
 
 On a CPU the kernel runs in Triton's interpreter.
 """
@@ -11,10 +12,10 @@ import triton
 import triton.language as tl
 
 from mistral import Sampling
-from mistral.decoder import NO_NUMBERS, NOTHING_LEFT
+from mistral.engine.decoder import NO_NUMBERS, NOTHING_LEFT
 from mistral.sampling import next_ids, processed_scores
-from mistral_kernels.sampler import Sampler
-from mistral_kernels.sampling import kth_highest
+from mistral_kernels.sample.kernel import kth_highest
+from mistral_kernels.sample.sampler import Sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 70  # no multiple of 32, and not a power of two of groups
@@ -44,7 +45,9 @@ def draw(logits, sampling, mask=None, steps=1, plain=False):
 def probabilities(logits, sampling, mask=None):
     """[B, V] by the reference; 0 where it cannot draw."""
     B = logits.shape[0]
-    return processed_scores(logits, sampling, nothing(B), torch.zeros(B, device=DEVICE), mask).softmax(-1)
+    return processed_scores(
+        logits, sampling, nothing(B), torch.zeros(B, device=DEVICE), mask
+    ).softmax(-1)
 
 
 CASES = [
@@ -89,7 +92,9 @@ def test_frequencies_are_the_probabilities_of_the_reference(values, plain):
     expected = probabilities(logits, sampling)[0].cpu() * n
     counts = draw(logits, sampling, steps=n, plain=plain).flatten().bincount(minlength=V).cpu()
     assert counts[expected == 0].sum() == 0
-    rare = (expected > 0) & (expected < 5)  # together, where each alone has too few for the approximation
+    rare = (expected > 0) & (
+        expected < 5
+    )  # together, where each alone has too few for the approximation
     cells = [(counts[i].item(), expected[i].item()) for i in torch.nonzero(expected >= 5).flatten()]
     cells += [(counts[rare].sum().item(), expected[rare].sum().item())] * bool(rare.any())
     chi_square, freedom = sum((c - e) ** 2 / e for c, e in cells), len(cells) - 1
@@ -101,7 +106,13 @@ def test_frequencies_are_the_probabilities_of_the_reference(values, plain):
 def test_at_the_border_of_top_p_the_higher_ids_of_as_many_equals_as_in_the_reference_stay():
     logits = torch.full((1, 40), -30.0, device=DEVICE)
     logits[0, [2, 3, 33, 39]] = 1.0
-    for top_p, kept in ((0.0, {39}), (0.2, {39}), (0.45, {33, 39}), (0.55, {3, 33, 39}), (0.95, {2, 3, 33, 39})):
+    for top_p, kept in (
+        (0.0, {39}),
+        (0.2, {39}),
+        (0.45, {33, 39}),
+        (0.55, {3, 33, 39}),
+        (0.95, {2, 3, 33, 39}),
+    ):
         sampling = Sampling(top_p=top_p, seed=3)
         assert (probabilities(logits, sampling) > 0).sum() == len(kept)
         assert set(draw(logits, sampling, steps=40).flatten().tolist()) == kept
@@ -111,7 +122,9 @@ def test_at_the_border_of_top_p_the_higher_ids_of_as_many_equals_as_in_the_refer
 def test_what_ties_with_the_kth_stays(plain):
     logits = torch.full((1, 40), -4.0, device=DEVICE)
     logits[0, [5, 7]], logits[0, 9] = 0.0, -0.0
-    assert set(draw(logits, Sampling(top_k=2, seed=0), steps=40, plain=plain).flatten().tolist()) == {5, 7, 9}
+    assert set(
+        draw(logits, Sampling(top_k=2, seed=0), steps=40, plain=plain).flatten().tolist()
+    ) == {5, 7, 9}
 
 
 @triton.jit
@@ -149,12 +162,17 @@ def test_ids_that_occurred_are_penalised_and_the_chosen_one_joins_them(plain):
     history[0, :4], history[2, :2] = torch.arange(4, device=DEVICE), logits[2].topk(2).indices
     lengths = torch.tensor([4, 0, 2], device=DEVICE)
     mask = torch.rand(B, V, device=DEVICE) < 0.6
-    sampling, sampler = Sampling(temperature=0, repetition_penalty=2.5), Sampler(B, V, DEVICE, plain)
+    sampling, sampler = (
+        Sampling(temperature=0, repetition_penalty=2.5),
+        Sampler(B, V, DEVICE, plain),
+    )
     ids = torch.zeros(B, dtype=torch.int64, device=DEVICE)
     given = history.clone()
     for _ in range(6):
         expected = next_ids(logits, sampling, history, lengths, mask, None)
-        sampler.prepare(sampling, mask, given)  # looked at once: afterwards the kernel knows what it has chosen
+        sampler.prepare(
+            sampling, mask, given
+        )  # looked at once: afterwards the kernel knows what it has chosen
         sampler.run(logits, ids)
         assert ids.tolist() == expected.tolist()
         history.scatter_(1, lengths[:, None], ids[:, None])
@@ -162,7 +180,10 @@ def test_ids_that_occurred_are_penalised_and_the_chosen_one_joins_them(plain):
     sampler.forget()
     sampler.prepare(sampling, None, given)
     sampler.run(logits, ids)
-    assert ids.tolist() == next_ids(logits, sampling, given, torch.tensor([4, 0, 2]), None, None).tolist()
+    assert (
+        ids.tolist()
+        == next_ids(logits, sampling, given, torch.tensor([4, 0, 2]), None, None).tolist()
+    )
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -242,21 +263,38 @@ def test_a_mask_is_obeyed_until_it_is_gone(temperature, plain):
     assert ids.tolist() == [12, 12]
 
 
-@pytest.mark.parametrize("size", [61, 62, 63, 64, 70])  # with up to three numbers ahead, 62 and 63 need a third group
+@pytest.mark.parametrize(
+    "size", [61, 62, 63, 64, 70]
+)  # with up to three numbers ahead, 62 and 63 need a third group
 def test_a_row_takes_nothing_from_what_lies_beside_it(size):
     memory = torch.full((3 * size + 16,), math.nan, device=DEVICE)
-    logits, mask = memory[: 3 * size].view(3, size), torch.zeros(3, size, dtype=torch.bool, device=DEVICE)
-    history = torch.arange(size, device=DEVICE).repeat(3, 1)  # what is beside the row is forbidden and penalised, too
+    logits, mask = (
+        memory[: 3 * size].view(3, size),
+        torch.zeros(3, size, dtype=torch.bool, device=DEVICE),
+    )
+    history = torch.arange(size, device=DEVICE).repeat(
+        3, 1
+    )  # what is beside the row is forbidden and penalised, too
     for b in range(3):
         logits.fill_(math.nan)
         mask.zero_()
         mask[b], history[b] = True, -1
-        for best, values in ((0, dict(temperature=0)), (size - 1, dict(temperature=0)), (0, {}), (size - 1, {})):
+        for best, values in (
+            (0, dict(temperature=0)),
+            (size - 1, dict(temperature=0)),
+            (0, {}),
+            (size - 1, {}),
+        ):
             logits[b] = torch.linspace(-20, -10, size)
             logits[b, best] = 20.0
             for given, penalty in ((None, 1.0), (mask, 1.0), (None, 2.0), (mask, 2.0)):
-                sampler, ids = Sampler(3, size, DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
-                sampler.prepare(Sampling(repetition_penalty=penalty, seed=0, **values), given, history)
+                sampler, ids = (
+                    Sampler(3, size, DEVICE),
+                    torch.zeros(3, dtype=torch.int64, device=DEVICE),
+                )
+                sampler.prepare(
+                    Sampling(repetition_penalty=penalty, seed=0, **values), given, history
+                )
                 sampler.run(logits, ids)
                 assert (ids[b].item(), sampler.problems[b].item()) == (best, 0)
         history[b] = torch.arange(size)
@@ -277,7 +315,11 @@ def test_each_row_writes_its_own_scores_and_no_others(size):
 
 
 def test_what_the_kernel_does_not_have_is_left_to_the_reference():
-    supported = [Sampling(), Sampling(temperature=0, typical_p=0.5), Sampling(top_k=5, top_p=0.5, min_p=0.1)]
+    supported = [
+        Sampling(),
+        Sampling(temperature=0, typical_p=0.5),
+        Sampling(top_k=5, top_p=0.5, min_p=0.1),
+    ]
     assert all(map(Sampler.supports, supported))
     for sampling in (
         Sampling(typical_p=0.5),
@@ -287,13 +329,19 @@ def test_what_the_kernel_does_not_have_is_left_to_the_reference():
         assert not Sampler.supports(sampling)
         with pytest.raises(ValueError, match="typical_p nor no_repeat_ngram_size"):
             Sampler(1, V, DEVICE).prepare(sampling, None, nothing(1))
-    with pytest.raises(ValueError, match="logits in torch.float16: the sampling kernel takes float32"):
-        Sampler(1, V, DEVICE).run(random_logits().half(), torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    with pytest.raises(
+        ValueError, match="logits in torch.float16: the sampling kernel takes float32"
+    ):
+        Sampler(1, V, DEVICE).run(
+            random_logits().half(), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        )
 
 
 def test_preparing_and_running_reads_nothing_from_the_device(no_host_reads):
     sampler, ids = Sampler(2, V, DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    sampler.prepare(Sampling(repetition_penalty=1.2, seed=3), torch.ones(V, dtype=torch.bool), nothing(2))
+    sampler.prepare(
+        Sampling(repetition_penalty=1.2, seed=3), torch.ones(V, dtype=torch.bool), nothing(2)
+    )
     if DEVICE == "cuda":  # the interpreter itself reads
         sampler.run(random_logits(2), ids)
 
@@ -301,7 +349,10 @@ def test_preparing_and_running_reads_nothing_from_the_device(no_host_reads):
 @pytest.mark.gpu
 def test_one_graph_serves_all_settings():
     B, V = 5, 32_002
-    logits, ids = torch.randn(B, V, device=DEVICE) * 3, torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    logits, ids = (
+        torch.randn(B, V, device=DEVICE) * 3,
+        torch.zeros(B, dtype=torch.int64, device=DEVICE),
+    )
     sampler = Sampler(B, V, DEVICE)
     sampler.prepare(Sampling(), None, nothing(B))
     sampler.run(logits, ids)

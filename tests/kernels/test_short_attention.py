@@ -7,11 +7,23 @@ import math
 
 import pytest
 import torch
-from test_prefill_kernel import CLOSE, DEVICE, B, H, K, N, a_chunk, assert_close, normal, poisoned, ring_after
+from test_prefill_kernel import (
+    CLOSE,
+    DEVICE,
+    B,
+    H,
+    K,
+    N,
+    a_chunk,
+    assert_close,
+    normal,
+    poisoned,
+    ring_after,
+)
 
-from mistral_kernels.decode_attention import Partials
-from mistral_kernels.prefill_attention import attend_chunk_reference
-from mistral_kernels.short_attention import attend_short
+from mistral_kernels.decode.attention import Partials
+from mistral_kernels.prefill.attention import attend_chunk_reference
+from mistral_kernels.prefill.short_attention import attend_short
 
 CASES = [
     # what a row holds, how many tokens are real, slots, window
@@ -25,7 +37,9 @@ CASES = [
 
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(("starts", "lengths", "S", "window"), CASES)
-def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(starts, lengths, S, window, splits):
+def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(
+    starts, lengths, S, window, splits
+):
     T, (arguments, expected, pads) = max(lengths), a_chunk(starts, lengths, S, window)
     partials = Partials(B, N, K, H, DEVICE, tokens=T, splits=splits)
     partials.outputs.fill_(math.nan)
@@ -56,7 +70,19 @@ def test_in_float16_it_agrees_with_its_twin():
     q, k, v = (normal(B, 9, heads, H, dtype=torch.float16) for heads in (N, K, K))
     begin, real = torch.tensor([50, 7], device=DEVICE), torch.tensor([9, 4], device=DEVICE)
     y, twin = (poisoned(B, 9, N, H, dtype=torch.float16) for _ in range(2))
-    attend_short(q, k, v, keys, values, begin, real, y, 20, 17, partials=Partials(B, N, K, H, DEVICE, tokens=9))
+    attend_short(
+        q,
+        k,
+        v,
+        keys,
+        values,
+        begin,
+        real,
+        y,
+        20,
+        17,
+        partials=Partials(B, N, K, H, DEVICE, tokens=9),
+    )
     attend_chunk_reference(q, k, v, keys, values, begin, real, twin, 20, 17)
     assert_close(y[0], twin[0])
     assert_close(y[1, :4], twin[1, :4])
@@ -64,15 +90,23 @@ def test_in_float16_it_agrees_with_its_twin():
 
 def test_what_it_cannot_do_is_named():
     def run(T=4, H=16, dtype=torch.float32):
-        q, ring = torch.zeros(1, T, 2, H, dtype=dtype, device=DEVICE), torch.zeros(1, 2, 9, H, device=DEVICE)
-        one, partials = torch.ones(1, dtype=torch.int64, device=DEVICE), Partials(1, 2, 2, H, DEVICE, tokens=T)
+        q, ring = (
+            torch.zeros(1, T, 2, H, dtype=dtype, device=DEVICE),
+            torch.zeros(1, 2, 9, H, device=DEVICE),
+        )
+        one, partials = (
+            torch.ones(1, dtype=torch.int64, device=DEVICE),
+            Partials(1, 2, 2, H, DEVICE, tokens=T),
+        )
         attend_short(q, q, q, ring, ring, one, one, torch.empty_like(q), 8, None, partials=partials)
 
     with pytest.raises(ValueError, match="head_dim is 24; the kernel needs 16, 32, 64, 128 or 256"):
         run(H=24)
     with pytest.raises(ValueError, match="float64: the kernel takes bfloat16, float16 and float32"):
         run(dtype=torch.float64)
-    with pytest.raises(ValueError, match="65 queries of a key/value head; the kernel takes 1 to 64"):
+    with pytest.raises(
+        ValueError, match="65 queries of a key/value head; the kernel takes 1 to 64"
+    ):
         run(T=65)
 
 
@@ -85,6 +119,8 @@ def test_a_7b_past_its_window_on_a_gpu(T, dtype):
     q, k, v = (torch.randn(1, T, heads, H, device=DEVICE, dtype=dtype) for heads in (N, K, K))
     begin, real = torch.tensor([9000], device=DEVICE), torch.tensor([T], device=DEVICE)
     y, twin = (torch.full_like(q, math.nan) for _ in range(2))
-    attend_short(q, k, v, keys, values, begin, real, y, S, W, partials=Partials(1, N, K, H, DEVICE, tokens=T))
+    attend_short(
+        q, k, v, keys, values, begin, real, y, S, W, partials=Partials(1, N, K, H, DEVICE, tokens=T)
+    )
     attend_chunk_reference(q, k, v, keys, values, begin, real, twin, S, W)
     assert (y.double() - twin.double()).abs().max() < CLOSE[dtype] * twin.double().abs().max()

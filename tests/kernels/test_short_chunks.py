@@ -1,6 +1,8 @@
-"""Short chunks of a packed model: the reference's logits and texts, and no matrix is unpacked in memory.
+"""Short chunks of a packed model: the reference's logits and texts, and no matrix is unpacked in
+memory.
 
-On a CPU the kernels run in Triton's interpreter where their numbers are looked at, and else their plain twins.
+On a CPU the kernels run in Triton's interpreter where their numbers are looked at, and else their
+plain twins.
 """
 
 import copy
@@ -12,15 +14,15 @@ import torch
 from test_packed_decoder import PLAIN, Q4_K_M, assert_close, packed_model
 
 import mistral
-from mistral.speculation import LookupDecoder
-from mistral_kernels import prefill
-from mistral_kernels.decode_step import DecodeStep
+from mistral.engine.speculation import LookupDecoder
+from mistral_kernels.decode.step import DecodeStep
 from mistral_kernels.decoder import Decoder
-from mistral_kernels.dequantize import unpack_reference
-from mistral_kernels.prefill import read_chunk
-from mistral_kernels.prefill_attention import attend_chunk_reference
-from mistral_kernels.short_attention import attend_short_reference
-from mistral_kernels.short_linear import scale_rows_reference, short_linear_reference
+from mistral_kernels.packed.dequantize import unpack_reference
+from mistral_kernels.packed.short_linear import scale_rows_reference, short_linear_reference
+from mistral_kernels.prefill.attention import attend_chunk_reference
+from mistral_kernels.prefill.chunk import chunk as prefill
+from mistral_kernels.prefill.chunk import read_chunk
+from mistral_kernels.prefill.short_attention import attend_short_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = mistral.Sampling(temperature=0)
@@ -47,7 +49,10 @@ class Pair:
         self.caches = [model.new_cache(batch_size, slack=1) for model in (self.model, self.twin)]
 
     def read(self, chunk, lengths=None):
-        """Read a chunk both ways; the logits of rows that read something must be close. Was anything unpacked?"""
+        """Read a chunk both ways; the logits of rows that read something must be close.
+
+        Was anything unpacked?
+        """
         self.workspace._memory.fill_(math.nan)
         last_only = lengths is not None
         ours = read_chunk(self.model, chunk, self.caches[0], lengths, self.workspace, last_only)
@@ -99,7 +104,15 @@ def test_the_kinds_of_a_q4_k_m_file(plain_twins):
 
 @pytest.mark.parametrize(
     ("B", "T", "short"),
-    [(1, 1, True), (1, 17, True), (1, 64, True), (1, 65, False), (2, 32, True), (2, 33, False), (3, 22, False)],
+    [
+        (1, 1, True),
+        (1, 17, True),
+        (1, 64, True),
+        (1, 65, False),
+        (2, 32, True),
+        (2, 33, False),
+        (3, 22, False),
+    ],
 )
 def test_up_to_64_rows_are_multiplied_as_they_are_and_more_are_unpacked(B, T, short, plain_twins):
     unpacks = Pair(batch_size=B).read(tokens(B, T), [T] * B)
@@ -137,8 +150,12 @@ def test_lookup_gives_the_greedy_text_of_plain_decoding(seed, plain_twins):
     model = packed_model(MIX, **TINY | dict(sliding_window=12))
     arguments = dict(max_new_tokens=60, stop_tokens=())
     prompt = tokens(12, seed=seed).tolist()
-    plain = list(mistral.generate(mistral.Decoder(copy.deepcopy(model)), prompt, GREEDY, **arguments))
-    lookup = lookup_decoder(model, graph=False)  # plain twins copy from the host, which no graph can
+    plain = list(
+        mistral.generate(mistral.Decoder(copy.deepcopy(model)), prompt, GREEDY, **arguments)
+    )
+    lookup = lookup_decoder(
+        model, graph=False
+    )  # plain twins copy from the host, which no graph can
     assert list(mistral.generate(lookup, prompt, GREEDY, **arguments)) == plain
     assert lookup.tokens_a_forward > 1.2
     assert 9 in plain_twins
@@ -147,14 +164,19 @@ def test_lookup_gives_the_greedy_text_of_plain_decoding(seed, plain_twins):
 def test_lookup_with_the_kernels_themselves():
     model = packed_model(MIX, **TINY)
     arguments = dict(max_new_tokens=10, stop_tokens=())
-    plain = list(mistral.generate(mistral.Decoder(copy.deepcopy(model)), [4, 5, 6, 4, 5], GREEDY, **arguments))
+    plain = list(
+        mistral.generate(
+            mistral.Decoder(copy.deepcopy(model)), [4, 5, 6, 4, 5], GREEDY, **arguments
+        )
+    )
     lookup = lookup_decoder(model)
     assert list(mistral.generate(lookup, [4, 5, 6, 4, 5], GREEDY, **arguments)) == plain
     assert lookup.forwards < lookup.plain_forwards
 
 
 def replay(decoder):
-    """Make a decoder repeat the work that it was first given under a name, as a graph does; names of what was repeated.
+    """Make a decoder repeat the work that it was first given under a name, as a graph does; names
+    of what was repeated.
 
     A graph has the host's counts of its recording in it, and does not count on.
     """
@@ -180,7 +202,10 @@ def replay(decoder):
 
 def test_what_a_graph_of_a_short_chunk_repeats_reads_the_new_tokens_wherever_the_ring_is():
     model = small.model(torch.float32, **TINY | dict(sliding_window=20)).to(DEVICE)
-    reference, decoder = mistral.Decoder(model, slack=16), Decoder(copy.deepcopy(model), slack=16, plain=True)
+    reference, decoder = (
+        mistral.Decoder(model, slack=16),
+        Decoder(copy.deepcopy(model), slack=16, plain=True),
+    )
     decoder._plain, repeated = False, replay(decoder)
     for seed, T in enumerate((3, 9, 13, 18, 3, 1, 9, 13, 32, 3, 9, 40, 13, 47, 25)):
         chunk = tokens(T, seed=seed).tolist()
@@ -266,9 +291,13 @@ def test_graphs_of_short_chunks_give_what_their_launches_give(mix, batch_size):
         model = packed_model(mix, torch.bfloat16, sliding_window=20)
     else:
         model = small.model(torch.bfloat16, **TINY | dict(sliding_window=20)).to(DEVICE)
-    decoders = [Decoder(copy.deepcopy(model), batch_size, slack=16, graph=graph) for graph in (None, False)]
+    decoders = [
+        Decoder(copy.deepcopy(model), batch_size, slack=16, graph=graph) for graph in (None, False)
+    ]
     for seed in range(16):
-        chunk = tokens(batch_size, (3, 5, 13, 40)[seed % (4 if batch_size == 1 else 2)], seed=seed).tolist()
+        chunk = tokens(
+            batch_size, (3, 5, 13, 40)[seed % (4 if batch_size == 1 else 2)], seed=seed
+        ).tolist()
         if batch_size == 1 and seed < 9:
             assert_close(*(decoder.score(chunk[0]) for decoder in decoders))
         else:
@@ -301,7 +330,10 @@ def test_a_short_chunk_never_waits_for_the_device(without_kernels, no_host_reads
 @pytest.mark.gpu
 def test_a_short_chunk_on_a_gpu_never_waits():
     model = packed_model(Q4_K_M, torch.bfloat16)
-    workspace, cache = DecodeStep(model, model.new_cache(1, slack=1)).workspace, model.new_cache(1, slack=1)
+    workspace, cache = (
+        DecodeStep(model, model.new_cache(1, slack=1)).workspace,
+        model.new_cache(1, slack=1),
+    )
     chunk = small.tokens(1, 9).to(DEVICE)
     read_chunk(model, chunk, cache, None, workspace)
     torch.cuda.set_sync_debug_mode("error")

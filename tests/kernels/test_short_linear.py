@@ -1,4 +1,5 @@
-"""A packed matrix times the rows of a short chunk: against float64 on gguf-py's numbers, and against the plain twins.
+"""A packed matrix times the rows of a short chunk: against float64 on gguf-py's numbers, and
+against the plain twins.
 
 On a CPU the kernels run in Triton's interpreter; `pytest -m gpu` adds the sizes of a 7B.
 """
@@ -11,14 +12,25 @@ import torch
 from test_decode_kernels import DEVICE, normal, poisoned, whole
 from test_packed_kernels import NAMES, errors, planes, random_planes
 
-from mistral_kernels.short_linear import scale_rows, scale_rows_reference, short_linear, short_linear_reference
+from mistral_kernels.packed.short_linear import (
+    scale_rows,
+    scale_rows_reference,
+    short_linear,
+    short_linear_reference,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}  # with what they round as they store it
+CLOSE = {
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 8e-3,
+}  # with what they round as they store it
 
 
 def product(name, blocks, x, dtype=None):
-    """x W^T [T, rows] on the CPU, in the dtype of x or another; nothing may be written behind it."""
+    """x W^T [T, rows] on the CPU, in the dtype of x or another; nothing may be written behind
+    it.
+    """
     y = poisoned(len(x), len(blocks), dtype=dtype or x.dtype)
     short_linear(*scale_rows(x.to(DEVICE)), planes(name, blocks), y)
     assert whole(y)[len(x) :].isnan().all()
@@ -69,7 +81,9 @@ def test_rows_of_any_size_keep_their_digits(size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scaling_is_undone_to_the_bit_and_brings_every_row_to_the_same_size(dtype):
-    tiny = -40 if dtype == torch.float32 else -33  # the interpreter reads bfloat16's subnormal numbers wrong
+    tiny = (
+        -40 if dtype == torch.float32 else -33
+    )  # the interpreter reads bfloat16's subnormal numbers wrong
     sizes = [10.0**e for e in (tiny, -30, -7, 0, 4, 30, 37)] + [0.0]
     inputs = torch.cat([normal(1, 100, scale=size) for size in sizes]).to(dtype)
     inputs[0, 5], inputs[3, 6], inputs[4, 7] = math.nan, math.inf, -math.inf
@@ -106,7 +120,9 @@ def test_in_float16_a_product_out_of_range_is_infinite_as_in_pytorch():
     weights, x = packed.exactly("Q8_0", blocks), torch.randn(2, 256).half()
     x[1] *= 1e4
     exact = x.double() @ weights.T * 1e2
-    blocks.view(-1, 34)[:, :2] = (blocks.view(-1, 34)[:, :2].contiguous().view(torch.float16) * 100).view(torch.uint8)
+    blocks.view(-1, 34)[:, :2] = (
+        blocks.view(-1, 34)[:, :2].contiguous().view(torch.float16) * 100
+    ).view(torch.uint8)
     ours = product("Q8_0", blocks, x)
     beyond = exact.abs() > 66000
     assert beyond.any()
@@ -117,7 +133,10 @@ def test_in_float16_a_product_out_of_range_is_infinite_as_in_pytorch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernel_and_plain_twin_agree(dtype):
     for T in (11, 35):
-        weight, y, twin = random_planes("Q6_K", 21, 1280), *(poisoned(T, 21, dtype=dtype) for _ in range(2))
+        weight, y, twin = (
+            random_planes("Q6_K", 21, 1280),
+            *(poisoned(T, 21, dtype=dtype) for _ in range(2)),
+        )
         rows = scale_rows(normal(T, 1280, dtype=dtype))
         short_linear(*rows, weight, y)
         short_linear_reference(*rows, weight, twin)
@@ -125,9 +144,14 @@ def test_kernel_and_plain_twin_agree(dtype):
 
 
 def test_what_it_cannot_do_is_named():
-    with pytest.raises(ValueError, match="a chunk of 65 rows: packed matrices are multiplied as they are by 1 to 64"):
+    with pytest.raises(
+        ValueError,
+        match="a chunk of 65 rows: packed matrices are multiplied as they are by 1 to 64",
+    ):
         scale_rows(normal(65, 32))
-    with pytest.raises(ValueError, match="inputs in torch.float64: the kernels take bfloat16, float16 and float32"):
+    with pytest.raises(
+        ValueError, match="inputs in torch.float64: the kernels take bfloat16, float16 and float32"
+    ):
         scale_rows(normal(2, 32, dtype=torch.float64))
 
 
@@ -137,7 +161,10 @@ def test_what_it_cannot_do_is_named():
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_of_a_7b_on_a_gpu(name, dtype, T):
     for columns, rows in ((4096, 14336), (14336, 4096), (4096, 32002)):
-        weight, scaled = random_planes(name, rows, columns), scale_rows(normal(T, columns, dtype=dtype, scale=50.0))
+        weight, scaled = (
+            random_planes(name, rows, columns),
+            scale_rows(normal(T, columns, dtype=dtype, scale=50.0)),
+        )
         y, twin = (poisoned(T, rows, dtype=dtype) for _ in range(2))
         short_linear(*scaled, weight, y)
         short_linear_reference(*scaled, weight, twin)

@@ -14,7 +14,9 @@ from mistral_kernels.trial import expected_logits, try_out
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = DEVICE == "cpu"
 GREEDY = mistral.Sampling(temperature=0)
-SIZES = dict(hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7)
+SIZES = dict(
+    hidden_size=96, intermediate_size=160, head_dim=16, num_hidden_layers=2, sliding_window=7
+)
 
 
 def dense_model(**changes):
@@ -26,7 +28,9 @@ def tried(model, *sizes):
     expected = expected_logits(model)
     decoder, chunks = Decoder(model, *sizes, plain=PLAIN), []
     prefill = decoder._prefill
-    decoder._prefill = lambda tokens, counts: chunks.append(tokens.numel()) or prefill(tokens, counts)
+    decoder._prefill = lambda tokens, counts: (
+        chunks.append(tokens.numel()) or prefill(tokens, counts)
+    )
     try_out(decoder, expected)
     return decoder, chunks
 
@@ -36,7 +40,9 @@ def tried(model, *sizes):
     [(1, [2, 16, 64, 65]), (3, [2, 5, 21, 22, 65]), (5, [2, 3, 12, 13, 65]), (16, [2, 4, 5, 65])],
 )
 def test_it_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, lengths):
-    rows = [batch_size * n for length in lengths for n in (length, 2)]  # and two tokens that see the ring
+    rows = [
+        batch_size * n for length in lengths for n in (length, 2)
+    ]  # and two tokens that see the ring
     decoder, chunks = tried(dense_model(sliding_window=None), batch_size, 80)
     assert chunks == [*rows, *rows]
     assert decoder.lengths == [0] * batch_size
@@ -49,12 +55,19 @@ def test_it_does_everything_twice_so_that_graphs_are_recorded():
     run = decoder._run
     decoder._run = lambda name, work: done.append(name) or run(name, work)
     try_out(decoder, expected)
-    kinds = {"sample", "forward and sample", "forward", *(f"chunk of {T}, last logits" for T in (2, 16, 64))}
+    kinds = {
+        "sample",
+        "forward and sample",
+        "forward",
+        *(f"chunk of {T}, last logits" for T in (2, 16, 64)),
+    }
     assert kinds <= set(done)
     assert all(done.count(name) >= 2 for name in kinds)
 
 
-@pytest.mark.parametrize("make", [dense_model, lambda: packed_model(Q4_K_M)], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "make", [dense_model, lambda: packed_model(Q4_K_M)], ids=["dense", "packed"]
+)
 def test_a_decoder_that_was_tried_writes_the_text_of_a_new_one(make):
     model, options = make(), dict(max_new_tokens=20, stop_tokens=())
     wanted = list(mistral.generate(copy.deepcopy(model), [5, 6, 7], GREEDY, **options))
@@ -67,7 +80,9 @@ def test_a_decoder_that_was_tried_draws_the_random_numbers_of_a_new_one(seed):
     rules, texts = mistral.Sampling(temperature=1.0, seed=seed), []
     for make in (lambda: tried(dense_model())[0], lambda: Decoder(dense_model(), plain=PLAIN)):
         torch.manual_seed(7)
-        texts.append(list(mistral.generate(make(), [5, 6, 7], rules, max_new_tokens=20, stop_tokens=())))
+        texts.append(
+            list(mistral.generate(make(), [5, 6, 7], rules, max_new_tokens=20, stop_tokens=()))
+        )
     assert texts[0] == texts[1]
 
 
@@ -86,7 +101,9 @@ def test_a_graph_that_does_not_fit_is_told_before_a_text_is_begun(monkeypatch):
 
 def test_a_graph_that_does_not_fit_in_the_midst_of_a_text_is_done_without(monkeypatch):
     model = dense_model()
-    wanted = list(mistral.generate(copy.deepcopy(model), [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=()))
+    wanted = list(
+        mistral.generate(copy.deepcopy(model), [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=())
+    )
     decoder = Decoder(model, plain=True)
     decoder._graphs = {}
 
@@ -94,7 +111,10 @@ def test_a_graph_that_does_not_fit_in_the_midst_of_a_text_is_done_without(monkey
         raise torch.OutOfMemoryError("tried 9 GB")
 
     monkeypatch.setattr(decoder, "_recorded", no_room)
-    assert list(mistral.generate(decoder, [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=())) == wanted
+    assert (
+        list(mistral.generate(decoder, [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=()))
+        == wanted
+    )
     assert "forward and sample" in decoder.unrecorded
 
 

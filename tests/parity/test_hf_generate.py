@@ -14,13 +14,17 @@ def pair(tmp_path_factory):
 
 
 def theirs(model, prompts, seed, **arguments):
-    """Left-padded, as transformers wants it; returns the new ids of each row up to its stop token."""
+    """Left-padded, as transformers wants it; returns the new ids of each row up to its stop
+    token.
+    """
     longest = max(map(len, prompts))
     pads = [longest - len(p) for p in prompts]
     ids = torch.tensor([[0] * n + p for n, p in zip(pads, prompts)])
     mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(pads, prompts)])
     torch.manual_seed(seed)
-    output = model.generate(ids, attention_mask=mask, pad_token_id=0, max_new_tokens=50, **arguments)
+    output = model.generate(
+        ids, attention_mask=mask, pad_token_id=0, max_new_tokens=50, **arguments
+    )
     rows = [row[longest:].tolist() for row in output]
     return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
 
@@ -48,7 +52,9 @@ def test_sampling_one_prompt(pair, settings):
         assert list(mistral.generate(ours, prompt, sampling, max_new_tokens=50)) == expected[0]
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(repetition_penalty=1.4), dict(no_repeat_ngram_size=2)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(repetition_penalty=1.4), dict(no_repeat_ngram_size=2)], ids=str
+)
 def test_greedy_ragged_batch(pair, settings):
     ours, reference = pair
     prompts = [small.tokens(n, seed=n).tolist() for n in (3, 17, 8)]

@@ -48,8 +48,21 @@ def test_bit_identical_for_every_kind_of_config(changes, dtype, tmp_path):
 
 
 def test_bit_identical_at_true_width(tmp_path):
-    sizes = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-    small.save_hf(tmp_path, torch.bfloat16, num_hidden_layers=1, sliding_window=16, initializer_range=0.02, **sizes)
+    sizes = dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    small.save_hf(
+        tmp_path,
+        torch.bfloat16,
+        num_hidden_layers=1,
+        sliding_window=16,
+        initializer_range=0.02,
+        **sizes,
+    )
     ours, theirs = small.load_pair(tmp_path, torch.bfloat16)
     for T in (9, 40):
         tokens = small.tokens(1, T)
@@ -82,7 +95,11 @@ def test_cached_reading_agrees_with_transformers_cache(folder, chunk):
     from transformers import DynamicCache
 
     ours, theirs = small.load_pair(folder, torch.float32)
-    tokens, cache, their_cache = small.tokens(3, 42), ours.new_cache(3), DynamicCache(config=theirs.config)
+    tokens, cache, their_cache = (
+        small.tokens(3, 42),
+        ours.new_cache(3),
+        DynamicCache(config=theirs.config),
+    )
     for piece in tokens.split(chunk, dim=1):
         expected = theirs(piece, past_key_values=their_cache, use_cache=True).logits
         assert difference(ours(piece, cache), expected) < 2e-5
@@ -94,7 +111,9 @@ def test_recorded_logits_of_a_checkpoint_made_elsewhere():
     tokens = torch.from_numpy(expected["tokens"])
     for window, name in (("auto", "hf_logits"), (None, "hf_logits_full")):
         config = hugging_face.read_config(small.DATA / "small", sliding_window=window)
-        ours = hugging_face.load_model(small.DATA / "small", config, torch.device("cpu"), torch.float32)
+        ours = hugging_face.load_model(
+            small.DATA / "small", config, torch.device("cpu"), torch.float32
+        )
         assert difference(ours(tokens), torch.from_numpy(expected[name])) < 2e-5
 
 
@@ -107,6 +126,11 @@ def test_bfloat16_decoding_is_as_close_to_float32_as_transformers_is(folder):
     ours, theirs = small.load_pair(folder, torch.bfloat16)
     cache, their_cache = ours.new_cache(3), DynamicCache(config=theirs.config)
     mine = torch.cat([ours(t, cache) for t in tokens.split(1, dim=1)], dim=1)
-    reference = [theirs(t, past_key_values=their_cache, use_cache=True).logits for t in tokens.split(1, dim=1)]
-    error, their_error = ((x.float() - target).abs().mean() for x in (mine, torch.cat(reference, dim=1)))
+    reference = [
+        theirs(t, past_key_values=their_cache, use_cache=True).logits
+        for t in tokens.split(1, dim=1)
+    ]
+    error, their_error = (
+        (x.float() - target).abs().mean() for x in (mine, torch.cat(reference, dim=1))
+    )
     assert error < 1.05 * their_error

@@ -1,4 +1,7 @@
-"""Exported files in llama.cpp itself. Runs where llama-cpp-python is installed: pip install -e ".[peers]" """
+"""Exported files in llama.cpp itself.
+
+Runs where llama-cpp-python is installed: pip install -e ".[peers]"
+"""
 
 import numpy as np
 import pytest
@@ -14,7 +17,14 @@ llama_cpp = pytest.importorskip("llama_cpp")
 def their_logits(path, ids):
     F32 = 0
     model = llama_cpp.Llama(
-        str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False, type_k=F32, type_v=F32, n_threads=2
+        str(path),
+        n_ctx=256,
+        n_batch=256,
+        logits_all=True,
+        verbose=False,
+        type_k=F32,
+        type_v=F32,
+        n_threads=2,
     )
     model.eval(ids)
     return torch.from_numpy(np.array(model.scores[: len(ids)])), model
@@ -52,7 +62,13 @@ def test_llama_cpp_is_near_our_logits_on_an_exported_q8_0_file(exported):
 def test_llama_cpp_splits_text_as_we_do(exported):
     folder, _, tokenizer = exported
     _, theirs = their_logits(folder / "F32.gguf", [1])
-    for text in ("Hello world", "  two  spaces ", "naïve 日本語 😀", "<|im_start|>user\nhi<|im_end|>\n", "\n"):
+    for text in (
+        "Hello world",
+        "  two  spaces ",
+        "naïve 日本語 😀",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "\n",
+    ):
         for special in (False, True):
             ids = theirs.tokenize(text.encode(), add_bos=False, special=special)
             assert tokenizer.encode(text, bos=False, special=special) == ids

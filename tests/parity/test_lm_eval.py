@@ -1,4 +1,6 @@
-"""The lm-evaluation-harness adapter beside the harness's own `hf` model: the same answers on a small checkpoint."""
+"""The lm-evaluation-harness adapter beside the harness's own `hf` model: the same answers on a
+small checkpoint.
+"""
 
 import functools
 import json
@@ -36,7 +38,9 @@ END = 460  # <|im_end|>
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random checkpoint that reads 64 tokens and never prefers bytes, control tokens or pads to words."""
+    """A random checkpoint that reads 64 tokens and never prefers bytes, control tokens or pads to
+    words.
+    """
     folder = tmp_path_factory.mktemp("checkpoint")
     sizes = dict(vocab_size=480, max_position_embeddings=64, sliding_window=8, eos_token_id=(END,))
     small.save_hf(folder, initializer_range=0.15, **sizes)
@@ -58,15 +62,31 @@ def their_tokenizer():
     merges = generate_merges(ids, {text: score for text, score, kind in pieces if kind == 1})
     model = tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     made = tokenizers.Tokenizer(model)
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    control = [tokenizers.AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "</s>")]
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    control = [
+        tokenizers.AddedToken(text, special=True, normalized=False)
+        for text in ("<|im_start|>", "</s>")
+    ]
     end = tokenizers.AddedToken("<|im_end|>", special=True, normalized=False)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token=end, additional_special_tokens=control
+        tokenizer_object=made,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token=end,
+        additional_special_tokens=control,
     )
 
 
@@ -108,8 +128,14 @@ def requests(kind, *arguments):
 
 
 def texts_of_the_tasks():
-    rows = [json.loads(line) for path in sorted(TASKS.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    return [value for row in rows for key in ("question", "text", "prompt") if (value := row.get(key))]
+    rows = [
+        json.loads(line)
+        for path in sorted(TASKS.glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    return [
+        value for row in rows for key in ("question", "text", "prompt") if (value := row.get(key))
+    ]
 
 
 class Counting(mistral.Mistral):
@@ -133,14 +159,25 @@ def test_both_tokenizers_give_the_same_ids(pair):
     # Without this the comparisons below would say nothing.
     ours, theirs = pair
     assert len(texts := texts_of_the_tasks()) == 14
-    for text in [*texts, "", "  two spaces ", "<s>one beginning", "<|im_start|>user\nhi<|im_end|>\n", "ends </s>"]:
+    for text in [
+        *texts,
+        "",
+        "  two spaces ",
+        "<s>one beginning",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "ends </s>",
+    ]:
         assert ours.tok_encode(text) == theirs.tok_encode(text)
-        assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(text, add_special_tokens=False)
+        assert ours.tok_encode(text, add_special_tokens=False) == theirs.tok_encode(
+            text, add_special_tokens=False
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shots", [0, 2])  # with two, the questions are longer than the model reads
-def test_a_multiple_choice_task_has_the_scores_of_hf_to_the_last_bit(folder, their_tokenizer, evaluate, dtype, shots):
+def test_a_multiple_choice_task_has_the_scores_of_hf_to_the_last_bit(
+    folder, their_tokenizer, evaluate, dtype, shots
+):
     ours, theirs = load_pair(folder, their_tokenizer, dtype=dtype)
     results, answers = evaluate(ours, "local_choices", num_fewshot=shots)
     assert (results, answers) == evaluate(theirs, "local_choices", num_fewshot=shots)
@@ -171,10 +208,14 @@ def test_greedy_flags_and_truncation_are_those_of_hf(pair):
     for length, new in ((3, 1), (3, 4), (20, 9), (63, 1), (64, 1), (65, 2), (90, 30), (5, 64)):
         context = small.tokens(length, seed=length, vocab_size=END).tolist()
         window = context[-64 + new :] if new < 64 else context[-1:]
-        greedy = list(mistral.generate(ours.model, window, mistral.Sampling(temperature=0), max_new_tokens=1))
+        greedy = list(
+            mistral.generate(ours.model, window, mistral.Sampling(temperature=0), max_new_tokens=1)
+        )
         for continuation in (greedy * new, small.tokens(new, seed=7, vocab_size=END).tolist()):
             scored.append((None, context, continuation))
-    scored += [(None, context, continuation[:-1] + [9]) for _, context, continuation in scored]  # shares its input
+    scored += [
+        (None, context, continuation[:-1] + [9]) for _, context, continuation in scored
+    ]  # shares its input
     expected = theirs._loglikelihood_tokens(scored, disable_tqdm=True)
     assert ours._loglikelihood_tokens(scored, disable_tqdm=True) == expected
     assert {flag for _, flag in expected} == {True, False}
@@ -195,20 +236,30 @@ def test_answers_that_differ_in_their_last_token_share_a_forward(counted):
 def test_the_batch_size_changes_no_answer(folder, pair, batch_size):
     ours, other = pair[0], MistralLM(str(folder), device="cpu", batch_size=batch_size)
     scores = requests("loglikelihood", *((text, " it rained") for text in texts_of_the_tasks()))
-    for (log_p, flag), (their_log_p, their_flag) in zip(ours.loglikelihood(scores), other.loglikelihood(scores)):
+    for (log_p, flag), (their_log_p, their_flag) in zip(
+        ours.loglikelihood(scores), other.loglikelihood(scores)
+    ):
         assert log_p == pytest.approx(their_log_p, abs=1e-4)
         assert flag == their_flag
-    prompts = requests("generate_until", *((text, {"max_gen_toks": 9}) for text in texts_of_the_tasks()))
+    prompts = requests(
+        "generate_until", *((text, {"max_gen_toks": 9}) for text in texts_of_the_tasks())
+    )
     assert ours.generate_until(prompts) == other.generate_until(prompts)
 
 
 def test_stop_strings_end_a_text_where_hf_ends_it(pair):
     ours, theirs = pair
     prompts = texts_of_the_tasks()[:6]
-    free = ours.generate_until(requests("generate_until", *((p, {"until": [], "max_gen_toks": 16}) for p in prompts)))
+    free = ours.generate_until(
+        requests("generate_until", *((p, {"until": [], "max_gen_toks": 16}) for p in prompts))
+    )
     middles = [text[len(text) // 2 :][:3] for text in free]
     asked = requests(
-        "generate_until", *((p, {"until": [m, "<|im_start|>"], "max_gen_toks": 16}) for p, m in zip(prompts, middles))
+        "generate_until",
+        *(
+            (p, {"until": [m, "<|im_start|>"], "max_gen_toks": 16})
+            for p, m in zip(prompts, middles)
+        ),
     )
     texts = ours.generate_until(asked)
     assert texts == theirs.generate_until(asked)
@@ -227,7 +278,10 @@ def test_a_batch_stops_when_its_last_text_has_ended(counted):
 def test_the_end_of_text_token_ends_a_text(folder, their_tokenizer):
     ours, theirs = load_pair(folder, their_tokenizer)
     with torch.no_grad():
-        x, milk = (ours.model.model(torch.tensor([ours.tok_encode(text)]), None, None)[0, -1] for text in ("x", "milk"))
+        x, milk = (
+            ours.model.model(torch.tensor([ours.tok_encode(text)]), None, None)[0, -1]
+            for text in ("x", "milk")
+        )
     for model in (ours.model, theirs.model):
         model.lm_head.weight.data[END] = 3 * (x - milk)  # now a text most probably ends behind "x"
     asked = requests("generate_until", *((text, {"max_gen_toks": 8}) for text in ("x", "milk")))
@@ -249,7 +303,10 @@ def test_the_end_of_text_token_ends_a_text(folder, their_tokenizer):
 )
 def test_generation_options_mean_what_they_mean_to_hf(pair, options):
     ours, theirs = pair
-    asked = requests("generate_until", *((text, {"max_gen_toks": 12} | options) for text in texts_of_the_tasks()[:5]))
+    asked = requests(
+        "generate_until",
+        *((text, {"max_gen_toks": 12} | options) for text in texts_of_the_tasks()[:5]),
+    )
     if "max_tokens" in options or "max_new_tokens" in options:
         for request in asked:
             del request.args[1]["max_gen_toks"]
@@ -277,7 +334,13 @@ def test_answers_are_kept_for_the_next_run(counted, tmp_path):
     runs = []
     for _ in range(2):
         cached = CachingLM(counted, str(tmp_path / "answers.db"))
-        runs.append([cached.loglikelihood(asked), cached.generate_until(texts), cached.loglikelihood_rolling(whole)])
+        runs.append(
+            [
+                cached.loglikelihood(asked),
+                cached.generate_until(texts),
+                cached.loglikelihood_rolling(whole),
+            ]
+        )
         calls, counted.model.calls = counted.model.calls, 0
     assert runs[0] == runs[1]
     assert calls == 0
@@ -289,7 +352,9 @@ def test_a_conversation_is_read_as_the_chat_driver_reads_it(pair):
     ids = encode_chat(ours.tokenizer, messages)
     assert ours.tok_encode(ours.apply_chat_template(messages)) == ids
     begun = ours.apply_chat_template([*messages, {"role": "assistant", "content": "the"}], False)
-    assert ours.tok_encode(begun) == ids + ours.tokenizer.encode("the", bos=False, prefix_space=False)
+    assert ours.tok_encode(begun) == ids + ours.tokenizer.encode(
+        "the", bos=False, prefix_space=False
+    )
 
 
 def test_a_task_can_be_asked_as_a_conversation(pair, evaluate):
@@ -351,14 +416,26 @@ def test_the_harness_knows_the_model_by_name():
 
 
 def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
-    common = ["harness", "--model", "mistral_from_scratch", "--include_path", str(TASKS), "--tasks", "local_choices"]
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False)
+    )
+    common = [
+        "harness",
+        "--model",
+        "mistral_from_scratch",
+        "--include_path",
+        str(TASKS),
+        "--tasks",
+        "local_choices",
+    ]
     monkeypatch.setattr(sys, "argv", [*common, *arguments])
     harness.main()
 
 
 def test_the_command_line_evaluates_a_checkpoint(folder, tasks, monkeypatch, capsys):
-    run_command(monkeypatch, "--model_args", f"pretrained={folder},dtype=float32", "--batch_size", "3")
+    run_command(
+        monkeypatch, "--model_args", f"pretrained={folder},dtype=float32", "--batch_size", "3"
+    )
     assert "|local_choices|" in capsys.readouterr().out
 
 

@@ -1,0 +1,1 @@
+"""One new token for each row: the decode step and its kernels."""

@@ -1,0 +1,307 @@
+"""Attention of one new token over the rolling cache, split over the keys.
+
+    y = softmax(q k^T / sqrt(H)) v        over the last min(position + 1, W) positions of each row
+
+Sources: Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html (the split);
+Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867 (the running maximum).
+
+One CTA takes one key/value head of one row and one of SPLITS parts of its keys. The G query heads
+that share these are the rows of one `tl.dot`, so every key is read once. Position p lives in slot p
+mod S; the window is a run of consecutive positions, so its slots are a run that wraps at most once,
+and only those are read. How many there are follows from `positions` on the device: one CUDA graph
+serves every length.
+
+The parts meet in the same kernel: each CTA writes its weighted sum of values, its maximum and its
+sum of weights, and counts itself. The CTA that counts last adds all parts up, in their order, so
+the result has the same bits whoever comes last, and sets the counter back to zero for the next
+call.
+
+Bytes: 4 K H a live position and row in 16 bits (7B: 16.8 MB for 4,096 positions, 3.9 us at 4.3
+TB/s).
+
+Versions (times not measured; instructions a thread for 64 keys, read from the SASS for sm_90)
+  vector units, 16 keys at a time                  6,000
+  tl.dot, the G heads padded to 16 rows            350; loads pipelined in 3 stages of 64 keys
+  combine in a second kernel                       one more launch, 1 to 2 us, for the 1 us that it
+                                                   takes here
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mistral_kernels.decode.matvec import MAX_BATCH
+from mistral_kernels.portable import (
+    TRITON_DTYPES,
+    Launch,
+    activation,
+    arch_of,
+    dot_operand,
+    release_consumer,
+    require,
+    to_activation,
+    wait_for_producer,
+)
+
+BLOCK = 64  # keys at a time
+FULL_GPU = 264  # CTAs: two for each multiprocessor of an H100 or H200
+
+
+def num_splits(batch: int, K: int) -> int:
+    """How many parts the keys are cut into: a power of two up to 16, as many as the GPU has room
+    for at once.
+    """
+    return max(n for n in (1, 2, 4, 8, 16) if n == 1 or batch * K * n <= FULL_GPU)
+
+
+class Partials:
+    """Where the CTAs of one `attend` leave their parts; one serves all layers, since they run one
+    after the other.
+
+    tokens  how many queries a row and head has
+    splits  how many parts the keys are cut into; None: `num_splits`
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        N: int,
+        K: int,
+        H: int,
+        device: torch.device | str,
+        *,
+        tokens: int = 1,
+        splits: int | None = None,
+    ):
+        self.splits = splits or num_splits(batch, K)
+        parts, M = (batch * K, self.splits), tokens * N // K
+        self.outputs = torch.empty(
+            *parts, M, H, dtype=torch.float32, device=device
+        )  # weighted sums of values
+        self.stats = torch.empty(
+            *parts, 2, M, dtype=torch.float32, device=device
+        )  # largest scores; sums of weights
+        self.counters = torch.zeros(
+            batch * K, dtype=torch.int32, device=device
+        )  # how many parts are there
+
+
+def attend_reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    y: Tensor,
+    partials: Partials,
+    num_slots: int,
+    window: int | None,
+    *,
+    pdl: bool = False,
+) -> None:
+    """`attend` in plain PyTorch: every slot is scored, and those that hold no live position are
+    masked.
+    """
+    (B, N, H), K = q.shape, keys.shape[1]
+    slots = torch.arange(num_slots, device=q.device)
+    age = (
+        positions[:, None] - slots
+    ) % num_slots  # [B, S]: how far behind the new token a slot's position is
+    live = (age <= positions[:, None]) & (age < (window or num_slots))
+    grouped = q.float().view(B, K, N // K, H)
+    scores = grouped @ keys[:, :, :num_slots].float().transpose(-2, -1) * H**-0.5  # [B, K, G, S]
+    weights = scores.masked_fill(~live[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    y.copy_(activation((weights @ values[:, :, :num_slots].float()).reshape(B, N * H), y.dtype))
+
+
+@triton.jit
+def leave_part(
+    partial_outputs, stats, part, top, total, out, M, ROWS: tl.constexpr, H: tl.constexpr
+):  # fmt: skip
+    """Store what a CTA has found for its M queries; of its ROWS rows those behind them are none."""
+    m = tl.arange(0, ROWS)
+    real = m < M
+    d = tl.arange(0, H)
+    tl.store(partial_outputs + (part * M + m[:, None]) * H + d[None, :], out, mask=real[:, None])
+    tl.store(stats + part * 2 * M + m, top, mask=real)
+    tl.store(stats + part * 2 * M + M + m, total, mask=real)
+    tl.debug_barrier()  # one thread counts for all of them, so all must have stored
+
+
+@triton.jit
+def combine(
+    y, places, partial_outputs, stats, index, M, ROWS: tl.constexpr, H: tl.constexpr,
+    SPLITS: tl.constexpr
+):  # fmt: skip
+    """Add up the parts of one key/value head and row, and store y of its M queries: that of m from
+    y[places[m]] on.
+    """
+    m = tl.arange(0, ROWS)
+    real = m < M
+    d = tl.arange(0, H)[None, :]
+    top = tl.full([ROWS], -1e30, tl.float32)
+    # ".cg" reads past the L1 cache, which does not know what other CTAs have written.
+    for part in tl.static_range(SPLITS):
+        stat = stats + (index * SPLITS + part) * 2 * M + m
+        top = tl.maximum(top, tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg"))
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, H], tl.float32)
+    AT_ONCE: tl.constexpr = (
+        SPLITS if ROWS <= 16 else 1
+    )  # the registers hold all parts of a few rows
+    for first in range(0, SPLITS, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            at = index * SPLITS + first + i
+            stat = stats + at * 2 * M + m
+            factor = tl.exp2(tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg") - top)
+            total += factor * tl.load(stat + M, mask=real, other=0.0, cache_modifier=".cg")
+            row = partial_outputs + (at * M + m[:, None]) * H + d
+            out += factor[:, None] * tl.load(
+                row, mask=real[:, None], other=0.0, cache_modifier=".cg"
+            )
+    out = (
+        out / tl.where(total > 0.0, total, 1.0)[:, None]
+    )  # a row that takes no part has no key, and gets 0
+    tl.store(y + places[:, None] + d, to_activation(out, y.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["num_slots", "window"])
+def decode_attention_kernel(
+    q, keys, values, positions, y, partial_outputs, stats, counters, num_slots, window, scale,
+    K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """One CTA: one row, one key/value head with its G query heads, one part of the keys."""
+    index = tl.program_id(0)  # row * K + head
+    split = tl.program_id(1)
+    wait_for_producer(ARCH)
+    position = tl.load(positions + index // K).to(tl.int32)
+    live = tl.minimum(position + 1, window)
+    start = (position + 1 - live) % num_slots  # the slot of the oldest
+    share = tl.cdiv(live, SPLITS * BLOCK) * BLOCK
+    low = split * share  # of the live positions, oldest first, this part has low .. high - 1
+    high = tl.minimum(low + share, live)
+
+    d = tl.arange(0, H)
+    m = tl.arange(0, 16)  # the G heads, filled up to the least that `tl.dot` takes
+    ring = index.to(tl.int64) * (num_slots + 1) * H
+    heads = index * G + tl.minimum(m, G - 1)
+    query = dot_operand(tl.load(q + heads[:, None] * H + d[None, :]), ARCH)
+    top = tl.full([16], -1e30, tl.float32)
+    total = tl.zeros([16], tl.float32)
+    out = tl.zeros([16, H], tl.float32)
+    for i in tl.range(low, high, BLOCK, num_stages=STAGES):
+        j = i + tl.arange(0, BLOCK)
+        slot = tl.where(start + j < num_slots, start + j, start + j - num_slots)
+        k = tl.load(
+            keys + ring + slot[None, :] * H + d[:, None], mask=(j < high)[None, :], other=0.0
+        )
+        v = tl.load(
+            values + ring + slot[:, None] * H + d[None, :], mask=(j < high)[:, None], other=0.0
+        )
+        k, v = dot_operand(k, ARCH), dot_operand(v, ARCH)
+        scores = tl.dot(query, k, input_precision="ieee") * scale
+        scores = tl.where((j < high)[None, :], scores, -1e30)
+        highest = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - highest[:, None])
+        shrink = tl.exp2(top - highest)
+        total = total * shrink + tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        top = highest
+
+    leave_part(partial_outputs, stats, index * SPLITS + split, top, total, out, G, 16, H)
+    before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
+    release_consumer(ARCH)
+    if before == SPLITS - 1:
+        combine(
+            y,
+            (index * G + tl.arange(0, GROUP)) * H,
+            partial_outputs,
+            stats,
+            index,
+            G,
+            GROUP,
+            H,
+            SPLITS,
+        )
+        tl.store(counters + index, 0)
+
+
+def launch(
+    batch: int, N: int, K: int, H: int, dtype: torch.dtype, arch: int, splits: int | None = None
+) -> Launch:
+    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    require(
+        1 <= batch <= MAX_BATCH,
+        f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}",
+    )
+    require(
+        dtype in TRITON_DTYPES,
+        f"a cache in {dtype}: the decode kernels take bfloat16, float16 and float32",
+    )
+    require(
+        16 <= H <= 256 and H & (H - 1) == 0,
+        f"head_dim is {H}; the decode kernels need 16, 32, 64, 128 or 256",
+    )
+    G = N // K
+    require(G <= 16, f"{G} query heads share a key/value head; the decode kernels take up to 16")
+    splits = splits or num_splits(batch, K)
+    stages = (
+        3 if H * dtype.itemsize <= 256 else 1
+    )  # 70 KB of shared memory for a head of 128 in 16 bits
+    group = triton.next_power_of_2(G)
+    constants = dict(
+        K=K, G=G, GROUP=group, H=H, SPLITS=splits, BLOCK=BLOCK, STAGES=stages, ARCH=arch
+    )
+    return Launch((batch * K, splits), constants, dict(num_warps=4, num_stages=stages))
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    y: Tensor,
+    partials: Partials,
+    num_slots: int,
+    window: int | None,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Write each row's attention over what it remembers, the new token included: its key and value
+    must be stored.
+
+    q             [B, N, H] of the cache's dtype, rotated
+    keys, values  [B, K, num_slots + 1, H]: one layer of a RollingCache
+    positions     int64 [B]: where the new token stands; -1: the row takes no part, and its y is 0
+    y             [B, N * H] of the cache's dtype, or fp16 where the model has packed weights;
+                  written
+    partials      made for these B, N, K and H
+    num_slots     S of the RollingCache
+    window        a query sees so many positions, its own included; None: all in the cache
+    pdl           see `Launch.run`
+
+    Raises ValueError for head sizes that are no power of two from 16 to 256, for more than 16 query
+    heads a key/value head, B above 16, other dtypes and tensors with gaps, and where no kernel can
+    run.
+    """
+    (B, N, H), K = q.shape, keys.shape[1]
+    shape = launch(B, N, K, H, keys.dtype, arch_of(q), partials.splits)
+    parts = (partials.outputs, partials.stats, partials.counters)
+    scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
+    seen = min(window or num_slots, num_slots)
+    shape.run(
+        decode_attention_kernel,
+        q,
+        keys,
+        values,
+        positions,
+        y,
+        *parts,
+        num_slots,
+        seen,
+        scale,
+        pdl=pdl,
+    )

@@ -1,0 +1,176 @@
+"""A packed matrix times the few rows of a short chunk: as in a decode step, nothing is unpacked in
+memory.
+
+    y = x W^T          x [T, in], T from 1 to 64
+
+Short are a guess that is read along with the last token (mistral/engine/speculation.py), what a
+grammar leaves no choice about, a short message, and, of any prompt, the rows whose logits are asked
+for. 16 rows take one pass over the packed bytes, 64 take four, one after the other: the CTAs that
+run at a time share their rows of x in the caches.
+
+The tile multiplies packed weights in float16 (in float32 if x is). bfloat16 has fewer digits than
+that and a far larger range. So each row is multiplied by the power of two that brings its largest
+number to between 2^14 and 2^15, and the sums are divided by it. In bfloat16 a number loses digits
+only below 2^-31 of its row's largest. Infinities and NaN stay what they are and are not counted as
+largest; a sum over an infinity is infinite or NaN, not always as in PyTorch.
+
+Bytes: those of W in every pass (7B, Q4_K_M: 4.4 GB, 17.6 for 64 rows; unpacked, written and read
+again they are 33).
+
+Versions (times not measured)
+  unpack, then cuBLAS          what longer chunks do, see dequantize.py. By bytes it would lose to 7
+                               passes, too; by instructions a pass takes up to three quarters of the
+                               time of its bytes, which the L2 cache does not shorten. With 4 there
+                               is room for error on both sides
+  this one                     2 launches; matrices with the same input share the first. How many
+                               rows there are, of x and of W, is no constant: every T up to 8 runs
+                               the same code, and every T above
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mistral_kernels.decode.matvec import MAX_BATCH, TILE, tile_launch, tile_rows
+from mistral_kernels.packed.planes import Planes, dense
+from mistral_kernels.packed.tile import matrix_tile, operands
+from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, require
+
+MAX_ROWS = 4 * MAX_BATCH
+
+
+def scale_rows_reference(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """`scale_rows` in plain PyTorch."""
+    x, inverse = _new(inputs)
+    wide = x.new_zeros(x.shape, dtype=torch.float32)
+    wide[: len(inputs)] = inputs
+    largest = torch.where(wide.isfinite(), wide.abs(), 0.0).amax(-1)  # [M]
+    exponent = (15 - torch.frexp(largest).exponent).clamp(max=126)  # largest < 2^frexp
+    inverse.copy_(torch.exp2(-exponent.float()))
+    x.copy_(wide * torch.exp2(exponent.float())[:, None])
+    return x, inverse
+
+
+@triton.jit(do_not_specialize=["T"])
+def scale_rows_kernel(inputs, x, inverse, T, COLUMNS: tl.constexpr):
+    """One CTA: one row; those behind the last become zeros."""
+    row = tl.program_id(0)
+    column = tl.arange(0, triton.next_power_of_2(COLUMNS))
+    at = row * COLUMNS + column
+    real = column < COLUMNS
+    v = tl.load(inputs + at, mask=real & (row < T), other=0.0).to(tl.float32)
+    size = tl.abs(v)
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
+    # Powers of two are put together from their bits, 127 + exponent: 14 less the exponent of the
+    # largest.
+    scale = tl.minimum(127 + 14 + 127 - (largest.to(tl.int32, bitcast=True) >> 23), 253)
+    v = v * (scale << 23).to(tl.float32, bitcast=True)
+    tl.store(x + at, v.to(x.dtype.element_ty), mask=real)
+    tl.store(inverse + row, ((254 - scale) << 23).to(tl.float32, bitcast=True))
+
+
+def scale_launch(T: int, columns: int) -> Launch:
+    """Shape of the launch that scales T rows."""
+    return Launch((_padded(T),), dict(COLUMNS=columns), dict(num_warps=8))
+
+
+def scale_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The inputs of packed matrices: [T, in] -> x [8, 16, 32, 48 or 64, in] and as many inverse in
+    fp32.
+
+    x is fp32 if the inputs are, else fp16. Row t is inputs[t] / inverse[t]; rows behind the last
+    are zeros.
+
+    Raises ValueError for more than 64 rows, and for dtypes other than bfloat16, float16 and
+    float32.
+    """
+    T, columns = inputs.shape
+    require(
+        1 <= T <= MAX_ROWS,
+        f"a chunk of {T} rows: packed matrices are multiplied as they are by 1 to {MAX_ROWS}",
+    )
+    require(
+        inputs.dtype in TRITON_DTYPES,
+        f"inputs in {inputs.dtype}: the kernels take bfloat16, float16 and float32",
+    )
+    arch_of(inputs)  # says where no kernel can run
+    x, inverse = _new(inputs)
+    scale_launch(T, columns).run(scale_rows_kernel, inputs, x, inverse, T)
+    return x, inverse
+
+
+def _new(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for what `scale_rows` makes of them."""
+    T, columns = inputs.shape
+    dtype = torch.float32 if inputs.dtype == torch.float32 else torch.float16
+    x = torch.empty(_padded(T), columns, dtype=dtype, device=inputs.device)
+    return x, torch.empty(len(x), dtype=torch.float32, device=inputs.device)
+
+
+def _padded(T: int) -> int:
+    """How many rows the tiles work on."""
+    return 8 if T <= 8 else triton.cdiv(T, MAX_BATCH) * MAX_BATCH
+
+
+def short_linear_reference(x: Tensor, inverse: Tensor, weight: Planes, outputs: Tensor) -> None:
+    """`short_linear` in plain PyTorch."""
+    outputs.copy_(((x.float() @ dense(weight).T) * inverse[:, None])[: len(outputs)])
+
+
+@triton.jit(do_not_specialize=["T", "out_features"])
+def short_linear_kernel(
+    x, inverse, weight, outputs, T, out_features,
+    B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
+    M: tl.constexpr,
+    ARCH: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One CTA: 16 rows of the matrix, and the 8 or 16 rows of x of one pass."""
+    first = tl.program_id(0) * 16
+    rows = tl.minimum(tile_rows(first, first + 8, WARPS), out_features - 1)
+    before = tl.program_id(1) * M  # rows of the passes ahead
+    y = matrix_tile(
+        x + before * COLUMNS, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH
+    )  # [16, M]
+    t = before + tl.arange(0, M)[None, :]
+    y = y * tl.load(inverse + t)
+    row = first + tl.arange(0, 16)[:, None]
+    tl.store(
+        outputs + t * out_features + row,
+        y.to(outputs.dtype.element_ty),
+        mask=(t < T) & (row < out_features),
+    )
+
+
+def launch(
+    T: int, columns: int, out_features: int, dtype: torch.dtype, arch: int, kind: str
+) -> Launch:
+    """Shape of the launch; dtype: of x. ValueError for a dtype that the kernel cannot do."""
+    tile = tile_launch(
+        triton.cdiv(out_features, TILE), min(_padded(T), MAX_BATCH), columns, dtype, arch, (kind,)
+    )
+    grid = (*tile.grid, triton.cdiv(_padded(T), MAX_BATCH))
+    warps = min(tile.constants["WARPS"], 4)
+    options = dict(num_warps=warps, num_stages=1)
+    if kind in ("Q4_0", "Q4_K"):
+        # Left to itself the assembler aims at 128 and spills; 16 rows spill 16 bytes with 168, too.
+        options["maxnreg"] = 168 if T <= 8 else 192
+    return tile._replace(
+        grid=grid, constants=tile.constants | dict(KIND=kind, WARPS=warps), options=options
+    )
+
+
+def short_linear(x: Tensor, inverse: Tensor, weight: Planes, outputs: Tensor) -> None:
+    """Write the products of a packed matrix and the rows that were scaled.
+
+    x, inverse  from `scale_rows`
+    weight      [out, in]
+    outputs     [T, out] in any of the kernels' dtypes, written; too large for fp16 is infinite
+                there
+
+    Raises ValueError for a matrix of 2^31 bytes.
+    """
+    T, out_features = outputs.shape
+    (matrix,), (kind,), dtype = operands(x, weight)
+    shape = launch(T, weight.columns, out_features, dtype, arch_of(x), kind)
+    shape.run(short_linear_kernel, x, inverse, matrix, outputs, T, out_features)

@@ -1,0 +1,307 @@
+"""The tile of `matvec.py` for packed weights: 16 rows times the batch, unpacked on their way to the
+tensor cores.
+
+Bytes are what a decode step waits for, so weights stay packed up to the registers. While the bytes
+of a 4-bit weight arrive there is time for about 4 instructions; written plainly (shift, mask,
+convert, scale, subtract) a weight takes 6. Three things bring it to 2, or 3 for 5 and 6 bits:
+
+* The bits of a weight are read as an fp16 number, and one multiply-add makes two finished weights:
+  `scaled_bits`. The scale is rounded to fp16 (11 bits, where bf16 has 8) once for 16 or 32 weights,
+  and so is the offset (-dmin * min, or -8 * d and the like). A power of two for each row, its
+  guard, keeps both within fp16; the result is divided by it.
+* A lane loads 16 bytes that are its own: 8 words of 16 bits (see `planes.py`), in the places where
+  the dense tile has 8 weights. The n-th numbers of the 8 words are one operand of the matrix
+  instruction, and the inputs that go with them are 8 neighbours. No weight passes through shared
+  memory, and nothing is shuffled.
+* The scales of 256 weights are 16 bytes too, and the lane that multiplies these weights loads them.
+
+A warp takes groups of 1,024 columns, and of a row in a group each of four lanes takes a quarter.
+All loads of a group are issued before the first use.
+
+The weights that come out differ from ggml's by 2e-4 (Q8_0) to 7e-4 (Q5_K) of their size, root mean
+square; rounded to bf16 they would by 1.7e-3. With inputs in float32 the same code is exact to the
+last bits; so it is compared with the reference.
+
+Versions, instructions a weight (read from the SASS for sm_90, batch up to 8; times not measured)
+                                                     Q4_K    Q6_K
+  scale and subtract each weight, the loop alone      6.3       -
+  integer products (dp4a), 8-bit inputs, the same     1.6       -     off by 5e-3, and a batch pays
+  B times
+  this one, a whole kernel of 4,096 columns           2.1     3.2
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mistral_kernels.decode.matvec import DENSE, dense_tile, input_fragment, weight_fragment
+from mistral_kernels.packed.planes import HIGH_BITS, Planes
+from mistral_kernels.portable import require, scaled_bits, scaled_joined_bits, wait_for_producer
+
+
+def operands(x: Tensor, *weights: Tensor | Planes) -> tuple[list[Tensor], list[str], torch.dtype]:
+    """What a kernel needs to know of its matrices: their memory, their kinds, and the dtype that it
+    computes in.
+
+    Raises ValueError for packed weights beside plain ones, with inputs in bfloat16, which is too
+    coarse for their scales, and of 2^31 bytes or more.
+    """
+    packed = [weight for weight in weights if isinstance(weight, Planes)]
+    if not packed:
+        return list(weights), [DENSE] * len(weights), weights[0].dtype
+    require(len(packed) == len(weights), "one kernel takes plain matrices or packed ones, not both")
+    require(
+        x.dtype in (torch.float16, torch.float32),
+        f"x is {x.dtype}: packed weights take float16 and float32",
+    )
+    for weight in packed:
+        size = weight.data.nbytes
+        require(
+            size < 2**31,
+            f"a matrix of {weight.rows} rows takes {size:,} bytes; the kernels count to 2^31",
+        )
+    return [weight.data for weight in packed], [weight.kind.name for weight in packed], x.dtype
+
+
+@triton.constexpr_function
+def low_pieces(kind):
+    """How many pieces of low bits a group has."""
+    return 16 if kind == "Q8_0" else 8
+
+
+@triton.constexpr_function
+def high_pieces(kind):
+    """How many pieces of high bits a group has."""
+    return {"Q5_K": 2, "Q6_K": 4}.get(kind, 0)
+
+
+@triton.constexpr_function
+def body_bytes(kind, columns):
+    """Bytes of a row block ahead of its tail."""
+    return (columns + 1023) // 1024 * 512 * (1 + low_pieces(kind) + high_pieces(kind))
+
+
+@triton.constexpr_function
+def guards_at(kind, columns):
+    """Where in a row block the guards are."""
+    return body_bytes(kind, columns) + ((columns + 1023) // 1024 * 64 if kind == "Q6_K" else 0)
+
+
+@triton.constexpr_function
+def row_block_bytes(kind, columns):
+    """Bytes of 8 rows."""
+    tail = guards_at(kind, columns) + 32 - body_bytes(kind, columns)
+    return body_bytes(kind, columns) + (tail + 127) // 128 * 128
+
+
+@triton.constexpr_function
+def high_shift(kind, u, n):
+    """How far to shift a word of high bits to the right, to have those of nibble n of piece u
+    beside the nibble.
+    """
+    places = HIGH_BITS[kind]
+    return places[u % len(places)][n] - (8 if n % 2 else 4)
+
+
+@triton.jit
+def pointers(
+    data, rows, group, AT: tl.constexpr, GROUP_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Where each line has its part of what begins at byte AT of a row block: pointers to `dtype`,
+    [lines, 1].
+
+    The part of the next group is GROUP_BYTES on, that of the next of the 8 rows ROW_BYTES. Whole
+    elements are counted, not bytes: only then does the compiler see that 16 bytes can be loaded at
+    once.
+    """
+    SIZE: tl.constexpr = dtype.primitive_bitwidth // 8
+    at = (
+        rows // 8 * (BLOCK_BYTES // SIZE)
+        + rows % 8 * (ROW_BYTES // SIZE)
+        + group * (GROUP_BYTES // SIZE)
+    )
+    return (data.to(tl.pointer_type(dtype)) + at + AT // SIZE)[:, None]
+
+
+@triton.jit
+def load_once(pointer, here, MASKED: tl.constexpr):
+    """Load weights: they are read once, so they leave the caches to the inputs.
+
+    0 where not `here`.
+    """
+    if MASKED:
+        loaded = tl.load(pointer, mask=here, other=0, eviction_policy="evict_first")
+    else:
+        loaded = tl.load(pointer, eviction_policy="evict_first")
+    return loaded
+
+
+@triton.jit
+def low_half(word):
+    """The lower 16 bits of int32, an fp16 number, as fp32."""
+    return (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def unsigned_byte(word, i: tl.constexpr):
+    """Byte i of int32 as fp32."""
+    return ((word >> 8 * i) & 0xFF).to(tl.float32)
+
+
+@triton.jit
+def scale_and_offset(head, d, guard, u: tl.constexpr, n: tl.constexpr, KIND: tl.constexpr):
+    """Of number n of the words of piece u, for number * scale + offset = weight: fp32 [lines, 4]
+    each.
+
+    Both are multiplied by the guard, and the scale also by 2^24, since `scaled_bits` reads a number
+    as 2^-24 of it.
+    """
+    if KIND == "Q4_K" or KIND == "Q5_K":
+        # d, dmin, then scales and mins as drawn at `_scales_and_mins` in dequantize.py
+        if u < 4:
+            scales, mins = head[1] & 0x3F3F3F3F, head[2] & 0x3F3F3F3F
+        else:
+            scales = (head[3] & 0x0F0F0F0F) | (head[1] >> 2 & 0x30303030)
+            mins = (head[3] >> 4 & 0x0F0F0F0F) | (head[2] >> 2 & 0x30303030)
+        scale = low_half(head[0]) * (guard * 2.0**24) * unsigned_byte(scales, u % 4)
+        offset = low_half(head[0] >> 16) * -guard * unsigned_byte(mins, u % 4)
+    elif KIND == "Q6_K":
+        # With its sign bit turned over a signed byte is an unsigned one, 128 more: those become
+        # fp32 faster.
+        byte = unsigned_byte(head[u // 2] ^ -0x7F7F7F80, u % 2 * 2 + n // 2)
+        scale = d * (guard * 2.0**24) * (byte - 128.0)
+        offset = scale * (-32 * 2.0**-24)
+    else:
+        block: tl.constexpr = u // 2 if KIND == "Q8_0" else u
+        scale = low_half(head[block // 2] >> 16 * (block % 2)) * (guard * 2.0**24)
+        offset = scale * ((-128 if KIND == "Q8_0" else -8) * 2.0**-24)
+    return scale, offset
+
+
+@triton.jit
+def spread(scale, dtype: tl.constexpr):
+    """A number for each quarter, [lines, 4], to one for each of its 8 words, [lines, 32]."""
+    lines: tl.constexpr = scale.shape[0]
+    return tl.reshape(tl.broadcast_to(scale.to(dtype)[:, :, None], [lines, 4, 8]), [lines, 32])
+
+
+@triton.jit
+def unpacked(
+    low, high, head, d, guard, u: tl.constexpr, n: tl.constexpr, KIND: tl.constexpr,
+    dtype: tl.constexpr,
+    ARCH: tl.constexpr,
+):  # fmt: skip
+    """Number n of every word of piece u as a finished weight, times the guard: [lines, 32]."""
+    scale, offset = scale_and_offset(head, d, guard, u, n, KIND)
+    offset = spread(offset, dtype)
+    if KIND == "Q8_0":
+        w = scaled_bits(low[u], spread(scale, dtype), offset, 8 * n, 0xFF, ARCH)
+    else:
+        odd: tl.constexpr = n % 2  # an odd nibble stays where it is, 4 bits up: 16 times its number
+        scale = spread(scale * (0.0625 if odd else 1.0), dtype)
+        if high_pieces(KIND) == 0:
+            w = scaled_bits(low[u], scale, offset, n // 2 * 8, 0xF << 4 * odd, ARCH)
+        else:
+            upper: tl.constexpr = (0x10 if KIND == "Q5_K" else 0x30) << 4 * odd
+            w = scaled_joined_bits(
+                low[u], high[u * high_pieces(KIND) // 8], scale, offset, n // 2 * 8, 0xF << 4 * odd,
+                high_shift(KIND, u, n), upper, ARCH,
+            )  # fmt: skip
+    return w
+
+
+@triton.jit
+def four_words(head):
+    """The four words of each 16 bytes: int32 [lines, 16] -> 4 times [lines, 4], each in the lane
+    that loaded them.
+    """
+    even, odd = tl.split(tl.reshape(head, [head.shape[0], 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def packed_tile(
+    x, data, rows, KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
+    M: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """Rows `rows` (see `tile_rows`) of planes [., COLUMNS] times x [B, COLUMNS]: fp32 [16, M]; B
+    columns are real.
+
+    data  the planes' bytes: one pointer, or one for each line of the tile
+    """
+    GROUPS: tl.constexpr = (
+        COLUMNS + 1023
+    ) // 1024  # those behind the last are not loaded and count as zeros
+    RAGGED: tl.constexpr = GROUPS % WARPS != 0
+    BLOCK: tl.constexpr = row_block_bytes(KIND, COLUMNS)
+    BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
+    line = tl.arange(0, 16 * WARPS)
+    input_line = tl.arange(0, M * WARPS)
+    b = tl.minimum(
+        input_line // (8 * WARPS) * 8 + input_line % 8, B - 1
+    )  # row B - 1 stands in for rows >= B
+    word = tl.arange(0, 32)[None, :]
+    guard = tl.load(pointers(data, rows, 0, guards_at(KIND, COLUMNS), 0, 4, BLOCK, tl.float32))
+    even = tl.zeros(
+        [WARPS, 16, M], tl.float32
+    )  # two sums, so that an instruction need not wait for the one before
+    odd = even
+    for i in range((GROUPS + WARPS - 1) // WARPS):
+        group = i * WARPS + line // 8 % WARPS
+        here = (group < GROUPS)[:, None]
+        head = (
+            pointers(data, rows, group, 0, BODY // GROUPS, 64, BLOCK, tl.int32)
+            + tl.arange(0, 16)[None, :]
+        )
+        head = load_once(head, here, RAGGED)
+        words = pointers(data, rows, group, 512, BODY // GROUPS, 64, BLOCK, tl.int16) + word
+        low, high, d = (), (), 0.0
+        for u in tl.static_range(low_pieces(KIND)):
+            low = low + (load_once(words + 256 * u, here, RAGGED),)
+        for u in tl.static_range(low_pieces(KIND), low_pieces(KIND) + high_pieces(KIND)):
+            high = high + (load_once(words + 256 * u, here, RAGGED),)
+        if KIND == "Q6_K":
+            d = (
+                pointers(data, rows, group, BODY, 64, 8, BLOCK, tl.float16)
+                + tl.arange(0, 4)[None, :]
+            )
+            d = load_once(d, here, RAGGED).to(tl.float32)
+        wait_for_producer(ARCH)
+        head = four_words(head)
+        group = tl.minimum(i * WARPS + input_line // 8 % WARPS, GROUPS - 1)
+        column = (group * 1024)[:, None] + 256 * (word // 8) + word % 8
+        for u in tl.static_range(low_pieces(KIND)):
+            for n in tl.static_range(2 if KIND == "Q8_0" else 4):
+                at = column + (16 if KIND == "Q8_0" else 32) * u + 8 * n
+                if COLUMNS % 1024 == 0:
+                    v = tl.load(x + b[:, None] * COLUMNS + at)
+                else:
+                    v = tl.load(x + b[:, None] * COLUMNS + at, mask=at < COLUMNS, other=0.0)
+                w = weight_fragment(
+                    unpacked(low, high, head, d, guard, u, n, KIND, v.dtype, ARCH), WARPS
+                )
+                v = input_fragment(v, WARPS, M)
+                if n % 2 == 0:
+                    even = tl.dot(w, v, even, input_precision="ieee")
+                else:
+                    odd = tl.dot(w, v, odd, input_precision="ieee")
+    unguard = tl.permute(tl.reshape(1.0 / guard, [2, WARPS, 8]), [1, 0, 2])
+    return tl.sum((even + odd) * tl.reshape(unguard, [WARPS, 16, 1]), 0)
+
+
+@triton.jit
+def matrix_tile(
+    x, weight, rows, KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """`dense_tile` or `packed_tile`, by the kind of weights: fp32 [16, M]."""
+    if KIND == "dense":
+        out = dense_tile(x, weight, rows, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
+    else:
+        out = packed_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, M, ARCH)
+    return out

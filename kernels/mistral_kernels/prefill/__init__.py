@@ -1,0 +1,1 @@
+"""A chunk of new tokens for each row: prompts, guesses and forced tokens."""

@@ -1,0 +1,168 @@
+"""Reading a prompt: PyTorch's matrix products, with attention that knows the window and the ring.
+
+A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS; what
+PyTorch has nothing good for is attention over a ring and a chunk with a window, and that is
+`attend_chunk` (`attend_short` for a few tokens). Rotation, ring and SwiGLU have a kernel each
+(prefill_pointwise.py). Packed matrices are unpacked one after the other into the same memory (see
+dequantize.py), so that none stays. Up to 64 rows, such as a guess that is read along with the last
+token, are bound by memory as a decode step is, and multiply them as they are: short_linear.py.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mistral.cache import Plan, RollingCache
+from mistral.config import Config
+from mistral.mlp import MLP
+from mistral.model import Block, Mistral
+from mistral.quantization.packed import Packed, TiedOutput
+from mistral.rms_norm import RMSNorm
+from mistral_kernels.decode.attention import Partials
+from mistral_kernels.packed.dequantize import Workspace
+from mistral_kernels.packed.planes import Planes
+from mistral_kernels.packed.short_linear import MAX_ROWS, scale_rows, short_linear
+from mistral_kernels.prefill.attention import attend_chunk
+from mistral_kernels.prefill.pointwise import rotate_chunk, store_chunk, swiglu
+from mistral_kernels.prefill.short_attention import MAX_QUERIES, attend_short
+from mistral_kernels.weights import matrix_of
+
+
+@torch.inference_mode()
+def read_chunk(
+    model: Mistral,
+    tokens: Tensor,
+    cache: RollingCache,
+    lengths: Tensor | Sequence[int] | None = None,
+    workspace: Workspace | None = None,
+    last_only: bool = True,
+) -> Tensor:
+    """`model(tokens, cache, lengths, last_only)`, faster on a GPU: its logits, and the same cache
+    afterwards.
+
+    tokens     int64 [B, T]; a chunk may be longer than the window
+    lengths    [B]: how many of a row's T tokens are real; None: all. A tensor on the GPU is not
+               waited for.
+    workspace  required for a packed model
+    last_only  logits [B, V] of each row's last real position, instead of [B, T, V]
+
+    Raises ValueError where the cache has no room, for head sizes that the kernel cannot do, and
+    without the workspace.
+    """
+    B, T = tokens.shape
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths)
+    plan = cache.plan(T, lengths, masked=False)
+    starts = cache.lengths.clone()
+    real = plan.lengths - starts
+    cache.begin(plan)
+    x = _embedded(model.model.embed_tokens, tokens, workspace)  # [B, T, D]
+    cos, sin = _angles(model, plan.positions)
+    attend = _attention_over(cache, starts, real, model.config, T)
+    for i, block in enumerate(model.model.layers):
+        x = x + _attention(block, x, (cos, sin), cache, i, plan, attend, workspace)
+        x = x + _mlp(block.mlp, _normalised(block.post_attention_layernorm, x), workspace)
+    if last_only:
+        last = (real - 1).clamp(min=0)  # [B]
+        x = x[torch.arange(B, device=x.device), last]  # [B, D]
+    logits = _linear(_normalised(model.model.norm, x), workspace, model.lm_head)[0]
+    cache.commit(plan)  # what fails before this line has read nothing
+    return logits
+
+
+def _attention(
+    block: Block,
+    x: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: RollingCache,
+    layer: int,
+    plan: Plan,
+    attend: Callable[..., None],
+    workspace: Workspace | None,
+) -> Tensor:  # [B, T, D] -> [B, T, D]
+    """One block's attention; then, and not before, its new keys take their places in the ring."""
+    (B, T, _), attention = x.shape, block.self_attn
+    x = _normalised(block.input_layernorm, x)
+    q, k, v = (
+        heads.view(B, T, -1, attention.head_dim)  # [B, T, N, H] and twice [B, T, K, H]
+        for heads in _linear(x, workspace, attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    rotate_chunk(q, k, *rotary)
+    keys, values, y = cache.keys[layer], cache.values[layer], torch.empty_like(q)
+    attend(q, k, v, keys, values, y)
+    store_chunk(k, v, plan.slots, keys, values)
+    return _linear(y.view(B, T, -1), workspace, attention.o_proj)[0]
+
+
+def _attention_over(
+    cache: RollingCache, starts: Tensor, real: Tensor, config: Config, T: int
+) -> Callable[..., None]:
+    """The attention of a chunk over ring and chunk, for every layer: (q, k, v, keys, values, y)."""
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    kernel = attend_chunk
+    # Of 256 numbers in float32 so many queries, and the keys, would not fit into the shared memory
+    # of small GPUs.
+    if T * N // K <= MAX_QUERIES and H * cache.keys.dtype.itemsize <= 512:
+        kernel = partial(
+            attend_short, partials=Partials(len(starts), N, K, H, starts.device, tokens=T)
+        )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, y: Tensor) -> None:
+        kernel(q, k, v, keys, values, starts, real, y, cache.num_slots, cache.window)
+
+    return attend
+
+
+def _mlp(mlp: MLP, x: Tensor, workspace: Workspace | None) -> Tensor:  # [B, T, D] -> [B, T, D]
+    gate, up = _linear(x, workspace, mlp.gate_proj, mlp.up_proj)  # [B, T, F] each
+    swiglu(gate, up)
+    return _linear(gate, workspace, mlp.down_proj)[0]
+
+
+def _angles(
+    model: Mistral, positions: Tensor
+) -> tuple[Tensor, Tensor]:  # [B, T] -> fp32 [B, T, H/2] each
+    """Cosines and sines; the model's own come twice, once for each number of a pair."""
+    cos, sin = (
+        part.chunk(2, dim=-1)[0] for part in model.model.rotary(positions, torch.float32)
+    )  # [B, 1, T, H/2]
+    return cos[:, 0].contiguous(), sin[:, 0].contiguous()
+
+
+def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> list[Tensor]:
+    """`module(x)` of each: [..., in] -> [..., out]."""
+    results, rows, scaled = [], x.flatten(0, -2), None
+    for module in modules:
+        if not isinstance(module, (Packed, TiedOutput)):
+            results.append(module(x))
+        elif isinstance(matrix := matrix_of(module), Planes) and len(rows) <= MAX_ROWS:
+            scaled = scaled or scale_rows(rows)
+            y = x.new_empty(len(rows), matrix.rows)
+            short_linear(*scaled, matrix, y)
+            results.append(y.view(*x.shape[:-1], -1))
+        else:
+            results.append(_required(workspace).linear(x, matrix))
+    return results
+
+
+def _embedded(
+    module: nn.Module, tokens: Tensor, workspace: Workspace | None
+) -> Tensor:  # [B, T] -> [B, T, D]
+    """`module(tokens)`."""
+    if isinstance(module, Packed) and isinstance(table := matrix_of(module), Planes):
+        return _required(workspace).rows(table, tokens)
+    return module(tokens)
+
+
+def _required(workspace: Workspace | None) -> Workspace:
+    if workspace is None:
+        raise ValueError("a packed model is read with a workspace to unpack its matrices into")
+    return workspace
+
+
+def _normalised(norm: RMSNorm, x: Tensor) -> Tensor:
+    """`norm(x)` in one kernel instead of six."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)

@@ -1,0 +1,157 @@
+"""Attention of a few new tokens over themselves and the rolling cache, split over the keys.
+
+What prefill_attention.py does, for so few queries that its tiles would leave most of the GPU idle:
+one CTA would walk over the whole window, 4,096 keys, for a guess of 9 tokens. So the keys of the
+ring are cut into parts as in decode_attention.py, and the parts meet in the same way. The queries
+of all G heads that share a key/value head are rows of one product, so every key is read once.
+
+Bytes: 4 K H a live position and row in 16 bits, as a decode step (7B: 16.8 MB for a window of
+4,096).
+
+Versions (times not measured; a 7B, one row, 9 tokens, a full window)
+  tiles of prefill_attention.py    32 CTAs, of which each reads 4,096 keys: 4 times the bytes, one
+                                   block after another
+  this one                         128 CTAs, of which each reads 256 keys; the last of a head 255
+                                   and the chunk
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mistral_kernels.decode.attention import Partials, combine, leave_part
+from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, dot_operand, require
+from mistral_kernels.prefill.attention import attend_chunk_reference, walk
+
+MAX_QUERIES = 64  # of a key/value head: 16 tokens of a Mistral, where 4 query heads share one
+
+
+def attend_short_reference(*arguments: Tensor | int | None, partials: Partials) -> None:
+    """`attend_short` in plain PyTorch."""
+    attend_chunk_reference(*arguments)
+
+
+@triton.jit(do_not_specialize=["T", "num_slots", "window"])
+def short_attention_kernel(
+    q, k, v, keys, values, starts, lengths, y, partial_outputs, stats, counters, T, num_slots,
+    window, scale,
+    N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """One CTA: one row, one key/value head with all its queries, one part of the ring; the last one
+    the chunk as well.
+
+    Positions are counted from the chunk's first token, as in prefill_attention.py.
+    """
+    G: tl.constexpr = N // K
+    QUERIES: tl.constexpr = (ROWS + G - 1) // G
+    index = tl.program_id(0)  # row * K + head
+    split = tl.program_id(1)
+    b, head = (index // K).to(tl.int64), index % K
+    start = tl.load(starts + b).to(tl.int32)
+    length = tl.load(lengths + b).to(tl.int32)
+    m = tl.arange(0, ROWS)
+    t, d = m // G, tl.arange(0, H)
+    places = (
+        (b * T + tl.minimum(t, T - 1)) * N + head * G + m % G
+    ) * H  # of the queries, and of their y
+    query = dot_operand(tl.load(q + places[:, None] + d[None, :]), ARCH)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, H], tl.float32)
+
+    oldest = tl.maximum(1 - window, -start)  # the first key that the first query sees
+    share = tl.cdiv(-oldest, SPLITS * BLOCK) * BLOCK
+    low = oldest + split * share
+    slot = (start + oldest) % num_slots
+    ring = index.to(tl.int64) * (num_slots + 1) * H
+    top, total, out = walk(
+        query, t, top, total, out, keys + ring, values + ring, slot - oldest, num_slots, low,
+        tl.minimum(low + share, 0), 0, window, scale, H, H, QUERIES, BLOCK, STAGES, ARCH,
+    )  # fmt: skip
+    if split == SPLITS - 1:
+        chunk = (b * T * K + head) * H
+        top, total, out = walk(
+            query, t, top, total, out, k + chunk, v + chunk, 0, T, 0, tl.minimum(T, length), 0,
+            window, scale,
+            K * H, H, QUERIES, BLOCK, STAGES, ARCH,
+        )  # fmt: skip
+
+    # What a query sees nothing of has the weight exp(-1e30) beside the part that has the query
+    # itself: none.
+    leave_part(partial_outputs, stats, index * SPLITS + split, top, total, out, T * G, ROWS, H)
+    before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
+    if before == SPLITS - 1:
+        combine(y, places, partial_outputs, stats, index, T * G, ROWS, H, SPLITS)
+        tl.store(counters + index, 0)
+
+
+def launch(
+    batch: int, T: int, N: int, K: int, H: int, dtype: torch.dtype, arch: int, splits: int
+) -> Launch:
+    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    require(
+        dtype in TRITON_DTYPES,
+        f"activations in {dtype}: the kernel takes bfloat16, float16 and float32",
+    )
+    require(
+        16 <= H <= 256 and H & (H - 1) == 0,
+        f"head_dim is {H}; the kernel needs 16, 32, 64, 128 or 256",
+    )
+    queries = T * N // K
+    require(
+        1 <= queries <= MAX_QUERIES,
+        f"{queries} queries of a key/value head; the kernel takes 1 to {MAX_QUERIES}",
+    )
+    rows = 16 if queries <= 16 else MAX_QUERIES  # two kernels, and not one for every power of two
+    small = H <= 128 and dtype != torch.float32  # so that three stages fit into shared memory
+    stages = 3 if small else 1
+    constants = dict(N=N, K=K, H=H, ROWS=rows, SPLITS=splits, BLOCK=32, STAGES=stages, ARCH=arch)
+    return Launch(
+        (batch * K, splits), constants, dict(num_warps=8 if rows == 64 else 4, num_stages=stages)
+    )
+
+
+def attend_short(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    y: Tensor,
+    num_slots: int,
+    window: int | None,
+    *,
+    partials: Partials,
+) -> None:
+    """`attend_chunk` for so few new tokens of each row that a key/value head has at most 64
+    queries.
+
+    partials  made for these B, N, K and H, and for T tokens
+
+    The other arguments are those of `attend_chunk`. Raises ValueError for head sizes that are no
+    power of two from 16 to 256, more queries, other dtypes and tensors with gaps, and where no
+    kernel can run.
+    """
+    (B, T, N, H), K = q.shape, k.shape[2]
+    shape = launch(B, T, N, K, H, q.dtype, arch_of(q), partials.splits)
+    scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
+    tensors = (
+        q,
+        k,
+        v,
+        keys,
+        values,
+        starts,
+        lengths,
+        y,
+        partials.outputs,
+        partials.stats,
+        partials.counters,
+    )
+    shape.run(short_attention_kernel, *tensors, T, num_slots, window or 2**30, scale)

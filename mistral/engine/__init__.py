@@ -1,0 +1,1 @@
+"""Generation: one forward pass after another, by the reference engine or a faster one."""

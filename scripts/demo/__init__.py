@@ -1,0 +1,1 @@
+"""How the bundled demo is made: its dialogues, its training, its measurement."""

@@ -1,0 +1,304 @@
+"""Compile a kernel for a GPU that is not there, and read what the compiler made of it.
+
+`triton.compile` needs no GPU when it is given a target; the assembler and disassembler come with
+Triton's wheel. What a launch would have seen must be said by hand: pointers are multiples of 16 (or
+loads would not be 16 bytes wide).
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mistral import Config
+from mistral_kernels.decode import attention as decode_attention
+from mistral_kernels.decode import embed, gate_up, head, projection, qkv
+from mistral_kernels.decode.matvec import DENSE
+from mistral_kernels.packed import dequantize, short_linear
+from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_for
+from mistral_kernels.prefill import attention as prefill_attention
+from mistral_kernels.prefill import pointwise as prefill_pointwise
+from mistral_kernels.prefill import short_attention
+from mistral_kernels.sample import kernel as sampling
+
+# By name, in every kernel; what is not here points to numbers of the weights' dtype.
+_TYPES = (
+    dict.fromkeys(
+        ("residual", "sums", "cos", "sin", "frequencies", "logits", "scores", "floats"), "*fp32"
+    )
+    | dict.fromkeys(("partial_outputs", "stats"), "*fp32")
+    | dict.fromkeys(("tokens", "positions", "slots", "starts", "lengths"), "*i64")
+    | dict.fromkeys(("integers", "counts", "ids", "problems"), "*i64")
+    | dict.fromkeys(("eps", "gain", "scale"), "fp32")
+    | dict.fromkeys(
+        ("ring_size", "num_slots", "window", "T", "out_features", "rows", "q_rows", "k_rows"), "i32"
+    )
+    | dict.fromkeys(("allowed", "seen"), "*i1")
+    | {"counters": "*i32", "inverse": "*fp32"}
+)
+# Of the model's dtype, which beside packed weights is not their inputs'
+_MODELS = ("q", "keys", "values", "norm", "inputs", "outputs")
+# The constants that name kinds of weights, and the matrices that are of them; packed ones are
+# bytes.
+KINDS = {"KIND": ("weight", "gate_proj", "up_proj", "table")} | {
+    name: (matrix,) for name, matrix in zip(qkv.KIND_NAMES, ("q_proj", "k_proj", "v_proj"))
+}
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
+_LABEL = re.compile(r"^\s*(\.L_x?_?\S+):")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as the GPU would run it."""
+
+    registers: int  # a thread
+    spilled: int  # bytes that did not fit into registers, a thread
+    shared: int  # bytes of shared memory, a CTA
+    sass: list[str]  # the instructions, operands included
+    loops: list[tuple[int, int]]  # first and last + 1 instruction of each loop
+    operand_widths: set[
+        int
+    ]  # kWidth of the operands of `tl.dot`: 2 where 16-bit numbers come straight from memory
+
+    def count(self, prefix: str, start: int = 0, end: int | None = None) -> int:
+        """How many instructions begin with `prefix`."""
+        return sum(line.startswith(prefix) for line in self.sass[start:end])
+
+
+class Task(NamedTuple):
+    """One kernel and how to start it."""
+
+    kernel: Any
+    launch: Launch
+
+
+def decode_kernels(
+    config: Config,
+    dtype: torch.dtype,
+    batch: int,
+    capability: int,
+    kind: str = DENSE,
+    larger: str | None = None,
+) -> dict[str, Task]:
+    """The kernels of one decode step of such a model, by name.
+
+    kind    of the matrices; a ggml type for packed ones, in which case dtype is that of what they
+            are multiplied by
+    larger  the kind of v_proj, of "down" and of the head (Q6_K in a Q4_K_M file); None: as the
+            others
+    """
+    more = larger or kind
+    D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    N, K = config.num_attention_heads, config.num_key_value_heads
+    arch = arch_for(capability)
+    how = (dtype, arch)
+    return {
+        "embed": Task(embed.embed_kernel, embed.launch(batch, D, H, arch, kind)),
+        "qkv": Task(qkv.qkv_kernel, qkv.launch(batch, D, N, K, H, *how, (kind, kind, more))),
+        "attention": Task(
+            decode_attention.decode_attention_kernel, decode_attention.launch(batch, N, K, H, *how)
+        ),
+        "output": Task(
+            projection.projection_kernel, projection.launch(batch, D, N * H, *how, kind)
+        ),
+        "gate_up": Task(gate_up.gate_up_kernel, gate_up.launch(batch, D, F, *how, kind)),
+        "down": Task(projection.projection_kernel, projection.launch(batch, D, F, *how, more)),
+        "head": Task(head.head_kernel, head.launch(batch, D, V, *how, more)),
+    }
+
+
+def short_kernels(
+    config: Config,
+    dtype: torch.dtype,
+    T: int,
+    capability: int,
+    kind: str,
+    larger: str | None = None,
+) -> dict[str, Task]:
+    """The kernels that multiply T rows of a short chunk with such a model's packed matrices, by
+    name.
+
+    The other arguments are those of `decode_kernels`. All matrices as wide as up_proj run the code
+    of "short up".
+    """
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    more, how = larger or kind, (dtype, arch_for(capability))
+    kernel, launch = short_linear.short_linear_kernel, short_linear.launch
+    return {
+        "scale": Task(short_linear.scale_rows_kernel, short_linear.scale_launch(T, F)),
+        "short up": Task(kernel, launch(T, D, F, *how, kind)),
+        "short down": Task(kernel, launch(T, F, D, *how, more)),
+        "short head": Task(kernel, launch(T, D, V, *how, more)),
+    }
+
+
+def prefill_kernels(
+    config: Config, dtype: torch.dtype, tokens: int, capability: int
+) -> dict[str, Task]:
+    """The kernels of a prompt in such a model, by name.
+
+    The matrix products between them are cuBLAS's.
+    """
+    F, H, N, K = (
+        config.intermediate_size,
+        config.head_dim,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
+    attention = prefill_attention.launch(1, tokens, N, K, H, dtype, arch_for(capability))
+    return {
+        "rotate": Task(
+            prefill_pointwise.rotate_chunk_kernel, prefill_pointwise.rotate_launch(tokens, N, K, H)
+        ),
+        "store": Task(
+            prefill_pointwise.store_chunk_kernel, prefill_pointwise.store_launch(tokens, K, H)
+        ),
+        "prefill": Task(prefill_attention.prefill_attention_kernel, attention),
+        "swiglu": Task(prefill_pointwise.swiglu_kernel, prefill_pointwise.swiglu_launch(tokens, F)),
+    }
+
+
+def short_attention_kernel(
+    config: Config, dtype: torch.dtype, tokens: int, capability: int
+) -> Task:
+    """The attention of a few new tokens in such a model."""
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    shape = short_attention.launch(
+        1, tokens, N, K, H, dtype, arch_for(capability), decode_attention.num_splits(1, K)
+    )
+    return Task(short_attention.short_attention_kernel, shape)
+
+
+def unpack_kernel(config: Config, kind: str, chosen: bool = False) -> Task:
+    """What makes numbers of up_proj, packed as `kind`, or of chosen rows of it, for a product of
+    cuBLAS's.
+    """
+    shape = config.intermediate_size, config.hidden_size
+    return Task(dequantize.unpack_kernel, dequantize.launch(*shape, kind, chosen))
+
+
+def sample_kernel(config: Config, batch: int, capability: int) -> Task:
+    """What chooses the next tokens."""
+    return Task(
+        sampling.sample_kernel, sampling.launch(batch, config.vocab_size, arch_for(capability))
+    )
+
+
+def compile_ahead(
+    task: Task, dtype: torch.dtype, capability: int, model_dtype: torch.dtype | None = None
+) -> Compiled:
+    """Compile a kernel for weights of `dtype` and compute capability `capability` (80, 90, 120).
+
+    model_dtype  of the cache and the norms; None: the weights'. For packed ones `dtype` is that of
+                 their inputs
+
+    Raises ValueError where TRITON_INTERPRET=1 has replaced the compiler.
+    """
+    kernel, launch = task
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError(
+            "TRITON_INTERPRET=1 replaces Triton's compiler: unset it to compile ahead of time"
+        )
+    names = kernel.arg_names
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    act = "*" + TRITON_DTYPES[dtype]
+    packed = [
+        n
+        for kind, matrices in KINDS.items()
+        if launch.constants.get(kind, DENSE) != DENSE
+        for n in matrices
+    ]
+    types = (
+        _TYPES
+        | dict.fromkeys(_MODELS, "*" + TRITON_DTYPES[model_dtype or dtype])
+        | dict.fromkeys(packed, "*u8")
+    )
+    signature = {n: "constexpr" if n in launch.constants else types.get(n, act) for n in names}
+    hints = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=launch.options
+    )
+    listing, usage = _disassemble(compiled.asm["cubin"])
+    sass, loops = parse_sass(listing)
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+).*?LOCAL:(\d+)", usage)
+    registers, stack, local = (int(group) for group in found.groups())
+    # Arrays that the code asks for live on the stack too (the cosine of a huge angle has one) and
+    # are no spill.
+    declared = sum(
+        8 * -(-int(size) // 8) for size in re.findall(r"\.local .*\[(\d+)\];", compiled.asm["ptx"])
+    )
+    spilled = max(0, stack + local - declared)
+    widths = {int(width) for width in re.findall(r"kWidth = (\d+)", compiled.asm["ttgir"])}
+    return Compiled(registers, spilled, compiled.metadata.shared, sass, loops, widths)
+
+
+def instructions_per_weight(compiled: Compiled, launch: Launch) -> float | None:
+    """Instructions that a thread executes, start and end included, over the weights that it
+    handles.
+
+    None for kernels that are no matrix-vector product, for float32, which the tensor cores do not
+    take, and where two kinds of weights have a branch each.
+    """
+    constants, kinds = (
+        launch.constants,
+        {launch.constants[name] for name in KINDS if name in launch.constants},
+    )
+    if "COLUMNS" not in constants or not compiled.count("HMMA") or len(kinds) > 1:
+        return None
+    weights = 16 * constants["COLUMNS"] / (32 * constants["WARPS"])
+    columns = constants["COLUMNS"]
+    if kinds != {DENSE}:  # warps take whole groups, and all of them as many
+        columns = -(-columns // (1024 * constants["WARPS"])) * 1024 * constants["WARPS"]
+    # One HMMA takes 8 weights a lane to 8 columns.
+    multiplications = 16 * columns / (32 * constants["WARPS"]) / 8 * (constants["M"] / 8)
+    executed, done = len(compiled.sass), compiled.count("HMMA")
+    for start, end in compiled.loops:
+        if inside := compiled.count("HMMA", start, end):
+            executed += (end - start) * (multiplications - done) / inside
+    return executed / weights
+
+
+def parse_sass(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Instructions of a disassembly, without the padding behind the last, and the ranges that are
+    loops.
+    """
+    sass, labels = [], {}
+    for line in listing.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(sass)
+        elif instruction := _INSTRUCTION.match(line):
+            sass.append(instruction[1] + instruction[2])
+    jumps = [
+        (i, re.search(r"`\((\S+?)\)", line))
+        for i, line in enumerate(sass)
+        if line.startswith("BRA")
+    ]
+    loops = [(labels[to[1]], i + 1) for i, to in jumps if to and labels.get(to[1], i) < i - 2]
+    while sass and sass[-1].startswith(("NOP", "BRA")):
+        sass.pop()
+    return sass, loops
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """The listing of a compiled kernel and its use of resources."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tools = ([_TOOLS / "nvdisasm", "-c"], [_TOOLS / "cuobjdump", "-res-usage"])
+        runs = [
+            subprocess.run([*tool, file.name], capture_output=True, text=True, check=True)
+            for tool in tools
+        ]
+    return runs[0].stdout, runs[1].stdout + runs[1].stderr

@@ -1,0 +1,104 @@
+"""Damage a checkpoint's files in thousands of ways, and see that each loads or is refused with a
+clear error.
+"""
+
+import argparse
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py, demo/
+
+import common
+
+import mistral
+from mistral.engine.memory import format_bytes
+
+# Files that may be damaged anywhere but in the bulk of their weights, where every byte is a valid
+# number
+HEADER_BYTES = 50_000
+
+
+def main() -> int:
+    parser = common.parser(
+        __doc__, "python scripts/dev/fuzz_checkpoints.py tests/data/small tests/data/gguf/q8_0.gguf"
+    )
+    parser.add_argument(
+        "model", nargs="+", type=Path, help="small checkpoints: folders or GGUF files"
+    )
+    parser.add_argument("--cases", type=int, default=1000, help="for each file (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    wrong = 0
+    for source in args.model:
+        files = sorted(source.iterdir()) if source.is_dir() else [source]
+        for file in files:
+            if file.suffix in (".json", ".safetensors", ".model", ".gguf", ".pth"):
+                wrong += fuzz(source, file, args)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{wrong} of the cases ended in another error; peak memory {format_bytes(memory)}")
+    return 1 if wrong else 0
+
+
+def fuzz(source: Path, file: Path, args: argparse.Namespace) -> int:
+    """All cases of one file; returns how many ended in anything but a model or a
+    CheckpointError.
+    """
+    outcomes: Counter[str] = Counter()
+    slowest, original = 0.0, file.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = (
+            Path(shutil.copytree(source, Path(folder) / "c"))
+            if source.is_dir()
+            else Path(folder) / source.name
+        )
+        target = copy / file.name if source.is_dir() else copy
+        for case in range(args.cases):
+            generator = random.Random(f"{args.seed} {file.name} {case}")
+            target.write_bytes(damage(original, generator))
+            start = time.perf_counter()
+            try:
+                _, tokenizer = mistral.load(
+                    copy, device="cpu", packed=file.suffix == ".gguf" and case % 2 == 0
+                )
+                tokenizer.decode(tokenizer.encode("some <|im_start|> text", special=True))
+                outcomes["loaded"] += 1
+            except mistral.CheckpointError:
+                outcomes["refused"] += 1
+            except Exception as error:
+                outcomes["wrong"] += 1
+                print(f"{file.name}, case {case}: {type(error).__name__}: {error}")
+            slowest = max(slowest, time.perf_counter() - start)
+    print(f"{file.name}: {dict(outcomes)}, slowest {slowest:.2f} s", flush=True)
+    return outcomes["wrong"]
+
+
+def damage(original: bytes, generator: random.Random) -> bytes:
+    """One of: cut off, bytes changed, bytes removed, bytes put in, a number made huge."""
+    data = bytearray(original)
+    at = generator.randrange(min(len(data), HEADER_BYTES))
+    match generator.randrange(5):
+        case 0:
+            del data[generator.randrange(len(data)) :]
+        case 1:
+            for _ in range(generator.choice([1, 4, 30])):
+                data[generator.randrange(min(len(data), HEADER_BYTES))] = generator.randrange(256)
+        case 2:
+            del data[at : at + generator.randrange(1, 40)]
+        case 3:
+            data[at:at] = generator.randbytes(generator.randrange(1, 9))
+        case 4:
+            width = generator.choice([1, 2, 4, 8])
+            data[at : at + width] = generator.choice([b"\xff", b"\x7f", b"\x00"]) * width
+    return bytes(data)
+
+
+if __name__ == "__main__":
+    common.run(main)
