@@ -3,9 +3,8 @@
 from mistral.checkpoints.load import load
 from mistral.config import Config
 from mistral.engine.decoder import Decoder
-from mistral.engine.generation import generate, generate_batch, generate_naive, generate_text
+from mistral.engine.generation import Token, generate, generate_batch, generate_naive, generate_text
 from mistral.engine.speculation import LookupDecoder
-from mistral.engine.steps import Token
 from mistral.errors import CheckpointError, MistralError, NotEnoughMemory
 from mistral.model import Mistral
 from mistral.sampling import Sampling

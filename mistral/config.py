@@ -5,9 +5,7 @@ from typing import Any
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """`value` itself. ValueError, naming it, where it is no whole number from `least` to 2**31 -
-    1.
-    """
+    """`value` itself, a whole number from `least` to 2**31 - 1; ValueError with its name if not."""
     if type(value) is not int or not least <= value < 2**31:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return value
@@ -32,7 +30,7 @@ class Config:
     rms_norm_eps: float
     rope_theta: float  # 1e4 in v0.1 and Hermes-2-Pro, 1e6 in v0.2 and v0.3
     sliding_window: int | None  # W: keys that a query sees, its own included; None: all before it
-    max_position_embeddings: int  # the longest text that the checkpoint was made for, in tokens
+    max_position_embeddings: int  # tokens of the longest sequence it was trained for
     tie_word_embeddings: bool  # True: the output matrix is the embedding
     eos_token_id: tuple[int, ...]  # generation stops at any of these
 
@@ -61,25 +59,15 @@ class Config:
     @property
     def num_parameters(self) -> int:
         """Weights of the model; a tied output matrix counts once."""
-        attention = (
-            2
-            * (self.num_attention_heads + self.num_key_value_heads)
-            * self.head_dim
-            * self.hidden_size
-        )
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.num_hidden_layers * layer + embeddings + self.hidden_size
+        D = self.hidden_size
+        heads = self.num_attention_heads + self.num_key_value_heads
+        attention = 2 * heads * self.head_dim * D  # Q and O, K and V
+        mlp = 3 * D * self.intermediate_size
+        norms = 2 * D
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * D
+        return self.num_hidden_layers * (attention + mlp + norms) + embeddings + D
 
     def cache_bytes(self, num_slots: int, itemsize: int) -> int:
-        """Bytes of keys and values for `num_slots` positions of one row, at `itemsize` bytes a
-        number.
-        """
-        return (
-            2
-            * self.num_hidden_layers
-            * self.num_key_value_heads
-            * self.head_dim
-            * num_slots
-            * itemsize
-        )
+        """Bytes of the keys and values of `num_slots` positions of one row."""
+        elements = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return elements * num_slots * itemsize

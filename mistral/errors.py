@@ -1,6 +1,4 @@
-"""The exceptions that this package raises on purpose; each message names the thing and the
-remedy.
-"""
+"""The exceptions that this package raises on purpose: each message says what is wrong and why."""
 
 
 class MistralError(Exception):
@@ -8,8 +6,18 @@ class MistralError(Exception):
 
 
 class CheckpointError(MistralError, ValueError):
-    """A checkpoint's files are missing, damaged, contradictory, or of a kind that is not read."""
+    """A checkpoint's files are missing, damaged, contradictory, or of an unsupported type."""
 
 
 class NotEnoughMemory(MistralError, RuntimeError):
-    """What was asked for does not fit; the message says what it needs and what would fit."""
+    """The request does not fit into memory; the message says what it needs and what would fit."""
+
+
+class ConversationError(MistralError, ValueError):
+    """A conversation cannot continue as asked; it is as it was before."""
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """A message on one line that any tokenizer can read; a long one loses its middle."""
+    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"

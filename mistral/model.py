@@ -4,11 +4,10 @@ Source: Mistral 7B, section 2, https://arxiv.org/abs/2310.06825
 
 Letters at line ends, here and in every file:
 
-    B  rows of the batch             D  hidden size            N  query heads
-    T  tokens in this call           F  MLP size               K  key/value heads
-    S  slots a row has in the cache  H  size of a head         G  query heads that share a key/value
-                                     head, N/K
-    W  window                        V  vocabulary
+    B  rows of the batch          D  hidden size     N  query heads
+    T  tokens in this call        F  MLP size        K  key/value heads
+    S  slots of a cache row       H  head size       G  query heads of a key/value head, N/K
+    W  window                     V  vocabulary
 
 The modules bear the names of Hugging Face's checkpoints, so `state_dict()` has theirs:
 `model.layers.0.self_attn.q_proj.weight`.
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mistral.attention import Attention
-from mistral.cache import LayerCache, RollingCache, cache_slots, count_real, self_mask
+from mistral.cache import LayerCache, RollingCache, chunk_mask, token_counts
 from mistral.config import Config
-from mistral.engine.memory import require_memory
 from mistral.mlp import MLP
 from mistral.rms_norm import RMSNorm
 from mistral.rotary import Rotary
@@ -61,25 +59,26 @@ class Trunk(nn.Module):
         self.rotary = Rotary(config.head_dim, config.rope_theta)
 
     def forward(
-        self, tokens: Tensor, cache: RollingCache | None, lengths: Tensor | Sequence[int] | None
+        self, tokens: Tensor, cache: RollingCache | None, lengths: Sequence[int] | None
     ) -> Tensor:  # [B, T] -> [B, T, D]
         if cache is None:
             plan = None
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[
-                None
-            ]  # [1, T]: the same in every row
-            mask = self_mask(positions, self.config.sliding_window)
+            # [1, T]: the same in every row
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            mask = chunk_mask(positions, self.config.sliding_window)
         else:
             plan = cache.plan(tokens.shape[1], lengths)
             cache.begin(plan)
-            positions, mask = plan.positions, plan.mask
+            positions = plan.positions
+            mask = plan.mask
         x = self.embed_tokens(tokens)  # [B, T, D]
         rotary = self.rotary(positions, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, None if cache is None else cache.layer(i, plan))
+        x = self.norm(x)
         if cache is not None:
             cache.commit(plan)
-        return self.norm(x)
+        return x
 
 
 class Mistral(nn.Module):
@@ -113,17 +112,14 @@ class Mistral(nn.Module):
         """Logits of the token after each position, in the model's dtype.
 
         tokens     int64 [B, T] with T >= 1
-        cache      from `new_cache`: each row goes on where it stands there, and the tokens are
-                   added to it.
-                   None: the rows begin here. For generation; to train, leave it out.
+        cache      from `new_cache`: each row continues at its length there, and the tokens are
+                   added to it. None: the rows begin here. For generation; leave it out to train.
         lengths    [B]: how many of a row's T tokens are real; the rest, on the right, are pads
-                   whose logits mean nothing. A list or a CPU tensor is checked; a tensor on an
-                   accelerator is never waited for.
-        last_only  return only each row's last real position, [B, V], instead of [B, T, V]. The row
-                   of a sequence
-                   with no real token means nothing.
+                   whose logits mean nothing. A tensor on an accelerator is read back first.
+        last_only  return only each row's last real position, [B, V], instead of [B, T, V]. A row
+                   without a real token returns meaningless logits.
 
-        Raises ValueError for arguments that are not as above or do not fit together, and where the
+        Raises ValueError for arguments that are not as above or do not fit together, and if the
         cache has no room.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
@@ -134,12 +130,12 @@ class Mistral(nn.Module):
             raise ValueError(
                 "lengths says what a cache keeps or which position is last; here is neither"
             )
-        count_real(lengths, *tokens.shape)
-        x = self.model(tokens, cache, lengths)  # [B, T, D]
-        if last_only and lengths is None:
+        counts = None if lengths is None else token_counts(lengths, *tokens.shape)
+        x = self.model(tokens, cache, counts)  # [B, T, D]
+        if last_only and counts is None:
             x = x[:, -1]  # [B, D]
         elif last_only:
-            last = torch.as_tensor(lengths).to(x.device, non_blocking=True).sub(1).clamp(min=0)
+            last = torch.tensor(counts).to(x.device, non_blocking=True).sub(1).clamp(min=0)
             x = x[torch.arange(x.shape[0], device=x.device), last]  # [B, D]
         return self.lm_head(x)
 
@@ -148,28 +144,13 @@ class Mistral(nn.Module):
     ) -> RollingCache:
         """An empty cache in the model's dtype and on its device.
 
-        max_tokens  make room for so many tokens a row. Required without a window (32,768 tokens of
-                    a 7B in 16 bits take 4.3 GB a row). With one, room for window + slack tokens is
-                    enough for a text of any length, and max_tokens is a limit only below that,
-                    where it saves memory.
-        slack       how many tokens `rewind` must be able to take back once the cache has begun to
-                    roll
+        max_tokens  make room for this many tokens a row. Required without a window (32,768 tokens
+                    of a 7B in 16 bits take 4.3 GB a row). With one, window + slack slots are enough
+                    for a sequence of any length; a smaller max_tokens is a limit and saves memory.
+        slack       how many tokens `rewind` can roll back once the cache has begun to roll
 
-        Raises ValueError for impossible sizes, NotEnoughMemory where it does not fit.
+        Raises ValueError for impossible sizes. Nothing checks the memory: an engine does.
         """
-        if batch_size >= 1 and (self.config.sliding_window or max_tokens):
-            slots = cache_slots(self.config.sliding_window, max_tokens, slack)
-            row = self.config.cache_bytes(slots, self.dtype.itemsize)
-            require_memory(
-                batch_size * row,
-                self.device,
-                f"a key/value cache of {slots} positions for {batch_size} "
-                f"row{'s' * (batch_size > 1)}",
-                lambda free: (
-                    f"{free // (row // slots * batch_size)} positions, or {free // row} rows, "
-                    f"would fit"
-                ),
-            )
         return RollingCache(
             self.config,
             batch_size,

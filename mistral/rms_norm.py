@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalization."""
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        # Squares of 16-bit numbers overflow or lose digits, so the mean is taken in float32 at
-        # least. The result is rounded to x's dtype before it meets the weight: the order is
-        # Mistral's, and visible in the last bits.
+        # Squares of 16-bit values overflow or lose digits, so the mean is taken in float32 at
+        # least. The result is rounded to x's dtype before it is multiplied by the weight: the order
+        # is Mistral's, and visible in the last bits.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)

@@ -1,10 +1,9 @@
-"""Rotary position embedding: a query and a key meet at an angle that depends only on how far apart
-they are.
+"""Rotary position embedding: the angle between a query and a key depends only on their distance.
 
 Source: RoFormer, section 3.2.2 and equation 34, https://arxiv.org/abs/2104.09864
 
-Number i < H/2 of a head is paired with number i + H/2, and the pair is turned by position *
-theta^(-2i/H):
+Element i < H/2 of a head is paired with element i + H/2, and the pair is rotated by the angle
+position * theta^(-2i/H):
 
     y[i]       = x[i] * cos - x[i + H/2] * sin
     y[i + H/2] = x[i] * sin + x[i + H/2] * cos
@@ -25,17 +24,16 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, theta: float):
         super().__init__()
-        # Worked out on the CPU, so that every device turns by the same angles to the last bit.
+        # Computed on the CPU, so that every device rotates by the same angles to the last bit.
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-        self.register_buffer(
-            "frequencies", 1.0 / theta**exponents, persistent=False
-        )  # [H/2]: theta^(-2i/H)
+        frequencies = 1.0 / theta**exponents  # [H/2]: theta^(-2i/H)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For positions [B, T] int64: cosines and sines, [B, 1, T, H] of `dtype` each."""
-        # Angles are float32 in every dtype, as they were in training. In bfloat16 an angle near 100
-        # would be off by up to 0.25; in float64 they would be more exact, and not those that the
-        # weights were trained with.
+        # Angles are float32 in every dtype, as in training. In bfloat16 an angle near 100 would be
+        # off by up to 0.25; in float64 they would be more exact, and not those that the weights
+        # were trained with.
         angles = positions[..., None].float() * self.frequencies  # [B, T, H/2]
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # [B, 1, T, H]
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -49,7 +47,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of x [B, heads, T, H] by its position's angle; cos and sin [B, 1, T, H].
+    """Rotate each pair of x [B, heads, T, H] by its position's angle; cos and sin [B, 1, T, H].
 
     Returns x's shape.
     """

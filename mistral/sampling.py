@@ -1,14 +1,14 @@
-"""Logits to the next id, by the rules of Hugging Face's `generate`, in its order and with its
-treatment of ties.
+"""Logits to the next id, by the rules of Hugging Face's `generate`, in its order, ties included.
 
 penalties: repetition (CTRL, section 4.1, https://arxiv.org/abs/1909.05858), n-grams
-mask:      what a grammar allows
+mask:      the ids that a grammar allows
 warpers:   temperature, top-k, top-p (https://arxiv.org/abs/1904.09751), min-p
            (https://arxiv.org/abs/2407.01082), typical-p (https://arxiv.org/abs/2202.00666). Each
-           takes a new softmax of what the one before it left.
+           takes a new softmax of the scores that the previous one kept.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,27 +16,31 @@ from torch import Tensor
 
 NEVER = -math.inf
 
+# A step may return these for a row instead of an id. An engine with steps in flight must return the
+# first two itself, because its logits are not checked on the host.
+NO_NUMBERS = -1  # the logits are NaN
+NOTHING_LEFT = -2  # mask and penalties allow no id
+IDLE = -3  # the row is idle: its sampling is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to choose the next token. The defaults leave the model's distribution as it is.
 
     temperature           divides the logits; 0 is greedy: the highest score after penalties and
-                          mask (the first of several), no warper
-    top_k                 keep the k highest scores, and what ties with the k-th; 0: all
+                          mask (the first of equals), no warper
+    top_k                 keep the k highest scores, and those equal to the k-th; 0: all
     top_p                 keep the most probable tokens that together reach p; 1: all
-    min_p                 keep what is at least min_p times as probable as the most probable; 0: all
+    min_p                 keep tokens at least min_p times as probable as the most probable; 0: all
     typical_p             keep the tokens whose surprise is nearest to the entropy, until p is
                           reached; 1: all
-    repetition_penalty    scores of ids that occurred (prompt included) are divided by it where
-                          positive, multiplied where negative; 1: none
+    repetition_penalty    divides the scores of ids that occurred (prompt included) if they are
+                          positive, and multiplies them if they are negative; 1: none
     no_repeat_ngram_size  never complete an n-gram that occurred before (prompt included); 0: off
-    seed                  start of the random numbers; None: PyTorch's global generator. The rows of
-                          a batch share one generator, as in Hugging Face's `generate`, so a row's
-                          text depends on how many rows there are. A decoder that is used again goes
-                          on with its random numbers and does not start anew.
+    seed                  of the random numbers, see `RandomNumbers`; None: PyTorch's global
+                          generator
 
-    Raises ValueError for values that make no sense.
+    Raises ValueError for values out of range.
     """
 
     temperature: float = 1.0
@@ -49,7 +53,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        # Scores that are divided by next to nothing overflow.
+        # A division by a smaller number would overflow.
         sane = self.temperature == 0 or 1e-5 <= self.temperature < math.inf
         _require(sane, "temperature", "0 (greedy) or 0.00001 or more", self.temperature)
         _require(0 <= self.top_p <= 1, "top_p", "between 0 and 1", self.top_p)
@@ -57,11 +61,10 @@ class Sampling:
         _require(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1", self.typical_p)
         sane = 1e-5 <= self.repetition_penalty <= 1e5
         _require(sane, "repetition_penalty", "between 0.00001 and 100000", self.repetition_penalty)
-        for name in ("top_k", "no_repeat_ngram_size"):
-            value = getattr(self, name)
-            _require(
-                isinstance(value, int) and value >= 0, name, "a whole number of 0 or more", value
-            )
+        counts = dict(top_k=self.top_k, no_repeat_ngram_size=self.no_repeat_ngram_size)
+        for name, value in counts.items():
+            valid = isinstance(value, int) and value >= 0
+            _require(valid, name, "a whole number of 0 or more", value)
         valid_seed = self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**64)
         _require(valid_seed, "seed", "a whole number from 0 to 2**64 - 1", self.seed)
 
@@ -70,36 +73,39 @@ def next_ids(
     logits: Tensor,
     sampling: Sampling,
     history: Tensor,
-    lengths: Tensor,
+    lengths: Sequence[int],
     mask: Tensor | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One id a row: int64 [B], on the logits' device, with no host synchronisation.
+    """One id a row: int64 [B] on the logits' device. Never synchronizes.
 
     logits     [B, V], any float dtype
-    history    int64 [B, n]: each row's ids so far, from the left; -1 behind them
-    lengths    int64 [B]: how many they are
-    mask       bool [B, V] or [V]: True where an id is allowed
+    history    int64 [B, n]: each row's ids so far, from the left; -1 after them
+    lengths    how many ids each row has
+    mask       bool [B, V] or [V]: True for an id that is allowed
     generator  of the logits' device; None: the global one
 
-    Where nothing is allowed, or the logits are not numbers, the result means nothing; `generate`
-    looks for both.
+    The result is undefined if no id is allowed or the logits are NaN; `generate` checks both.
     """
     scores = processed_scores(logits, sampling, history, lengths, mask)
     if sampling.temperature == 0:
         return scores.argmax(dim=-1)
-    # argmax(p / e) with e ~ Exp(1) is a draw from p: what torch.multinomial does on the same random
-    # numbers, without its checks, for which the host would wait.
+    # argmax(p / e) with e ~ Exp(1) is a draw from p. torch.multinomial does the same with the same
+    # random numbers, but its checks would synchronize.
     exponential = torch.empty_like(scores).exponential_(1, generator=generator)
     return (scores.softmax(dim=-1) / exponential).argmax(dim=-1)
 
 
 def processed_scores(
-    logits: Tensor, sampling: Sampling, history: Tensor, lengths: Tensor, mask: Tensor | None = None
+    logits: Tensor,
+    sampling: Sampling,
+    history: Tensor,
+    lengths: Sequence[int],
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Scores after penalties, mask and warpers: float32 [B, V], -inf where an id cannot be drawn.
+    """Scores after penalties, mask and warpers: float32 [B, V], -inf for an id that is excluded.
 
-    Shapes as in `next_ids`. With temperature 0 there are no warpers.
+    Shapes as in `next_ids`. At temperature 0 no warper runs.
     """
     scores = logits.float()
     if sampling.repetition_penalty != 1:
@@ -124,40 +130,39 @@ def processed_scores(
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
-    """Push down every id that occurred, once however often it did. scores [B, V], history [B, n] ->
-    [B, V].
+    """Lower the score of every id that occurred, once however often it did.
+
+    scores [B, V], history [B, n] -> [B, V]
     """
     seen = _marked(scores, history)
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    penalized = torch.where(scores < 0, scores * penalty, scores / penalty)
+    return torch.where(seen, penalized, scores)
 
 
-def ban_repeated_ngrams(scores: Tensor, history: Tensor, lengths: Tensor, n: int) -> Tensor:
+def ban_repeated_ngrams(scores: Tensor, history: Tensor, lengths: Sequence[int], n: int) -> Tensor:
     """Forbid every id that would complete an n-gram that the row already has.
 
     Shapes as in `next_ids`.
     """
     if history.shape[1] < n:
         return scores
+    ends = torch.as_tensor(lengths).to(history.device, non_blocking=True)[:, None]  # [B, 1]
     grams = history.unfold(1, n, 1)  # [B, grams, n]
-    last = (
-        lengths[:, None] - (n - 1) + torch.arange(n - 1, device=history.device)
-    )  # [B, n - 1]: where the tail stands
-    tail = history.gather(1, last.clamp(min=0))
-    repeats = (grams[:, :, :-1] == tail[:, None]).all(dim=-1) & (lengths >= n - 1)[
-        :, None
-    ]  # [B, grams]
+    last = ends - (n - 1) + torch.arange(n - 1, device=history.device)  # [B, n - 1]: positions
+    tail = history.gather(1, last.clamp(min=0))  # [B, n - 1]: the row's last ids
+    repeats = (grams[:, :, :-1] == tail[:, None]).all(dim=-1) & (ends >= n - 1)  # [B, grams]
     banned = grams[:, :, -1].masked_fill(~repeats, -1)
     return scores.masked_fill(_marked(scores, banned), NEVER)
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
-    """The k highest; what ties with the k-th stays."""
+    """Keep the k highest scores, and those equal to the k-th."""
     kth = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
     return scores.masked_fill(scores < kth, NEVER)
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """The fewest most probable tokens that reach probability p; at least one."""
+    """Keep the fewest most probable tokens that together reach p; at least one."""
     ascending, order = scores.sort(dim=-1)
     drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
     drop[:, -1] = False
@@ -165,16 +170,15 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(scores: Tensor, min_p: float) -> Tensor:
-    """Everything at least min_p times as probable as the most probable."""
-    probabilities = scores.softmax(dim=-1)
-    return scores.masked_fill(
-        probabilities < min_p * probabilities.amax(dim=-1, keepdim=True), NEVER
-    )
+    """Keep the tokens that are at least min_p times as probable as the most probable."""
+    p = scores.softmax(dim=-1)
+    return scores.masked_fill(p < min_p * p.amax(dim=-1, keepdim=True), NEVER)
 
 
 def keep_typical(scores: Tensor, mass: float) -> Tensor:
-    """The tokens whose surprise -log p is nearest to the entropy, until `mass` is reached; ties
-    stay.
+    """Keep the tokens whose surprise -log p is nearest to the entropy, until `mass` is reached.
+
+    Tokens as near as the last one that is kept are kept too.
     """
     log_p = scores.log_softmax(dim=-1)
     entropy = -(log_p * log_p.exp()).nansum(dim=-1, keepdim=True)
@@ -186,16 +190,62 @@ def keep_typical(scores: Tensor, mass: float) -> Tensor:
     return scores.masked_fill(drop.scatter(1, order, drop), NEVER)
 
 
-def random_numbers(sampling: Sampling, device: torch.device) -> torch.Generator | None:
-    """The generator that the seed starts;
+class RandomNumbers:
+    """The random number generators of an engine.
 
-    None, which is PyTorch's global one, where there is no seed.
+    One Sampling for all rows: the rows share one generator, as in Hugging Face's `generate`, so a
+    row's text depends on the number of rows.
+    One Sampling per row: each row has a generator of its own, so its text is the one that it gets
+    alone. In a new decoder of one row the two are the same.
+
+    A seed starts its generator at the first step that has it; the generator continues, over any
+    number of calls, as long as the seed stays the same. A row's own generator also starts anew
+    after the row was emptied. Without a seed, random numbers come from PyTorch's global generator.
     """
-    return None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed)
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        # row (None: all rows) -> seed, generator
+        self._started: dict[int | None, tuple[int, torch.Generator]] = {}
+
+    def generator(self, seed: int | None, row: int | None = None) -> torch.Generator | None:
+        """The generator of a row, or of all rows together; None is PyTorch's global one."""
+        if seed is None:
+            self._started.pop(row, None)
+            return None
+        if row not in self._started or self._started[row][0] != seed:
+            self._started[row] = seed, torch.Generator(self._device).manual_seed(seed)
+        return self._started[row][1]
+
+    def restart(self, row: int) -> None:
+        """Let a row's own random numbers start anew at its next step, with whatever seed."""
+        self._started.pop(row, None)
+
+
+def sample_rows(
+    logits: Tensor,
+    sampling: Sampling | Sequence[Sampling | None],
+    history: Tensor,
+    lengths: Sequence[int],
+    mask: Tensor | None,
+    random: RandomNumbers,
+) -> Tensor:
+    """`next_ids` with one Sampling for all rows, or one per row: IDLE for a row without one."""
+    if isinstance(sampling, Sampling):
+        generator = random.generator(sampling.seed)
+        return next_ids(logits, sampling, history, lengths, mask, generator)
+    ids = torch.full((len(logits),), IDLE, device=logits.device)
+    for b, own in enumerate(sampling):
+        if own is not None:
+            row = slice(b, b + 1)
+            own_mask = mask[row] if mask is not None and mask.dim() == 2 else mask
+            generator = random.generator(own.seed, b)
+            ids[row] = next_ids(logits[row], own, history[row], lengths[row], own_mask, generator)
+    return ids
 
 
 def _marked(scores: Tensor, ids: Tensor) -> Tensor:
-    """True at each row's ids (-1: none): bool [B, V]."""
+    """True at each row's ids: ids [B, n], -1 for none -> bool [B, V]."""
     B, V = scores.shape
     marked = torch.zeros(B, V + 1, dtype=torch.bool, device=scores.device)
     return marked.scatter_(1, torch.where(ids < 0, V, ids), True)[:, :V]

@@ -1,9 +1,9 @@
 """Text to token ids and back, with the sentencepiece model that a checkpoint carries.
 
 Control tokens (`<s>`, `</s>`, `<|im_start|>`, ...) are kept apart from text in both directions:
-text that spells one stays text unless the caller asks otherwise, and decoding leaves them out
-unless asked. Every stretch of text between control tokens gets sentencepiece's leading space of its
-own; Mistral's own and Hermes' training data were split so (Hugging Face calls it `legacy`).
+text that spells one stays text unless the caller asks otherwise, and decoding omits them unless
+asked. Every stretch of text between control tokens gets a leading space of its own: the training
+data of Mistral and Hermes were split like this (Hugging Face calls it `legacy`).
 """
 
 import codecs
@@ -14,20 +14,20 @@ from sentencepiece import SentencePieceProcessor
 
 from mistral.errors import CheckpointError
 
-SPACE = "\u2581"  # how sentencepiece writes a space inside a piece: ▁
+SPACE = "\u2581"  # sentencepiece's spelling of a space inside a piece: ▁
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.
 
     model_proto  the bytes of a `tokenizer.model`
-    added        id -> text of the tokens that stand outside of it. All of them are control tokens.
+    added        id -> text of the tokens outside of it, all of them control tokens
     stop_ids     ids at which generation ends; the first is `eos_id`. None: the sentencepiece
-                 model's end token.
-    bos_id       the token that begins a text. None: the sentencepiece model's own.
+                 model's end token
+    bos_id       the begin-of-text token. None: the sentencepiece model's own
 
-    Raises CheckpointError for bytes that are no sentencepiece model, for added tokens that
-    contradict it, and for a `bos_id` that is no control token.
+    Raises CheckpointError for bytes that are not a sentencepiece model, for added tokens that
+    contradict it, and for a `bos_id` that is not a control token.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Tokenizer:
         stop_ids: Iterable[int] | None = None,
         bos_id: int | None = None,
     ):
+        # 1. The sentencepiece model.
         self.model_proto = model_proto
         self._pieces = SentencePieceProcessor()
         try:
@@ -48,21 +49,27 @@ class Tokenizer:
             ) from error
         if not pieces:
             raise CheckpointError("the sentencepiece model has no pieces")
+        self.adds_space = "".join(self._pieces.encode("a", out_type=str)).startswith(SPACE)
+        # A newline is always a piece of its own, so text after one is split as if it came first.
+        self._newline = self._pieces.encode("\n")
+
+        # 2. The control tokens. The unknown token is one of them: it stands for no text, and byte
+        #    pieces leave nothing unknown.
         _check_added(added, pieces)
         self.added = {id: text for id, text in added.items() if id >= len(pieces)}
-
-        # The unknown token is one of the control tokens: it stands for no text, and byte pieces
-        # leave nothing unknown.
-        silent = [
-            id
-            for id in range(len(pieces))
-            if self._pieces.IsControl(id) or self._pieces.IsUnknown(id)
-        ]
-        self._control = {id: pieces[id] for id in silent} | self.added
+        self.vocab_size = max(self.added, default=len(pieces) - 1) + 1
+        self._control: dict[int, str] = {}
+        for id, piece in enumerate(pieces):
+            if self._pieces.IsControl(id) or self._pieces.IsUnknown(id):
+                self._control[id] = piece
+        self._control |= self.added
         self.control_ids = frozenset(self._control)
-        self.vocab_size = (
-            max(len(pieces), *(id + 1 for id in self.added)) if self.added else len(pieces)
-        )
+        self._control_id = {text: id for id, text in self._control.items()}
+        longest_first = sorted(self._control_id, key=len, reverse=True)
+        any_control = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
+        self._special = re.compile(f"({any_control})")
+
+        # 3. The tokens that begin and end a text.
         own_begin = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
         self.bos_id: int | None = own_begin if bos_id is None else bos_id
         if bos_id is not None and bos_id not in self._control:
@@ -71,30 +78,23 @@ class Tokenizer:
         self.stop_ids = own_end if stop_ids is None else tuple(stop_ids)
         self.eos_id: int | None = self.stop_ids[0] if self.stop_ids else None
 
+        # 4. The bytes that each piece stands for.
         self._bytes = [self._piece_bytes(id, piece) for id, piece in enumerate(pieces)]
-        self._control_id = {text: id for id, text in self._control.items()}
-        longest_first = sorted(self._control_id, key=len, reverse=True)
-        any_control = "|".join(map(re.escape, longest_first)) or "(?!)"  # which never matches
-        self._special = re.compile(f"({any_control})")
-        self.adds_space = "".join(self._pieces.encode("a", out_type=str)).startswith(SPACE)
-        # A newline belongs to no piece but its own, so text behind one is split as if nothing stood
-        # before it.
-        self._newline = self._pieces.encode("\n")
 
     def encode(
         self, text: str, bos: bool = True, special: bool = False, prefix_space: bool = True
     ) -> list[int]:
         """Ids of `text`.
 
-        bos           begin with the begin-of-text token, exactly one of them: where `special` finds
-                      it spelled at the beginning of the text, no other is added
+        bos           begin with exactly one begin-of-text token: if `special` finds it at the
+                      beginning of the text, no other is added
         special       parse control tokens that are spelled in the text. False: they stay text, and
-                      no text can produce a control id.
-        prefix_space  give each stretch of text the leading space that words have inside a sentence;
-                      False where the text goes on right behind other text
+                      no text can produce a control id
+        prefix_space  give each stretch of text the leading space that words have inside a sentence.
+                      False: the text continues other text
 
-        Raises ValueError for text that is not valid Unicode, and for `bos` where the model has no
-        such token.
+        Raises ValueError for text that is not valid Unicode, and for `bos` if the model has no such
+        token.
         """
         text.encode("utf-8")  # a lone surrogate: UnicodeEncodeError, which is a ValueError
         if bos and self.bos_id is None:
@@ -113,53 +113,51 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], control: bool = False) -> str:
         """Text of `ids`; the inverse of `encode`, for text without U+2581.
 
-        Control tokens are left out, or with `control` spelled. Bytes that are no UTF-8 become
-        U+FFFD, one for each longest run that could have begun a character, as Unicode recommends.
+        Control tokens are omitted, or spelled if `control` is set. Bytes that are not valid UTF-8
+        become U+FFFD, one for each longest run that could have begun a character, as Unicode
+        recommends.
         """
-        stream = TextStream(self, start=True, control=control)
+        stream = TextStream(self, strip_leading_space=True, control=control)
         return "".join([stream.feed(id) for id in ids] + [stream.finish()])
 
-    def stream(self, start: bool = False, control: bool = False) -> "TextStream":
+    def stream(self, strip_leading_space: bool = False, control: bool = False) -> "TextStream":
         """A decoder that is fed one id at a time.
 
-        start  the ids begin a text, so that its first leading space is not part of it; False for
-               ids that a model generates behind a prompt.
+        strip_leading_space  the ids begin a text, whose leading space is not part of it. False:
+                             the ids follow others, as those that a model generates after a prompt
         """
-        return TextStream(self, start=start, control=control)
+        return TextStream(self, strip_leading_space=strip_leading_space, control=control)
 
     def token_bytes(self, id: int) -> bytes | None:
-        """The UTF-8 bytes (perhaps a part of a character) that a token stands for;
-
-        None if it stands for no text.
-        """
+        """The UTF-8 bytes of a token, perhaps part of a character; None if it has no text."""
         return self._bytes[id] if 0 <= id < len(self._bytes) else None
 
     def control_text(self, id: int) -> str | None:
-        """How a control token is spelled; None for every other id."""
+        """The spelling of a control token; None for every other id."""
         return self._control.get(id)
 
     def control_id(self, text: str) -> int | None:
-        """The control token that is spelled so; None if none is."""
+        """The id of the control token with this spelling; None if there is none."""
         return self._control_id.get(text)
 
     def vocabulary(self) -> list[tuple[str, float, int]]:
-        """Text, score and kind of every id, with the numbers that sentencepiece and GGUF give the
-        kinds.
+        """Text, score and type of every id, the type numbered as in sentencepiece and GGUF.
 
         1 ordinary, 2 unknown, 3 control, 5 unused, 6 byte. (4 is user-defined, which the library
-        calls ordinary.) Added tokens are control tokens; an id between them that has no token is
+        calls ordinary.) Added tokens are control tokens; an id between them without a token is
         unused, as [PAD<id>].
         """
         pieces = self._pieces
-        kinds = {2: pieces.IsUnknown, 3: pieces.IsControl, 5: pieces.IsUnused, 6: pieces.IsByte}
+        types = {2: pieces.IsUnknown, 3: pieces.IsControl, 5: pieces.IsUnused, 6: pieces.IsByte}
         entries = []
         for id in range(len(pieces)):
-            kind = next((number for number, holds in kinds.items() if holds(id)), 1)
-            entries.append((pieces.IdToPiece(id), pieces.GetScore(id), kind))
+            type = next((number for number, holds in types.items() if holds(id)), 1)
+            entries.append((pieces.IdToPiece(id), pieces.GetScore(id), type))
         for id in range(len(pieces), self.vocab_size):
-            entries.append(
-                (self.added.get(id, f"[PAD{id}]"), -1000.0, 3 if id in self.added else 5)
-            )
+            if id in self.added:
+                entries.append((self.added[id], -1000.0, 3))
+            else:
+                entries.append((f"[PAD{id}]", -1000.0, 5))
         return entries
 
     def _piece_bytes(self, id: int, piece: str) -> bytes | None:
@@ -178,43 +176,42 @@ class Tokenizer:
 
 
 class TextStream:
-    """Ids to text, piece by piece: what is returned is final, and a character that is not complete
-    yet is held back.
-    """
+    """Ids to text, piece by piece; an incomplete character is held back until it is complete."""
 
-    def __init__(self, tokenizer: Tokenizer, start: bool, control: bool):
-        self._tokenizer, self._at_start, self._control = tokenizer, start, control
+    def __init__(self, tokenizer: Tokenizer, strip_leading_space: bool, control: bool):
+        self._tokenizer = tokenizer
+        self._at_start = strip_leading_space
+        self._control = control
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, id: int) -> str:
-        """The text that is certain after one more id; often "" inside a character of several
-        bytes.
-        """
+        """The text that one more id makes final; often "" inside a character of several bytes."""
         piece = self._tokenizer.token_bytes(id)
         if piece is None:  # a control token, or an id without a token: the text before it has ended
             text = self.finish()
             self._at_start = id in self._tokenizer.control_ids
-            return text + ((self._tokenizer.control_text(id) or "") if self._control else "")
+            if self._control:
+                text += self._tokenizer.control_text(id) or ""
+            return text
         if self._at_start and self._tokenizer._begins_with_space(id):
             piece = piece[1:]
         self._at_start = False
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
-        """The text still held back: U+FFFD for the beginning of a character that never came."""
+        """The text still held back: U+FFFD for a character that was never completed."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
 
 
 def _check_added(added: Mapping[int, str], pieces: list[str]) -> None:
+    """Raises CheckpointError for two ids of one text, and for ids that are another piece's."""
     if len(set(added.values())) < len(added):
         twice = next(text for text in added.values() if list(added.values()).count(text) > 1)
         raise CheckpointError(f"added token {twice!r} has two ids")
     for id, text in added.items():
         if not text or id < 0:
-            raise CheckpointError(
-                f"added token {id} ({text!r}) needs a text and an id of 0 or more"
-            )
+            raise CheckpointError(f"added token {id} ({text!r}) needs text and an id of 0 or more")
         if id < len(pieces) and pieces[id] != text:
             raise CheckpointError(f"added token {text!r} claims id {id}, which is {pieces[id]!r}")
