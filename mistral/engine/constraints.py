@@ -1,130 +1,107 @@
-"""Which ids may come next: the interface to grammars and the like, and the constraints that need
-none.
-"""
+"""Constraints that need no grammar."""
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mistral.engine.decoder import Engine
+from mistral.engine.base import Constraint, Engine
 
 
-class Constraint(Protocol):
-    """Says which ids may come next; a grammar, for example.
+class FixedMask(Constraint):
+    """Allows the same ids at every step; the mask is copied to the engine's device once."""
 
-    It may have two things more. `forced() -> list[int]` gives ids of which each is the only one
-    that may come, no stop token among them; `generate` appends them without asking the model, so
-    they cost one forward together instead of one each. `fixed`, if it is True, says that the mask
-    is the same at every step, so that an engine may run ahead.
-    """
-
-    def mask(self) -> Tensor | None:
-        """bool [V], True where an id is allowed; None: all are."""
-
-    def accept(self, id: int) -> None:
-        """Take note of the id that was chosen."""
-
-
-class FixedMask:
-    """A constraint to the same ids at every step; they are copied to the decoder's device once."""
-
-    fixed = True
+    is_static = True
 
     def __init__(self, decoder: Engine, allowed: Sequence[bool]):
-        self._decoder, self._mask, self._placed = decoder, torch.tensor(allowed), False  # [V]
+        self._decoder = decoder
+        self._mask = torch.tensor(allowed)  # [V]
+        self._placed = False  # True: the mask is on the engine's device
 
     def mask(self) -> Tensor:
-        """bool [V] on the device of the decoder, which has read something."""
+        """bool [V] on the device of the engine, which must hold tokens already."""
         if not self._placed:
-            self._mask, self._placed = self._mask.to(self._decoder.logits.device), True
+            self._mask = self._mask.to(self._decoder.logits.device)
+            self._placed = True
         return self._mask
 
-    def accept(self, id: int) -> None:
-        """Nothing to remember."""
+
+class AnyToken(Constraint):
+    """Allows every id."""
+
+    is_static = True
 
 
 class KnownTokens(FixedMask):
-    """Keeps rows of the embedding that have no token from being drawn, on top of another constraint
-    if there is one.
-    """
+    """Forbids rows of the embedding that have no token, on top of another constraint."""
 
-    def __init__(self, decoder: Engine, num_tokens: int, inner: Constraint | None):
+    def __init__(self, decoder: Engine, num_tokens: int, inner: Constraint):
         super().__init__(decoder, [id < num_tokens for id in range(decoder.config.vocab_size)])
-        self._num_tokens, self._inner = num_tokens, inner
+        self._num_tokens = num_tokens
+        self._inner = inner
 
     @property
-    def fixed(self) -> bool:
+    def is_static(self) -> bool:
         """Whether the mask is the same at every step."""
-        return self._inner is None or is_fixed(self._inner)
+        return self._inner.is_static
 
     def mask(self) -> Tensor:
-        """bool [V] on the decoder's device."""
-        known, inner = super().mask(), None if self._inner is None else self._inner.mask()
+        """bool [V] on the engine's device."""
+        known = super().mask()
+        inner = self._inner.mask()
         return known if inner is None else known & inner.to(known.device, non_blocking=True)
 
     def accept(self, id: int) -> None:
-        """Tell the other constraint."""
-        if self._inner is not None:
-            self._inner.accept(id)
+        """Pass the id on."""
+        self._inner.accept(id)
 
     def forced(self) -> list[int]:
-        """What the other constraint leaves no choice about, up to an id without a token."""
-        return list(takewhile(lambda id: id < self._num_tokens, forced_ids(self._inner)))
+        """The inner constraint's forced ids, up to the first without a token."""
+        return list(takewhile(lambda id: id < self._num_tokens, self._inner.forced()))
 
 
-class CountsForced:
-    """Another constraint, and how many of the ids that it forced were taken (`taken`).
+class CountsForced(Constraint):
+    """Wraps a constraint and counts how many of its forced ids were appended (`taken`).
 
-    Those that were not reached do not count: a text may end among them, at its last token for
+    Ids that were not reached do not count: a text may end among them, at its last token for
     example.
     """
 
     def __init__(self, inner: Constraint):
-        self.taken, self._inner, self._due = 0, inner, 0
+        self.taken = 0
+        self._inner = inner
+        self._due = 0  # forced ids that `accept` has not seen yet
 
     @property
-    def fixed(self) -> bool:
+    def is_static(self) -> bool:
         """Whether the mask is the same at every step."""
-        return is_fixed(self._inner)
+        return self._inner.is_static
 
     def mask(self) -> Tensor | None:
-        """The other's."""
+        """The inner constraint's mask."""
         return self._inner.mask()
 
     def accept(self, id: int) -> None:
-        """Tell the other; count the id if it was due."""
+        """Pass the id on, and count it if it was forced."""
         self._inner.accept(id)
         if self._due:
-            self._due, self.taken = self._due - 1, self.taken + 1
+            self._due -= 1
+            self.taken += 1
 
     def forced(self) -> list[int]:
-        """The other's; they are due now."""
-        ids = forced_ids(self._inner)
+        """The inner constraint's forced ids; they are due from now on."""
+        ids = self._inner.forced()
         self._due = len(ids)
         return ids
-
-
-def is_fixed(constraint: Constraint) -> bool:
-    """Whether its mask is the same at every step, so that a step can begin before the last one's id
-    is known.
-    """
-    return getattr(constraint, "fixed", False)
-
-
-def forced_ids(constraint: Constraint | None) -> list[int]:
-    """The ids that a constraint leaves no choice about, if it says so."""
-    return constraint.forced() if hasattr(constraint, "forced") else []
 
 
 def stack_masks(
     constraints: Sequence[Constraint], running: Sequence[bool], logits: Tensor
 ) -> Tensor | None:
-    """The rows' masks as one bool [B, V] beside the logits; None where every row allows everything.
+    """The rows' masks as one bool [B, V] on the logits' device; None if every row allows all ids.
 
-    running  False for rows that have ended, whose constraints are not asked
+    running  False for rows that have ended: their constraints are not asked
     """
     masks = [
         constraint.mask() if alive else None for constraint, alive in zip(constraints, running)

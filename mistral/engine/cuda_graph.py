@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is recorded once, and then started again and again as a whole."""
+"""CUDA graphs: work that is recorded once and then launched as a whole, any number of times."""
 
 import functools
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import torch
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Where a device's work is recorded. One for all: cuBLAS keeps memory for every stream that it
-    has seen.
+    """The stream on which a device's work is recorded.
 
-    PyTorch's own stream for it belongs to the device that recorded first.
+    One for all recorders, because cuBLAS keeps memory for every stream that it has seen. PyTorch's
+    own capture stream belongs to the device that recorded first.
     """
     return torch.cuda.Stream()
 
@@ -20,8 +20,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 class Recorder:
     """Records work of one device as CUDA graphs.
 
-    They share their memory, so they must run one after the other, and what one returns must be
-    copied before the next.
+    The graphs share their memory, so they must run one after the other, and the results of one must
+    be copied before the next runs.
     """
 
     def __init__(self, device: torch.device):
@@ -29,14 +29,13 @@ class Recorder:
         self._pool: tuple[int, int] | None = None
 
     def record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """The work as a graph. Nothing runs on the device meanwhile; what the work raises is
-        raised.
-        """
-        graph, failure = torch.cuda.CUDAGraph(), None
+        """The work as a graph; nothing runs on the device. Raises what the work raises."""
+        graph = torch.cuda.CUDAGraph()
+        failure = None
         with torch.cuda.device(self._device):
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             before = torch.cuda.current_stream()
-            # What other threads do with the device breaks no recording of this one.
+            # thread_local: another thread's use of the device does not break this recording
             how = dict(
                 pool=self._pool, stream=_stream(self._device), capture_error_mode="thread_local"
             )
@@ -46,32 +45,30 @@ class Recorder:
                         work()
                     except BaseException as error:
                         failure = error
-            except BaseException as error:  # of the end of a recording that the work has broken
+            except BaseException as error:  # from the end of a recording that the work has broken
                 failure = failure or error
             if failure is not None:
                 self._recover(before)
                 try:
                     raise failure
                 finally:
-                    # The error's traceback has this frame, and the frame has both: they would wait
-                    # for the collector.
+                    # The traceback holds this frame, and the frame holds both: without this they
+                    # would live until the garbage collector runs.
                     del failure, graph
         return graph
 
     def _recover(self, stream: torch.cuda.Stream) -> None:
-        """Undo what PyTorch leaves behind where even the end of a recording failed (by reading its
-        code).
+        """Reset the state that PyTorch leaves if even the end of a recording failed.
 
-        The stream of the recording is still the current one. The allocator still records into the
-        pool: it would free no other memory, and take no second recording into this one. And the
-        generator counts for a graph, which would make the next random number an error: it begins
-        its numbers anew.
+        Found by reading PyTorch's code. The recording's stream is still the current one. The
+        allocator still records into the pool: it would free no other memory, and accept no second
+        recording. And the generator still counts for a graph, so the next random number would be an
+        error: it starts anew.
         """
         torch.cuda.set_stream(stream)
-        pool, self._pool = self._pool, None
-        with suppress(
-            RuntimeError
-        ):  # of the first where the recording has ended, and then the graph lets go of it
+        pool = self._pool
+        self._pool = None
+        with suppress(RuntimeError):  # if the recording has ended, and the graph frees the pool
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
             torch._C._cuda_releasePool(stream.device_index, pool)
         generator = torch.cuda.default_generators[stream.device_index]

@@ -1,16 +1,27 @@
-"""Prompt to continuation: the naive loop, and the doors to the loops in steps.py."""
+"""Prompt to continuation: the naive loop, and the loop that drives an engine."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from mistral.engine.constraints import Constraint, KnownTokens
-from mistral.engine.decoder import Decoder, Engine
-from mistral.engine.steps import Token, steps
+from mistral.engine.base import NO_NUMBERS, NOTHING_LEFT, Constraint, Engine
+from mistral.engine.constraints import AnyToken, KnownTokens, stack_masks
+from mistral.engine.decoder import Decoder
 from mistral.model import Mistral
-from mistral.sampling import Sampling, next_ids, random_numbers
+from mistral.sampling import RandomNumbers, Sampling, next_ids
 from mistral.tokenizer import Tokenizer
+
+
+class Token(NamedTuple):
+    """A generated id, with the log-probability that the model gave it, before penalties."""
+
+    id: int
+    logprob: float
 
 
 @torch.inference_mode()
@@ -22,20 +33,18 @@ def generate_naive(
     max_new_tokens: int,
     stop_tokens: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """Generation with nothing clever: every step reads the whole text again. The loop to learn
-    from.
+    """Generation with nothing clever: every step reads the whole sequence again.
 
-    `generate` gives the same tokens with a fraction of the work, and a test holds the two together.
-    Arguments and result are those of `generate`; ValueError for an empty prompt.
+    The loop to learn from. `generate` yields the same tokens with a fraction of the work, and a
+    test holds the two together. Arguments and result are those of `generate`; raises ValueError for
+    an empty prompt.
     """
     stop_tokens = model.config.eos_token_id if stop_tokens is None else stop_tokens
-    device = model.device
-    generator = random_numbers(sampling, device)
-    ids = torch.tensor([list(prompt_ids)], device=device)  # [1, T]
+    generator = RandomNumbers(model.device).generator(sampling.seed)
+    ids = torch.tensor([list(prompt_ids)], device=model.device)  # [1, T]
     for _ in range(max_new_tokens):
         logits = model(ids, last_only=True)  # [1, V]
-        lengths = torch.tensor([ids.shape[1]], device=device)
-        new = next_ids(logits, sampling, ids, lengths, None, generator)  # [1]
+        new = next_ids(logits, sampling, ids, [ids.shape[1]], None, generator)  # [1]
         ids = torch.cat((ids, new[:, None]), dim=1)
         yield new.item()
         if new.item() in stop_tokens:
@@ -54,22 +63,22 @@ def generate(
 ) -> Iterator[int] | Iterator[Token]:
     """Continue one prompt; yields each id as it is chosen, the stop token included.
 
-    model_or_decoder  a decoder goes on behind what it has read already, and keeps what is
-                      generated. A `speculation.LookupDecoder` makes several tokens from a forward
-                      where a text repeats itself.
+    model_or_decoder  a decoder continues after what it has read already, and keeps what is
+                      generated. A `speculation.LookupDecoder` produces several tokens from one
+                      forward pass when a sequence repeats itself.
     stop_tokens       None: the checkpoint's; (): none
-    constraint        a mask for every step, one host synchronisation a token
+    constraint        a mask for every step, one host synchronization a token: a `Constraint`, or an
+                      object with its `mask` and `accept`
     logprobs          yield Token(id, logprob) instead of ids
 
     Raises ValueError for an empty prompt and for more tokens than there is room for: with a model
-    at the call, with a decoder when it comes to it. ValueError, too, for ids outside the
-    vocabulary, where the constraint and the penalties together allow no id, and where the logits
-    are not numbers (float16 overflows in some fine-tunes). NotEnoughMemory where a model's cache
-    does not fit.
+    at the call, with a decoder when the room is used up. Also raises ValueError for ids outside the
+    vocabulary, if the constraint and the penalties together allow no id, and if the logits are NaN
+    (float16 overflows in some fine-tunes); NotEnoughMemory if a model's cache does not fit.
     """
-    constraints = None if constraint is None else [constraint]
+    constraints = None if constraint is None else [Constraint.of(constraint)]
     decoder = _decoder_for(model_or_decoder, [prompt_ids], max_new_tokens)
-    rows = steps(
+    rows = _steps(
         decoder, [prompt_ids], sampling, max_new_tokens, stop_tokens, constraints, logprobs
     )
     return (row[0] for row in rows)
@@ -78,25 +87,32 @@ def generate(
 def generate_batch(
     model_or_decoder: Mistral | Engine,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     *,
     max_new_tokens: int,
     stop_tokens: Sequence[int] | None = None,
     constraints: Sequence[Constraint] | None = None,
     logprobs: bool = False,
 ) -> list[list[int]] | list[list[Token]]:
-    """Continue several prompts of any lengths at once; each row ends at its own stop token
-    (included).
+    """Continue several prompts of any lengths at once; each row ends at its own stop token.
 
-    The other arguments and errors are those of `generate`; `constraints` has one for each row.
-    Their `forced` is not asked: rows are forced at different steps, and a step is one forward for
-    all of them.
+    sampling     one for all rows: random numbers as in Hugging Face's `generate`, where a row's
+                 text depends on its company. Or one per row: each row gets the text that it gets
+                 alone, up to the rounding of a larger batch.
+    constraints  one per row. Their `forced` is not asked: rows are forced at different steps, and a
+                 step is one forward pass for all of them.
+
+    The stop token is included. The other arguments and errors are those of `generate`.
     """
     if constraints is not None and len(constraints) != len(prompts):
         raise ValueError(f"{len(constraints)} constraints for {len(prompts)} prompts")
+    if not isinstance(sampling, Sampling) and len(sampling) != len(prompts):
+        raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts")
+    if constraints is not None:
+        constraints = list(map(Constraint.of, constraints))
     decoder = _decoder_for(model_or_decoder, prompts, max_new_tokens)
     rows: list[list] = [[] for _ in prompts]
-    for step in steps(
+    for step in _steps(
         decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs
     ):
         for row, token in zip(rows, step):
@@ -105,7 +121,7 @@ def generate_batch(
     return rows
 
 
-def generate_text(
+def generate_text(  # noqa: PLR0913
     model_or_decoder: Mistral | Engine,
     tokenizer: Tokenizer,
     text: str | Sequence[int],
@@ -118,20 +134,20 @@ def generate_text(
     bos: bool = True,
     prefix_space: bool = True,
     special: bool = False,
-    new_text: bool = False,
+    strip_leading_space: bool = False,
 ) -> Iterator[str]:
     """Continue `text` (or the ids of a prompt); yields the new text in pieces, each final.
 
     stop          strings at which the text ends, wherever the tokens' borders fall; they are not
                   part of it. The first to be complete counts. One that spells a control token means
                   that token.
-    bos           begin with the begin-of-text token; False to go on behind what a decoder has read
-    prefix_space  give the text the leading space of a new word; False to go on inside one
+    bos           begin with the begin-of-text token; False to continue what a decoder has read
+    prefix_space  give the text the leading space of a new word; False to continue inside a word
     special       parse control tokens that are spelled in `text`
-    new_text      what comes is a text of its own, without the leading space of its first token, and
-                  does not go on with `text`: an answer in one of Mistral's own chat formats
+    strip_leading_space  drop the leading space of the first new token: the answer is a text of its
+                  own and does not continue `text`, as in Mistral's own chat formats
 
-    Ids are taken as they are: `bos`, `prefix_space` and `special` say nothing about them. The other
+    Ids are taken as they are: `bos`, `prefix_space` and `special` do not apply to them. The other
     arguments and errors are those of `generate`. A decoder holds every token that was generated,
     those that spell the stop string included.
     """
@@ -143,7 +159,8 @@ def generate_text(
         text = tokenizer.encode(text, bos=bos, special=special, prefix_space=prefix_space)
     decoder = _decoder_for(model_or_decoder, [text], max_new_tokens)
     if tokenizer.vocab_size < decoder.config.vocab_size:
-        constraint = KnownTokens(decoder, tokenizer.vocab_size, constraint)
+        inner = AnyToken() if constraint is None else Constraint.of(constraint)
+        constraint = KnownTokens(decoder, tokenizer.vocab_size, inner)
     ids = generate(
         decoder,
         text,
@@ -152,15 +169,13 @@ def generate_text(
         stop_tokens=(*stop_tokens, *control),
         constraint=constraint,
     )
-    return text_until(ids, tokenizer, stop, new_text)
+    return text_until(ids, tokenizer, stop, strip_leading_space)
 
 
 def _decoder_for(
     model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Engine:
-    """The decoder itself, or a new one with just enough room; raises what the callers' docstrings
-    say.
-    """
+    """The decoder itself, or a new one with just enough room. Raises what the callers document."""
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     if not prompts:
@@ -171,13 +186,13 @@ def _decoder_for(
         raise ValueError(
             "the prompt is empty: it needs one token at least, the begin-of-text token for example"
         )
-    longest, limit = max(map(len, prompts)), model_or_decoder.config.max_position_embeddings
+    longest = max(map(len, prompts))
+    limit = model_or_decoder.config.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones make "
-            f"{longest + max_new_tokens}, and the "
-            f"checkpoint was made for {limit} (max_position_embeddings): shorten the prompt or "
-            f"lower max_new_tokens"
+            f"{longest + max_new_tokens}, and the checkpoint was made for {limit} "
+            "(max_position_embeddings): shorten the prompt or lower max_new_tokens"
         )
     return Decoder(model_or_decoder, len(prompts), longest + max_new_tokens, slack=0)
 
@@ -186,28 +201,30 @@ def text_until(
     ids: Iterator[int],
     tokenizer: Tokenizer,
     stop: Sequence[str],
-    start: bool = False,
+    strip_leading_space: bool = False,
     is_quoted: Callable[[str, int], bool] = lambda text, at: False,
 ) -> Iterator[str]:
-    """Decode a stream of ids up to the first stop string, holding back what could be the beginning
-    of one.
+    """Decode ids up to the first stop string, holding back what could be the beginning of one.
 
-    start      the ids begin a text: see `Tokenizer.stream`
-    is_quoted  whether what stands at a place of the text ends nothing, though it is a stop string
+    strip_leading_space  see `Tokenizer.stream`
+    is_quoted            whether the stop string at a place of the text is quoted, and ends nothing
     """
-    stream, text, given = tokenizer.stream(start), "", 0
+    stream = tokenizer.stream(strip_leading_space)
+    text = ""
+    given = 0
     for id in ids:
         text += stream.feed(id)
         # The one that ends first; of two that end together, the longer.
-        places = [
+        places = sorted(
             (match.end(), match.start())
             for s in stop
             for match in re.compile(re.escape(s)).finditer(text, given)
-        ]
-        places = [(end, at) for end, at in places if not is_quoted(text, at)]
-        if places:
-            if text[given : min(places)[1]]:
-                yield text[given : min(places)[1]]
+        )
+        # Asked from left to right up to the one that counts, so that an answer can be parsed once.
+        at = next((at for _, at in places if not is_quoted(text, at)), None)
+        if at is not None:
+            if text[given:at]:
+                yield text[given:at]
             return
         # How much of the text's end could be the beginning of a stop string.
         open_end = max(
@@ -218,3 +235,189 @@ def text_until(
             given = len(text) - open_end
     if rest := text[given:] + stream.finish():
         yield rest
+
+
+def _steps(
+    decoder: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None,
+    constraints: Sequence[Constraint] | None,
+    logprobs: bool,
+) -> Iterator[list]:
+    """Yields one list a step: each row's id (or Token), None for a row that has ended.
+
+    The arguments are those of `generate_batch`.
+    """
+    stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
+    decoder.prefill(prompts)
+    is_static = all(constraint.is_static for constraint in constraints or ())
+    if decoder.steps_in_flight and is_static and not logprobs:
+        yield from _steps_in_flight(decoder, sampling, max_new_tokens, stop, constraints)
+        return
+    running = [True] * len(prompts)
+    may_force = len(prompts) == 1 and constraints and not logprobs
+    left = max_new_tokens
+    while left > 0 and any(running):
+        if may_force and (forced := constraints[0].forced()[:left]):
+            decoder.prefill([forced])  # together with the last id: one forward pass for all of them
+            for id in forced:
+                constraints[0].accept(id)
+                yield [id]
+            left -= len(forced)
+            continue
+        ids, tokens = _step(decoder, sampling, constraints, running, logprobs)
+        yielded = [token if alive else None for token, alive in zip(tokens, running)]
+        running = [alive and id not in stop for id, alive in zip(ids, running)]
+        _accept(constraints, ids, running)
+        yield yielded
+        left -= 1
+
+
+def _step(
+    decoder: Engine,
+    sampling: Sampling | Sequence[Sampling],
+    constraints: Sequence[Constraint] | None,
+    running: Sequence[bool],
+    logprobs: bool,
+) -> tuple[list[int], list]:
+    """One step of every row, read back: (ids, ids or Tokens)."""
+    logits = decoder.logits  # [B, V]
+    mask = None if constraints is None else stack_masks(constraints, running, logits)
+    log_p = logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
+    broken = logits.isnan().any(dim=-1)  # [B]
+    ids = decoder.step(_of_running(sampling, running), mask)  # [B]
+    ids_or_0 = ids.clamp(min=0)[:, None]  # [B, 1]
+    forbidden = torch.zeros_like(broken) if mask is None else ~mask.gather(1, ids_or_0)[:, 0]
+    # One synchronization for everything that the host must know.
+    chosen, *wrong = torch.stack((ids, broken.long(), forbidden.long())).tolist()
+    _check_step(*wrong, running)
+    if log_p is None:
+        return chosen, chosen
+    return chosen, list(map(Token, chosen, log_p.gather(1, ids_or_0)[:, 0].tolist()))
+
+
+def _steps_in_flight(
+    decoder: Engine,
+    sampling: Sampling | Sequence[Sampling],
+    max_new_tokens: int,
+    stop: frozenset[int],
+    constraints: Sequence[Constraint] | None,
+) -> Iterator[list]:
+    """`_steps` when no step needs the ids of the previous one on the host.
+
+    Keeps up to `decoder.steps_in_flight` steps in flight, so that the GPU never waits for the host.
+    Steps launched past a stop token are rolled back at the end. (Rows that share a Sampling step
+    until the last of them ends, and keep those ids.)
+    """
+    running = [True] * decoder.batch_size
+    surplus = [0] * decoder.batch_size  # ids of a row beyond its end
+    mask = None if constraints is None else stack_masks(constraints, running, decoder.logits)
+    in_flight: deque[tuple[IdsInFlight, list[bool]]] = deque()  # with the rows that take part
+    try:
+        for left in range(max_new_tokens, 0, -1):
+            # 1. Launch.
+            while len(in_flight) < min(decoder.steps_in_flight + 1, left):
+                own = _of_running(sampling, running)
+                active = _active_rows(own, decoder.batch_size)
+                if in_flight and not _has_room(decoder, active):
+                    break  # a later step, for which there is no room, raises the error
+                in_flight.append((IdsInFlight(decoder.step(own, mask)), active))
+            # 2. Read the oldest step back.
+            arriving, active = in_flight.popleft()
+            chosen = arriving.ids()
+            no_numbers = [id == NO_NUMBERS for id in chosen]
+            nothing_left = [id == NOTHING_LEFT for id in chosen]
+            _check_step(no_numbers, nothing_left, running)
+            # 3. Yield.
+            ids = [id if alive else None for id, alive in zip(chosen, running)]
+            if not isinstance(sampling, Sampling):
+                ended = [took_part and not alive for took_part, alive in zip(active, running)]
+                surplus = [n + int(late) for n, late in zip(surplus, ended)]
+            running = [alive and id not in stop for id, alive in zip(chosen, running)]
+            _accept(constraints, chosen, running)
+            yield ids
+            if not any(running):
+                break
+    except BaseException:
+        # An interrupt may have cost the cache what the rewind needs; the next call says so.
+        with suppress(ValueError):
+            _roll_back(decoder, surplus, in_flight)
+        raise
+    else:
+        _roll_back(decoder, surplus, in_flight)
+
+
+def _active_rows(sampling: Sampling | Sequence[Sampling | None], batch_size: int) -> list[bool]:
+    """Which rows take part in a step."""
+    if isinstance(sampling, Sampling):
+        return [True] * batch_size
+    return [own is not None for own in sampling]
+
+
+def _has_room(decoder: Engine, active: Sequence[bool]) -> bool:
+    """Whether one more id fits into every row that takes part."""
+    lengths = [length for length, takes_part in zip(decoder.lengths, active) if takes_part]
+    return max(lengths, default=0) < decoder.limit
+
+
+def _roll_back(
+    decoder: Engine, surplus: list[int], in_flight: Iterable[tuple["IdsInFlight", list[bool]]]
+) -> None:
+    """Forget the ids of each row beyond its end, and those of the steps in flight."""
+    counts = list(surplus)
+    for _, active in in_flight:
+        counts = [n + int(takes_part) for n, takes_part in zip(counts, active)]
+    decoder.rewind(counts)
+
+
+def _of_running(
+    sampling: Sampling | Sequence[Sampling], running: Sequence[bool]
+) -> Sampling | list[Sampling | None]:
+    """The sampling of a step: rows with a sampling of their own are idle once they have ended.
+
+    With one Sampling for all, rows that have ended still take part: they share the random numbers.
+    """
+    if isinstance(sampling, Sampling):
+        return sampling
+    return [own if alive else None for own, alive in zip(sampling, running)]
+
+
+def _accept(
+    constraints: Sequence[Constraint] | None, chosen: Sequence[int], running: Sequence[bool]
+) -> None:
+    """Tell the ids to the constraints of the rows that continue."""
+    for constraint, id, alive in zip(constraints or (), chosen, running):
+        if alive:
+            constraint.accept(id)
+
+
+class IdsInFlight:
+    """Ids [B] on their way to the host; work that is launched after them is not waited for."""
+
+    def __init__(self, ids: Tensor):
+        self._ids = ids.to("cpu", non_blocking=True)
+        self._arrived = None
+        if ids.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(ids.device))
+
+    def ids(self) -> list[int]:
+        """Wait for the ids."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._ids.tolist()
+
+
+def _check_step(broken: Sequence[int], forbidden: Sequence[int], running: Sequence[bool]) -> None:
+    for b, alive in enumerate(running):
+        if alive and broken[b]:
+            raise ValueError(
+                f"row {b}: the logits are NaN (float16 overflows in some fine-tunes); load the "
+                "model in bfloat16 or float32"
+            )
+        if alive and forbidden[b]:
+            raise ValueError(
+                f"row {b}: constraint and penalties forbid every token, so none can be chosen"
+            )

@@ -1,4 +1,4 @@
-"""What memory there is, asked before it is taken."""
+"""Free memory, checked before an allocation."""
 
 import os
 from collections.abc import Callable
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+from mistral.cache import RollingCache, cache_slots
 from mistral.errors import NotEnoughMemory
+from mistral.model import Mistral
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on `device`; None where that cannot be told."""
+def _available_memory(device: torch.device) -> int | None:
+    """Bytes that are free on `device`; None if unknown."""
     if device.type == "cuda":
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
@@ -24,21 +26,21 @@ def _system_memory() -> int | None:
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux: all there is, if the system tells
+    except (OSError, KeyError, ValueError):  # not Linux: the total memory, if the system reports it
         names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
         known = hasattr(os, "sysconf") and all(name in os.sysconf_names for name in names)
         return os.sysconf(names[0]) * os.sysconf(names[1]) if known else None
 
 
 def _container_memory() -> int | None:
-    """What a container's limit (cgroup 2) leaves; None without one."""
+    """Bytes left below the limit of a container (cgroup 2); None without a limit."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (
             (group / name).read_text().strip() for name in ("memory.max", "memory.current")
         )
         fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # Cached files count as used, and are given back when memory is short.
+        # Cached files count as used, and are freed when memory is short.
         return None if limit == "max" else int(limit) - int(used) + int(fields["file"])
     except (OSError, KeyError, ValueError):
         return None
@@ -47,17 +49,36 @@ def _container_memory() -> int | None:
 def require_memory(
     needed: int, device: torch.device, what: str, fits: Callable[[int], str]
 ) -> None:
-    """Raise NotEnoughMemory where `needed` bytes are not free on `device`.
+    """Raises NotEnoughMemory if `needed` bytes are not free on `device`.
 
-    The system kills a process that takes too much on a CPU, so nothing waits for the allocator's
-    own error. `fits(free_bytes)` says what would fit instead.
+    Checked up front because the system kills a process that takes too much memory on a CPU: the
+    allocator never gets to raise an error. `fits(free_bytes)` says what would fit instead.
     """
-    free = available_memory(device)
+    free = _available_memory(device)
     if free is not None and needed > free:
         raise NotEnoughMemory(
             f"{what} needs {format_bytes(needed)} on {device}, and {format_bytes(free)} are free; "
             f"{fits(free)}"
         )
+
+
+def checked_cache(
+    model: Mistral, batch_size: int, max_tokens: int | None, slack: int
+) -> RollingCache:
+    """`model.new_cache`, or NotEnoughMemory, with what would fit, if the cache does not."""
+    config = model.config
+    if batch_size >= 1 and (config.sliding_window or max_tokens):
+        slots = cache_slots(config.sliding_window, max_tokens, slack)
+        row_bytes = config.cache_bytes(slots, model.dtype.itemsize)
+        rows = f"{batch_size} row{'s' * (batch_size > 1)}"
+
+        def fits(free: int) -> str:
+            positions = free // (row_bytes // slots * batch_size)
+            return f"{positions} positions, or {free // row_bytes} rows, would fit"
+
+        what = f"a key/value cache of {slots} positions for {rows}"
+        require_memory(batch_size * row_bytes, model.device, what, fits)
+    return model.new_cache(batch_size, max_tokens, slack)
 
 
 def format_bytes(count: float) -> str:
