@@ -1,219 +1,157 @@
-"""Mistral's own layout: params.json, consolidated.safetensors or consolidated.00.pth,
-tokenizer.model.
+"""Mistral's own layout: params.json, consolidated.safetensors or .00.pth, tokenizer.model.
 
 Source: mistral-inference, `args.py` and `transformer.py`,
 https://github.com/mistralai/mistral-inference
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from mistral.checkpoints.assemble import (
-    EMBEDDING,
-    Parts,
-    check_layers,
-    check_tensors,
-    quantized_kinds,
-    require_room,
-)
-from mistral.checkpoints.names import consolidated_names, half_split_rows, rotary_heads
-from mistral.checkpoints.safetensors_files import StoredTensor, headers
+from mistral.checkpoints.names import consolidated_names
+from mistral.checkpoints.reader import MappedTensor, Reader, StoredTensor, blaming
+from mistral.checkpoints.safetensors_files import tensors_in
 from mistral.config import Config, whole_number
 from mistral.errors import CheckpointError
 from mistral.files import read_json
-from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
 
-SAFETENSORS, PICKLE = "consolidated.safetensors", "consolidated.00.pth"
-# Every Mistral-7B was made for so many positions; params.json does not say.
-POSITIONS = 32768
+_SAFETENSORS = "consolidated.safetensors"
+_PICKLE = "consolidated.00.pth"
+_TOKENIZERS = [f"tokenizer.model{version}" for version in ("", ".v3", ".v2", ".v1")]
+# Every Mistral-7B was made for this many positions; params.json does not say.
+_POSITIONS = 32768
+_OTHER_MODELS = "moe mamba yarn rope_scaling quantization lora vision_encoder".split()
 
 
-def load(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    sliding_window: int | None | Literal["auto"],
-    quantize: str | None = None,
-) -> tuple[Mistral, Tokenizer]:
-    """What `mistral.load` does for a folder in this layout."""
-    tensors = read_tensors(folder)
-    tokenizer = read_tokenizer(folder)
-    config = read_config(folder, tensors, tokenizer, sliding_window)
-    return load_model(folder, tensors, config, device, dtype, quantize), tokenizer
+class ConsolidatedReader(Reader):
+    """A folder in this layout. The tensors' headers are read when it is opened."""
+
+    layer_prefix = "layers."
+    pairs_neighbours = True
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        self._tensors = _read_tensors(folder)
+
+    def config(self) -> Config:
+        """params.json as a Config.
+
+        Published copies are wrong about hidden_dim and silent about vocab_size, so those two come
+        from the tensors. If rope_theta is missing, it is 10,000 with a sliding window and 1,000,000
+        without: the rule of mistral-inference until May 2024. (Today's would take 1,000,000 for
+        v0.1, whose params.json does not name it.)
+        """
+        path = self.path / "params.json"
+        params = read_json(path)
+        with blaming(path):
+            return _config(params, self._tensors)
+
+    def tokenizer(self, stop_ids: tuple[int, ...]) -> Tokenizer:
+        """tokenizer.model, or .model.v1 to .model.v3 as newer checkpoints name it."""
+        for path in (self.path / name for name in _TOKENIZERS):
+            if path.is_file():
+                with blaming(path):
+                    return Tokenizer(path.read_bytes(), stop_ids=stop_ids or None)
+        raise CheckpointError(f"{self.path} has no tokenizer.model")
+
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return self._tensors
+
+    def names(self, num_layers: int) -> dict[str, str]:
+        return consolidated_names(num_layers)
+
+    def ignores(self, name: str) -> bool:
+        """The rotary frequencies, which follow from rope_theta."""
+        return name.startswith("rope.")
 
 
-def read_tensors(folder: Path) -> Mapping[str, StoredTensor | Tensor]:
-    """The weights by their names in the file, not read yet.
+@dataclass(frozen=True, eq=False)
+class _PickledTensor(MappedTensor):
+    """A tensor of a pickle, whose data is mapped into memory."""
 
-    CheckpointError where they cannot be.
-    """
-    if (folder / SAFETENSORS).is_file():
-        return headers(folder / SAFETENSORS, None)
-    path = folder / PICKLE
+    path: Path
+    name: str
+    data: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+    def mapped(self) -> Tensor:
+        return self.data
+
+
+def _read_tensors(folder: Path) -> Mapping[str, StoredTensor]:
+    if (folder / _SAFETENSORS).is_file():
+        return tensors_in(folder / _SAFETENSORS)
+    path = folder / _PICKLE
     if not path.is_file():
-        raise CheckpointError(f"{folder} has params.json, but neither {SAFETENSORS} nor {PICKLE}")
+        raise CheckpointError(f"{folder} has params.json, but neither {_SAFETENSORS} nor {_PICKLE}")
     try:
-        # weights_only: tensors and nothing else, so that no code in the file can run. mmap: read
-        # when they are used.
+        # weights_only: tensors and nothing else, so that no code in the file can run.
+        # mmap: the data is read when it is used.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a forged pickle can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason})") from error
     if not isinstance(tensors, dict) or not all(map(_is_plain, tensors, tensors.values())):
         raise CheckpointError(f"{path} is not a dictionary of floating-point tensors")
-    return tensors
-
-
-def read_config(
-    folder: Path,
-    tensors: Mapping[str, StoredTensor | Tensor],
-    tokenizer: Tokenizer,
-    sliding_window: int | None | Literal["auto"] = "auto",
-) -> Config:
-    """params.json as a Config. CheckpointError where it is bad.
-
-    Published copies are wrong about hidden_dim and silent about vocab_size, so those two come from
-    the tensors. Where rope_theta is missing, it is 10,000 with a sliding window and 1,000,000
-    without: the rule of mistral-inference until May 2024. (Today's would take 1,000,000 for v0.1,
-    whose params.json does not name it.)
-    """
-    path = folder / "params.json"
-    params = read_json(path)
-    try:
-        config = _config(
-            params, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tokenizer
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return config if sliding_window == "auto" else replace(config, sliding_window=sliding_window)
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.model, or .model.v1 to .model.v3 as newer checkpoints name it.
-
-    CheckpointError without a good one.
-    """
-    for name in (
-        "tokenizer.model",
-        "tokenizer.model.v3",
-        "tokenizer.model.v2",
-        "tokenizer.model.v1",
-    ):
-        path = folder / name
-        if path.is_file():
-            try:
-                return Tokenizer(path.read_bytes())
-            except CheckpointError as error:
-                raise CheckpointError(f"{path}: {error}") from error
-    raise CheckpointError(f"{folder} has no tokenizer.model")
-
-
-def load_model(
-    folder: Path,
-    tensors: Mapping[str, StoredTensor | Tensor],
-    config: Config,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    quantize: str | None = None,
-) -> Mistral:
-    """The weights as `mistral.load` has them, with the rows of Q and K in our order (see
-    names.py).
-    """
-    stored = checked_tensors(folder, tensors, config)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else stored[EMBEDDING].dtype
-    kinds = quantized_kinds(folder, config, quantize)
-    require_room(folder, config, device, dtype, kinds)
-    parts = Parts(config, device, dtype, kinds)
-    with tqdm(total=len(stored), unit=" tensors", desc="loading", leave=False, disable=None) as bar:
-        for name, tensor in stored.items():
-            data = tensor.read() if isinstance(tensor, StoredTensor) else tensor
-            heads = rotary_heads(name, config)
-            if heads is not None:
-                data = data[half_split_rows(len(data), heads)]
-            parts.add(name, data, copy=heads is None)
-            bar.update()
-    return parts.model()
-
-
-def checked_tensors(
-    folder: Path, tensors: Mapping[str, StoredTensor | Tensor], config: Config
-) -> dict[str, StoredTensor | Tensor]:
-    """The tensors under our names; CheckpointError where they are not those of the config."""
-    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
-    check_layers(folder, len(layers), config)
-    names = consolidated_names(config.num_hidden_layers)
-    stored = {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
-    unknown = {
-        name for name in tensors.keys() - set(names.values()) if not name.startswith("rope.")
-    }
-    check_tensors(
-        folder,
-        config,
-        {name: tuple(t.shape) for name, t in stored.items()},
-        unknown,
-        names.__getitem__,
-    )
-    return stored
+    return {name: _PickledTensor(path, name, tensor) for name, tensor in tensors.items()}
 
 
 def _is_plain(name: Any, tensor: Any) -> bool:
-    """Whether an entry is a name and a dense floating-point tensor with its numbers on the CPU."""
+    """Whether an entry is a name and a dense floating-point tensor on the CPU."""
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         return False
-    return (
-        tensor.is_floating_point()
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-    )
+    dense = tensor.layout == torch.strided
+    return tensor.is_floating_point() and dense and tensor.device.type == "cpu"
 
 
-def _config(
-    params: dict[str, Any], shapes: dict[str, tuple[int, ...]], tokenizer: Tokenizer
-) -> Config:
-    gate, embedding = (
-        shapes.get("layers.0.feed_forward.w1.weight"),
-        shapes.get("tok_embeddings.weight"),
-    )
-    if gate is None or embedding is None or len(gate) != 2 or len(embedding) != 2:
+def _config(params: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> Config:
+    """params.json as a Config without stop tokens. ValueError if it is bad."""
+    gate = tensors.get("layers.0.feed_forward.w1.weight")
+    embedding = tensors.get("tok_embeddings.weight")
+    if gate is None or embedding is None or len(gate.shape) != 2 or len(embedding.shape) != 2:
         raise ValueError(
-            "the weights beside it have no layers.0.feed_forward.w1.weight or tok_embeddings.weight"
+            "the weights in the same folder have no layers.0.feed_forward.w1.weight or "
+            "tok_embeddings.weight"
         )
-    if embedding[0] < tokenizer.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary is "
-            f"{embedding[0]}"
-        )
-    for key in ("moe", "mamba", "yarn", "rope_scaling", "quantization", "lora", "vision_encoder"):
+    for key in _OTHER_MODELS:
         if params.get(key) is not None:
             raise ValueError(f"{key} is not supported; no Mistral-7B has it")
-    sizes = {
-        name: whole_number(name, params.get(name))
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads")
-    }
+    dim = whole_number("dim", params.get("dim"))
+    heads = whole_number("n_heads", params.get("n_heads"))
     window = _window(params)
     theta = params.get("rope_theta")
+    if theta is None:
+        theta = 1e6 if window is None else 1e4
     return Config(
-        vocab_size=embedding[0],
-        hidden_size=sizes["dim"],
-        intermediate_size=gate[0],
-        num_hidden_layers=sizes["n_layers"],
-        num_attention_heads=sizes["n_heads"],
-        num_key_value_heads=sizes["n_kv_heads"],
-        head_dim=whole_number("head_dim", params.get("head_dim", sizes["dim"] // sizes["n_heads"])),
+        vocab_size=embedding.shape[0],
+        hidden_size=dim,
+        intermediate_size=gate.shape[0],
+        num_hidden_layers=whole_number("n_layers", params.get("n_layers")),
+        num_attention_heads=heads,
+        num_key_value_heads=whole_number("n_kv_heads", params.get("n_kv_heads")),
+        head_dim=whole_number("head_dim", params.get("head_dim", dim // heads)),
         rms_norm_eps=params.get("norm_eps"),
-        rope_theta=theta if theta is not None else 1e6 if window is None else 1e4,
+        rope_theta=theta,
         sliding_window=window,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=_POSITIONS,
         tie_word_embeddings=params.get("tied_embeddings", False),
-        eos_token_id=tokenizer.stop_ids,
+        eos_token_id=(),  # the tokenizer's
     )
 
 

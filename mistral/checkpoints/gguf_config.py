@@ -1,57 +1,47 @@
-"""The metadata of a GGUF file as a Config, and the rule for the window that it does not name."""
+"""The metadata of a GGUF file as a Config, and the rule for a window that it does not name."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mistral.checkpoints.gguf_header import GgufHeader, GgufTensor, whole
+from mistral.checkpoints.gguf_header import GgufHeader, whole
+from mistral.checkpoints.gguf_tensor import GgufTensor
 from mistral.config import Config
-from mistral.errors import CheckpointError
+
+_WINDOW = "llama.attention.sliding_window"
 
 
-def read_config(
-    path: Path, header: GgufHeader, sliding_window: int | None | Literal["auto"] = "auto"
-) -> Config:
-    """The metadata as a Config. CheckpointError where it is bad or not a Mistral's.
+def read_config(header: GgufHeader) -> Config:
+    """The metadata as a Config. ValueError if it is bad or not a Mistral's.
 
-    llama.cpp's own defaults stand for keys that its files may leave out: head_count_kv
+    llama.cpp's own defaults replace the keys that its files may leave out: head_count_kv
     (head_count), key_length (embedding_length / head_count), rope.freq_base (10000), eos_token_id
-    (2). For sliding_window "auto" see `window_of`.
+    (2). `window_of` has the rule for the window.
     """
-    metadata = header.metadata
-    try:
-        config = _config(metadata, header.tensors)
-        window = window_of(path, metadata, config) if sliding_window == "auto" else None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return replace(config, sliding_window=window if sliding_window == "auto" else sliding_window)
+    config = _config(header.metadata, header.tensors)
+    return replace(config, sliding_window=window_of(header.metadata, config))
 
 
-def window_of(path: Path, metadata: Mapping[str, Any], config: Config) -> int | None:
-    """The rule behind sliding_window="auto": what the file names, else what its rotary base tells,
-    with a warning.
+def names_window(header: GgufHeader) -> bool:
+    """Whether the file itself says what the window is."""
+    return _WINDOW in header.metadata
+
+
+def window_of(metadata: Mapping[str, Any], config: Config) -> int | None:
+    """The window that the file names, or else what its rotary base tells.
 
     Files that `gguf_export` wrote name a window (0: none). Others of Mistral do not (and llama.cpp
     applies none), so it is told from the rotary base, which changed when the window was given up:
     base 10,000 with more than 4,096 positions is v0.1 or one of its fine-tunes, Hermes-2-Pro among
-    them: 4,096. Everything else, v0.2 and v0.3 with base 1,000,000 among them: none. ValueError for
-    a window that is no whole number.
+    them: 4,096. Everything else, v0.2 and v0.3 with base 1,000,000 among them: none. Raises
+    ValueError for a window that is not a whole number.
     """
-    named = whole(metadata, "llama.attention.sliding_window")
+    named = whole(metadata, _WINDOW)
     if named is not None:
         return named or None
-    window = (
-        4096 if config.rope_theta == 10000.0 and config.max_position_embeddings > 4096 else None
-    )
-    decided = "attending to everything" if window is None else f"taking v0.1's window of {window:,}"
-    warnings.warn(
-        f"{path.name} names no sliding window; with rotary base {config.rope_theta:,.0f} and "
-        f"{config.max_position_embeddings:,} positions {decided} (sliding_window=... overrides)",
-        stacklevel=5,
-    )
-    return window
+    if config.rope_theta == 10000.0 and config.max_position_embeddings > 4096:
+        return 4096
+    return None
 
 
 def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> Config:
@@ -68,7 +58,8 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> C
             raise ValueError(f"{key} is missing, and a number of the architecture is not guessed")
         return whole(metadata, key, least=1)
 
-    heads, hidden_size = size("attention.head_count"), size("embedding_length")
+    heads = size("attention.head_count")
+    hidden_size = size("embedding_length")
     head_dim = whole(metadata, "llama.attention.key_length", hidden_size // heads, least=1)
     if whole(metadata, "llama.rope.dimension_count", head_dim) != head_dim:
         raise ValueError(
@@ -95,16 +86,13 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> C
 
 
 def _refuse_variants(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> None:
-    """What the llama architecture can be besides a Mistral-7B."""
-    # A factor without a type is linear scaling in llama.cpp; 0 and 1 are none.
+    """ValueError for other models of the llama architecture."""
+    # A factor without a type is linear scaling in llama.cpp; 0 and 1 mean no scaling.
     factors = [metadata.get(f"llama.rope.{key}", 1) for key in ("scaling.factor", "scale_linear")]
     kind = metadata.get("llama.rope.scaling.type", "none")
-    if (
-        not isinstance(kind, str)
-        or kind not in ("none", "linear", "")
-        or not all(type(f) in (int, float) and f in (0, 1) for f in factors)
-        or "rope_freqs.weight" in tensors
-    ):
+    known_kind = isinstance(kind, str) and kind in ("none", "linear", "")
+    no_factor = all(type(f) in (int, float) and f in (0, 1) for f in factors)
+    if not known_kind or not no_factor or "rope_freqs.weight" in tensors:
         raise ValueError(
             f"rotary scaling ({kind}, {factors}) is not supported; no Mistral-7B uses any"
         )

@@ -8,39 +8,43 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from torch import nn
 
-from mistral.checkpoints.assemble import OUTPUT
-from mistral.checkpoints.gguf import UNPACKED
-from mistral.checkpoints.names import gguf_names, interleaved_rows, rotary_heads, tensor_shapes
+from mistral.checkpoints.gguf_tensor import PLAIN_DTYPES
+from mistral.checkpoints.names import (
+    OUTPUT,
+    gguf_names,
+    interleaved_rows,
+    rotary_heads,
+    tensor_shapes,
+)
 from mistral.files import whole_file
 from mistral.model import Mistral
 from mistral.quantization.packed import Packed
 from mistral.tokenizer import Tokenizer
 
 KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-PLAIN = {dtype: kind for kind, dtype in UNPACKED.items()}
+PLAIN = {dtype: kind for kind, dtype in PLAIN_DTYPES.items()}
 
 
 def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str | None) -> None:
-    """Write `path`, whole or not at all. `kind` (one of KINDS) is the type of all matrices; vectors
-    are F32.
+    """Write `path`, whole or not at all.
 
-    kind None is for packed models: blocks are written as they are, and matrices that are not packed
-    in their dtype.
+    kind  the type of all matrices, one of KINDS; vectors are F32. None is for packed models: blocks
+          are written as they are, and matrices that are not packed in their dtype.
 
-    ValueError for another kind, for a packed model with a kind, for rows that are not whole blocks
-    of 32 (Q8_0 and Q4_0), and for more than the two stop tokens that the format has keys for.
+    Raises ValueError for another type, for a packed model with a type, for rows that are not whole
+    blocks of 32 (Q8_0 and Q4_0), and for more than the two stop tokens that the format has keys
+    for.
     """
-    tied, names = model.config.tie_word_embeddings, gguf_names(model.config.num_hidden_layers)
-    modules = {
-        n: model.get_submodule(n.removesuffix(".weight")) for n in tensor_shapes(model.config)
-    }
-    if tied:
-        del modules[OUTPUT]
+    # 1. Check the arguments.
+    shapes = tensor_shapes(model.config)
+    if model.config.tie_word_embeddings:
+        del shapes[OUTPUT]
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in shapes}
     packed = [name for name, module in modules.items() if isinstance(module, Packed)]
     if packed and kind in KINDS:
         raise ValueError(
-            f"{packed[0]} is packed; load the checkpoint without packed and quantize to export it "
-            f"as {kind}"
+            f"{packed[0]} is packed; "
+            f"load the checkpoint without packed and quantize to export it as {kind}"
         )
     if kind not in KINDS and not (kind is None and packed):
         raise ValueError(f"the type must be one of {', '.join(KINDS)}, not {kind!r}")
@@ -49,13 +53,14 @@ def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str | None) -
             f"GGUF has keys for two stop tokens, and this checkpoint has {len(tokenizer.stop_ids)}"
         )
     kinds = {n: GGMLQuantizationType[_kind(module, kind)] for n, module in modules.items()}
-    shapes = {n: tensor_shapes(model.config)[n] for n in modules}
     for name, shape in shapes.items():
         if shape[-1] % gguf.GGML_QUANT_SIZES[kinds[name]][0]:
             raise ValueError(
                 f"{kind} stores blocks of 32 weights, and {name} has rows of {shape[-1]}"
             )
 
+    # 2. Write the header, then the tensors.
+    names = gguf_names(model.config.num_hidden_layers)
     with whole_file(path) as file, closing(gguf.GGUFWriter(file, "llama")) as writer:
         _add_config(writer, model, kind)
         _add_vocabulary(writer, tokenizer, model.config.vocab_size)
@@ -67,23 +72,23 @@ def export(model: Mistral, tokenizer: Tokenizer, path: Path, kind: str | None) -
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for (
-            name,
-            module,
-        ) in modules.items():  # one at a time: beside the model, memory holds one tensor
+        # One at a time: in addition to the model, memory holds one tensor.
+        for name, module in modules.items():
             writer.write_tensor_data(_bytes(module, kinds[name], rotary_heads(name, model.config)))
 
 
 def _kind(module: nn.Module, kind: str | None) -> str:
     if isinstance(module, Packed):
         return module.kind.name
-    return "F32" if module.weight.dim() == 1 else kind or PLAIN.get(module.weight.dtype, "F32")
+    if module.weight.dim() == 1:
+        return "F32"
+    return kind or PLAIN.get(module.weight.dtype, "F32")
 
 
 def _bytes(module: nn.Module, kind: GGMLQuantizationType, heads: int | None) -> np.ndarray:
-    """A module's matrix or vector as the file has it, uint8;
+    """A module's matrix or vector as in the file, uint8: Q and K have another order of rows there.
 
-    Q and K have their rows in another order there.
+    heads  of the rows of Q and K; None: another matrix
     """
     rows = module.all_blocks() if isinstance(module, Packed) else module.weight.detach()
     if heads is not None:
@@ -115,11 +120,10 @@ def _add_config(writer: gguf.GGUFWriter, model: Mistral, kind: str | None) -> No
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Every row of the embedding gets an entry, as llama.cpp wants it."""
     entries = tokenizer.vocabulary()
-    entries += [
-        (f"[PAD{id}]", -1000.0, gguf.TokenType.UNUSED) for id in range(len(entries), vocab_size)
-    ]
+    # Every row of the embedding gets an entry, as llama.cpp requires.
+    for id in range(len(entries), vocab_size):
+        entries.append((f"[PAD{id}]", -1000.0, gguf.TokenType.UNUSED))
     texts, scores, kinds = zip(*entries)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")

@@ -1,9 +1,8 @@
-"""Checkpoints by name from a hub: "owner/repo", or "owner/repo:Q4_K_M" for one quantisation of a
-GGUF repository.
+"""Checkpoints by name from a hub: "owner/repo", or "owner/repo:Q4_K_M" for one of its GGUFs.
 
-huggingface_hub does the downloading, with its cache, its offline mode (HF_HUB_OFFLINE=1) and its
-settings (HF_HOME, HF_ENDPOINT, HF_TOKEN). Only the files that are needed are asked for: most
-repositories hold the weights twice.
+huggingface_hub downloads, with its cache, its offline mode (HF_HUB_OFFLINE=1) and its settings
+(HF_HOME, HF_ENDPOINT, HF_TOKEN). Only the files that are needed are requested: most repositories
+hold the weights twice.
 """
 
 import re
@@ -20,27 +19,25 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mistral.checkpoints.safetensors_files import INDEX, WEIGHTS, is_file_name
+from mistral.checkpoints.safetensors_files import INDEX, WEIGHTS, shards
 from mistral.errors import CheckpointError
-from mistral.files import read_json
 
-BESIDE_SAFETENSORS = (
+_BESIDE_SAFETENSORS = (
     "generation_config.json",
     "tokenizer_config.json",
     "added_tokens.json",
     "tokenizer.model",
 )
-NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-QUANTISATION = re.compile(r"(IQ|TQ|Q|F|BF|MXFP|NVFP)\d", re.IGNORECASE)
-SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
+_QUANTISATION = re.compile(r"(IQ|TQ|Q|F|BF|MXFP|NVFP)\d", re.IGNORECASE)
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
 def download(source: str, revision: str | None) -> Path:
-    """The local path of what `source` names: a folder in Hugging Face's or Mistral's layout, or a
-    GGUF file.
+    """The local path of the folder or GGUF file that `source` names, after the download.
 
-    CheckpointError, with what there is, for a repository, revision or quantisation that cannot be
-    had.
+    Raises CheckpointError, with what the repository has, for a repository, revision or quantisation
+    that is not available.
     """
     repo, _, quantisation = source.partition(":")
     try:
@@ -65,31 +62,30 @@ def download(source: str, revision: str | None) -> Path:
         ) from error
     except CheckpointError:
         raise
-    except (
-        Exception
-    ) as error:  # the HTTP client's own errors, when a connection breaks: they differ by version
-        reason = str(error).strip().splitlines()
-        message = (
-            f"{source} could not be downloaded "
-            f"({reason[0] if reason else type(error).__name__}); run it again"
-        )
-        raise CheckpointError(f"{message}: what is complete is kept") from error
+    except Exception as error:  # the HTTP client's, if a connection breaks; they differ by version
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise CheckpointError(
+            f"{source} could not be downloaded ({reason}); run it again: complete files are kept"
+        ) from error
     return paths[0] if wanted[0].endswith(".gguf") else paths[0].parent
 
 
 def is_name(source: str) -> bool:
     """Whether a text has the form of a name on the hub."""
-    return NAME.fullmatch(source) is not None
+    return _NAME.fullmatch(source) is not None
 
 
 def choose_files(
     source: str, files: Iterable[str], quantisation: str | None, fetch: Callable[[str], Path]
 ) -> list[str]:
-    """The files of a repository that are needed, the one to open first.
+    """The files of a repository that are needed; the first one is the one to open.
 
-    fetch(name) gives the local path of a file: the index of sharded weights must be read to know
-    the shards. CheckpointError, with what there is, where no complete checkpoint or not just one
-    quantisation fits.
+    fetch  downloads a file by name and returns its local path: the index of sharded weights names
+           the shards
+
+    Raises CheckpointError, with what there is, if there is no complete checkpoint, or not exactly
+    one quantisation that fits.
     """
     files = set(files)
     if quantisation is not None:
@@ -99,18 +95,15 @@ def choose_files(
             raise CheckpointError(
                 f"{source} has no tokenizer.model; name a folder to which you have added it"
             )
-        weights = [WEIGHTS] if WEIGHTS in files else [INDEX, *_shards(fetch(INDEX))]
-        return ["config.json", *weights, *(name for name in BESIDE_SAFETENSORS if name in files)]
+        weights = [WEIGHTS] if WEIGHTS in files else [INDEX, *sorted(shards(fetch(INDEX)))]
+        return ["config.json", *weights, *(name for name in _BESIDE_SAFETENSORS if name in files)]
     if "params.json" in files:
-        weights = [
-            name for name in ("consolidated.safetensors", "consolidated.00.pth") if name in files
-        ][:1]
+        both = ("consolidated.safetensors", "consolidated.00.pth")
+        weights = [name for name in both if name in files][:1]
         tokenizers = sorted(name for name in files if name.startswith("tokenizer.model"))
         if not weights or not tokenizers:
-            raise CheckpointError(
-                f"{source} has params.json, but no {'tokenizer' if weights else 'weights'} beside "
-                f"it"
-            )
+            missing = "tokenizer" if weights else "weights"
+            raise CheckpointError(f"{source} has params.json, but no {missing} in the same folder")
         return ["params.json", *weights, *tokenizers]
     if any(name.endswith(".gguf") for name in files):
         return _choose_gguf(source, files, None)
@@ -127,59 +120,41 @@ def _choose_gguf(source: str, files: set[str], quantisation: str | None) -> list
     sets: dict[tuple[str, int], list[str]] = {}
     for name in sorted(name for name in files if name.endswith(".gguf")):
         stem = name.removesuffix(".gguf")
-        part = SPLIT.search(stem)
-        sets.setdefault((SPLIT.sub("", stem), int(part[2]) if part else 1), []).append(name)
-    whole = {stem: names for (stem, total), names in sets.items() if len(names) == total}
+        part = _SPLIT.search(stem)
+        sets.setdefault((_SPLIT.sub("", stem), int(part[2]) if part else 1), []).append(name)
+    whole = {}
+    for (stem, total), names in sets.items():
+        if len(names) == total:
+            whole[stem] = names
     chosen = list(whole)
     if quantisation is not None:
-        # "_" parts a name only before a whole quantisation: Q4_K_M has some of its own.
-        before = "[./_-]" if QUANTISATION.match(quantisation) else "[./-]"
+        # "_" separates only a whole quantisation from the name: Q4_K_M contains "_" itself.
+        before = "[./_-]" if _QUANTISATION.match(quantisation) else "[./-]"
         ending = re.compile(rf"(^|{before}){re.escape(quantisation)}($|/)", re.IGNORECASE)
         chosen = [stem for stem in whole if ending.search(stem)]
     if not whole:
         raise CheckpointError(f"{source} has {'no whole' if sets else 'no'} GGUF file")
     if len(chosen) != 1:
-        there = ", ".join(whole)
-        what = (
-            "is ambiguous"
-            if len(chosen) > 1 and quantisation
-            else "is not there"
-            if quantisation
-            else "has several"
-        )
+        problem = "has several"
+        if quantisation is not None:
+            problem = "is ambiguous" if chosen else "is not there"
         raise CheckpointError(
-            f"{source} {what}; name one as {source.partition(':')[0]}:Q4_K_M. There is: {there}"
+            f"{source} {problem}; name one as {source.partition(':')[0]}:Q4_K_M. "
+            f"There is: {', '.join(whole)}"
         )
     return whole[chosen[0]]
 
 
-def _shards(index: Path) -> list[str]:
-    places = read_json(index).get("weight_map")
-    names = (
-        set(places.values())
-        if isinstance(places, dict) and all(map(is_file_name, places.values()))
-        else None
-    )
-    if not names:
-        raise CheckpointError(f"{index} has no weight_map of file names")
-    return sorted(names)
-
-
 def _files(repo: str, revision: str | None) -> list[str]:
-    """Names of the repository's files; where the hub does not answer, of those that the cache
-    has.
-    """
+    """Names of the repository's files; if the hub does not answer, of those in the cache."""
     try:
-        return [
-            file.rfilename
-            for file in huggingface_hub.HfApi().model_info(repo, revision=revision).siblings
-        ]
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision)
+        return [file.rfilename for file in info.siblings]
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):  # it did answer
         raise
     except Exception:  # which one depends on the HTTP client of the installed version
-        folder = Path(
-            huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
-        )
+        cached = huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True)
+        folder = Path(cached)
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 

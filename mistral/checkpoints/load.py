@@ -1,12 +1,31 @@
-"""The one door from files to a model."""
+"""From files to (model, tokenizer): the whole recipe, for every layout.
 
+A reader (reader.py) knows one layout: hugging_face.py, consolidated.py, gguf.py.
+"""
+
+import warnings
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
-from mistral.checkpoints import consolidated, gguf, hub, hugging_face
+from mistral.checkpoints import hub
+from mistral.checkpoints.assemble import (
+    Parts,
+    check_tied_output,
+    match_tensors,
+    require_room,
+    rounded_types,
+)
+from mistral.checkpoints.consolidated import ConsolidatedReader
+from mistral.checkpoints.gguf import GgufReader
+from mistral.checkpoints.hugging_face import HuggingFaceReader
+from mistral.checkpoints.names import EMBEDDING, OUTPUT, rotary_heads
+from mistral.checkpoints.reader import Reader
+from mistral.config import Config
 from mistral.errors import CheckpointError
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
@@ -29,41 +48,124 @@ def load(
     source          a folder in Hugging Face's layout (config.json, model.safetensors or shards with
                     an index, tokenizer.model) or in Mistral's own (params.json, consolidated.*), a
                     GGUF file (the first of a split set), a name on the hub: "owner/repo",
-                    "owner/repo:Q4_K_M" for one of several GGUFs,
-                    or "demo", a small Mistral that comes with this package ("./demo" is a folder of
-                    that name)
-    device          None: CUDA where there is one, else the CPU
+                    "owner/repo:Q4_K_M" for one of several GGUFs, or "demo", a small Mistral that
+                    comes with this package ("./demo" is a folder of that name)
+    device          None: CUDA if there is a GPU, else the CPU
     dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint (bfloat16 for
-                    quantised ones)
-    packed          keep the blocks of a quantised GGUF as they are: the memory of the file. The
+                    quantized ones)
+    packed          keep the blocks of a quantized GGUF as they are: the memory of the file. The
                     reference unpacks them at each use, at the price of speed. False: unpack into
                     `dtype` once.
     sliding_window  "auto": what the checkpoint says; for a GGUF, which does not, a rule
-                    (`gguf_config.window_of`).
-                    A number or None (attend to everything) overrides it.
+                    (`gguf_config.window_of`). A number or None (attend to everything) overrides it.
     quantize        round the matrices to 8 or 4 bits a weight while loading, as llama.cpp would
-                    (see `assemble.quantized_kinds` for which): the model is packed then, like a
-                    packed GGUF
+                    (`assemble.rounded_types` says which): the model is then packed, like a packed
+                    GGUF
     revision        branch, tag or commit of a name on the hub; None: its main branch
 
-    Weights go straight to the device, tensor by tensor, after every name and shape was checked; a
-    terminal sees a progress bar. Raises CheckpointError for files that are missing, damaged or
-    contradict each other, ValueError for arguments that make no sense, NotEnoughMemory before
-    anything is taken.
+    Weights go straight to the device, tensor by tensor, after all names and shapes were checked; a
+    terminal shows a progress bar. Raises CheckpointError for files that are missing, damaged or
+    contradictory, ValueError for invalid arguments, NotEnoughMemory before any memory is allocated.
     """
+    # 1. Choose the device, find or download the files, and open them.
     chosen = choose_device(device)
     path = local_path(source, revision)
-    if path.is_file():
-        return gguf.load(path, chosen, dtype, packed, sliding_window, quantize)
-    if packed and quantize is None:
+    if packed and quantize is None and not path.is_file():
         raise ValueError(
-            f"packed=True is for quantised GGUF files, and {source} is none; quantize makes such a "
-            f"model"
+            f"packed=True is for quantised GGUF files, and {source} is not one; "
+            "quantize creates a packed model from it"
         )
+    reader = open_reader(path)
+
+    # 2. Read the config. This is the only place that overrides the window.
+    config = reader.config()
+    if sliding_window != "auto":
+        config = replace(config, sliding_window=sliding_window)
+    elif note := reader.window_note(config):
+        warnings.warn(note, stacklevel=2)
+
+    # 3. Read the tokenizer, which must fit the config.
+    tokenizer = reader.tokenizer(config.eos_token_id)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: with its added tokens the tokenizer has {tokenizer.vocab_size} ids, and the "
+            f"model's vocabulary is {config.vocab_size}; they belong to different checkpoints"
+        )
+    config = replace(config, eos_token_id=tokenizer.stop_ids)
+
+    # 4. Read the weights.
+    return load_model(reader, config, chosen, dtype, packed, quantize), tokenizer
+
+
+def load_model(
+    reader: Reader,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    packed: bool = False,
+    quantize: str | None = None,
+) -> Mistral:
+    """The model of an opened checkpoint, as `load` returns it and with its errors."""
+    # 1. The names, layers and shapes in the files must be those of the config.
+    stored = match_tensors(reader, config)
+    tied_output = stored.pop(OUTPUT, None) if config.tie_word_embeddings else None
+
+    # 2. Decide the dtype, and which tensors keep their blocks or are rounded to blocks.
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    elif dtype is None:
+        dtype = stored[EMBEDDING].dtype or torch.bfloat16
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, not {dtype}")
+    blocks = {
+        name: tensor.block_type
+        for name, tensor in stored.items()
+        if tensor.block_type is not None and len(tensor.shape) == 2
+    }
+    to_round = rounded_types(reader.path, stored, quantize)
+    if to_round and blocks:
+        name, kind = next(iter(blocks.items()))
+        raise ValueError(
+            f"{reader.path} is quantised ({name} is {kind.name}): "
+            "keep it as it is with packed, without quantize"
+        )
+    to_keep = blocks if packed else {}
+
+    # 3. The device must have room for them.
+    require_room(reader.path, stored, device, dtype, to_keep | to_round)
+
+    # 4. A second copy of a tied matrix must be a copy.
+    if tied_output is not None:
+        check_tied_output(reader.path, tied_output, stored[EMBEDDING], dtype)
+
+    # 5. Read tensor by tensor, straight to the device.
+    parts = Parts(config, device, dtype)
+    size = sum(tensor.num_bytes for tensor in stored.values())
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="loading", leave=False, disable=None)
+    with bar:
+        for name, tensor in stored.items():
+            heads = rotary_heads(name, config) if reader.pairs_neighbours else None
+            if name in to_keep:
+                parts.add_blocks(name, tensor.read_blocks(device, heads), to_keep[name])
+            elif name in to_round:
+                # On the CPU: the device gets the values in pieces, and has room for the blocks.
+                values = tensor.read(torch.device("cpu"), tensor.dtype or torch.float32, heads)
+                parts.add_rounded(name, values, to_round[name])
+                del values  # before the next matrix is read
+            else:
+                parts.add(name, tensor.read(device, dtype, heads))
+            bar.update(tensor.num_bytes)
+    return parts.model()
+
+
+def open_reader(path: Path) -> Reader:
+    """The reader of the layout that a local file or folder has. CheckpointError if it has none."""
+    if path.is_file():
+        return GgufReader(path)
     if (path / "config.json").exists():
-        return hugging_face.load(path, chosen, dtype, sliding_window, quantize)
+        return HuggingFaceReader(path)
     if (path / "params.json").exists():
-        return consolidated.load(path, chosen, dtype, sliding_window, quantize)
+        return ConsolidatedReader(path)
     raise CheckpointError(
         f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)"
     )
@@ -72,7 +174,7 @@ def load(
 def local_path(source: str | PathLike[str], revision: str | None = None) -> Path:
     """The file or folder that `source` names, downloaded if it is a name on the hub.
 
-    CheckpointError if it is none.
+    Raises CheckpointError if it does not exist.
     """
     path = DEMO if source == "demo" else Path(source).expanduser()
     if path.exists():
@@ -84,15 +186,15 @@ def local_path(source: str | PathLike[str], revision: str | None = None) -> Path
     if isinstance(source, str) and hub.is_name(source):
         return hub.download(source, revision)
     raise CheckpointError(
-        f"{source} does not exist; name a folder with a checkpoint, a GGUF file, owner/repo on the "
-        f"hub, or demo"
+        f"{source} does not exist; "
+        "name a folder with a checkpoint, a GGUF file, owner/repo on the hub, or demo"
     )
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device that was named, or CUDA where there is one, else the CPU.
+    """The named device; None: CUDA if there is a GPU, else the CPU.
 
-    ValueError for one that is not there.
+    Raises ValueError for a device that does not exist here.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

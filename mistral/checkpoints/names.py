@@ -1,9 +1,8 @@
 """One tensor, three names: Hugging Face's (ours), Mistral's own files', and GGUF's.
 
-Beyond the names there is one difference: for the rotary embedding Hugging Face pairs number i of a
-head with number
-i + H/2, the other two pair neighbours. So the rows of each head of Q and K stand in another order
-there; `half_split_rows` brings them into ours.
+Beyond the names there is one difference: for the rotary embedding Hugging Face pairs element i of a
+head with element i + H/2, and the other two pair neighbours. So the rows of each head of Q and K
+have another order there; `half_split_rows` brings them into ours.
 """
 
 import torch
@@ -11,12 +10,15 @@ from torch import Tensor
 
 from mistral.config import Config
 
-OUTSIDE_THE_LAYERS = {  # Hugging Face: (Mistral's own, GGUF)
-    "model.embed_tokens.weight": ("tok_embeddings.weight", "token_embd.weight"),
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+
+_OUTSIDE_THE_LAYERS = {  # Hugging Face: (Mistral's own, GGUF)
+    EMBEDDING: ("tok_embeddings.weight", "token_embd.weight"),
     "model.norm.weight": ("norm.weight", "output_norm.weight"),
-    "lm_head.weight": ("output.weight", "output.weight"),
+    OUTPUT: ("output.weight", "output.weight"),
 }
-IN_A_LAYER = {
+_IN_A_LAYER = {
     "input_layernorm": ("attention_norm", "attn_norm"),
     "self_attn.q_proj": ("attention.wq", "attn_q"),
     "self_attn.k_proj": ("attention.wk", "attn_k"),
@@ -30,12 +32,12 @@ IN_A_LAYER = {
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model by Hugging Face's name, worked out without building the model."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, kv = (
-        config.num_attention_heads * config.head_dim,
-        config.num_key_value_heads * config.head_dim,
-    )
+    """The shape of every tensor by Hugging Face's name, computed without building the model."""
+    D = config.hidden_size
+    F = config.intermediate_size
+    V = config.vocab_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
     in_a_layer = {
         "input_layernorm": (D,),
         "self_attn.q_proj": (q, D),
@@ -47,41 +49,46 @@ def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (F, D),
         "mlp.down_proj": (D, F),
     }
-    shapes = {"model.embed_tokens.weight": (V, D)}
+    shapes = {EMBEDDING: (V, D)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in in_a_layer.items()}
-    return shapes | {"model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    return shapes | {"model.norm.weight": (D,), OUTPUT: (V, D)}
+
+
+def hugging_face_names(num_layers: int) -> dict[str, str]:
+    """Hugging Face's name -> itself, for every tensor."""
+    return {name: name for name in consolidated_names(num_layers)}
 
 
 def consolidated_names(num_layers: int) -> dict[str, str]:
-    """Hugging Face's name to Mistral's own, for every tensor."""
+    """Hugging Face's name -> Mistral's own, for every tensor."""
     return _names(num_layers, column=0, layer="layers")
 
 
 def gguf_names(num_layers: int) -> dict[str, str]:
-    """Hugging Face's name to GGUF's, for every tensor."""
+    """Hugging Face's name -> GGUF's, for every tensor."""
     return _names(num_layers, column=1, layer="blk")
 
 
 def _names(num_layers: int, column: int, layer: str) -> dict[str, str]:
-    names = {ours: theirs[column] for ours, theirs in OUTSIDE_THE_LAYERS.items()}
+    names = {ours: theirs[column] for ours, theirs in _OUTSIDE_THE_LAYERS.items()}
     for i in range(num_layers):
-        for ours, theirs in IN_A_LAYER.items():
+        for ours, theirs in _IN_A_LAYER.items():
             names[f"model.layers.{i}.{ours}.weight"] = f"{layer}.{i}.{theirs[column]}.weight"
     return names
 
 
 def rotary_heads(name: str, config: Config) -> int | None:
-    """How many heads the rows of a Q or K matrix make;
+    """The number of heads in the rows of a Q or K matrix; None for every other tensor.
 
-    None for every other tensor (Hugging Face's names).
+    name  Hugging Face's
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(name.split(".")[-2])
 
 
 def half_split_rows(num_rows: int, num_heads: int) -> Tensor:
-    """Where each of our rows stands in a file that pairs neighbours: int64 [rows].
+    """The place of each of our rows in a file that pairs neighbours: int64 [rows].
 
     In a head of size 6, rows a0 b0 a1 b1 a2 b2 become a0 a1 a2 b0 b1 b2.
     """
@@ -90,6 +97,6 @@ def half_split_rows(num_rows: int, num_heads: int) -> Tensor:
 
 
 def interleaved_rows(num_rows: int, num_heads: int) -> Tensor:
-    """The way back: where each row of a file that pairs neighbours stands among ours."""
+    """The inverse: the place of each row of a file that pairs neighbours among ours."""
     head_dim = num_rows // num_heads
     return torch.arange(num_rows).view(num_heads, 2, head_dim // 2).transpose(1, 2).reshape(-1)

@@ -1,7 +1,7 @@
 """Write a sentencepiece model from a list of pieces, as a GGUF file carries them.
 
 A `tokenizer.model` is a protobuf message. Its wire format is simple enough to write by hand, which
-saves a dependency: each field is a key (field number * 8 + kind) and a value; kind 0 is a varint, 2
+saves a dependency: each field is a key (field number * 8 + type) and a value; type 0 is a varint, 2
 a length and bytes, 5 four bytes.
 
 Source: sentencepiece_model.proto,
@@ -11,15 +11,14 @@ https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.prot
 import struct
 from collections.abc import Sequence
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-)  # GGUF uses the same numbers
-BPE = 2
+# Types of pieces; GGUF uses the same numbers
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3  # 4 is user-defined
+UNUSED = 5
+BYTE = 6
+
+_BPE = 2  # the type of the model
 
 
 def write_model(
@@ -31,21 +30,24 @@ def write_model(
     eos_id: int | None,
     dummy_prefix: bool = True,
 ) -> bytes:
-    """The bytes of a BPE model with Mistral's settings: byte fallback, no normalisation, spaces
-    kept.
+    """The bytes of a BPE model with Mistral's settings.
 
-    pieces, scores and kinds have one entry for each id; `dummy_prefix` gives each text a leading
-    space. ValueError where no piece is of the kind UNKNOWN.
+    Those are byte fallback, no normalisation, and spaces kept.
+
+    pieces, scores, kinds  one entry for each id
+    dummy_prefix           each text gets a leading space
+
+    Raises ValueError if no piece has the type UNKNOWN.
     """
     unknown = list(kinds).index(UNKNOWN)
     # type, size, byte fallback
-    trainer = _int_field(3, BPE) + _int_field(4, len(pieces)) + _int_field(35, BYTE in kinds)
-    special = (
+    trainer = _int_field(3, _BPE) + _int_field(4, len(pieces)) + _int_field(35, BYTE in kinds)
+    special = (  # field of the id, field of the piece, id
         (40, 45, unknown),
         (41, 46, bos_id),
         (42, 47, eos_id),
-        (43, 48, None),
-    )  # id and piece of unk bos eos pad
+        (43, 48, None),  # pad
+    )
     for id_field, piece_field, id in special:
         trainer += _int_field(id_field, -1 if id is None else id)
         trainer += _bytes_field(piece_field, pieces[id].encode()) if id is not None else b""
@@ -56,12 +58,11 @@ def write_model(
         + _int_field(4, False)
         + _int_field(5, True)
     )
-    entries = (
-        _bytes_field(1, piece.encode()) + _float_field(2, score) + _int_field(3, kind)
-        for piece, score, kind in zip(pieces, scores, kinds)
-    )
-    model = b"".join(_bytes_field(1, entry) for entry in entries)
-    return model + _bytes_field(2, trainer) + _bytes_field(3, normalizer)
+    entries = []
+    for piece, score, kind in zip(pieces, scores, kinds):
+        entry = _bytes_field(1, piece.encode()) + _float_field(2, score) + _int_field(3, kind)
+        entries.append(_bytes_field(1, entry))
+    return b"".join(entries) + _bytes_field(2, trainer) + _bytes_field(3, normalizer)
 
 
 def _varint(value: int) -> bytes:

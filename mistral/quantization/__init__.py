@@ -1,1 +1,1 @@
-"""Packed weights: ggml's block formats."""
+"""Packed weights: ggml's block types."""

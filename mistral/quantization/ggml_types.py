@@ -1,8 +1,6 @@
-"""The number formats that a GGUF file may hold: how many weights make a block, and how many bytes
-it takes.
+"""The types of tensors in a GGUF file: how many weights make a block, and its size in bytes.
 
-The numbers 4, 5, 31 to 33 and 36 to 38 were formats once and are removed; Q8_1 and Q8_K exist in
-memory only.
+The numbers 4, 5, 31 to 33 and 36 to 38 were removed from ggml; Q8_1 and Q8_K exist in memory only.
 
 Source: ggml's table `type_traits`,
 https://github.com/ggml-org/llama.cpp/blob/master/ggml/src/ggml.c
@@ -14,7 +12,7 @@ from mistral.errors import CheckpointError
 
 
 class GgmlType(NamedTuple):
-    """One format."""
+    """One type."""
 
     name: str
     block_weights: int
@@ -51,7 +49,7 @@ GGML_TYPES = {
     40: GgmlType("NVFP4", 64, 36),
 }
 
-NOT_READ = {
+_NOT_READ = {
     9: "Q8_1",
     15: "Q8_K",
     24: "I8",
@@ -64,11 +62,11 @@ NOT_READ = {
 
 
 def ggml_type(number: int, tensor: str) -> GgmlType:
-    """The format with this number;
+    """The type with this number.
 
-    CheckpointError, which names tensor and format, for one that is not read.
+    Raises CheckpointError, which names the tensor and the type, for one that is not read.
     """
     if number not in GGML_TYPES:
-        known = f" ({NOT_READ[number]})" if number in NOT_READ else ", an unknown or removed one"
-        raise CheckpointError(f"{tensor} is stored as ggml type {number}{known}, which is not read")
+        what = f" ({_NOT_READ[number]})" if number in _NOT_READ else ", an unknown or removed one"
+        raise CheckpointError(f"{tensor} is stored as ggml type {number}{what}, which is not read")
     return GGML_TYPES[number]

@@ -1,7 +1,6 @@
-"""Layers whose weights stay packed in memory and are unpacked as they are used."""
+"""Layers whose weights stay packed in memory and are unpacked at each use."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,32 +11,27 @@ from mistral.quantization.ggml_types import GgmlType
 
 
 def weights_at_once(device: torch.device) -> int:
-    """How many weights to unpack at a time, so that the packed ones remain by far the largest thing
-    in memory.
+    """How many weights to unpack at a time, so that the packed ones dominate the memory.
 
-    On a CPU 1 MB of float32, which its caches hold: twice as fast as 16 MB. A GPU wants fewer and
+    On a CPU 1 MB of float32, which fits its caches: twice as fast as 16 MB. A GPU wants fewer and
     larger pieces.
     """
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
-def packed_linear(x: Tensor, blocks: Tensor, kind: GgmlType) -> Tensor:
-    """x W^T with W packed: x [..., in], blocks uint8 [out, bytes of a row] -> [..., out] in x's
-    dtype.
+class Keeper:
+    """Stores the blocks of a layer in another form, and restores them on request.
 
-    Each weight is rounded to that dtype first.
+    Subclass it and override both methods.
     """
-    rows = max(1, weights_at_once(x.device) // x.shape[-1])
-    return torch.cat(
-        [F.linear(x, dequantize(part, kind).to(x.dtype)) for part in blocks.split(rows)], dim=-1
-    )
 
+    def blocks(self) -> Tensor:
+        """All blocks: uint8 [rows, bytes of a row]."""
+        raise NotImplementedError
 
-class Keeper(Protocol):
-    """Keeps the blocks of a layer in another form, and makes them again when they are asked for."""
-
-    def blocks(self) -> Tensor: ...  # uint8 [rows, bytes of a row]
-    def rows(self, which: Tensor) -> Tensor: ...  # int64 [n] -> uint8 [n, bytes of a row]
+    def rows(self, which: Tensor) -> Tensor:
+        """The blocks of some rows: int64 [n] -> uint8 [n, bytes of a row]."""
+        raise NotImplementedError
 
 
 class Packed(nn.Module):
@@ -51,15 +45,17 @@ class Packed(nn.Module):
         self.keeper: Keeper | None = None
 
     def hand_over(self, keeper: Keeper) -> None:
-        """Give up the blocks to a keeper, so that they are not in memory twice."""
-        self.blocks, self.keeper = None, keeper
+        """Drop the blocks, which `keeper` now stores, so that they are not in memory twice."""
+        self.blocks = None
+        self.keeper = keeper
 
     def take_back(self) -> None:
-        """Have the blocks here again."""
-        self.blocks, self.keeper = self.all_blocks(), None
+        """Restore the blocks from the keeper."""
+        self.blocks = self.all_blocks()
+        self.keeper = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        # `model.to(...)` moves what is registered here, and knows nothing of a keeper.
+        # `model.to(...)` moves the registered tensors, and a keeper's are not registered.
         if self.keeper is not None:
             self.take_back()
         return super()._apply(fn, recurse)
@@ -70,7 +66,7 @@ class Packed(nn.Module):
             destination[prefix + "blocks"] = self.keeper.blocks()
 
     def all_blocks(self) -> Tensor:
-        """uint8 [rows, bytes of a row]."""
+        """The blocks, restored if a keeper has them: uint8 [rows, bytes of a row]."""
         return self.blocks if self.keeper is None else self.keeper.blocks()
 
     def extra_repr(self) -> str:
@@ -81,7 +77,7 @@ class PackedLinear(Packed):
     """A linear layer with packed weights."""
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return packed_linear(x, self.all_blocks(), self.kind)
+        return _packed_linear(x, self.all_blocks(), self.kind)
 
 
 class PackedEmbedding(Packed):
@@ -89,45 +85,53 @@ class PackedEmbedding(Packed):
 
     def __init__(self, blocks: Tensor, kind: GgmlType, dtype: torch.dtype):
         super().__init__(blocks, kind)
-        # No number, but a dtype: packed bytes keep theirs when model.to(float16) changes everything
-        # else's.
+        # Empty, but its dtype changes with `model.to(torch.float16)`. That of the blocks does not.
         self.register_buffer(
             "dtype_of_rows", torch.empty(0, dtype=dtype, device=blocks.device), persistent=False
         )
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, D]
         width = self.row_bytes // self.kind.block_bytes * self.kind.block_weights  # D
-        at_once, rows = max(1, weights_at_once(tokens.device) // width), self._rows
+        at_once = max(1, weights_at_once(tokens.device) // width)
         parts = [
-            dequantize(rows(part), self.kind).to(self.dtype)
+            dequantize(self._rows(part), self.kind).to(self.dtype)
             for part in tokens.flatten().split(at_once)
         ]
         return torch.cat(parts).view(*tokens.shape, width)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what `forward` returns."""
+        """The dtype that `forward` returns."""
         return self.dtype_of_rows.dtype
 
     def _rows(self, which: Tensor) -> Tensor:
         if self.keeper is not None:
             return self.keeper.rows(which)
-        return self.blocks.index_select(0, which)  # indexing would take -1 for the last row
+        return self.blocks.index_select(0, which)  # indexing would accept -1, the last row
 
 
 class TiedOutput(nn.Module):
-    """The output matrix of a tied model whose embedding is packed: it has no bytes of its own."""
+    """The output matrix of a tied model whose embedding is packed; it has no blocks of its own."""
 
     def __init__(self, embedding: PackedEmbedding):
         super().__init__()
-        self._embedding = (
-            embedding,
-        )  # in a tuple it is no submodule, so nothing moves or saves it twice
+        # In a tuple it is not a submodule, so it is not moved or saved twice.
+        self._embedding = (embedding,)
 
     @property
     def embedding(self) -> PackedEmbedding:
-        """Whose bytes they are."""
+        """The embedding whose blocks are used."""
         return self._embedding[0]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return packed_linear(x, self.embedding.all_blocks(), self.embedding.kind)
+        return _packed_linear(x, self.embedding.all_blocks(), self.embedding.kind)
+
+
+def _packed_linear(x: Tensor, blocks: Tensor, kind: GgmlType) -> Tensor:
+    """x W^T with packed W: x [..., in], blocks uint8 [out, bytes of a row] -> [..., out].
+
+    Each weight is rounded to the dtype of x, and that is the dtype of the result.
+    """
+    rows = max(1, weights_at_once(x.device) // x.shape[-1])
+    parts = [F.linear(x, dequantize(part, kind).to(x.dtype)) for part in blocks.split(rows)]
+    return torch.cat(parts, dim=-1)
