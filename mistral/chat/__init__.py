@@ -1,4 +1,4 @@
-"""The chat driver: messages to ids, function calling, answers in JSON."""
+"""Chat: messages to ids, function calling, answers in JSON."""
 
 from mistral.chat.conversation import Conversation
 from mistral.chat.events import Call, End, Error, Result, Text

@@ -1,34 +1,37 @@
 """One turn of the assistant, while the model writes it."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from mistral.chat.events import Call, Event, Text
 from mistral.chat.formats import ChatFormat
+from mistral.chat.formats.call_list import call_list_message, read_call_list
 from mistral.chat.formats.tool_calls import ToolCallStream
-from mistral.engine.constraints import Constraint, CountsForced
-from mistral.engine.decoder import Decoder, Engine
+from mistral.engine.base import Constraint, Engine
+from mistral.engine.constraints import CountsForced
+from mistral.engine.decoder import Decoder
 from mistral.engine.generation import generate, text_until
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
 
-# tokens that can be taken back after the window rolled: an end of turn that the model spelled
+# Tokens that can be rolled back once the window rolls: an end of turn that the model spelled
 SLACK = 32
 
 
 class Answer:
-    """What a decoder writes behind `prompt_ids`: iterate for its text, piece by piece.
+    """The text that a decoder writes after `prompt_ids`: iterate over its pieces, or its `events`.
 
-    text    what was written so far
+    text    written so far
     ids     its tokens, without the one that ended it
-    reason  why it ended: "stop", or "length" after `max_new_tokens` or where there is no more room;
+    reason  why it ended: "stop"; "length" after `max_new_tokens` or when the decoder is full;
             "interrupted" until then
 
-    When the text has ended, the decoder holds the prompt and `ids`, and nothing behind them. Where
-    iteration is broken off, `settle` makes `ids` the tokens of `text`; the decoder may hold a few
-    more then.
-    `spelled_ends` says whether an end of turn that is written as text is one, as in `ChatFormat`;
-    in a string of a call it never is. Raises what `mistral.generate` raises, and ValueError for a
-    prompt that there is no room for.
+    When the text has ended, the decoder holds the prompt and `ids`, and nothing more. After an
+    interruption `settle` makes `ids` the tokens of `text`; the decoder may hold a few more then.
+    `spelled_ends`: whether an end of turn that is spelled as text ends the answer, as in
+    `ChatFormat`; in a string of a call it never does. Raises the errors of `mistral.generate`, and
+    ValueError for a prompt that leaves no room for an answer.
     """
 
     def __init__(
@@ -42,23 +45,30 @@ class Answer:
         max_new_tokens: int,
         spelled_ends: bool = True,
     ):
-        self.text, self.ids, self.reason = "", [], "interrupted"
+        self.text = ""
+        self.ids: list[int] = []
+        self.reason = "interrupted"
         self.prompt_ids = prompt_ids
-        self._decoder, self._tokenizer, self._stop_tokens = (
-            decoder,
-            tokenizer,
-            chat.stop_ids(tokenizer),
-        )
-        self._constraint, self._begins_text = CountsForced(constraint), chat.reply_begins_text
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._stop_tokens = chat.stop_ids(tokenizer)
+        self._constraint = CountsForced(constraint)
+        self._strip_leading_space = chat.strip_leading_space
         self._spelled = chat.spelled_ends if spelled_ends else ()
-        self._call_token = (
-            None if chat.call_token is None else tokenizer.control_id(chat.call_token)
-        )
-        self._exhausted, self._start = False, decoder.lengths[0] + len(prompt_ids)
+        self._call_token: int | None = None
+        if chat.call_token is not None:
+            self._call_token = tokenizer.control_id(chat.call_token)
+        self._exhausted = False
+        # The only parser of the text: finds the calls, and knows which places are in a string.
+        self._stream = ToolCallStream()
+        self._parsed = 0  # characters that it was fed
+        self._found: list[Event] = []  # by it, not yet yielded
+        self._listed: list[Call] = []  # calls of a list
+        self._start = decoder.lengths[0] + len(prompt_ids)
         if (room := decoder.limit - self._start) < 1:
             raise ValueError(
-                f"the prompt makes {self._start} tokens, and there is room for {decoder.limit}: "
-                f"shorten it"
+                f"the prompt has {self._start} tokens, "
+                f"and there is room for {decoder.limit}: shorten it"
             )
         self._generated = generate(
             decoder,
@@ -70,39 +80,67 @@ class Answer:
         )
 
     def __iter__(self) -> Iterator[str]:
-        for piece in text_until(
-            self._record(), self._tokenizer, self._spelled, self._begins_text, in_string_of_call
-        ):
+        pieces = text_until(
+            self._record(),
+            self._tokenizer,
+            self._spelled,
+            self._strip_leading_space,
+            self._is_quoted,
+        )
+        for piece in pieces:
             self.text += piece
             yield piece
-        if not self._exhausted:
-            self.ids = self.ids[: self._written()]
+        if not self._exhausted:  # a spelled end
+            self.ids = self.ids[: self._count_written()]
             self.reason = "stop"
         elif self.ids and self.ids[-1] in self._stop_tokens:
             self.ids.pop()
             self.reason = "stop"
         else:
             self.reason = "length"
-        self._generated.close()  # an engine that runs ahead takes back what was too much
+        self._generated.close()  # rolls back an engine's steps in flight
         self._decoder.rewind(self._decoder.lengths[0] - self._start - len(self.ids))
 
-    @property
-    def is_calls(self) -> bool:
-        """Whether the text is a list of calls: it stands behind the token that says so."""
-        return self._call_token is not None and self.ids[:1] == [self._call_token]
+    def events(self, number: int) -> Iterator[Event]:
+        """Text as it comes, each call as soon as it is complete, and errors.
+
+        number  of the answer in the conversation: part of the ids of its calls, in formats that
+                need some
+        """
+        for piece in self:
+            if self._call_token is None:
+                self._parse(self.text, len(self.text))
+                yield from self._take_found()
+            elif not self._is_list:
+                yield Text(piece)
+        if self._call_token is None:
+            self._found += self._stream.finish()
+        elif self._is_list:
+            self._found = [*read_call_list(self.text, number)]
+            self._listed = [event for event in self._found if isinstance(event, Call)]
+        yield from self._take_found()
+
+    def message(self) -> dict[str, Any]:
+        """The answer as a message; a list of calls takes the place of its text."""
+        if self._listed:
+            return call_list_message(self._listed)
+        return {"role": "assistant", "content": self.text}
 
     @property
     def saved(self) -> int:
-        """How many tokens the constraint left no choice about: they cost no forward pass of their
-        own.
-        """
+        """How many tokens the constraint forced: none of them cost a forward pass of its own."""
         return self._constraint.taken
 
     def settle(self) -> None:
-        """Let `ids` be what `text` is made of, if the answer was broken off."""
+        """End the answer; if it was interrupted, reduce `ids` to the tokens of `text`."""
         self._generated.close()
         if self.reason == "interrupted":
-            self.ids = self.ids[: self._written()]
+            self.ids = self.ids[: self._count_written()]
+
+    @property
+    def _is_list(self) -> bool:
+        """Whether the text is a list of calls: the call token says so."""
+        return self.ids[:1] == [self._call_token]
 
     def _record(self) -> Iterator[int]:
         for id in self._generated:
@@ -110,9 +148,25 @@ class Answer:
             yield id
         self._exhausted = True
 
-    def _written(self) -> int:
-        """How many ids it takes to write the text; those behind them spell the end."""
-        stream, length = self._tokenizer.stream(self._begins_text), 0
+    def _is_quoted(self, text: str, at: int) -> bool:
+        """Whether a place of the text lies in a string of a call; places come in their order."""
+        self._parse(text, at)
+        return self._stream.in_string
+
+    def _parse(self, text: str, end: int) -> None:
+        """Feed the text up to `end` to the parser, each character once."""
+        self._found += self._stream.feed(text[self._parsed : end])
+        self._parsed = max(self._parsed, end)
+
+    def _take_found(self) -> list[Event]:
+        events = self._found
+        self._found = []
+        return events
+
+    def _count_written(self) -> int:
+        """How many ids spell the text; the ids after them spell the end of the turn."""
+        stream = self._tokenizer.stream(self._strip_leading_space)
+        length = 0
         for n, id in enumerate(self.ids):
             if length >= len(self.text):
                 return n
@@ -120,19 +174,12 @@ class Answer:
         return len(self.ids)
 
 
-def in_string_of_call(text: str, at: int) -> bool:
-    """Whether a place of an answer lies in a string of a call."""
-    stream = ToolCallStream()
-    stream.feed(text[:at])
-    return stream.in_string
-
-
 def one_row(model_or_decoder: Mistral | Engine, max_tokens: int | None = None) -> Engine:
-    """A decoder for one answer after the other: the one that is given, or one for the model.
-    ValueError for more rows.
+    """A decoder for one answer after the other: the given one, or a new one for the model.
 
-    max_tokens  room in the cache for a model without a window; None: what the checkpoint was made
-                for
+    max_tokens  room in the cache of a model without a window; None: max_position_embeddings
+
+    ValueError for a decoder of several rows.
     """
     if not isinstance(model_or_decoder, Mistral):
         if model_or_decoder.batch_size != 1:

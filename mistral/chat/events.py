@@ -1,11 +1,9 @@
-"""What happens while a model answers: the events that `ToolCallStream` and `Conversation` give, in
-their order.
-"""
+"""The events of an answer, in their order: `ToolCallStream` and `Conversation` return them."""
 
 from dataclasses import dataclass
 from typing import Any
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # begin and end in the model's text
 
 
 @dataclass(frozen=True)
@@ -19,10 +17,10 @@ class Text:
 class Call:
     """The model calls a function.
 
-    arguments  by name; everything in them can be written as JSON
-    span       where the call stands in the model's text, its tags included; None for one that was
-               not read from text
-    id         what its result refers to it by, in formats that need one
+    arguments  by name; JSON can hold all of them
+    span       of the call in the model's text, its tags included; None if it was not parsed from
+               text
+    id         names the call in its result, in formats that need one
     """
 
     name: str
@@ -33,7 +31,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What a function gave back."""
+    """A function returned `content`."""
 
     name: str
     content: Any
@@ -41,10 +39,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Error:
-    """Something went wrong, and the model can be told.
+    """A call failed, and the model can be told.
 
-    span, source  for a call that cannot be read: where it stands in the model's text, and that part
-                  of the text
+    span, source  of a call that cannot be parsed: its place in the model's text, and its text
     """
 
     message: str
@@ -54,7 +51,7 @@ class Error:
 
 @dataclass(frozen=True)
 class End:
-    """Nothing follows; `Conversation.say` lists the reasons."""
+    """The last event; `Conversation.say` lists the reasons."""
 
     reason: str
 

@@ -1,55 +1,56 @@
-"""What a decoder holds of a conversation."""
+"""The part of a conversation that is in the decoder."""
 
-from mistral.chat.saved import ConversationError
-from mistral.engine.decoder import Engine
+from mistral.engine.base import Engine
+from mistral.errors import ConversationError
 
 
 class Held:
-    """The part of a conversation that its decoder has read or written, and need not read again.
+    """The part of a conversation that its decoder holds, so that it is not prefilled again.
 
-    tokens    how many tokens that are; 0: the conversation is read from its beginning
+    tokens    how many tokens; 0: the conversation is prefilled from its beginning
     messages  how many messages
     """
 
     def __init__(self, decoder: Engine):
-        self.tokens = self.messages = 0
-        self._decoder, self._left = decoder, 0
+        self.tokens = 0
+        self.messages = 0
+        self._decoder = decoder
+        self._left = 0  # the decoder's length after the last turn
 
     def forget(self) -> None:
         """Empty the decoder."""
         self._decoder.rewind(self._decoder.lengths[0])
-        self.tokens = self.messages = 0
+        self.tokens = 0
+        self.messages = 0
         self.leave()
 
     def go_back(self) -> None:
-        """Bring the decoder back to `tokens`, where the listener left an answer while it went on.
+        """Roll the decoder back to `tokens`, if the listener left an answer before its end.
 
-        Of a decoder that is empty it holds nothing. Raises ConversationError for one that something
-        else filled.
+        An empty decoder holds nothing. Raises ConversationError for one that holds other tokens.
         """
         length = self._decoder.lengths[0]
         if not length:
             self.forget()
-        elif (
-            length != self._left or self._decoder.holder is not self
-        ):  # another conversation may have as many tokens
+        # another conversation may have as many tokens
+        elif length != self._left or self._decoder.holder is not self:
             raise ConversationError(
                 f"the decoder holds {length} tokens that are not this conversation's: give every "
-                f"conversation a "
-                f"decoder of its own, or empty it between their turns (decoder.rewind({length}))"
+                "conversation a decoder of its own, or empty it between their turns "
+                f"(decoder.rewind({length}))"
             )
         try:
             self._decoder.rewind(length - self.tokens)
             self.leave()
-        except ValueError:  # more than the cache can take back
+        except ValueError:  # the cache cannot roll back that far
             self.forget()
 
     def add(self, tokens: int, messages: int) -> None:
-        """So many more tokens were heard; with them the decoder holds the first `messages`."""
+        """Add tokens; with them the decoder holds the first `messages` messages."""
         self.tokens += tokens
         self.messages = messages
 
     def leave(self) -> None:
-        """Remember how the decoder is left, until the next turn."""
+        """Remember the decoder's state until the next turn."""
         self._left = self._decoder.lengths[0]
         self._decoder.holder = self

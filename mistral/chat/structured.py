@@ -1,4 +1,4 @@
-"""Answers in JSON that follow a schema: prompt, generate, parse, validate, and try again."""
+"""Answers in JSON that follow a schema: prompt, generate, parse, validate, retry."""
 
 import json
 import warnings
@@ -16,13 +16,11 @@ from mistral.chat.tools.json_schema import (
     SchemaError,
     as_json,
     compile_schema,
-    one_line,
     problem,
     pydantic_schema,
 )
-from mistral.engine.constraints import Constraint
-from mistral.engine.decoder import Engine
-from mistral.errors import MistralError
+from mistral.engine.base import Constraint, Engine
+from mistral.errors import MistralError, one_line
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -31,18 +29,19 @@ Schema = Mapping[str, Any] | str | Path | type
 
 
 class JSONError(MistralError, ValueError):
-    """The model gave no valid answer. `text` is its last one, `attempts` how many there were."""
+    """The model wrote no valid answer: `text` is the last one of `attempts`."""
 
     def __init__(self, message: str, text: str, attempts: int):
         super().__init__(message)
-        self.text, self.attempts = text, attempts
+        self.text = text
+        self.attempts = attempts
 
 
 class OutOfTokens(JSONError):
-    """The answer was not complete after `max_new_tokens`. `text` is what there is of it."""
+    """The answer was not complete after `max_new_tokens`; `text` is its beginning."""
 
 
-def generate_json(
+def generate_json(  # noqa: PLR0913
     model_or_decoder: Mistral | Engine,
     tokenizer: Tokenizer,
     prompt: str,
@@ -56,21 +55,22 @@ def generate_json(
 ) -> Any:
     """Answer `prompt` with JSON that is valid for `schema`; returns the parsed value.
 
-    model_or_decoder  a decoder is for one row; it forgets what it has read
+    model_or_decoder  a decoder has one row; it is emptied first
     schema            a JSON schema, a file with one, or a pydantic model (then an instance of it is
                       returned)
-    sampling          None: greedily
-    grammar           let the model write nothing else (needs the extra `chat`). A schema that no
-                      grammar can express is a warning, and the answer is then only checked.
+    sampling          None: greedy
+    grammar           allow nothing else (needs the extra `chat`). A schema that no grammar can
+                      express causes a warning, and the answer is then only checked.
     max_new_tokens    of one answer
-    retries           how often the model may correct an answer that is not valid: it is shown the
-                      answer and the error
-    format            a name of `mistral.chat.formats`; None: what the checkpoint's tokens tell
+    retries           how often the model may correct an invalid answer: it is shown the answer and
+                      the error
+    format            a name in `mistral.chat.formats.FORMATS`; None: chosen by the checkpoint's
+                      control tokens
 
-    Raises SchemaError for a schema that is none, GrammarError for one that no value is valid for,
-    OutOfTokens where the last answer was cut off, JSONError where it is not valid, ValueError for a
-    prompt that there is no room for. All of them are ValueErrors. Needs the extra `chat`, with a
-    grammar or without.
+    Raises SchemaError for an invalid schema, GrammarError for one that no value is valid for,
+    OutOfTokens if the last answer was cut off, JSONError if it is not valid, ValueError for a
+    prompt that is too long. All of them are ValueErrors. Needs the extra `chat`, even without a
+    grammar.
     """
     if retries < 0 or max_new_tokens < 1:
         raise ValueError("retries must be 0 or more, and max_new_tokens 1 or more")
@@ -87,20 +87,26 @@ def generate_json(
     ]
     ids = chat.begin(tokenizer, messages)
     sampling = sampling or Sampling(temperature=0)
-    # Under a grammar, what spells the end of a turn stands in a string.
+    # Under a grammar, a spelled end of turn can only be in a string.
     spelled_ends = isinstance(constraint, TextOnly)
     for attempt in range(retries + 1):
         answer = Answer(
-            decoder, tokenizer, chat, ids, sampling, constraint.copy(), max_new_tokens, spelled_ends
+            decoder=decoder,
+            tokenizer=tokenizer,
+            chat=chat,
+            prompt_ids=ids,
+            sampling=sampling,
+            constraint=constraint.copy(),
+            max_new_tokens=max_new_tokens,
+            spelled_ends=spelled_ends,
         )
         value, wrong = _check("".join(answer), validator, model_class)
         if wrong is None:
             return value
         if attempt == retries or answer.reason == "length":
             break
-        ids = chat.go_on(
-            tokenizer, [{"role": "tool", "name": "", "error": feedback.not_json(attempt, wrong)}]
-        )
+        told = {"role": "tool", "name": "", "error": feedback.not_json(attempt, wrong)}
+        ids = chat.extend(tokenizer, [told])
     if answer.reason == "length":
         message = f"the answer is not complete after {len(answer.ids)} tokens: {wrong}"
         raise OutOfTokens(message, answer.text, attempt + 1)
@@ -108,17 +114,14 @@ def generate_json(
 
 
 def read_schema(schema: Schema) -> dict[str, Any]:
-    """The JSON schema that a dict, a file or a pydantic model stands for.
-
-    SchemaError where it is none.
-    """
+    """The JSON schema of a dict, a file or a pydantic model. SchemaError if it has none."""
     if isinstance(schema, type):
         return pydantic_schema(schema)
     if isinstance(schema, str | Path):
         try:
             schema = json.loads(Path(schema).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise SchemaError(f"{schema} is no JSON: {error}") from None
+            raise SchemaError(f"{schema} is not valid JSON: {error}") from None
         except OSError as error:
             raise SchemaError(f"the schema {schema} cannot be read: {error.strerror}") from None
     if not isinstance(schema, Mapping):
@@ -127,30 +130,35 @@ def read_schema(schema: Schema) -> dict[str, Any]:
 
 
 def _check(text: str, validator: Any, model_class: type | None) -> tuple[Any, str | None]:
-    """The parsed answer, or what is wrong with it."""
+    """The parsed answer and None, or None and the problem."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return None, f"the answer is no JSON: {one_line(str(error))}"
+        return None, f"the answer is not valid JSON: {one_line(str(error))}"
     if wrong := problem(validator, value):
         return None, wrong
     if model_class is None:
         return value, None
     try:
         return model_class.model_validate_json(text), None
-    except ValueError as error:  # the class may have checks that no schema can express
+    except ValueError as error:  # by a check of the class that no schema can express
         return None, one_line(str(error))
 
 
 def _constraint(
     decoder: Engine, tokenizer: Tokenizer, schema: dict, chat: ChatFormat, grammar: bool
 ) -> Constraint:
-    """Lets only valid JSON be written; where no grammar is wanted or possible, any text."""
+    """Allows only valid JSON, or any text if no grammar is wanted or possible."""
     stop_tokens = chat.stop_ids(tokenizer)
     if grammar:
-        options = dict(stop_tokens=stop_tokens, begins_text=chat.reply_begins_text)
         try:
-            return json_constraint(tokenizer, decoder.config.vocab_size, schema, **options)
+            return json_constraint(
+                tokenizer,
+                decoder.config.vocab_size,
+                schema,
+                stop_tokens=stop_tokens,
+                strip_leading_space=chat.strip_leading_space,
+            )
         except UnsupportedSchema as error:
             warnings.warn(f"the answer is checked only after it is written: {error}", stacklevel=3)
     return TextOnly(decoder, tokenizer, stop_tokens)

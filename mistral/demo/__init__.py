@@ -1,1 +1,1 @@
-"""The bundled demo: a small Mistral in one GGUF file. `scripts/demo/` makes it."""
+"""The bundled demo: a small Mistral in one GGUF file, trained by `scripts/demo/`."""

@@ -1,3 +1,1 @@
-"""How good a model is: the model card's scoring rules, corrected ones, and an adapter for
-lm-evaluation-harness.
-"""
+"""Evaluation: the model card's scoring rules, corrected ones, and lm-evaluation-harness."""

@@ -1,16 +1,15 @@
 """The evaluation of `paper_rules` with its mistakes corrected.
 
-- Calls are read as the chat reads them (`parse_tool_calls`): whatever a text or an argument has in
-  it, it is not XML.
-- Every expected call needs a call of its own, in any order; two of one function are told apart by
+- Calls are parsed as in a chat (`parse_tool_calls`), not as XML.
+- Every expected call needs a call of its own, in any order; calls of one function are matched by
   their arguments.
-- All arguments count. One that was not expected is wrong, unless leaving it out means the same:
-  null or the default.
-- Values are compared as JSON: 1 is 1.0, but true is not 1. In JSON mode a code block may stand
-  around the answer.
+- All arguments count. An unexpected one is wrong, unless leaving it out means the same: null or the
+  default.
+- Values are compared as JSON: 1 is 1.0, but true is not 1. In JSON mode the answer may be in a code
+  block.
 
-What equals the expected answer passes, whatever the JSON schema says; the schema only tells what is
-wrong with others.
+An answer that equals the expected one passes, even if it is invalid for the JSON schema; the schema
+only explains why others fail.
 """
 
 import re
@@ -20,7 +19,8 @@ from typing import Any
 from mistral.chat.events import Call
 from mistral.chat.formats.literals import read_literals
 from mistral.chat.formats.tool_calls import parse_tool_calls
-from mistral.chat.tools.json_schema import SchemaError, compile_schema, one_line, problem
+from mistral.chat.tools.json_schema import SchemaError, compile_schema, problem
+from mistral.errors import one_line
 from mistral.evaluation.rows import Row
 from mistral.evaluation.verdict import Verdict, key_problem
 
@@ -29,31 +29,30 @@ _FENCE = re.compile(r"```(?:json)?\s(.*)```", re.DOTALL)
 
 def score_calls(row: Row, answer: str) -> Verdict:
     """Whether the answer makes the expected calls, and no others."""
+    # 1. As many calls as expected, all of them readable.
     reply = parse_tool_calls(answer)
     if row.expected and not reply.calls:
         return Verdict("no call", one_line(reply.errors[0].message) if reply.errors else "")
     if reply.errors or len(reply.calls) != len(row.expected):
-        unreadable = f" and {len(reply.errors)} that cannot be read" if reply.errors else ""
+        unreadable = f" and {len(reply.errors)} that cannot be parsed" if reply.errors else ""
         return Verdict(
             "wrong count", f"expected {len(row.expected)}, got {len(reply.calls)}{unreadable}"
         )
+    # 2. Match each call with an expected one.
     functions = {tool["function"]["name"]: tool["function"].get("parameters") for tool in row.tools}
     missing = list(row.expected)
     wrong = []
     for call in reply.calls:
         parameters = functions.get(call.name)
         arguments = _without_defaults(call.arguments, parameters)
-        same_name = (i for i, one in enumerate(missing) if one["name"] == call.name)
-        matches = (
-            i
-            for i in same_name
-            if equal(arguments, _without_defaults(missing[i]["arguments"], parameters))
-        )
-        match = next(matches, None)
-        if match is None:
-            wrong.append(call)
+        for i, expected in enumerate(missing):
+            if expected["name"] != call.name:
+                continue
+            if _equal(arguments, _without_defaults(expected["arguments"], parameters)):
+                del missing[i]
+                break
         else:
-            del missing[match]
+            wrong.append(call)
     return _why(wrong, missing, functions) if wrong else Verdict("passed")
 
 
@@ -67,50 +66,47 @@ def score_json(row: Row, answer: str) -> Verdict:
         return Verdict("not JSON", one_line(str(error)))
     if len(values) > 1:
         return Verdict("not JSON", f"{len(values)} values")
-    value, expected = values[0], row.expected
-    if equal(value, expected):
+    value = values[0]
+    expected = row.expected
+    if _equal(value, expected):
         return Verdict("passed")
     if wrong := _schema_problem(row.schema, value):
         return Verdict("schema failure", wrong)
     if wrong := key_problem(expected, value):
         return Verdict("wrong keys", wrong)
-    key = next(key for key in expected if not equal(value[key], expected[key]))
+    key = next(key for key in expected if not _equal(value[key], expected[key]))
     return Verdict(
         "wrong values", one_line(f"{key}: expected {expected[key]!r}, got {value[key]!r}")
     )
 
 
-def equal(a: Any, b: Any) -> bool:
-    """Whether two values are the same JSON: no boolean is a number, and objects have no order."""
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two values are equal in JSON: booleans are not numbers, objects have no order."""
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(equal, a, b))
+        return len(a) == len(b) and all(map(_equal, a, b))
     return a == b
 
 
 def _without_defaults(arguments: dict[str, Any], parameters: Any) -> dict[str, Any]:
-    """The arguments without those that may as well be left out: null or the default, unless they
-    are required.
-    """
+    """The arguments without those that mean the same if left out: optional, null or the default."""
     parameters = parameters if isinstance(parameters, dict) else {}
-    properties, required = parameters.get("properties"), parameters.get("required")
+    properties = parameters.get("properties")
+    required = parameters.get("required")
 
     def may_be_left_out(name: str, value: Any) -> bool:
         schema = properties.get(name) if isinstance(properties, dict) else None
         default = schema.get("default") if isinstance(schema, dict) else None
-        return equal(value, default) and not (isinstance(required, list) and name in required)
+        return _equal(value, default) and not (isinstance(required, list) and name in required)
 
     return {name: value for name, value in arguments.items() if not may_be_left_out(name, value)}
 
 
 def _why(wrong: list[Call], missing: list[dict[str, Any]], functions: dict[str, Any]) -> Verdict:
-    """What is wrong with the calls that nobody expected;
-
-    `missing` are as many that were expected.
-    """
+    """The verdict on wrong calls; `missing` are the expected calls without a match, as many."""
     for call in wrong:
         if call.name not in functions:
             return Verdict("unknown function", one_line(call.name))

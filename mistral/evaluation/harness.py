@@ -1,17 +1,17 @@
-"""This model in lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), as
-`mistral_from_scratch`.
+"""The model `mistral_from_scratch` for lm-evaluation-harness.
 
-    python -m mistral.evaluation.harness --model mistral_from_scratch --model_args pretrained=FOLDER
-    --tasks hellaswag
+    python -m mistral.evaluation.harness --model mistral_from_scratch \\
+        --model_args pretrained=FOLDER --tasks hellaswag
 
-is its command line with this model added. Releases after 0.4.13 read this package's entry point,
-and there plain `lm_eval --model mistral_from_scratch` does the same.
+is the command line of https://github.com/EleutherAI/lm-evaluation-harness with this model added.
+Releases after 0.4.13 read this package's entry point: there plain
+`lm_eval --model mistral_from_scratch` does the same.
 
 Truncation, scores and stop strings are those of the harness's own `hf` model, so that numbers can
-be compared with published ones. The differences, all on purpose: log-probabilities are float32
-whatever the model is (in `hf`: softmax_dtype=float32); sampling uses what the task names and
-nothing else (transformers adds a top_k of 50); text behind a control token has its leading space
-(Hugging Face calls it legacy); broken UTF-8 is written as in `Tokenizer.decode`.
+be compared with published ones. Intended differences: log-probabilities are float32 for every dtype
+(in `hf`: softmax_dtype=float32); sampling has only the options of the task (transformers adds a
+top_k of 50); text after a control token has its leading space (Hugging Face calls it legacy);
+broken UTF-8 is decoded as in `Tokenizer.decode`.
 """
 
 import json
@@ -43,42 +43,40 @@ try:
     )
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    missing = f'lm_eval cannot be imported ({error}); the extra has it: pip install -e ".[eval]"'
-    raise (
-        SystemExit(f"error: {missing}") if __name__ == "__main__" else MistralError(missing)
-    ) from None
+    missing = f'lm_eval cannot be imported ({error}); install the extra: pip install -e ".[eval]"'
+    if __name__ == "__main__":
+        raise SystemExit(f"error: {missing}") from None
+    raise MistralError(missing) from None
 
-DTYPES = {
+_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
-SAMPLING = {field.name for field in fields(Sampling)}
-Item = TypeVar("Item")
-Scored = tuple[Any, list[int], list[int]]  # what the cache files it under, context, continuation
+_SAMPLING = {field.name for field in fields(Sampling)}
+_Item = TypeVar("_Item")
+_Scored = tuple[Any, list[int], list[int]]  # key in the harness's cache, context, continuation
 
 
 @register_model("mistral_from_scratch")
 class MistralLM(TemplateLM):
-    """A checkpoint as the harness wants it: scores of continuations and of whole texts, and
-    generated text.
+    """A checkpoint for the harness: scores of continuations and of whole texts, generated text.
 
-    pretrained     the source that `mistral.load` takes; device, revision, packed and sliding_window
-                   are its, too
+    pretrained     source for `mistral.load`, like device, revision, packed and sliding_window
     dtype          "float32", "bfloat16", "float16" or "float64"; None: as in `mistral.load`
-    batch_size     rows of one forward. A number: there is no "auto"
-    max_length     how many tokens the model reads at once; what is longer loses its beginning,
-                   whole texts are scored in windows. None: what the checkpoint was made for
-    max_gen_toks   how many tokens to generate where the task does not say
+    batch_size     rows of one forward pass; a number, there is no "auto"
+    max_length     tokens of one forward pass. A longer prompt loses its beginning, a longer text is
+                   scored in windows. None: max_position_embeddings
+    max_gen_toks   how many tokens to generate if the task does not say
     chat_format    with --apply_chat_template: a name in `mistral.chat.formats.FORMATS`; None:
-                   chosen by the tokens
+                   chosen by the control tokens
 
-    As in `hf`, control tokens that are spelled in a text are control tokens: templates come as text
-    here. Raises ValueError for arguments that make no sense, and what `mistral.load` raises.
+    As in `hf`, text that spells a control token becomes one: templates are text here. Raises
+    ValueError for arguments out of range, and the errors of `mistral.load`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         pretrained: str = "demo",
         *,
@@ -93,57 +91,54 @@ class MistralLM(TemplateLM):
         chat_format: str | None = None,
     ):
         super().__init__()
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        if dtype not in (None, *_DTYPES):
+            raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a number of rows, not {batch_size!r}")
         if str(device).startswith("cuda") and not torch.cuda.is_available():
-            device = None  # the harness's command line says cuda:0 where nobody has named a device
+            device = None  # the default of the harness's command line is cuda:0
         options = dict(
             device=device, packed=packed, sliding_window=sliding_window, revision=revision
         )
-        self.model, self.tokenizer = load(pretrained, dtype=DTYPES.get(dtype), **options)
+        self.model, self.tokenizer = load(pretrained, dtype=_DTYPES.get(dtype), **options)
         limit = self.model.config.max_position_embeddings
         self.max_length = limit if max_length is None else max_length
         if not 1 <= self.max_length <= limit:
-            raise ValueError(f"max_length must lie between 1 and {limit}, not {max_length}")
-        self.batch_size, self.max_gen_toks, self.chat_format = (
-            int(batch_size),
-            max_gen_toks,
-            chat_format,
-        )
+            raise ValueError(f"max_length must be between 1 and {limit}, not {max_length}")
+        self.batch_size = int(batch_size)
+        self.max_gen_toks = max_gen_toks
+        self.chat_format = chat_format
         self._device = self.model.device
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text. ValueError where the checkpoint names none."""
+        """The token that ends a text. ValueError if the checkpoint has none."""
         if self.tokenizer.eos_id is None:
-            raise ValueError("the checkpoint names no end-of-text token")
+            raise ValueError("the checkpoint has no end-of-text token")
         return self.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before the first token of a text."""
+        """The token before the first one of a text."""
         bos = self.tokenizer.bos_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids, with the begin-of-text token unless told otherwise."""
+        """Ids, with the begin-of-text token unless `add_special_tokens` is False."""
         bos = add_special_tokens is not False and self.tokenizer.bos_id is not None
         return self.tokenizer.encode(string, bos=bos, special=True)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of whole texts, each token scored once, in windows of at most
-        `max_length`.
+        """Log-probability of whole texts, each token scored once, in windows of `max_length`.
 
-        As in `hf`, the begin-of-text token that `tok_encode` puts before a text is scored like the
-        rest of it.
+        As in `hf`, the begin-of-text token that `tok_encode` puts before a text is scored, too.
         """
-        windows, owners = [], []
+        windows = []
+        owners = []
         for i, (text,) in enumerate(request.args for request in requests):
             ids = self.tok_encode(text)
             for pair in get_rolling_token_windows(
@@ -160,19 +155,17 @@ class MistralLM(TemplateLM):
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
-        self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[_Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        # What the model reads lacks the last token, so answers of one token to one question are one
-        # input.
+        # The input lacks the last token: all answers of one token to one question share an input.
         inputs: dict[tuple[int, ...], list[int]] = {}
         for i, (name, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
-                    f"cannot score {len(continuation)} tokens behind {len(context)}: {name!r:.200}"
+                    f"cannot score {len(continuation)} tokens after {len(context)}: {name!r:.200}"
                 )
-            inputs.setdefault(
-                tuple((context + continuation)[-self.max_length - 1 : -1]), []
-            ).append(i)
+            ids = tuple((context + continuation)[-self.max_length - 1 : -1])
+            inputs.setdefault(ids, []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         longest_first = sorted(inputs, key=lambda ids: (-len(ids), ids))
         with tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
@@ -210,7 +203,8 @@ class MistralLM(TemplateLM):
 
     def _continue(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
-        tokenizer, most = self.tokenizer, settings.pop("max_gen_toks")
+        tokenizer = self.tokenizer
+        most = settings.pop("max_gen_toks")
         until = handle_stop_sequences(
             settings.pop("until"), eos=tokenizer.control_text(self.eot_token_id)
         )
@@ -219,13 +213,14 @@ class MistralLM(TemplateLM):
         sampling = _sampling(settings)
         if not 0 <= most < self.max_length:
             raise ValueError(
-                f"max_gen_toks must lie between 0 and max_length - 1 = {self.max_length - 1}, not "
-                f"{most}"
+                f"max_gen_toks must be between 0 and max_length - 1 = {self.max_length - 1}, "
+                f"not {most}"
             )
         prompts = [ids[most - self.max_length :] for ids in prompts]
         decoder = Decoder(self.model, len(prompts), max(map(len, prompts)) + most, slack=0)
-        decoder.read(prompts)
-        streams, texts = [tokenizer.stream(start=True) for _ in prompts], [""] * len(prompts)
+        decoder.prefill(prompts)
+        streams = [tokenizer.stream(strip_leading_space=True) for _ in prompts]
+        texts = [""] * len(prompts)
         running = set(range(len(prompts)))
         for _ in range(most):
             _require_numbers(decoder.logits)
@@ -242,7 +237,7 @@ class MistralLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the prompts' tokens in the harness's request cache."""
+        """Name of the tokenizer in the harness's request cache."""
         return f"mistral_from_scratch_{self.tokenizer.vocab_size}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -252,18 +247,14 @@ class MistralLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text; without `add_generation_prompt` the last message is left open, to
-        be gone on with.
-        """
+        """A conversation as text; without `add_generation_prompt` its last message is not ended."""
         whole = chat_history if add_generation_prompt else chat_history[:-1]
         text = render_chat(self.tokenizer, whole, format=self.chat_format)
         return text if add_generation_prompt else text + chat_history[-1]["content"]
 
 
 def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Log-probability of the continuation that the last logits [T, V] are of, and whether greedy
-    choice writes it.
-    """
+    """Log-probability of the continuation under the last logits [T, V]; whether it is greedy."""
     logits = logits[-len(continuation) :]  # [T, V]
     _require_numbers(logits)
     target = torch.tensor(continuation, device=logits.device)
@@ -274,27 +265,29 @@ def _score(logits: Tensor, continuation: list[int]) -> tuple[float, bool]:
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
     settings = {"temperature": 0.0, "num_beams": 1} | settings
-    settings.pop("do_sample")  # the harness has turned False into temperature 0
+    settings.pop("do_sample")  # False is temperature 0 already
     if settings.pop("num_beams") != 1:
-        raise ValueError("generation_kwargs asks for num_beams; there is no beam search here")
-    if unknown := settings.keys() - SAMPLING:
+        raise ValueError("generation_kwargs has num_beams: beam search is not supported")
+    if unknown := settings.keys() - _SAMPLING:
         raise ValueError(
-            f"generation_kwargs has {min(unknown)!r}; there are {', '.join(sorted(SAMPLING))}"
+            f"generation_kwargs has {min(unknown)!r}; supported: {', '.join(sorted(_SAMPLING))}"
         )
     return Sampling(**settings)
 
 
 def _require_numbers(logits: Tensor) -> None:
     if logits.isnan().any():
-        raise ValueError("the logits are not numbers; try float32 or bfloat16 instead of float16")
+        raise ValueError(
+            "the logits are NaN (float16 overflows in some fine-tunes): use float32 or bfloat16"
+        )
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+def _batches(items: Sequence[_Item], size: int) -> Iterator[Sequence[_Item]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def main() -> None:
-    """The harness's command line; errors of this package end it in one line."""
+    """Run the harness's command line; an error of this package ends it in one line."""
     try:
         cli_evaluate()
     except (MistralError, ValueError) as error:

@@ -1,8 +1,7 @@
-"""The scoring behind the model card's 91% (function calling) and 84% (JSON mode), its mistakes
-included.
+"""The rules of the model card's 91% (function calling) and 84% (JSON mode), mistakes included.
 
-The rules are those of https://github.com/interstellarninja/function-calling-eval at commit 1c9fcb5
-of 3 March 2024, ten days before the model came out; later ones differ. Where that program would end
+They are those of https://github.com/interstellarninja/function-calling-eval at commit 1c9fcb5 of
+3 March 2024, ten days before the model was released; later ones differ. If that program would end
 with an exception, the row fails here.
 """
 
@@ -14,13 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from mistral.chat.tools.json_schema import one_line
-from mistral.errors import MistralError
+from mistral.errors import MistralError, one_line
 from mistral.evaluation.rows import Row
 from mistral.evaluation.verdict import Verdict, key_problem
 
-END = "<|im_end|>"
-PYTHON_TYPES = {
+_END = "<|im_end|>"
+_PYTHON_TYPES = {
     "string": str,
     "number": (int, float),
     "integer": int,
@@ -41,7 +39,7 @@ CRASHES = (_Crash, TypeError, ValueError, RecursionError, MemoryError)
 def score_calls(row: Row, answer: str) -> Verdict:
     """Whether the answer makes the expected calls."""
     try:
-        calls = tool_calls(assistant_text(row, answer))
+        calls = tool_calls(_assistant_text(row, answer))
         return _score_calls(row, calls) if calls else Verdict("no call")
     except ElementTree.ParseError as error:
         return Verdict("no call", f"the answer is not XML: {error}")
@@ -52,7 +50,7 @@ def score_calls(row: Row, answer: str) -> Verdict:
 def score_json(row: Row, answer: str) -> Verdict:
     """Whether the answer is the expected JSON."""
     try:
-        text = assistant_text(row, answer)
+        text = _assistant_text(row, answer)
     except _Crash as error:
         return Verdict("crash", str(error))
     try:
@@ -72,34 +70,33 @@ def score_json(row: Row, answer: str) -> Verdict:
     return Verdict("passed")
 
 
-def assistant_text(row: Row, answer: str) -> str:
-    """What their pattern finds: the text behind the last `>assistant` in the whole conversation.
+def _assistant_text(row: Row, answer: str) -> str:
+    """The match of their pattern: the text after the last `>assistant` in the whole conversation.
 
-    The pattern has a backslash too many before each bar and so is three patterns: `<\\`,
-    `im_start\\` and what it was meant to be. Where one of the first two stands anywhere, it matches
-    nothing that could be returned.
+    The pattern has one backslash too many before each bar, so it is three patterns: `<\\`,
+    `im_start\\` and the intended one. If one of the first two occurs anywhere, it matches no text
+    that could be returned.
     """
-    turns = [
-        f"<|im_start|>{message['role']}\n{message['content']}{END}\n" for message in row.messages
-    ]
-    conversation = "".join(turns) + f"<|im_start|>assistant\n{answer}"
+    conversation = ""
+    for message in row.messages:
+        conversation += f"<|im_start|>{message['role']}\n{message['content']}{_END}\n"
+    conversation += f"<|im_start|>assistant\n{answer}"
     for text in ("<\\", "im_start\\"):
         if text in conversation:
             raise _Crash(f"the conversation has {text!r} in it")
-    return re.split(r">\s*assistant", conversation)[-1].strip().replace(END, "")
+    return re.split(r">\s*assistant", conversation)[-1].strip().replace(_END, "")
 
 
 def tool_calls(text: str) -> list[Any]:
-    """The values in `<tool_call>` tags; what can be read neither as JSON nor as Python's literals
-    is left out.
+    """The values in `<tool_call>` tags, without those that are neither JSON nor Python's literals.
 
-    Raises xml's ParseError unless the whole text is XML, and one of CRASHES for some of what is in
-    a tag.
+    Raises xml's ParseError unless the whole text is XML, and one of CRASHES for some contents of
+    tags.
     """
-    # Nothing in a root element can declare entities, so that XML's usual bombs do not go off.
+    # Entities cannot be declared in a root element, so XML's usual bombs are harmless.
     root = ElementTree.fromstring(f"<root>{text}</root>")
     values: list[Any] = []
-    last: list[Any] = []  # the value that was read last
+    last: list[Any] = []  # the previous value
     for element in root.iterfind(".//tool_call"):
         if element.text is not None:
             try:
@@ -108,7 +105,7 @@ def tool_calls(text: str) -> list[Any]:
                 continue
         elif not last:
             raise _Crash("the first <tool_call> is empty")
-        values += last  # an empty tag means the value before it once more
+        values += last  # an empty tag repeats the previous value
     return values
 
 
@@ -121,11 +118,11 @@ def _read_value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        problem = f"not a Python literal, and no JSON: {error}"
+        problem = f"neither a Python literal nor JSON: {error}"
     try:
-        with warnings.catch_warnings(action="ignore"):  # of Python, about escapes in strings
+        with warnings.catch_warnings(action="ignore"):  # about escapes in strings
             return ast.literal_eval(text)
-    except (SyntaxError, ValueError):  # whose texts have addresses in them
+    except (SyntaxError, ValueError):  # their messages contain addresses
         raise _Unreadable(problem) from None
 
 
@@ -137,13 +134,13 @@ def _score_calls(row: Row, calls: list[Any]) -> Verdict:
             if failed := check_call(call, row.tools):
                 return failed
             if call["name"] == expected["name"]:
-                # The first of that name, whether or not it was compared before
+                # The first call of that name, even if it was compared before
                 if failed := _compare(call, expected):
                     return failed
                 break
         else:
             return Verdict("wrong function", f"{expected['name']} is not called")
-    json.dumps(calls)  # they log the calls; a Python set, for example, ends their program
+    json.dumps(calls)  # they log the calls: a Python set, for example, ends their program
     return Verdict("passed")
 
 
@@ -151,44 +148,36 @@ def _compare(call: dict[str, Any], expected: dict[str, Any]) -> Verdict | None:
     for name, value in expected["arguments"].items():
         got = call["arguments"].get(name)
         if got != value:
-            return Verdict(
-                "wrong argument",
-                one_line(f"{call['name']}, {name}: expected {value!r}, got {got!r}"),
-            )
+            detail = f"{call['name']}, {name}: expected {value!r}, got {got!r}"
+            return Verdict("wrong argument", one_line(detail))
     return None
 
 
 def check_call(call: Any, tools: Sequence[Any]) -> Verdict | None:
-    """Why their validator rejects a call; None for one that it lets through.
+    """Why their validator rejects a call; None for one that it accepts.
 
-    It lets through arguments that the function does not have, every value that Python takes for
-    false, whatever its type, booleans for integers, and values outside of an enum that is not one
-    of strings. It rejects 3.0 for an integer and every value of an argument with several types.
+    It accepts arguments that the function does not have, every value that is false in Python,
+    booleans for integers, and values outside of an enum that is not one of strings. It rejects 3.0
+    for an integer and every value of an argument with several types.
     """
     if not isinstance(call, dict) or not all(isinstance(key, str) for key in call):
         raise _Crash("a call is not an object")
     if not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
         return Verdict("schema failure", "a call without a name or without an object of arguments")
     for tool in tools:
-        if not _is_tool(tool):  # it looks no further
+        if not _is_tool(tool):  # it does not look at the other tools
             return Verdict("schema failure", "one of the tools is malformed")
         function = tool["function"]
         if function["name"] == call["name"]:
             try:
                 wrong = _arguments_problem(call["arguments"], function.get("parameters"))
-            except (
-                AttributeError,
-                TypeError,
-                LookupError,
-            ) as error:  # from schemas that they do not understand
-                wrong = str(error)
-            return (
-                Verdict("schema failure", one_line(f"{call['name']}: {wrong}")) if wrong else None
-            )
-    return Verdict(
-        "unknown function",
-        one_line(f"No matching function signature found for function: {call['name']}"),
-    )
+            except (AttributeError, TypeError, LookupError) as error:
+                wrong = str(error)  # from schemas that they do not support
+            if not wrong:
+                return None
+            return Verdict("schema failure", one_line(f"{call['name']}: {wrong}"))
+    detail = f"No matching function signature found for function: {call['name']}"
+    return Verdict("unknown function", one_line(detail))
 
 
 def _is_tool(tool: Any) -> bool:
@@ -212,34 +201,34 @@ def _arguments_problem(arguments: dict[str, Any], parameters: Any) -> str | None
 
 
 def _value_problem(name: str, value: Any, schema: Any) -> str | None:
-    kind = schema.get("type")
-    if not kind:
+    type_name = schema.get("type")
+    if not type_name:
         return None
-    if kind == "string" and "enum" in schema:
+    if type_name == "string" and "enum" in schema:
         choices = schema["enum"]
         if None not in choices and choices != [] and value not in choices:
             return (
                 f"Invalid value '{value}' for parameter {name}. Expected one of "
                 f"{', '.join(map(str, choices))}"
             )
-    if not isinstance(value, PYTHON_TYPES[kind]):
-        return f"Type mismatch for parameter {name}. Expected: {kind}, Got: {type(value)}"
+    if not isinstance(value, _PYTHON_TYPES[type_name]):
+        return f"Type mismatch for parameter {name}. Expected: {type_name}, Got: {type(value)}"
     return None
 
 
 def _schema_problem(schema: dict[str, Any], value: Any) -> str | None:
-    """By the draft that the schema names, as they do; but a `$ref` to elsewhere is not fetched."""
+    """As they do, by the draft that the schema names; but no `$ref` is fetched."""
     try:
         from jsonschema import Draft202012Validator, validators
         from referencing import Registry
     except ImportError:
         raise MistralError(
-            'jsonschema is not installed; the extra has it: pip install -e ".[chat]"'
+            'jsonschema is not installed; install the extra: pip install -e ".[chat]"'
         ) from None
     try:
         validator = validators.validator_for(schema, default=Draft202012Validator)
         validator.check_schema(schema)
         error = next(validator(schema, registry=Registry()).iter_errors(value), None)
-    except Exception as error:  # they, too, take every exception for a failure
+    except Exception as error:  # they, too, count every exception as a failure
         return one_line(str(error))
     return one_line(error.message) if error else None

@@ -1,4 +1,4 @@
-"""The rows of an evaluation: what is asked, and the answer that is expected.
+"""The rows of an evaluation: questions and expected answers.
 
 Their form is that of NousResearch/func-calling-eval (prompt, completion, tools) and of
 NousResearch/json-mode-eval (prompt, completion, schema): `prompt` is a list of {"role", "content"},
@@ -28,11 +28,11 @@ from mistral.checkpoints import hub
 from mistral.errors import MistralError
 
 Task = Literal["function-calling", "json-mode"]
-ENDINGS = (".parquet", ".jsonl")
+_ENDINGS = (".parquet", ".jsonl")
 
 
 class DataError(MistralError, ValueError):
-    """Rows for an evaluation cannot be had, or one of them is malformed."""
+    """The rows of an evaluation cannot be read, or one of them is malformed."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Row:
 
     index     its place among all rows, from 0
     where     file and line, for messages
-    messages  the conversation that the model goes on with: {"role", "content"} each, both text
+    messages  the conversation that the model continues: {"role", "content"} each, both text
     expected  the calls, {"name", "arguments"} each; in JSON mode any value
-    tools     the functions in OpenAI's form (none in JSON mode)
-    schema    JSON schema of the answer (none for function calling)
+    tools     the functions in OpenAI's form ([] in JSON mode)
+    schema    JSON schema of the answer ({} for function calling)
     """
 
     index: int
@@ -56,22 +56,22 @@ class Row:
 
     @property
     def prompt_hash(self) -> str:
-        """Tells whether an answer belongs to this prompt."""
+        """Identifies the prompt of an answer."""
         return sha256(json.dumps(self.messages).encode()).hexdigest()[:16]
 
 
 def read_rows(source: str, task: Task, limit: int | None = None) -> list[Row]:
-    """The rows of a .jsonl or .parquet file, of a folder of such files, or of a dataset on the hub
-    ("owner/name").
+    """The rows of a .jsonl or .parquet file, of a folder of them, or of a dataset on the hub.
 
-    limit  only so many, from the first
+    source  a path, or "owner/name"
+    limit   how many rows, from the first
 
     In a folder only the .parquet files count if there are any, and only those of the split "train"
-    if there is one. Raises DataError for what cannot be had, and for a malformed row, with its file
-    and line. Parquet needs pyarrow.
+    if there is one. Raises DataError for rows that cannot be read, and for a malformed row, with
+    its file and line. Parquet needs pyarrow.
     """
     lines = (line for file in _files(source) for line in _lines(file))
-    rows = [_row(i, where, line, task) for i, (where, line) in enumerate(islice(lines, limit))]
+    rows = [_row(i, *where_line, task) for i, where_line in enumerate(islice(lines, limit))]
     if not rows:
         raise DataError(f"{source} has no rows")
     return rows
@@ -82,34 +82,33 @@ def _files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.exists():
-        if not hub.is_name(source) or ":" in source or path.suffix in ENDINGS:
+        if not hub.is_name(source) or ":" in source or path.suffix in _ENDINGS:
             raise DataError(
                 f"{source} does not exist; name a .jsonl or .parquet file, or a dataset on the hub"
             )
         path = _download(source)
-    for ending in ENDINGS:  # some datasets are there in both forms
+    for ending in _ENDINGS:  # some datasets have both forms
         files = sorted(path.rglob(f"*{ending}"))
         if files:
             split = re.compile(r"(^|[/._-])train($|[/._-])")
-            return [
-                file for file in files if split.search(file.relative_to(path).as_posix())
-            ] or files
+            train = [file for file in files if split.search(file.relative_to(path).as_posix())]
+            return train or files
     raise DataError(f"{source} has no .parquet and no .jsonl file")
 
 
 def _download(name: str) -> Path:
-    patterns = [f"*{ending}" for ending in ENDINGS]
+    patterns = [f"*{ending}" for ending in _ENDINGS]
     try:
         return Path(
             huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns)
         )
     except GatedRepoError as error:
         raise DataError(
-            f"{name} asks you to accept its terms on its page, and to set HF_TOKEN"
+            f"{name} needs access: accept its terms on its page, and set HF_TOKEN"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DataError(
-            f"there is no file and no dataset {name}, or HF_TOKEN gives no access"
+            f"there is no file and no dataset {name}, or HF_TOKEN has no access to it"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise DataError(
@@ -123,7 +122,7 @@ def _download(name: str) -> Path:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and its columns."""
+    """The place and the columns of each row."""
     if file.suffix == ".parquet":
         for number, columns in enumerate(_parquet(file), 1):
             yield f"{file}, row {number}", columns
@@ -163,41 +162,42 @@ def _row(index: int, where: str, columns: Any, task: Task) -> Row:
     if task == "json-mode":
         schema = _json(where, "'schema'", columns["schema"])
         _require(isinstance(schema, dict), where, "its 'schema' is not a JSON object")
-        return Row(index, where, messages, expected, [], schema)
+        return Row(
+            index=index, where=where, messages=messages, expected=expected, tools=[], schema=schema
+        )
     tools = _json(where, "'tools'", columns["tools"])
     _check_tools(where, tools)
     expected = expected if isinstance(expected, list) else [expected]
     _check_calls(where, expected)
     messages.insert(0, {"role": "system", "content": _tool_prompt(columns["tools"])})
-    return Row(index, where, messages, expected, tools, {})
+    return Row(
+        index=index, where=where, messages=messages, expected=expected, tools=tools, schema={}
+    )
 
 
 def _tool_prompt(tools: str) -> str:
-    """The system prompt of the evaluation, with the row's tools as they stand there, spaces and
-    all.
-    """
+    """The system prompt of the evaluation, with the tools as the row spells them."""
     before, after = tool_prompt([], style="eval").split(" [] ")
     return f"{before} {tools} {after}"
 
 
-def _json(where: str, what: str, text: Any) -> Any:
-    _require(isinstance(text, (str, bytes)), where, f"{what} is not a string of JSON")
+def _json(where: str, name: str, text: Any) -> Any:
+    _require(isinstance(text, (str, bytes)), where, f"{name} is not a string of JSON")
     try:
         if isinstance(text, str):
             text.encode()
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not Unicode
-        raise DataError(f"{where}: {what} cannot be read as JSON: {error}") from None
+        raise DataError(f"{where}: {name} is not valid JSON: {error}") from None
 
 
 def _check_prompt(where: str, prompt: Any) -> None:
     _require(isinstance(prompt, list) and prompt, where, "its 'prompt' is not a list of messages")
     for message in prompt:
-        valid = isinstance(message, dict) and all(
-            _is_text(message.get(key)) for key in ("role", "content")
-        )
+        valid = isinstance(message, dict)
+        valid = valid and _is_text(message.get("role")) and _is_text(message.get("content"))
         _require(
-            valid, where, "a message of its 'prompt' has no 'role' and 'content' that are text"
+            valid, where, "a message of its 'prompt' needs a 'role' and a 'content' that are text"
         )
 
 

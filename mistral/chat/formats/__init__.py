@@ -1,8 +1,8 @@
-"""Chat formats: messages to ids, and what a model wrote back to text and calls."""
+"""Chat formats: messages to ids, and an answer's text to calls."""
 
+from mistral.chat.formats.base import ChatFormat
 from mistral.chat.formats.choose import (
     FORMATS,
-    ChatFormat,
     chat_format,
     choose_format,
     encode_chat,

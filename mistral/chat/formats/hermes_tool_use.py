@@ -1,10 +1,9 @@
-"""Hermes-2-Pro's own chat template `tool_use`, to the byte, for those who compare.
+"""Hermes-2-Pro's own chat template `tool_use`, byte for byte, for comparisons.
 
 Source: the template of https://huggingface.co/NousResearch/Hermes-2-Pro-Llama-3-8B, the same as
-Hermes 3's; the copy in the Mistral model's repository was not compared. Its tools are not valid
-JSON, its results are not marked with their function, and a result can close its own tag. The end of
-a turn of results depends on whether anything follows, so a conversation cannot go on behind them as
-it stands.
+Hermes 3's; it was not compared with the copy in the Mistral model's repository. Its tools are not
+valid JSON, its results do not name their function, and a result can close its own tag. The end of
+a turn of results depends on whether another turn follows, so those ids change when it does.
 """
 
 from collections.abc import Sequence
@@ -16,21 +15,18 @@ from mistral.tokenizer import Tokenizer
 
 
 class HermesToolUse(ChatML):
-    """The format of that template. The methods are those of
-    `mistral.chat.formats.choose.ChatFormat`.
+    """The format of that template.
 
     Without tools the template fails; here the system turn that describes them is left out.
     """
 
     tool_style = "tool_use"
 
-    def can_go_on(
+    def can_extend(
         self, history: Sequence[Message], new: Sequence[Message], tools: Tools | None = None
     ) -> bool:
-        """False behind the answer to a function's result: that turn ends in another way when
-        anything follows.
-        """
-        return all(message.get("role") != "tool" for message in history[-1:])
+        """False after the answer to a result: the end of the result's turn changes."""
+        return not history or history[-1].get("role") != "tool"
 
     def _encode_turns(self, tokenizer: Tokenizer, messages: Sequence[CheckedMessage]) -> list[int]:
         ids: list[int] = []
@@ -41,18 +37,17 @@ class HermesToolUse(ChatML):
                 results.append(f"<tool_response>\n{content}\n</tool_response>")
                 if following is None or following.role != "tool":
                     end = "" if following is None else "\n"
-                    # Unlike other turns, this one has no newline behind it
+                    # Unlike other turns, this one has no newline after it.
                     ids += between_control_tokens(tokenizer, "tool\n" + "\n".join(results) + end)
                     results = []
             elif message.calls is None:
                 ids += encode_turn(tokenizer, message.role, message.content)
             else:
-                # The template leaves out the text beside the calls. A list of no calls leaves no
-                # newline either.
+                # The template drops the text next to the calls. Without any call it drops the
+                # newline after the role, too.
                 calls = "".join("\n" + _call(call) for call in message.calls)
-                ids += between_control_tokens(tokenizer, "assistant" + calls) + tokenizer.encode(
-                    "\n", bos=False
-                )
+                ids += between_control_tokens(tokenizer, "assistant" + calls)
+                ids += tokenizer.encode("\n", bos=False)
         return ids
 
 

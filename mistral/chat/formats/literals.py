@@ -1,8 +1,8 @@
 """Values that a model wrote: JSON, Python's literals, and every mixture of the two.
 
 The first prompts of Hermes-2-Pro showed calls in Python's quotes, later ones JSON. Models write
-both, sometimes in one object.
-Nothing is evaluated, nothing recurses, and the time taken is linear in the text.
+both, sometimes in one object. Nothing is evaluated, nothing recurses, and time is linear in the
+text.
 """
 
 import math
@@ -10,9 +10,7 @@ import re
 from typing import Any
 
 MAX_DEPTH = 100  # brackets inside brackets
-MAX_NUMBER = (
-    640  # characters of a number; Python may refuse to read or write longer integers (sys.int_info)
-)
+MAX_NUMBER = 640  # characters; Python may refuse to parse longer integers (sys.int_info)
 
 _BETWEEN = re.compile(r"[ \t\r\n,]*+")
 _SPACE = re.compile(r"[ \t\r\n]*+")
@@ -38,16 +36,16 @@ _CLOSING = {"{": "}", "[": "]", "(": ")"}
 def read_literals(text: str) -> list[Any]:
     """The values in `text`, one at least, with whitespace, commas or nothing between them.
 
-    JSON is read as JSON: of two equal keys the last counts. Beyond JSON, anywhere: single quotes,
-    Python's escapes
-    (a backslash in front of any other character stays one, as in Python), line breaks in strings,
-    True, False and None, +1, 1. and .5, tuples (they become lists), a comma behind the last item.
+    JSON means the same as in JSON: of two equal keys the last counts. Also accepted, anywhere:
+    single quotes, Python's escapes (a backslash before any other character stays one, as in
+    Python), line breaks in strings, True, False and None, +1, 1. and .5, tuples (they become
+    lists), and a comma after the last item.
 
-    Every value can be written as JSON. What cannot is an error: keys that are no strings, sets,
-    bytes, complex numbers, NaN and infinity, half a surrogate pair. So are Python's prefixed,
-    triple-quoted and adjacent strings, 0x1F and 1_000.
+    JSON can hold every returned value. Anything else is an error: keys that are not strings, sets,
+    bytes, complex numbers, NaN and infinity, half a surrogate pair; Python's prefixed,
+    triple-quoted and adjacent strings, 0x1F and 1_000, too.
 
-    Raises ValueError that says what is wrong at which character, also beyond MAX_DEPTH and
+    Raises ValueError that names the problem and its character, also beyond MAX_DEPTH and
     MAX_NUMBER.
     """
     values = []
@@ -62,15 +60,16 @@ def read_literals(text: str) -> list[Any]:
 
 
 class _Container:
-    """An open bracket and what has been read behind it; in an object keys and values take turns."""
+    """An open bracket and the items after it; in an object keys and values alternate."""
 
     def __init__(self, bracket: str):
-        self.bracket, self.closing = bracket, _CLOSING[bracket]
+        self.bracket = bracket
+        self.closing = _CLOSING[bracket]
         self.items: list[Any] = []
-        self.comma = False
+        self.comma = False  # True: "(1,)" is a tuple, "(1)" is not
 
     @property
-    def behind_key(self) -> bool:
+    def expects_value(self) -> bool:
         return self.bracket == "{" and len(self.items) % 2 == 1
 
     def value(self) -> Any:
@@ -81,7 +80,7 @@ class _Container:
 
 
 def _read(text: str, at: int) -> tuple[Any, int]:
-    """The value that begins at `at`, and where it ends."""
+    """The value that begins at `at`, and its end."""
     around: list[_Container] = []  # innermost last
     while True:
         at = _SPACE.match(text, at).end()
@@ -94,7 +93,7 @@ def _read(text: str, at: int) -> tuple[Any, int]:
             around.append(_Container(char))
             at += 1
             continue
-        if around and char == around[-1].closing and not around[-1].behind_key:
+        if around and char == around[-1].closing and not around[-1].expects_value:
             value = around.pop().value()
             at += 1
         else:
@@ -106,10 +105,10 @@ def _read(text: str, at: int) -> tuple[Any, int]:
 
 
 def _read_separator(text: str, at: int, container: _Container) -> int:
-    """Where the next item begins, or the closing bracket stands."""
+    """The place of the next item, or of the closing bracket."""
     at = _SPACE.match(text, at).end()
     char = text[at : at + 1]
-    if container.behind_key:
+    if container.expects_value:
         if not isinstance(container.items[-1], str):
             raise ValueError(f"the key before character {at} is not a string")
         if char != ":":
@@ -143,8 +142,7 @@ def _read_scalar(text: str, at: int) -> tuple[Any, int]:
 def _number(written: str, at: int) -> int | float:
     if len(written) > MAX_NUMBER:
         raise ValueError(
-            f"the number at character {at} has {len(written)} characters, and {MAX_NUMBER} are the "
-            f"limit"
+            f"the number at character {at} has {len(written)} characters; the limit is {MAX_NUMBER}"
         )
     if written.lstrip("+-").isdigit():
         return int(written)
@@ -155,13 +153,12 @@ def _number(written: str, at: int) -> int | float:
 
 
 def _unescaped(written: str, at: int) -> str:
-    """What the characters between two quotes stand for."""
+    """The string that the characters between two quotes mean."""
     try:
         string = _ESCAPE.sub(_character, written) if "\\" in written else written
         if string.isascii():
             return string
-        # Two escapes may be the halves of one character; a half alone is no text that could be
-        # written anywhere.
+        # Two escapes may be the halves of one character; a half alone is not valid Unicode.
         return string.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
     except UnicodeDecodeError:
         raise ValueError(
@@ -184,6 +181,6 @@ def _character(escape: re.Match) -> str:
     return _ESCAPED.get(char, escape[0])
 
 
-def _expected(what: str, text: str, at: int) -> ValueError:
+def _expected(wanted: str, text: str, at: int) -> ValueError:
     found = repr(text[at]) if at < len(text) else "the end"
-    return ValueError(f"expected {what} at character {at}, not {found}")
+    return ValueError(f"expected {wanted} at character {at}, not {found}")

@@ -1,26 +1,27 @@
-"""Mistral's own format, `[INST]` ... `[/INST]`, id for id as mistral-common encodes it; in two
-versions.
+"""Mistral's own format, `[INST]` ... `[/INST]`, id for id as mistral-common encodes it.
 
-v1 is for Mistral-7B-Instruct-v0.1 and v0.2. Its brackets are plain text, which a user can write as
-well as anybody; it has no tools. v3 is for v0.3, whose brackets are control tokens, and which has
-tools. (v2 is for none of the 7B models.)
+v1 is for Mistral-7B-Instruct-v0.1 and v0.2. Its brackets are plain text, which a user can write,
+too; it has no tools. v3 is for v0.3. Its brackets are control tokens, and it has tools. (No 7B
+model uses v2.)
 
-System messages have no turn: their text stands before the first user's message in v1, before the
-last one in v3, where the tools stand, too. So in v3 the ids of a longer conversation begin with
-those of a shorter one only until the user speaks again. Messages of one role in a row are one turn;
-of functions' results each is its own.
+System messages have no turn of their own. v1 puts their text before the first user's message. v3
+puts it, like the tools, before the last one, so in v3 the ids of a longer conversation begin with
+those of a shorter one only until the user speaks again. Consecutive messages of one role are one
+turn; each function's result is a turn of its own.
 
 Source: https://github.com/mistralai/mistral-common, InstructTokenizerV1 and V3 and
 InstructRequestNormalizer.
 """
 
 import json
-import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from mistral.chat.formats.base import ChatFormat
+from mistral.chat.formats.call_objects import CALL_ID
 from mistral.chat.formats.messages import (
     PARAGRAPH,
     CheckedMessage,
@@ -33,21 +34,23 @@ from mistral.chat.formats.messages import (
 from mistral.chat.formats.prompts import to_json
 from mistral.tokenizer import Tokenizer
 
-CALL_ID = re.compile("[A-Za-z0-9]{9}")  # what the model was trained with
 
+class _MistralInstruct(ChatFormat):
+    """Both versions in common."""
 
-class _MistralInstruct:
-    """What both versions have in common. The methods are those of
-    `mistral.chat.formats.choose.ChatFormat`.
+    strip_leading_space = True
 
-    A version adds `_carrier`, the index of the user's turn that carries the system message and the
-    tools, and the ids of the tools and of a turn, `_encode_tools` and `_encode_turn`.
-    """
+    @abstractmethod
+    def _carrier(self, users: list[int]) -> int:
+        """Which of the users' turns carries the system message and the tools."""
 
-    reply_begins_text = True
-    spelled_ends = ()
-    has_tools = False
-    call_token: str | None = None
+    @abstractmethod
+    def _encode_tools(self, tokenizer: Tokenizer, tools: list[dict]) -> list[int]:
+        """Ids of the tools."""
+
+    @abstractmethod
+    def _encode_turn(self, tokenizer: Tokenizer, turn: CheckedMessage) -> list[int]:
+        """Ids of one turn."""
 
     def begin(
         self,
@@ -58,10 +61,10 @@ class _MistralInstruct:
     ) -> list[int]:
         """Ids of a whole conversation.
 
-        `generate` adds none: it demands that the last message can be answered.
+        generate  adds no ids: it requires that the last message is not the assistant's
         """
         system, turns = _system_and_turns(check_messages(messages))
-        if not turns or turns[0].role != "user":  # mistral-common puts an empty one there, too
+        if not turns or turns[0].role != "user":  # mistral-common adds an empty one, too
             turns.insert(0, CheckedMessage("the beginning", "user"))
         if generate and turns[-1].role == "assistant":
             raise ValueError(f"{turns[-1].where} is the last one: there is nothing to answer")
@@ -69,27 +72,27 @@ class _MistralInstruct:
         carrier = self._carrier([i for i, turn in enumerate(turns) if turn.role == "user"])
         ids = tokenizer.encode("")
         for i, turn in enumerate(turns):
-            if i == carrier and system:
-                turn = replace(turn, content=system + PARAGRAPH + turn.content)
-            ids += (tool_ids if i == carrier else []) + self._encode_turn(tokenizer, turn)
+            if i == carrier:
+                ids += tool_ids
+                if system:
+                    turn = replace(turn, content=system + PARAGRAPH + turn.content)
+            ids += self._encode_turn(tokenizer, turn)
         return ids
 
-    def go_on(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-        """Ids behind content that the assistant has written: the end of its turn, and the new
-        messages.
-        """
+    def extend(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+        """Ids that follow the assistant's content: see `ChatFormat`."""
         checked = check_messages(messages, answered=True)
         for message in checked:
             if message.role == "system":
                 raise ValueError(
-                    f"{message.where}: Mistral's format has a system message only from the "
-                    f"beginning on"
+                    f"{message.where}: in Mistral's format a system message cannot be added later; "
+                    "encode the whole conversation"
                 )
         _, turns = _system_and_turns(checked)
         if turns[0].role == "assistant" or turns[-1].role == "assistant":
             raise ValueError(
-                f"{turns[0].where} to {turns[-1].where}: they must begin and end with others' "
-                f"messages"
+                f"{turns[0].where} to {turns[-1].where}: "
+                "the first and the last must not be the assistant's"
             )
         ids = [_control_id(tokenizer, "</s>")]
         for turn in turns:
@@ -104,7 +107,7 @@ class _MistralInstruct:
 class MistralInstructV1(_MistralInstruct):
     """The format of Mistral-7B-Instruct-v0.1 and v0.2."""
 
-    def can_go_on(
+    def can_extend(
         self, history: Sequence[Message], new: Sequence[Message], tools: Tools | None = None
     ) -> bool:
         """False with a new system message: it belongs to the first user's turn."""
@@ -116,14 +119,14 @@ class MistralInstructV1(_MistralInstruct):
     def _encode_tools(self, tokenizer: Tokenizer, tools: list[dict]) -> list[int]:
         if tools:
             raise ValueError(
-                "the format mistral_instruct_v1 has no tools; a model made for ChatML or v0.3 has"
+                "the format mistral_instruct_v1 has no tools; use a model made for ChatML or v0.3"
             )
         return []
 
     def _encode_turn(self, tokenizer: Tokenizer, turn: CheckedMessage) -> list[int]:
         if turn.role == "tool" or turn.calls:
             raise ValueError(
-                f"{turn.where}: the format mistral_instruct_v1 has no functions to call"
+                f"{turn.where}: the format mistral_instruct_v1 has no calls and no results"
             )
         if turn.role == "user":
             return tokenizer.encode(f"[INST] {turn.content} [/INST]", bos=False)
@@ -136,16 +139,13 @@ class MistralInstructV3(_MistralInstruct):
     has_tools = True
     call_token = "[TOOL_CALLS]"
 
-    def can_go_on(
+    def can_extend(
         self, history: Sequence[Message], new: Sequence[Message], tools: Tools | None = None
     ) -> bool:
-        """False with a new system message, and where the user speaks again while there is one, or
-        tools: they move.
-        """
+        """False with a new system message, and if a new user's turn takes the old one or tools."""
         moves = bool(tools) or _has("system", history)
-        return not _has("system", new) and not (
-            moves and any(_is_users(message) for message in new)
-        )
+        user_speaks = any(_is_users(message) for message in new)
+        return not _has("system", new) and not (moves and user_speaks)
 
     def _carrier(self, users: list[int]) -> int:
         return users[-1]
@@ -153,43 +153,38 @@ class MistralInstructV3(_MistralInstruct):
     def _encode_tools(self, tokenizer: Tokenizer, tools: list[dict]) -> list[int]:
         if not tools:
             return []
-        functions = [tool["function"] for tool in tools]
-        listed = [
-            {
-                "type": "function",
-                "function": {
-                    "name": function["name"],
-                    "description": function.get("description") or "",
-                    "parameters": function.get("parameters") or {},
-                },
+        listed = []
+        for tool in tools:
+            function = {
+                "name": tool["function"]["name"],
+                "description": tool["function"].get("description") or "",
+                "parameters": tool["function"].get("parameters") or {},
             }
-            for function in functions
-        ]
+            listed.append({"type": "function", "function": function})
         return _bracketed(tokenizer, "AVAILABLE_TOOLS", to_json(listed))
 
     def _encode_turn(self, tokenizer: Tokenizer, turn: CheckedMessage) -> list[int]:
         if turn.role == "user":
             return _bracketed(tokenizer, "INST", turn.content)
         if turn.role == "tool":
-            # mistral-common takes an empty result for an empty object
-            result = {} if turn.content == "" else turn.result()
-            return _bracketed(
-                tokenizer, "TOOL_RESULTS", to_json({"content": result, "call_id": _call_id(turn)})
-            )
+            # mistral-common, too, writes an empty result as an empty object
+            content = {} if turn.content == "" else turn.result()
+            result = {"content": content, "call_id": _call_id(turn)}
+            return _bracketed(tokenizer, "TOOL_RESULTS", to_json(result))
         end = _control_id(tokenizer, "</s>")
-        if not turn.calls:  # mistral-common, too, leaves out spaces at the end
+        if not turn.calls:  # mistral-common, too, drops spaces at the end
             return [*tokenizer.encode(turn.content.rstrip(" "), bos=False), end]
         if turn.content:
             raise ValueError(
-                f"{turn.where} has text and calls; the format mistral_instruct_v3 has one or the "
-                f"other"
+                f"{turn.where} has text and calls; "
+                "the format mistral_instruct_v3 allows one of them"
             )
         calls = to_json([_call(turn.where, call) for call in turn.calls])
         return [_control_id(tokenizer, self.call_token), *tokenizer.encode(calls, bos=False), end]
 
 
 def _system_and_turns(messages: Sequence[CheckedMessage]) -> tuple[str, list[CheckedMessage]]:
-    """The system messages' text, and the other messages, those of one role in a row as one."""
+    """The system messages' text, and the turns: consecutive messages of one role are joined."""
     system = PARAGRAPH.join(
         message.content for message in messages if message.role == "system" and message.content
     )
@@ -206,9 +201,7 @@ def _system_and_turns(messages: Sequence[CheckedMessage]) -> tuple[str, list[Che
 
 
 def _by_the_user(message: CheckedMessage) -> CheckedMessage:
-    """An error that belongs to no call cannot be a result, which has a call's id: the user says
-    it.
-    """
+    """The message; the user says an error that belongs to no call, because a result needs an id."""
     nameless = message.error is not None and not message.name and message.call_id is None
     return replace(message, role="user", content=message.error) if nameless else message
 
@@ -230,14 +223,15 @@ def _call_id(turn: CheckedMessage) -> str:
 def _checked_id(where: str, id: str) -> str:
     if not CALL_ID.fullmatch(id):
         raise ValueError(
-            f"{where}: a call's id has 9 letters a-z A-Z or digits in Mistral's format, unlike "
+            f"{where}: in Mistral's format a call's id is 9 letters a-z A-Z or digits, unlike "
             f"{id!r}"
         )
     return id
 
 
 def _bracketed(tokenizer: Tokenizer, name: str, text: str) -> list[int]:
-    start, end = _control_id(tokenizer, f"[{name}]"), _control_id(tokenizer, f"[/{name}]")
+    start = _control_id(tokenizer, f"[{name}]")
+    end = _control_id(tokenizer, f"[/{name}]")
     return [start, *tokenizer.encode(text, bos=False), end]
 
 
@@ -245,7 +239,8 @@ def _control_id(tokenizer: Tokenizer, text: str) -> int:
     id = tokenizer.control_id(text)
     if id is None:
         raise ValueError(
-            f"the tokenizer has no {text}: this checkpoint was not made for this Mistral format"
+            f"the tokenizer has no {text}: this checkpoint was not made for this Mistral format; "
+            "choose another chat format"
         )
     return id
 

@@ -1,15 +1,14 @@
-"""What a model wrote, taken apart into text and function calls, as a whole or while it is being
-written.
+"""An answer's text, split into text and function calls, as a whole or while it is being written.
 
 A call is a block: `<tool_call>`, an object with a name and arguments, `</tool_call>`.
 
-- A block ends at a tag that stands outside of strings and brackets: its own `</tool_call>` or the
-  next `<tool_call>`. It may also end with the text, and a tag that is cut off there belongs to it.
-- What is in a block is read by `read_literals`: JSON, Python's literals, or a mixture.
-- A block that cannot be read is one error. It ends at the first tag inside it, even one in a
-  string, or else with the text; what stands behind it is read as usual.
+- A block ends at a tag outside of strings and brackets: its own `</tool_call>` or the next
+  `<tool_call>`. It may also end with the text, and a tag that is cut off there belongs to it.
+- The content of a block is parsed by `read_literals`: JSON, Python's literals, or a mixture.
+- A block that cannot be parsed is one error. It ends at the first tag inside it, even one in a
+  string, or else with the text; the text after it is parsed as usual.
 - Whitespace next to a block belongs to the block, and texts on both sides of one are joined by a
-  newline. All other text is kept as it is, a `</tool_call>` that closes nothing included.
+  newline. All other text is kept as it is, including a `</tool_call>` that closes nothing.
 """
 
 import re
@@ -18,30 +17,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral.chat.events import Call, Error, Event, Span, Text
-from mistral.chat.formats.call_objects import (
-    HEAD,
-    call_of,
-    could_begin_untagged,
-    flattened,
-    untagged_calls,
-)
+from mistral.chat.formats.call_objects import call_of
 from mistral.chat.formats.literals import read_literals
 
-ToolCall = Call  # what a `Reply` holds
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-SPACE = " \t\r\n"
-BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
+_OPEN = "<tool_call>"
+_CLOSE = "</tool_call>"
+_SPACE = " \t\r\n"
+_BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
 
-_TAG = re.compile(f"{OPEN}|{CLOSE}")
+_TAG = re.compile(f"{_OPEN}|{_CLOSE}")
 _BETWEEN = re.compile(r"[ \t\r\n,]*+")
-_PLAIN = re.compile(r"[\s\w:,.+-]*+")  # what a value has outside of strings and brackets
+_PLAIN = re.compile(r"[\s\w:,.+-]*+")  # a value's characters outside of strings and brackets
 _STRING = {q: re.compile(rf"[^{q}\\]*+(?:\\.[^{q}\\]*+)*+", re.DOTALL) for q in "\"'"}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answer: the text outside of calls, the calls in their order, and what could not be
-    read.
+    """A model's answer.
+
+    text    outside of calls
+    calls   in their order
+    errors  of calls that cannot be parsed
     """
 
     text: str
@@ -50,7 +46,7 @@ class Reply:
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> "Reply":
-        """The answer that these events tell, all of them from one stream."""
+        """The answer that all events of one stream make up."""
         events = list(events)
         return cls(
             text="".join(event.text for event in events if isinstance(event, Text)),
@@ -59,40 +55,37 @@ class Reply:
         )
 
 
-def parse_tool_calls(text: str, *, lenient: bool = False) -> Reply:
+def parse_tool_calls(text: str) -> Reply:
     """Text, calls and errors of a whole answer. No text makes it raise; see `ToolCallStream`."""
-    stream = ToolCallStream(lenient=lenient)
+    stream = ToolCallStream()
     return Reply.of(stream.feed(text) + stream.finish())
 
 
 class ToolCallStream:
-    """Text, calls and errors of an answer as it comes: `Reply.of` all events is the same however
-    the text was cut.
+    """Text, calls and errors of an answer as it comes: they do not depend on how it was cut.
 
-    Only give it what the model wrote: in a prompt, a call may be anybody's.
+    Feed it only text that the model wrote: anybody may have written a call in a prompt. JSON
+    outside of `<tool_call>` is text: it may well be the answer.
 
-    lenient  also take for calls: several objects or lists in a block; "parameters" in the place of
-             "arguments"; a whole answer that consists of calls without `<tool_call>`
-             (`untagged_calls`). An answer that begins like one of those comes in one piece, at its
-             end. Strict, untagged JSON is text: it may well be the answer.
-
-    Held back is what could be the beginning of a tag, and whitespace that could belong to a call.
-    Time is linear in the text. Nothing raises but `feed` after `finish` (ValueError).
+    Text is held back if it could be the beginning of a tag, and whitespace if it could belong to
+    a call. Time is linear in the text. Only `feed` after `finish` raises (ValueError).
     """
 
-    def __init__(self, *, lenient: bool = False):
-        self._lenient = lenient
-        self._untagged = _Untagged() if lenient else None
+    def __init__(self):
         self._outside = _Outside()
-        # A window of the text: what has been read of it, and where it begins in the whole text
-        self._window, self._at, self._offset = "", 0, 0
+        self._events: list[Event] = []  # not yet returned
         self._step = self._read_text
-        self._events: list[Event] = []
-        # Of a block: where its tag stands in the whole text; its content is `_earlier` and the
-        # window from `_start`
-        self._begin, self._earlier, self._start = 0, [], 0
-        self._depth, self._quote = 0, ""
         self._finished = False
+        # A window of the text
+        self._window = ""
+        self._offset = 0  # of the window in the whole text
+        self._at = 0  # how much of the window has been read
+        # The block that is being read; its content is `_earlier` and the window from `_start`
+        self._begin = 0  # of its tag in the whole text
+        self._earlier: list[str] = []
+        self._start = 0
+        self._depth = 0  # open brackets
+        self._quote = ""  # that opened the string; "": outside of strings
 
     @property
     def in_string(self) -> bool:
@@ -102,23 +95,15 @@ class ToolCallStream:
     def feed(self, piece: str) -> list[Event]:
         """The events that are certain after one more piece of text (of any length)."""
         if self._finished:
-            raise ValueError(
-                "this stream is finished: every answer needs a ToolCallStream of its own"
-            )
-        if self._untagged:
-            piece = self._untagged.feed(piece)
+            raise ValueError("this stream is finished: create a ToolCallStream for each answer")
         return self._read(piece)
 
     def finish(self) -> list[Event]:
-        """The events that the end of the text settles."""
+        """The events that only the end of the text makes certain."""
         if self._finished:
             return []
         self._finished = True
-        held = self._untagged.finish() if self._untagged else ""
-        if calls := untagged_calls(held):
-            begin, end = len(held) - len(held.lstrip()), len(held.rstrip())
-            return [Call(*call, (begin, end)) for call in calls]
-        return self._read(held) + self._read("", final=True)
+        return self._read("", final=True)
 
     def _read(self, piece: str, final: bool = False) -> list[Event]:
         if self._step != self._read_text:
@@ -126,62 +111,65 @@ class ToolCallStream:
             self._earlier.append(self._window[self._start : self._at])
             self._start = 0
         self._offset += self._at
-        self._window, self._at = self._window[self._at :] + piece, 0
+        self._window = self._window[self._at :] + piece
+        self._at = 0
         while self._step(final):
             pass
-        events, self._events = self._events, []
+        events = self._events
+        self._events = []
         return events
 
-    # Each step reads on in the window from `_at`, and returns False where it needs more text.
+    # Each step reads the window from `_at`, and returns False if it needs more text.
 
     def _read_text(self, final: bool) -> bool:
-        found = self._window.find(OPEN, self._at)
-        end = (
-            found
-            if found >= 0
-            else len(self._window) - (0 if final else _begun(self._window, OPEN))
-        )
+        """Read to the next block."""
+        found = self._window.find(_OPEN, self._at)
+        end = found
+        if found < 0:
+            end = len(self._window) - (0 if final else _begun(self._window, _OPEN))
         self._say(self._outside.feed(self._window[self._at : end]))
         self._at = end
         if found < 0:
             self._say(self._outside.finish() if final else "")
             return False
         self._outside.block()
-        self._begin, self._earlier = self._offset + found, []
-        self._at = self._start = found + len(OPEN)
-        self._depth, self._quote = 0, ""
+        self._begin = self._offset + found
+        self._earlier = []
+        self._at = found + len(_OPEN)
+        self._start = self._at
+        self._depth = 0
+        self._quote = ""
         self._step = self._read_block
         return True
 
     def _read_block(self, final: bool) -> bool:
-        """Read to the first tag outside of strings and brackets, or give up where none can come any
-        more.
-        """
+        """Read to the first tag outside of strings and brackets; give up when none can come."""
+        # 1. Inside brackets: read to the end of the value.
         if self._depth:
             self._read_value()
-            behind = (
-                len(self._window) - self._at
-            )  # 1: perhaps a backslash, whose character is still to come
-            if self._depth and (final or behind > 1):
+            unread = len(self._window) - self._at  # 1: perhaps a backslash before its character
+            if self._depth and (final or unread > 1):
                 return self._give_up()
             return not self._depth
+        # 2. Outside: a tag ends the block, a bracket opens the next value.
         self._at = _BETWEEN.match(self._window, self._at).end()
-        rest = self._window[self._at : self._at + len(CLOSE)]
-        if rest.startswith((OPEN, CLOSE)):
-            return self._end_block(self._at + (len(CLOSE) if rest == CLOSE else 0))
-        if OPEN.startswith(rest) or CLOSE.startswith(rest):
+        rest = self._window[self._at : self._at + len(_CLOSE)]
+        if rest == _CLOSE:
+            return self._end_block(self._at + len(_CLOSE))
+        if rest.startswith(_OPEN):
+            return self._end_block(self._at)
+        if _OPEN.startswith(rest) or _CLOSE.startswith(rest):
             return final and self._end_block(len(self._window))
-        if BRACKETS.get(rest[0]) != 1:
+        if _BRACKETS.get(rest[0]) != 1:
             return self._give_up()
         self._at += 1
         self._depth = 1
         return True
 
     def _read_value(self) -> None:
-        """Read to the end of the value, to a character that no value has there, or to the end of
-        the window.
-        """
-        window, at = self._window, self._at
+        """Read to the end of the value or of the window, or to a character that no value has."""
+        window = self._window
+        at = self._at
         while self._depth:
             inside = _STRING[self._quote] if self._quote else _PLAIN
             at = inside.match(window, at).end()
@@ -192,75 +180,52 @@ class ToolCallStream:
                 self._quote = ""
             elif char in _STRING:
                 self._quote = char
-            elif char in BRACKETS:
-                self._depth += BRACKETS[char]
+            elif char in _BRACKETS:
+                self._depth += _BRACKETS[char]
             else:
                 break
             at += 1
         self._at = at
 
     def _skip_block(self, final: bool) -> bool:
-        """Read to the next tag, wherever it stands."""
+        """Read to the next tag, in a string or not."""
         tag = _TAG.search(self._window, self._at)
         if tag or final:
             self._at = tag.start() if tag else len(self._window)
-            return self._end_block(tag.end() if tag and tag[0] == CLOSE else self._at)
-        self._at = len(self._window) - _begun(self._window, OPEN, CLOSE)
+            return self._end_block(tag.end() if tag and tag[0] == _CLOSE else self._at)
+        self._at = len(self._window) - _begun(self._window, _OPEN, _CLOSE)
         return False
 
     def _end_block(self, end: int) -> bool:
-        """Tell what is in the block. Its content has been read; it ends at `end` in the window."""
-        content = self._content()
-        source = OPEN + content + self._window[self._at : end]
-        span = self._begin, self._offset + end
+        """Parse the block, whose content has been read; it ends at `end` in the window."""
+        content = "".join(self._earlier) + self._window[self._start : self._at]
+        source = _OPEN + content + self._window[self._at : end]
+        span = (self._begin, self._offset + end)
         try:
-            self._events += self._calls(read_literals(content), span, source)
+            values = read_literals(content)
         except ValueError as error:
             if self._step == self._read_block:
                 return self._give_up()
             self._events.append(Error(str(error), span, source))
+        else:
+            self._events.append(_call_or_error(values, span, source))
         self._at = end
         self._step = self._read_text
         return True
 
     def _give_up(self) -> bool:
-        """Go back to the block's beginning and look for the first tag, for what is in the block
-        cannot be read.
-        """
-        # Where that tag stands in a string, the text behind it is read again, and perhaps once
-        # more. Time stays linear: two readings that began at different tags are never both outside
-        # of strings, both in "..." or both in '...', because a quote never takes two states to one.
-        # So there are three at most.
+        """Return to the beginning of a block that cannot be parsed, and look for the first tag."""
+        # If that tag is in a string, the text after it is read again, and perhaps once more. Time
+        # stays linear: two readings that began at different tags are never both outside of strings,
+        # both in "..." or both in '...', because a quote never takes two states to one. So there
+        # are three at most.
         if before := "".join(self._earlier):
-            self._window, self._earlier = before + self._window, []
+            self._window = before + self._window
+            self._earlier = []
             self._offset -= len(before)
         self._at = self._start
         self._step = self._skip_block
         return True
-
-    def _content(self) -> str:
-        """The block from behind its tag to where reading has come."""
-        return "".join(self._earlier) + self._window[self._start : self._at]
-
-    def _calls(self, values: list[Any], span: Span, source: str) -> list[Event]:
-        """What the values in a block say, each a call or an error."""
-        if self._lenient:
-            values = flattened(values)
-        elif len(values) > 1:
-            return [
-                Error(
-                    f"{len(values)} values in one <tool_call>: each call needs its own tags",
-                    span,
-                    source,
-                )
-            ]
-        events: list[Event] = []
-        for value in values:
-            try:
-                events.append(Call(*call_of(value, self._lenient), span))
-            except ValueError as error:
-                events.append(Error(str(error), span, source))
-        return events or [Error("an empty list of calls", span, source)]
 
     def _say(self, text: str) -> None:
         if text:
@@ -268,51 +233,43 @@ class ToolCallStream:
 
 
 class _Outside:
-    """The text outside of blocks: without the whitespace next to them, with a newline in their
-    place.
-    """
+    """The text outside of blocks, without the whitespace next to them, joined by newlines."""
 
     def __init__(self):
-        self._spaces: list[str] = []
-        self._said, self._behind_block = False, False
+        self._spaces: list[str] = []  # held back
+        self._said = False
+        self._after_block = False
 
     def feed(self, text: str) -> str:
-        visible = text.rstrip(SPACE)
+        visible = text.rstrip(_SPACE)
         if not visible:
             self._spaces.append(text)
             return ""
         said = "".join(self._spaces) + visible
         self._spaces = [text[len(visible) :]]
-        if self._behind_block:
-            said = ("\n" if self._said else "") + said.lstrip(SPACE)
-        self._said, self._behind_block = True, False
+        if self._after_block:
+            said = ("\n" if self._said else "") + said.lstrip(_SPACE)
+        self._said = True
+        self._after_block = False
         return said
 
     def block(self) -> None:
-        """A block stands here."""
-        self._behind_block = True
+        """Note that a block is here."""
+        self._after_block = True
 
     def finish(self) -> str:
-        return "" if self._behind_block else "".join(self._spaces)
+        return "" if self._after_block else "".join(self._spaces)
 
 
-class _Untagged:
-    """Keeps an answer that begins like an untagged call; any other goes through."""
-
-    def __init__(self):
-        self._held: list[str] | None = []
-        self._head = ""
-
-    def feed(self, piece: str) -> str:
-        if self._held is None:
-            return piece
-        self._held.append(piece)
-        self._head = (self._head + piece).lstrip()[:HEAD]
-        return "" if could_begin_untagged(self._head) else self.finish()
-
-    def finish(self) -> str:
-        held, self._held = "".join(self._held or []), None
-        return held
+def _call_or_error(values: list[Any], span: Span, source: str) -> Call | Error:
+    """The call in a block whose content is `values`."""
+    if len(values) > 1:
+        message = f"{len(values)} values in one <tool_call>: each call needs its own tags"
+        return Error(message, span, source)
+    try:
+        return Call(*call_of(values[0]), span)
+    except ValueError as error:
+        return Error(str(error), span, source)
 
 
 def _begun(text: str, *tags: str) -> int:

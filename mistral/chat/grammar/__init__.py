@@ -1,4 +1,4 @@
-"""Grammars: JSON schemas and calls as constraints on the next token. Needs the extra `chat`."""
+"""JSON schemas and calls as constraints on the next token. Needs the extra `chat`."""
 
 from mistral.chat.grammar.constraints import (
     call_list_constraint,

@@ -1,34 +1,21 @@
-"""The grammars of JSON and of tool calls, as constraints for `mistral.generate`.
-
-Needs the extra `chat`.
-"""
+"""The grammars of JSON and of calls, as constraints for `mistral.generate`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mistral.chat.formats.mistral_instruct import CALL_ID
-from mistral.chat.formats.prompts import wrapped
+from mistral.chat.formats.call_objects import CALL_ID
 from mistral.chat.grammar.bounded_schema import Limits, bounded_schema
 from mistral.chat.grammar.schema_options import GrammarError, UnsupportedSchema
 from mistral.chat.grammar.token_masks import GrammarConstraint, grammar_constraint
+from mistral.chat.tools import wrapped
 from mistral.chat.tools.json_schema import SchemaError
 from mistral.tokenizer import Tokenizer
 
-__all__ = [
-    "GrammarConstraint",
-    "GrammarError",
-    "Limits",
-    "UnsupportedSchema",
-    "call_list_constraint",
-    "json_constraint",
-    "tool_call_constraint",
-]
+_LIMITS = Limits()
 
-LIMITS = Limits()
-
-# The tag is plain text for this model: several tokens, cut where the model likes.
-TOOL_GRAMMAR = r"""
+# The tag is plain text for these models: several tokens, which the model may cut anywhere.
+_TOOL_GRAMMAR = r"""
 start: {start}
 call: "<tool_call>" rest
 text_call: text_and_tag rest
@@ -38,7 +25,7 @@ json: %json {schema}
 ANY: /(?s:.*)/
 TEXT: ANY & ~/(?s:.*)<tool_call>(?s:.*)/
 """
-TEXT_GRAMMAR = r"""
+_TEXT_GRAMMAR = r"""
 start: TEXT
 TEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/
 """
@@ -49,27 +36,25 @@ def json_constraint(
     vocab_size: int,
     schema: Mapping[str, Any],
     *,
-    limits: Limits = LIMITS,
+    limits: Limits = _LIMITS,
     stop_tokens: Sequence[int] | None = None,
-    begins_text: bool = False,
+    strip_leading_space: bool = False,
 ) -> GrammarConstraint:
-    """A constraint to JSON that is valid for `schema`, with nothing before or behind it.
+    """A constraint to JSON that is valid for `schema`, with nothing before or after it.
 
-    vocab_size   the model's, which may be larger than the tokenizer's
-    limits       where values end that the schema leaves open
-    stop_tokens  None: the tokenizer's
-    begins_text  the first token may have a leading space, which is not part of the text:
-                 `ChatFormat`
+    vocab_size           the model's, which may be larger than the tokenizer's
+    limits               for values that the schema leaves unbounded
+    stop_tokens          None: the tokenizer's
+    strip_leading_space  the first token may have a leading space that is not part of the text: see
+                         `ChatFormat`
 
-    Raises SchemaError for a malformed schema, UnsupportedSchema (a GrammarError) for one that no
-    grammar expresses, GrammarError for one that no value is valid for, and where the extra `chat`
+    Raises SchemaError for a malformed schema, UnsupportedSchema (a GrammarError) for one that the
+    grammar cannot express, GrammarError for one that no value is valid for, and if the extra `chat`
     is not installed.
     """
-    space = '" "? ' if begins_text else ""
-    grammar = (
-        f"start: {space}json\njson: %json "
-        f"{_json_for_grammar(bounded_schema(schema, limits), limits)}"
-    )
+    space = '" "? ' if strip_leading_space else ""
+    schema_json = _json_for_grammar(bounded_schema(schema, limits), limits)
+    grammar = f"start: {space}json\njson: %json {schema_json}"
     return grammar_constraint(grammar, tokenizer, vocab_size, stop_tokens)
 
 
@@ -79,32 +64,31 @@ def tool_call_constraint(
     tools: Sequence[Mapping[str, Any]],
     *,
     choice: str = "auto",
-    limits: Limits = LIMITS,
+    limits: Limits = _LIMITS,
     stop_tokens: Sequence[int] | None = None,
 ) -> GrammarConstraint:
-    """A constraint to calls of these tools, in the form that Hermes-2-Pro was trained to write
-    them:
-    `<tool_call>`, a line of JSON with "name" and "arguments" in either order, `</tool_call>`.
+    """A constraint to calls of these tools in Hermes-2-Pro's form.
+
+    That is `<tool_call>`, a line of JSON with "name" and "arguments" in either order,
+    `</tool_call>`.
 
     tools   {"type": "function", "function": {"name", "description", "parameters"}} each, or the
             inner object alone
-    choice  auto      any text; what follows `<tool_call>` in it is a call
-            required  calls, one at least and limits.max_items at most, and no other text
+    choice  auto      any text, but a call after each `<tool_call>`
+            required  only calls, from one to limits.max_items
             none      any text without `<tool_call>`
             a name    like required, of this tool only
 
-    The other arguments and errors are those of `json_constraint`; an error names the tool that it
-    is about. GrammarError, too, for a choice that is none of these.
+    The other arguments and errors are those of `json_constraint`; an error names its tool.
+    GrammarError, too, for an unknown choice.
     """
     if choice == "none":
-        return grammar_constraint(TEXT_GRAMMAR, tokenizer, vocab_size, stop_tokens)
+        return grammar_constraint(_TEXT_GRAMMAR, tokenizer, vocab_size, stop_tokens)
     call = _call_schema(_chosen(tools, choice), limits)
-    start = (
-        "text_call* TEXT"
-        if choice == "auto"
-        else f'call ("\\n"? call){{0,{max(limits.max_items, 1) - 1}}}'
-    )
-    grammar = TOOL_GRAMMAR.format(start=start, schema=_json_for_grammar(call, limits))
+    start = "text_call* TEXT"
+    if choice != "auto":
+        start = f'call ("\\n"? call){{0,{max(limits.max_items, 1) - 1}}}'
+    grammar = _TOOL_GRAMMAR.format(start=start, schema=_json_for_grammar(call, limits))
     return grammar_constraint(grammar, tokenizer, vocab_size, stop_tokens)
 
 
@@ -114,12 +98,13 @@ def call_list_constraint(
     tools: Sequence[Mapping[str, Any]],
     *,
     choice: str = "auto",
-    limits: Limits = LIMITS,
+    limits: Limits = _LIMITS,
     stop_tokens: Sequence[int] | None = None,
 ) -> GrammarConstraint:
-    """A constraint to what Mistral's models write behind `[TOOL_CALLS]`: a JSON list of calls of
-    these tools, one at least and limits.max_items at most, perhaps with an "id" of nine letters or
-    digits each.
+    """A constraint to the list of calls that Mistral's models write after `[TOOL_CALLS]`.
+
+    It is JSON, from one to limits.max_items calls, each with an optional "id" of nine letters or
+    digits.
 
     choice  auto, required  calls of any of the tools
             a name          of this tool only
@@ -130,7 +115,7 @@ def call_list_constraint(
     call = _call_schema(_chosen(tools, choice), limits, {"id": id})
     calls = {"type": "array", "items": call, "minItems": 1, "maxItems": max(limits.max_items, 1)}
     calls["$defs"] = call.pop("$defs")
-    # the space: of the first token
+    # The optional space is the leading space of the first token.
     grammar = f'start: " "? json\njson: %json {_json_for_grammar(calls, limits)}'
     return grammar_constraint(grammar, tokenizer, vocab_size, stop_tokens)
 
@@ -141,10 +126,10 @@ def _chosen(tools: Sequence[Mapping[str, Any]], choice: str) -> list[Mapping[str
     names = [function.get("name") for function in functions]
     if not all(isinstance(name, str) and name for name in names):
         raise GrammarError("a tool has no name")
-    if len(set(names)) < len(names) or not names:
-        raise GrammarError(
-            "two tools have the same name" if names else "there are no tools to call"
-        )
+    if not names:
+        raise GrammarError("there are no tools to call")
+    if len(set(names)) < len(names):
+        raise GrammarError("two tools have the same name")
     if choice not in ("auto", "required", *names):
         raise GrammarError(f"there is no tool {choice!r} to choose; there are {', '.join(names)}")
     return [function for function in functions if choice in ("auto", "required", function["name"])]
@@ -155,7 +140,7 @@ def _call_schema(
     limits: Limits,
     optional: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Calls of the functions, with either key first; `optional` keys may follow."""
+    """The schema of a call of any function, either key first; `optional` keys may follow."""
     calls: dict[str, Any] = {"anyOf": [], "$defs": {}}
     for i, function in enumerate(functions):
         arguments = _arguments_schema(function, limits, f"{i}_")
@@ -177,26 +162,23 @@ def _call_schema(
 def _arguments_schema(
     function: Mapping[str, Any], limits: Limits, definitions: str
 ) -> dict[str, Any]:
-    """The bounded schema of a function's arguments; the names of its `$defs` begin with
-    `definitions`.
-    """
+    """The bounded schema of a function's arguments; names in `$defs` begin with `definitions`."""
     parameters = dict(function.get("parameters") or {})
     if parameters.setdefault("type", "object") != "object":
         raise GrammarError(f"tool {function['name']!r}: its parameters must be of the type object")
     if not parameters.keys() & {"$ref", "allOf", "anyOf", "oneOf", "additionalProperties"}:
-        parameters.setdefault("properties", {})  # no parameters are described: there are none
+        parameters.setdefault("properties", {})  # a schema without any has no parameters
     try:
         return bounded_schema(parameters, limits, definitions)
     except UnsupportedSchema as error:
-        raise UnsupportedSchema(
-            error.keyword, f"{error.reason} (tool {function['name']!r})"
-        ) from None
+        reason = f"{error.reason} (tool {function['name']!r})"
+        raise UnsupportedSchema(error.keyword, reason) from None
     except (GrammarError, SchemaError) as error:
         raise type(error)(f"tool {function['name']!r}: {error}") from None
 
 
 def _json_for_grammar(schema: dict[str, Any], limits: Limits) -> str:
-    """The schema with llguidance's own options; its whitespace has no end unless told."""
+    """The schema with llguidance's own options: by default its whitespace is unbounded."""
     if limits.max_indent:
         options = {"whitespace_pattern": f" |\\n {{0,{limits.max_indent}}}"}
     else:

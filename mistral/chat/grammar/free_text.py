@@ -1,6 +1,4 @@
-"""Constraints on answers whose text is free: no control token in it, but for the one behind which
-calls stand.
-"""
+"""Constraints on answers of free text: no control token in it, except for the one before calls."""
 
 from collections.abc import Sequence
 
@@ -8,45 +6,40 @@ import torch
 from torch import Tensor
 
 from mistral.chat.grammar.token_masks import GrammarConstraint
-from mistral.engine.constraints import FixedMask, forced_ids
-from mistral.engine.decoder import Engine
+from mistral.engine.base import Constraint, Engine
+from mistral.engine.constraints import FixedMask
 from mistral.tokenizer import Tokenizer
 
 
 class TextOnly(FixedMask):
-    """A constraint to tokens that are text, and those that end it: no control token, no row without
-    a token.
-    """
+    """Allows tokens of text and stop tokens: no control token, and no id without a token."""
 
     def __init__(self, decoder: Engine, tokenizer: Tokenizer, stop_tokens: Sequence[int]):
         ids = range(decoder.config.vocab_size)
-        super().__init__(
-            decoder, [tokenizer.token_bytes(id) is not None or id in stop_tokens for id in ids]
-        )
+        allowed = [tokenizer.token_bytes(id) is not None or id in stop_tokens for id in ids]
+        super().__init__(decoder, allowed)
 
     def copy(self) -> "TextOnly":
-        """Itself: it remembers nothing."""
+        """Itself: it has no state."""
         return self
 
 
-class TextOrCalls:
-    """A constraint to text, or to `call_token` and what stands behind it then: a list of calls.
+class TextOrCalls(Constraint):
+    """Allows text, or `call_token` and a list of calls after it.
 
     text      the constraint on text
     calls     the constraint on the list; None: that on text
-    required  only calls may come
+    required  only calls are allowed
     """
 
     def __init__(
         self, text: TextOnly, calls: GrammarConstraint | None, call_token: int, required: bool
     ):
-        self._text, self._calls, self._call_token, self._required = (
-            text,
-            calls,
-            call_token,
-            required,
-        )
-        self._now: TextOnly | GrammarConstraint | None = None  # nothing yet
+        self._text = text
+        self._calls = calls
+        self._call_token = call_token
+        self._required = required
+        self._now: TextOnly | GrammarConstraint | None = None  # None: before the first token
 
     def mask(self) -> Tensor:
         """bool [V]."""
@@ -58,7 +51,7 @@ class TextOrCalls:
         return mask
 
     def accept(self, id: int) -> None:
-        """The first id decides what the others may be."""
+        """Take note of an id; the first one decides between text and calls."""
         if self._now is not None:
             self._now.accept(id)
         elif id == self._call_token and self._calls is not None:
@@ -67,11 +60,9 @@ class TextOrCalls:
             self._now = self._text
 
     def forced(self) -> list[int]:
-        """What a grammar of the calls leaves no choice about; the first token, where a call is
-        required.
-        """
+        """The ids that a grammar of calls forces; the call token first, if a call is required."""
         if self._now is not None:
-            return forced_ids(self._now)
+            return self._now.forced()
         return [self._call_token] if self._required else []
 
     def copy(self) -> "TextOrCalls":

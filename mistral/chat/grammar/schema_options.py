@@ -1,9 +1,8 @@
-"""A JSON schema as a list of options: a value is valid for the schema if it is valid for one option
-at least.
+"""A JSON schema as a list of options: a value is valid if it is valid for at least one of them.
 
-`$ref`, `allOf`, `anyOf` and `oneOf` are resolved, each option is one merged set of keywords. It may
-still say `not`, which is also how `oneOf` is kept: this one, and not the others. `Options.disjoint`
-works out whether that holds by itself.
+`$ref`, `allOf`, `anyOf` and `oneOf` are resolved: each option is one merged set of keywords. It may
+have `not`, which also expresses `oneOf`: this part, and not the others. `Options.disjoint` computes
+whether that holds by itself.
 """
 
 import math
@@ -17,10 +16,10 @@ from mistral.errors import MistralError
 
 Schema = dict[str, Any] | bool
 ANY_TYPE = frozenset({"null", "boolean", "number", "string", "array", "object"})
-MAX_OPTIONS = 250  # of one schema: combinations multiply, and listed values are tried one by one
+_MAX_OPTIONS = 250  # of one schema: combinations multiply, and listed values are tried one by one
 
-# Keywords that cannot be expressed, and the type whose values they restrict; an option keeps their
-# names as "refused"
+# Keywords that cannot be expressed, and the type whose values they restrict. An option has their
+# names under "refused".
 REFUSED = {
     "if": "any",
     "$dynamicRef": "any",
@@ -32,39 +31,35 @@ REFUSED = {
     "dependentSchemas": "object",
     "unevaluatedProperties": "object",
 }
-WITHOUT_EFFECT = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
-TYPE_OF = {
-    **dict.fromkeys(
-        ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf"), "number"
-    ),
-    **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), "string"),
-    **dict.fromkeys(("minItems", "maxItems", "prefixItems", "items"), "array"),
-    **dict.fromkeys(
-        ("properties", "required", "additionalProperties", "patternProperties"), "object"
-    ),
-    **dict.fromkeys(("minProperties", "maxProperties"), "object"),
+_WITHOUT_EFFECT = {"uniqueItems": False, "unevaluatedItems": True, "unevaluatedProperties": True}
+_KEYWORDS_OF = {
+    "number": ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf"),
+    "string": ("minLength", "maxLength", "pattern", "format"),
+    "array": ("minItems", "maxItems", "prefixItems", "items"),
+    "object": ("properties", "required", "additionalProperties", "patternProperties")
+    + ("minProperties", "maxProperties"),
 }
+_TYPE_OF = {key: type for type, keys in _KEYWORDS_OF.items() for key in keys}
 
 
 class GrammarError(MistralError, ValueError):
-    """A grammar cannot be made, or a token has left it."""
+    """A grammar cannot be built, or it does not allow a token."""
 
 
 class UnsupportedSchema(GrammarError):
-    """A schema that the grammar cannot express, because of `keyword`; answers have to be validated
-    instead.
-    """
+    """A schema that the grammar cannot express, because of `keyword`: validate answers instead."""
 
     def __init__(self, keyword: str, reason: str):
         super().__init__(f"the grammar cannot express {keyword!r}: {reason}")
-        self.keyword, self.reason = keyword, reason
+        self.keyword = keyword
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Option:
-    """Keywords that all hold, in the form that `_own_keywords` gives them;
+    """Keywords that all hold, in the form of `_own_keywords`.
 
-    `depth` is what is left of it inside.
+    depth  how many more levels, or steps of recursion, are allowed inside
     """
 
     keywords: dict[str, Any]
@@ -72,46 +67,40 @@ class Option:
 
     @property
     def types(self) -> frozenset[str]:
-        """The types of its values; where none is named, the type that the other keywords speak of
-        is meant.
-        """
-        spoken_of = frozenset(TYPE_OF[key] for key in self.keywords if key in TYPE_OF)
-        return self.keywords.get("type", spoken_of or ANY_TYPE)
+        """The types of its values; without "type", the types that its keywords are about."""
+        meant = frozenset(_TYPE_OF[key] for key in self.keywords if key in _TYPE_OF)
+        return self.keywords.get("type", meant or ANY_TYPE)
 
     @property
     def names(self) -> list[str]:
         """The properties that it names, in order."""
-        return list(
-            dict.fromkeys(
-                [*self.keywords.get("properties", ()), *self.keywords.get("required", ())]
-            )
-        )
+        named = [*self.keywords.get("properties", ()), *self.keywords.get("required", ())]
+        return list(dict.fromkeys(named))
 
     def property(self, name: str) -> Schema:
-        """What the property of this name must be valid for."""
-        found = [
-            schema for key, schema in self.keywords.get("properties", {}).items() if key == name
-        ]
+        """The schema of the property with this name."""
+        properties = self.keywords.get("properties", {})
+        found = [properties[name]] if name in properties else []
         patterns = self.keywords.get("patternProperties", {})
         found += [schema for pattern, schema in patterns.items() if re.search(pattern, name)]
         return joined(*found) if found else self.keywords.get("additionalProperties", True)
 
     def item(self, i: int) -> Schema:
-        """What the item at place i must be valid for."""
+        """The schema of the item at index i."""
         first = self.keywords.get("prefixItems", ())
         return first[i] if i < len(first) else self.keywords.get("items", True)
 
 
 def joined(*schemas: Schema) -> Schema:
     """The schema of the values that are valid for all of these."""
-    telling = [schema for schema in schemas if schema is not True and schema != {}]
-    return {"allOf": telling} if len(telling) > 1 else telling[0] if telling else True
+    restricting = [schema for schema in schemas if schema is not True and schema != {}]
+    if len(restricting) > 1:
+        return {"allOf": restricting}
+    return restricting[0] if restricting else True
 
 
 class Options:
-    """The options of a schema's parts; references begin at `root`, which is known to be
-    well-formed.
-    """
+    """The options of a schema's parts; `root`, where references begin, is well-formed."""
 
     def __init__(self, root: dict[str, Any]):
         self._root = root
@@ -120,10 +109,9 @@ class Options:
             raise UnsupportedSchema("$id", "a part of the schema has an address of its own")
 
     def of(self, schema: Schema, depth: int, every: bool = False) -> list[Option]:
-        """The options of `schema`, without those that take more than `depth` references into
-        something recursive.
+        """The options of `schema`, without those beyond `depth` recursive references.
 
-        every  raise UnsupportedSchema rather than leave one out
+        every  raise UnsupportedSchema instead of leaving one out
         """
         if isinstance(schema, bool):
             return [Option({}, depth)] if schema else []
@@ -133,10 +121,8 @@ class Options:
         for part in schema.get("allOf", ()):
             options = _both(options, self.of(part, depth, every))
         if "anyOf" in schema:
-            options = _both(
-                options,
-                [option for part in schema["anyOf"] for option in self.of(part, depth, every)],
-            )
+            any_of = [option for part in schema["anyOf"] for option in self.of(part, depth, every)]
+            options = _both(options, any_of)
         if "oneOf" in schema:
             options = _both(options, self._exactly_one(schema["oneOf"], depth, every))
         if schema.get("nullable") is True:  # OpenAPI's: see json_schema.py
@@ -144,10 +130,10 @@ class Options:
         return options
 
     def disjoint(self, a: Option, b: Option) -> bool:
-        """Whether no value of `a` is valid for `b`; False where that can't be told.
+        """Whether no value of `a` is valid for `b`; False if that is unknown.
 
-        `a` is taken as the grammar will: it has the types that it speaks of, and no properties but
-        those it names.
+        `a` is read as the grammar reads it: with the types that its keywords are about, and only
+        the properties that it names.
         """
         if "enum" in a.keywords and "enum" in b.keywords:
             return not any(value in b.keywords["enum"] for value in a.keywords["enum"])
@@ -186,7 +172,8 @@ class Options:
         return []
 
     def _leads_to_itself(self, reference: str) -> bool:
-        seen, waiting = set(), [reference]
+        seen = set()
+        waiting = [reference]
         while waiting:
             target = self._target(waiting.pop())
             inside = {node["$ref"] for node in _nodes_with(target, "$ref")}
@@ -197,7 +184,7 @@ class Options:
         return False
 
     def _target(self, reference: str) -> Schema:
-        """What a reference points to: `#` and a JSON pointer (RFC 6901) behind it."""
+        """The target of a reference: `#`, then a JSON pointer (RFC 6901)."""
         node: Any = self._root
         if reference != "#" and not reference.startswith("#/"):
             raise UnsupportedSchema("$ref", f"{reference!r} does not begin with #/")
@@ -211,24 +198,23 @@ class Options:
 
 
 def _both(left: list[Option], right: list[Option]) -> list[Option]:
-    """An option for each pair: what is valid for one of `left` and for one of `right`."""
-    if len(left) * len(right) > MAX_OPTIONS:
+    """One option for each pair: values valid for both."""
+    if len(left) * len(right) > _MAX_OPTIONS:
         raise UnsupportedSchema("anyOf", f"{len(left) * len(right)} combinations of options")
     merged = (_merged(a, b) for a in left for b in right)
     return [option for option in merged if option.keywords.get("type") != frozenset()]
 
 
 def _merged(a: Option, b: Option) -> Option:
-    x, y = a.keywords, b.keywords
+    x = a.keywords
+    y = b.keywords
     both = {**x, **y}
-    both |= {key: MERGE[key](x[key], y[key]) for key in x.keys() & y.keys() & MERGE.keys()}
+    both |= {key: _MERGE[key](x[key], y[key]) for key in x.keys() & y.keys() & _MERGE.keys()}
     if names := list(dict.fromkeys([*a.names, *b.names])):
         both["properties"] = {name: joined(a.property(name), b.property(name)) for name in names}
     for one, other in ((x, y), (y, x)):
-        if (
-            "patternProperties" in one
-            and {"patternProperties", "additionalProperties"} & other.keys()
-        ):
+        other_has_rule = {"patternProperties", "additionalProperties"} & other.keys()
+        if "patternProperties" in one and other_has_rule:
             raise UnsupportedSchema(
                 "patternProperties", "it meets another schema's rule for further properties"
             )
@@ -239,14 +225,13 @@ def _merged(a: Option, b: Option) -> Option:
 
 
 def _own_keywords(schema: dict[str, Any]) -> dict[str, Any]:
-    """What a schema says by itself, in the form that `MERGE` merges."""
-    own = {key: schema[key] for key in MERGE if key in schema}
+    """The keywords of the schema itself, in the form that `_MERGE` merges."""
+    own = {key: schema[key] for key in _MERGE if key in schema}
     if "type" in own:
         own["type"] = frozenset([own["type"]] if isinstance(own["type"], str) else own["type"])
     if "const" in schema:
-        own["enum"] = [
-            value for value in own.get("enum", [schema["const"]]) if value == schema["const"]
-        ]
+        listed = own.get("enum", [schema["const"]])
+        own["enum"] = [value for value in listed if value == schema["const"]]
     if "enum" in own:
         types = frozenset().union(*map(_types_of_value, own["enum"]))
         own["type"] = _common_types(own.get("type", types), types)
@@ -255,7 +240,7 @@ def _own_keywords(schema: dict[str, Any]) -> dict[str, Any]:
             own[key] = (own[key],)
     own["not"] = (("not", schema["not"]),) if "not" in schema else ()
     own["refused"] = tuple(
-        key for key in REFUSED if key in schema and schema[key] is not WITHOUT_EFFECT.get(key)
+        key for key in REFUSED if key in schema and schema[key] is not _WITHOUT_EFFECT.get(key)
     )
     return {key: value for key, value in own.items() if value != ()}
 
@@ -263,25 +248,17 @@ def _own_keywords(schema: dict[str, Any]) -> dict[str, Any]:
 def _types_of_value(value: Any) -> frozenset[str]:
     if isinstance(value, bool):
         return frozenset({"boolean"})
-    names = {
-        type(None): "null",
-        str: "string",
-        int: "number",
-        float: "number",
-        list: "array",
-        dict: "object",
-    }
+    if value is None:
+        return frozenset({"null"})
+    names = {str: "string", int: "number", float: "number", list: "array", dict: "object"}
     return frozenset({names[type(value)]})
 
 
 def _common_types(a: frozenset[str], b: frozenset[str]) -> frozenset[str]:
-    """Types of both; integers are numbers."""
-    integer = (
-        {"integer"}
-        if ("integer" in a and "number" in b) or ("integer" in b and "number" in a)
-        else set()
-    )
-    common = (a & b) | integer
+    """The types of both; integers are numbers."""
+    common = a & b
+    if ("integer" in a and "number" in b) or ("integer" in b and "number" in a):
+        common |= {"integer"}
     return common - {"integer"} if "number" in common else common
 
 
@@ -292,7 +269,7 @@ def _common_multiple(a: float, b: float) -> float:
 
 
 def _nodes_with(node: Any, key: str) -> Iterator[dict[str, Any]]:
-    """Every object inside `node` in which `key` has a text."""
+    """Every object inside `node` in which `key` is a string."""
     if isinstance(node, dict):
         if isinstance(node.get(key), str):
             yield node
@@ -302,7 +279,7 @@ def _nodes_with(node: Any, key: str) -> Iterator[dict[str, Any]]:
             yield from _nodes_with(child, key)
 
 
-MERGE: dict[str, Callable[[Any, Any], Any]] = {
+_MERGE: dict[str, Callable[[Any, Any], Any]] = {
     "type": _common_types,
     "enum": lambda a, b: [value for value in a if value in b],
     "minimum": max,
@@ -327,6 +304,5 @@ MERGE: dict[str, Callable[[Any, Any], Any]] = {
     "not": tuple.__add__,
     "refused": tuple.__add__,
 }
-KEYWORDS = (
-    frozenset(MERGE) | frozenset(REFUSED) | {"$ref", "allOf", "anyOf", "oneOf", "const", "nullable"}
-)
+_RESOLVED = {"$ref", "allOf", "anyOf", "oneOf", "const", "nullable"}
+KEYWORDS = frozenset(_MERGE) | frozenset(REFUSED) | _RESOLVED

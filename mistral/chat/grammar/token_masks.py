@@ -1,9 +1,8 @@
-"""Constrained decoding: a mask for every step that leaves only the tokens with which the text can
-still become valid.
+"""Constrained decoding: each step's mask allows the tokens after which the text can become valid.
 
 llguidance (https://github.com/guidance-ai/llguidance) follows the text byte by byte and knows every
-token's bytes. Here are its vocabulary and the constraint that `mistral.generate` takes; the
-grammars are in grammar.py. Needs the extra `chat`.
+token's bytes. This file has its vocabulary and the constraint for `mistral.generate`; the grammars
+are in constraints.py. Needs the extra `chat`.
 """
 
 import re
@@ -17,35 +16,40 @@ import torch
 from torch import Tensor
 
 from mistral.chat.grammar.schema_options import GrammarError, UnsupportedSchema
-from mistral.chat.tools.json_schema import one_line
+from mistral.engine.base import Constraint
+from mistral.errors import one_line
 from mistral.tokenizer import Tokenizer
 
-BITS = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32)
+_BITS = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32)
 
 
-class GrammarConstraint:
-    """Keeps a text inside a grammar: a `Constraint` for `mistral.generate`.
+class GrammarConstraint(Constraint):
+    """Keeps a text within a grammar: a `Constraint` for `mistral.generate`.
 
-    Control tokens and ids without a token are never allowed, a stop token where the text may end.
-    The errors of all methods are GrammarError. A constraint is for one text; `copy` one that has
-    not begun for the next.
+    Control tokens and ids without a token are never allowed, a stop token only when the text may
+    end. All methods raise GrammarError. A constraint is for one text: `copy` a fresh one for the
+    next.
 
-    mask_count    how many masks were made so far
-    mask_seconds  how long all of them took
+    mask_count    how many masks were computed
+    mask_seconds  how long that took, all together
     """
 
     def __init__(self, matcher: Any, vocabulary: "_Vocabulary", tokenizer: Tokenizer):
-        self._matcher, self._vocabulary = matcher, vocabulary
+        self._matcher = matcher
+        self._vocabulary = vocabulary
         self._tokenizer = tokenizer  # the vocabulary does not keep it alive
-        self._accepted, self._ended = 0, False  # the stop token is not llguidance's business
-        self.mask_count, self.mask_seconds = 0, 0.0
+        self._accepted = 0
+        self._ended = False  # llguidance is not told of the stop token
+        self.mask_count = 0
+        self.mask_seconds = 0.0
 
     def mask(self) -> Tensor:
         """bool [V] on the CPU: True for every id that may come next."""
         if self._ended:
             raise GrammarError("the text has ended")
-        start, vocabulary = time.perf_counter(), self._vocabulary
-        words = torch.empty_like(vocabulary.usable_words)  # a bit an id
+        start = time.perf_counter()
+        vocabulary = self._vocabulary
+        words = torch.empty_like(vocabulary.usable_words)  # one bit per id
         self._matcher.unsafe_compute_mask_ptr(
             words.data_ptr(), words.numel() * words.element_size()
         )
@@ -55,45 +59,44 @@ class GrammarConstraint:
             raise GrammarError(
                 "no token can come next: the vocabulary cannot spell what the grammar asks for"
             )
-        mask = ((words[:, None] & BITS) != 0).flatten()[: vocabulary.size]
+        mask = ((words[:, None] & _BITS) != 0).flatten()[: vocabulary.size]
         self.mask_count += 1
         self.mask_seconds += time.perf_counter() - start
         return mask
 
     def accept(self, id: int) -> None:
-        """Go on behind this id. After an error everything is as it was."""
+        """Continue after this id. An error changes nothing."""
         stops = id in self._vocabulary.stop and self.accepting
-        text = id in self._vocabulary.text
-        if self._ended or not (stops or (text and self._matcher.try_consume_tokens([id]))):
+        is_text = id in self._vocabulary.text
+        if self._ended or not (stops or (is_text and self._matcher.try_consume_tokens([id]))):
             self._check()
             raise GrammarError(f"token {id} is not allowed here")
         self._ended = stops
         self._accepted += 1
 
     def forced(self) -> list[int]:
-        """The ids that must come next, each the only one with which the text is cut as the
-        tokenizer cuts it.
+        """The ids that must come next if the text is cut as the tokenizer cuts it; often none.
 
-        Often none. They can be given to the model without asking it, and have to be accepted like
-        any others.
+        The caller may append them without asking the model, and must `accept` them like others.
         """
         ids = [] if self.is_finished else self._matcher.compute_ff_tokens()
         self._check()
         return list(takewhile(self._vocabulary.text.__contains__, ids))
 
     def rollback(self, n: int) -> None:
-        """Forget the last n ids."""
+        """Roll back the last n ids."""
         if not 0 <= n <= self._accepted:
-            raise GrammarError(f"cannot forget {n} of {self._accepted} tokens")
+            raise GrammarError(f"cannot roll back {n} of {self._accepted} tokens")
         self._matcher.rollback(n - 1 if n and self._ended else n)
         self._check()
         self._accepted -= n
         self._ended = self._ended and n == 0
 
     def copy(self) -> "GrammarConstraint":
-        """One that stands where this one stands and goes on by itself, with no masks counted."""
+        """An independent constraint in the same state, with no masks counted."""
         other = GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._tokenizer)
-        other._accepted, other._ended = self._accepted, self._ended
+        other._accepted = self._accepted
+        other._ended = self._ended
         return other
 
     @property
@@ -114,59 +117,53 @@ class GrammarConstraint:
 def grammar_constraint(
     grammar: str, tokenizer: Tokenizer, vocab_size: int, stop_tokens: Sequence[int] | None
 ) -> GrammarConstraint:
-    """A constraint to a grammar that is written in llguidance's language.
+    """A constraint to a grammar in llguidance's language.
 
     vocab_size   the model's, which may be larger than the tokenizer's
     stop_tokens  None: the tokenizer's
 
     Raises UnsupportedSchema for a JSON schema in it that llguidance cannot express, GrammarError
-    for one that no value is valid for, and where the extra `chat` is not installed.
+    for one that no value is valid for, and if the extra `chat` is not installed.
     """
     llguidance = _llguidance()
     stop = tokenizer.stop_ids if stop_tokens is None else tuple(stop_tokens)
     vocabulary = _vocabulary(llguidance, tokenizer, vocab_size, stop)
     limits = llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=20_000)
     matcher = llguidance.LLMatcher(vocabulary.for_matchers, grammar, log_level=0, limits=limits)
-    matcher.compute_bitmask()  # or what is too large would show itself in the midst of a text
+    matcher.compute_bitmask()  # a grammar that is too large fails here, not in the midst of a text
     if matcher.is_error():
         error = matcher.get_error().rpartition("failed to compile JSON schema: ")[2]
-        error = one_line(re.split(r"\n *\d+ \| ", error)[0])  # without the whole grammar behind it
+        error = one_line(re.split(r"\n *\d+ \| ", error)[0])  # without the whole grammar after it
         if "nsatisfiable" in error:
             raise GrammarError(f"no value is valid for the schema within the limits: {error}")
         causes = {"regex": "pattern", "lookaround": "pattern", "maxProperties": "minProperties"}
-        raise UnsupportedSchema(
-            next((causes[hint] for hint in causes if hint in error), "schema"), error
-        )
+        keyword = next((causes[hint] for hint in causes if hint in error), "schema")
+        raise UnsupportedSchema(keyword, error)
     return GrammarConstraint(matcher, vocabulary, tokenizer)
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance sees it.
-
-    It must not keep ours alive, or the cache would never let go of it.
-    """
+    """A tokenizer for llguidance; it does not keep ours alive, so that the cache can drop both."""
 
     def __init__(
         self, llguidance: Any, tokenizer: Tokenizer, vocab_size: int, stop: tuple[int, ...]
     ):
         pieces = [None if id in stop else tokenizer.token_bytes(id) for id in range(vocab_size)]
-        # The byte ff occurs in no text: it marks what stands for none, control tokens and ids
-        # without a token.
+        # The byte ff occurs in no text: it marks control tokens and ids without a token.
         self.tokens = [
             b"\xff<%d>" % id if piece is None else piece for id, piece in enumerate(pieces)
         ]
         self.special_token_ids = [id for id, piece in enumerate(pieces) if piece is None]
-        self.eos_token_id, self.bos_token_id = stop[0], tokenizer.bos_id
+        self.eos_token_id = stop[0]
+        self.bos_token_id = tokenizer.bos_id
         self._tokenizer = weakref.ref(tokenizer)
         self.stop = frozenset(stop)
-        self.size, self.text = (
-            vocab_size,
-            frozenset(id for id, piece in enumerate(pieces) if piece is not None),
-        )
+        self.size = vocab_size
+        self.text = frozenset(id for id, piece in enumerate(pieces) if piece is not None)
         usable = torch.tensor([piece is not None or id in stop for id, piece in enumerate(pieces)])
         padded = torch.zeros(-(-vocab_size // 32), 32, dtype=torch.bool)
         padded.view(-1)[:vocab_size] = usable
-        self.usable_words = (padded * BITS).sum(dim=1, dtype=torch.int32)
+        self.usable_words = (padded * _BITS).sum(dim=1, dtype=torch.int32)
         wrapper = llguidance.TokenizerWrapper(self)
         self.for_matchers = llguidance.LLTokenizer(
             wrapper, n_vocab=vocab_size, eos_token=list(stop)
@@ -176,7 +173,7 @@ class _Vocabulary:
         return self._tokenizer().encode(text, bos=False, prefix_space=False)
 
 
-# Making one takes a tenth of a second
+# Building one takes a tenth of a second
 _VOCABULARIES: weakref.WeakKeyDictionary[Tokenizer, dict[tuple, _Vocabulary]] = (
     weakref.WeakKeyDictionary()
 )
@@ -187,16 +184,14 @@ def _vocabulary(
 ) -> _Vocabulary:
     if vocab_size < tokenizer.vocab_size:
         raise GrammarError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the model only {vocab_size}"
         )
     if not stop or not all(0 <= id < vocab_size for id in stop):
-        raise GrammarError(
-            f"a grammar ends a text with a stop token, and there is none in {list(stop)}"
-        )
-    made = _VOCABULARIES.setdefault(tokenizer, {})
-    if (vocab_size, stop) not in made:
-        made[vocab_size, stop] = _Vocabulary(llguidance, tokenizer, vocab_size, stop)
-    return made[vocab_size, stop]
+        raise GrammarError(f"a grammar needs a stop token to end a text, and {list(stop)} has none")
+    known = _VOCABULARIES.setdefault(tokenizer, {})
+    if (vocab_size, stop) not in known:
+        known[vocab_size, stop] = _Vocabulary(llguidance, tokenizer, vocab_size, stop)
+    return known[vocab_size, stop]
 
 
 def _llguidance() -> Any:
@@ -204,6 +199,6 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError:
         raise GrammarError(
-            'a grammar needs llguidance; the extra has it: pip install -e ".[chat]"'
+            'a grammar needs llguidance; install the extra: pip install -e ".[chat]"'
         ) from None
     return llguidance

@@ -1,5 +1,5 @@
-"""Functions that a model may call: described by JSON schemas, checked, run."""
+"""Functions that a model may call: their description, the check of arguments, the call."""
 
-from mistral.chat.tools.functions import ArgumentError, Tool, ToolError, tool, tool_table
+from mistral.chat.tools.functions import ArgumentError, Tool, ToolError, tool, tool_table, wrapped
 
-__all__ = ["ArgumentError", "Tool", "ToolError", "tool", "tool_table"]
+__all__ = ["ArgumentError", "Tool", "ToolError", "tool", "tool_table", "wrapped"]

@@ -11,8 +11,8 @@
         '''
         return f"{width * height} square {unit}"
 
-What a model writes is checked (`check_arguments`), then run (`run_tool`). Nothing it writes is ever
-evaluated.
+A model's arguments are checked (`check_arguments`), then the function runs (`run_tool`). Nothing
+that a model writes is evaluated.
 """
 
 import functools
@@ -28,14 +28,13 @@ from mistral.chat.tools.json_schema import (
     SchemaError,
     as_json,
     compile_schema,
-    one_line,
     problem,
     pydantic_schema,
 )
-from mistral.errors import MistralError
+from mistral.errors import MistralError, one_line
 
-CHOICES = ("auto", "none", "required")  # what a tool choice can be besides a tool's name
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_CHOICES = ("auto", "none", "required")  # a tool choice is one of these, or a tool's name
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class ArgumentError(MistralError, ValueError):
@@ -50,14 +49,14 @@ class ToolError(MistralError, RuntimeError):
 class Tool:
     """A function that a model may call. Calling the tool calls the function.
 
-    name         letters, digits and _ . - (64 at most): what the model writes
-    description  what the model reads
+    name         letters, digits and _ . - (64 at most)
+    description  for the model
     parameters   JSON schema of the arguments, an object
     function     is called with the arguments as keywords; None: the tool can be described, not run
-    returns      JSON schema of the result, if the model is to read one
+    returns      JSON schema of the result, if the model is to know it
 
-    Raises ValueError for another name and for parameters that are no dict; ToolError when a tool
-    without a function is called.
+    Raises ValueError for an invalid name and for parameters that are not a dict; ToolError when a
+    tool without a function is called.
     """
 
     name: str
@@ -67,10 +66,10 @@ class Tool:
     returns: dict[str, Any] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ValueError(
-                f"{self.name!r} cannot be a tool's name: 1 to 64 of the letters a-z A-Z, digits "
-                f"and _ . -"
+                f"{self.name!r} cannot be a tool's name: "
+                "it has 1 to 64 of the letters a-z A-Z, digits and _ . -"
             )
         if not isinstance(self.parameters, dict):
             raise SchemaError(
@@ -83,7 +82,7 @@ class Tool:
         return self.function(*args, **kwargs)
 
     def schema(self) -> dict[str, Any]:
-        """The tool as the system prompts describe it: {"type": "function", "function": {...}}."""
+        """The tool as in the system prompts: {"type": "function", "function": {...}}."""
         function = {
             "name": self.name,
             "description": self.description,
@@ -97,19 +96,20 @@ class Tool:
     def from_schema(
         cls, schema: Mapping[str, Any], function: Callable[..., Any] | None = None
     ) -> "Tool":
-        """A tool from {"type": "function", "function": {"name", "description", "parameters"}} or
-        the inner object.
+        """A tool from {"type": "function", "function": {...}} or from the inner object.
 
-        Without parameters it takes no arguments; keys other than these and "return" are left out.
-        Raises SchemaError for a schema that is malformed, endless or points outside of itself,
-        ValueError for a name that no model could write. Needs the extra `chat`.
+        The inner object has "name", "description", "parameters" (without them the tool takes no
+        arguments) and "return"; other keys are ignored. Raises SchemaError for a schema that is
+        malformed, endless or refers to another document, ValueError for an invalid name. Needs the
+        extra `chat`.
         """
         inner = schema.get("function", schema) if isinstance(schema, Mapping) else None
         if not isinstance(inner, Mapping) or "name" not in inner:
             raise SchemaError(
                 'a tool is {"type": "function", "function": {"name", "description", "parameters"}}'
             )
-        name, description = inner["name"], inner.get("description") or ""
+        name = inner["name"]
+        description = inner.get("description") or ""
         parameters = inner.get("parameters")
         if parameters is None:
             parameters = {"type": "object", "properties": {}}
@@ -126,7 +126,13 @@ class Tool:
             returns = None if inner.get("return") is None else as_json(inner["return"])
         except ValueError as error:
             raise SchemaError(f"tool {name!r}: {error}") from None
-        return cls(name, description, as_json(dict(parameters)), function, returns)
+        return cls(
+            name=name,
+            description=description,
+            parameters=as_json(dict(parameters)),
+            function=function,
+            returns=returns,
+        )
 
     @classmethod
     def from_pydantic(
@@ -139,10 +145,9 @@ class Tool:
     ) -> "Tool":
         """A tool whose arguments are the fields of a pydantic 2 model.
 
-        The name and the description are the class's, its docstring being the description.
-        `function` is called with one instance of the model, so that pydantic's own checks and
-        conversions have run. Raises SchemaError for a class that is none or has no schema. Needs
-        the extra `chat`.
+        The name and the description (its docstring) are the class's. `function` is called with
+        one instance of the model, so that pydantic's own checks and conversions have run. Raises
+        SchemaError for a class that is not such a model or has no schema. Needs the extra `chat`.
         """
         parameters = pydantic_schema(model)
         documented = parameters.pop("description", "")
@@ -159,11 +164,11 @@ class Tool:
 
     @functools.cached_property
     def _validator(self) -> Any:
-        says_nothing = {"additionalProperties", "unevaluatedProperties"}.isdisjoint(self.parameters)
-        # Then an argument that the schema does not name is an error, for models make some up
-        return compile_schema(
-            self.parameters | ({"unevaluatedProperties": False} if says_nothing else {})
-        )
+        # Models invent arguments: unless the schema allows others, they are errors.
+        parameters = self.parameters
+        if {"additionalProperties", "unevaluatedProperties"}.isdisjoint(parameters):
+            parameters = parameters | {"unevaluatedProperties": False}
+        return compile_schema(parameters)
 
 
 def tool(
@@ -172,36 +177,47 @@ def tool(
     name: str | None = None,
     description: str | None = None,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
-    """A tool from a function with type hints and a Google docstring; a decorator, with or without
-    arguments.
+    """A tool from a function with type hints and a Google docstring.
 
-    name         what the model calls it; None: the function's name
+    A decorator, with or without arguments.
+
+    name         for the model; None: the function's name
     description  None: the docstring up to its first section
 
-    The schema is the one that transformers' `get_json_schema` makes. Arguments reach the function
-    as JSON has them: a tuple is a list. Raises SchemaError for a function that no schema can be
-    made of, with the reason.
+    The schema is the same as from transformers' `get_json_schema`. The function gets arguments as
+    in JSON: a tuple is a list. Raises SchemaError, with the reason, for a function that has no
+    schema.
     """
     if function is None:
         return functools.partial(tool, name=name, description=description)
     schema = function_schema(function, name, description)
     return Tool(
-        schema["name"], schema["description"], schema["parameters"], function, schema.get("return")
+        name=schema["name"],
+        description=schema["description"],
+        parameters=schema["parameters"],
+        function=function,
+        returns=schema.get("return"),
     )
 
 
+def wrapped(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool's schema as {"type": "function", "function": {...}}; it may be the inner object."""
+    return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
+
+
 def tool_table(tools: Iterable[Tool]) -> dict[str, Tool]:
-    """Name -> tool. ValueError for two tools of one name, for the name of a choice, and for what is
-    no tool.
+    """Name -> tool.
+
+    ValueError for two tools with one name, the name of a choice, and a value that is not a tool.
     """
     table: dict[str, Tool] = {}
     for one in tools:
         if not isinstance(one, Tool):
-            raise ValueError(f"{one!r} is not a Tool: make one with @tool or Tool.from_schema")
-        if one.name in CHOICES:
+            raise ValueError(f"{one!r} is not a Tool: create one with @tool or Tool.from_schema")
+        if one.name in _CHOICES:
             raise ValueError(
-                f"a tool cannot be named {one.name!r}, which is a choice of tools; use "
-                f"tool(name=...)"
+                f"a tool cannot be named {one.name!r}, which is a tool_choice; "
+                "rename it with tool(name=...)"
             )
         if one.name in table:
             raise ValueError(f"two tools are named {one.name!r}; rename one with tool(name=...)")
@@ -210,11 +226,11 @@ def tool_table(tools: Iterable[Tool]) -> dict[str, Tool]:
 
 
 def check_arguments(tool: Tool, arguments: Any) -> None:
-    """Hold arguments against the tool's schema.
+    """Check arguments against the tool's schema.
 
-    As in JSON Schema a bool is no integer, and 3.0 is one. An argument that the schema does not
-    name is an error unless the schema says `additionalProperties`. Raises ArgumentError, in one
-    line for the model, and SchemaError where the schema itself is no good. Needs the extra `chat`.
+    As in JSON Schema a bool is not an integer, and 3.0 is one. An argument that the schema does not
+    name is an error unless the schema has `additionalProperties`. Raises ArgumentError, one line
+    for the model, and SchemaError if the schema itself is invalid. Needs the extra `chat`.
     """
     if not isinstance(arguments, Mapping):
         raise ArgumentError(
@@ -225,17 +241,18 @@ def check_arguments(tool: Tool, arguments: Any) -> None:
 
 
 def run_tool(tool: Tool, arguments: Mapping[str, Any], time_limit: float | None = None) -> Any:
-    """Call the tool with checked arguments as keywords; returns its result as JSON has it (a tuple
-    is a list).
+    """Call the tool with checked arguments as keywords; returns its result as in JSON.
 
-    3.0 is passed as 3 where the schema says integer (`$ref`s are not followed for that).
-    time_limit  seconds. The function then runs in a thread of its own, which is left behind when
-                time is up: Python cannot end a thread, so it goes on until it is done or the
-                process ends. None: in this thread.
+    A tuple in the result is a list. The argument 3.0 is passed as 3 if the schema says integer
+    (`$ref`s are not followed for that).
 
-    Raises ToolError, and nothing else but KeyboardInterrupt: for an exception in the function
-    (SystemExit included), for a result that JSON cannot hold (other objects, sets, NaN, circles),
-    and when the time is up.
+    time_limit  seconds. The function then runs in a thread of its own, which is abandoned when
+                time is up: Python cannot end a thread, so it runs until the function returns or
+                the process ends. None: in this thread.
+
+    Raises only ToolError and KeyboardInterrupt: for an exception in the function (SystemExit
+    included), for a result that JSON cannot hold (other objects, sets, NaN, circles), and when the
+    time is up.
     """
     if tool.function is None:
         raise ToolError(f"{tool.name} has no function: it can be described, not called")
@@ -252,7 +269,7 @@ def run_tool(tool: Tool, arguments: Mapping[str, Any], time_limit: float | None 
     thread = threading.Thread(target=work, name=f"tool {tool.name}", daemon=True)
     try:
         thread.start()
-    except RuntimeError as error:  # too many threads, left behind by tools that hang
+    except RuntimeError as error:  # too many threads, abandoned by tools that hang
         raise ToolError(f"{tool.name} could not be started: {error}") from error
     thread.join(max(0, min(time_limit, threading.TIMEOUT_MAX)))
     if not outcome:
@@ -264,48 +281,43 @@ def run_tool(tool: Tool, arguments: Mapping[str, Any], time_limit: float | None 
 
 
 def _call(tool: Tool, arguments: Mapping[str, Any]) -> Any:
-    what = "failed with"
+    failed = "failed with"
     try:
         result = tool.function(**_whole_numbers(as_json(dict(arguments)), tool.parameters))
-        what = "returned what JSON cannot hold:"
+        failed = "returned a value that JSON cannot hold:"
         return as_json(result)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise ToolError(f"{tool.name} {what} {_name_error(error)}") from error
+        raise ToolError(f"{tool.name} {failed} {_name_error(error)}") from error
 
 
 def _name_error(error: BaseException) -> str:
     try:
         return one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
-    except Exception:  # the exception cannot say what it is
+    except Exception:  # its own __str__ failed
         return type(error).__name__
 
 
 def _whole_numbers(value: Any, schema: Any) -> Any:
-    """3.0 becomes 3 where the schema says integer: for JSON Schema they are one number, for
-    Python's functions not.
-    """
+    """3.0 becomes 3 if the schema says integer: JSON Schema does not tell them apart."""
     if not isinstance(schema, Mapping):
         return value
     for keyword in ("allOf", "anyOf", "oneOf"):
         for branch in schema.get(keyword, ()):
             value = _whole_numbers(value, branch)
     if isinstance(value, dict):
-        named, others = schema.get("properties", {}), schema.get("additionalProperties")
+        named = schema.get("properties", {})
+        others = schema.get("additionalProperties")
         return {key: _whole_numbers(inner, named.get(key, others)) for key, inner in value.items()}
     if isinstance(value, list):
-        first, others = schema.get("prefixItems", []), schema.get("items")
+        first = schema.get("prefixItems", [])
+        others = schema.get("items")
         return [
             _whole_numbers(inner, first[i] if i < len(first) else others)
             for i, inner in enumerate(value)
         ]
-    kinds = schema.get("type", ())
-    kinds = (kinds,) if isinstance(kinds, str) else kinds
-    whole = (
-        isinstance(value, float)
-        and value.is_integer()
-        and "integer" in kinds
-        and "number" not in kinds
-    )
-    return int(value) if whole else value
+    types = schema.get("type", ())
+    types = (types,) if isinstance(types, str) else types
+    is_whole = isinstance(value, float) and value.is_integer()
+    return int(value) if is_whole and "integer" in types and "number" not in types else value

@@ -1,8 +1,8 @@
 """JSON Schema: checked before it is used, and applied to JSON that a model wrote.
 
-Schemas are read as Draft 2020-12 (https://json-schema.org/draft/2020-12), with OpenAPI's `nullable`
-on top: that is how transformers writes `Optional`. A schema never leads to the network: jsonschema
-left to itself would fetch `$ref`s.
+Schemas follow Draft 2020-12 (https://json-schema.org/draft/2020-12) and may have OpenAPI's
+`nullable`: transformers writes `Optional` with it. No `$ref` is fetched from the network, as
+jsonschema by itself would do.
 """
 
 import functools
@@ -11,23 +11,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from mistral.errors import MistralError
+from mistral.errors import MistralError, one_line
 
-# Readers of JSON recurse, and how deep they get depends on the caller's stack: far below it, all of
-# them work.
-MAX_DEPTH = 64
-TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
+# Parsers of JSON recurse, and their limit depends on the caller's stack: this is far below it.
+_MAX_DEPTH = 64
+_TOO_DEEP = f"it is nested more than {_MAX_DEPTH} levels deep"
 
 
 class SchemaError(MistralError, ValueError):
-    """A schema is malformed, has no end or points outside of itself; or something has no schema."""
+    """A schema is malformed, endless or refers to another document; or a value has no schema."""
 
 
 def as_json(value: Any) -> Any:
-    """The value as a reader of its JSON gets it: tuples are lists, every key is a str, nothing is
-    shared.
+    """A copy of the value as parsed from its JSON: tuples are lists, every key is a str.
 
-    Raises ValueError, with the reason, for what JSON cannot hold: other objects, NaN and
+    Raises ValueError, with the reason, for a value that JSON cannot hold: other objects, NaN and
     infinities, circles, text that is not valid Unicode, numbers of thousands of digits, more than
     64 levels.
     """
@@ -36,12 +34,12 @@ def as_json(value: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise ValueError(one_line(str(error))) from None
     except RecursionError:
-        raise ValueError(TOO_DEEP) from None
+        raise ValueError(_TOO_DEEP) from None
     level = [copy]
-    for _ in range(MAX_DEPTH):
+    for _ in range(_MAX_DEPTH):
         level = [child for one in level for child in _children(one)]
     if level:
-        raise ValueError(TOO_DEEP)
+        raise ValueError(_TOO_DEEP)
     return copy
 
 
@@ -54,22 +52,20 @@ def _children(value: Any) -> Iterable[Any]:
 def compile_schema(schema: Mapping[str, Any]) -> Any:
     """A jsonschema validator, for `problem`.
 
-    Raises SchemaError for a malformed schema, for a `$ref` that leads nowhere or outside (nothing
-    is ever fetched), and for `$ref`s in a circle; a schema may well be recursive where the data is.
+    Raises SchemaError for a malformed schema, for a `$ref` to nothing or to another document
+    (nothing is fetched), and for `$ref`s in a circle; a schema may be recursive if the data is.
     Needs the extra `chat`.
     """
     if not isinstance(schema, Mapping):
         raise SchemaError(f"a schema is a JSON object, not {type(schema).__name__}")
-    validator_class = _validator_class()  # the clear error, before anything else is imported
+    validator_class = _validator_class()  # first: its error says which extra to install
     from referencing import Registry
 
     try:
         copy = as_json(dict(schema))
-        copy.pop(
-            "$schema", None
-        )  # or references to the root would be read by the draft that it names
+        copy.pop("$schema", None)  # otherwise references to the root would follow that draft
         if _names_a_draft(copy):
-            raise ValueError("a part of it names a $schema of its own")
+            raise ValueError("a part of it has a $schema of its own: remove it")
         if wrong := problem(_metaschema(), copy):
             raise ValueError(wrong)
         _check_references(copy)
@@ -81,43 +77,31 @@ def compile_schema(schema: Mapping[str, Any]) -> Any:
 def pydantic_schema(model: Any) -> dict[str, Any]:
     """The JSON schema of a pydantic 2 model.
 
-    SchemaError for what is no such class, and for one that has no schema.
+    SchemaError for a value that is not such a class, and for a class without a schema.
     """
     if not isinstance(model, type) or not hasattr(model, "model_json_schema"):
-        raise SchemaError(f"{model!r} is not a class made from pydantic 2's BaseModel")
+        raise SchemaError(f"{model!r} is not a subclass of pydantic 2's BaseModel")
     try:
         return model.model_json_schema()
-    except (
-        RuntimeError,
-        NameError,
-        TypeError,
-        AttributeError,
-    ) as error:  # what pydantic's own errors are
+    # pydantic's own errors are of these classes
+    except (RuntimeError, NameError, TypeError, AttributeError) as error:
         raise SchemaError(f"{model.__name__} has no JSON schema: {one_line(str(error))}") from None
 
 
 def problem(validator: Any, value: Any) -> str | None:
-    """What is wrong with a value, in one line for a model to read; None if it is valid."""
+    """The problem of a value, in one line for a model; None if it is valid."""
     from jsonschema.exceptions import best_match
 
     try:
         value = as_json(value)
         errors = [best_match([error]) for error in islice(validator.iter_errors(value), 3)]
-    except RecursionError:  # every `$ref` on the way takes its part of the stack
+    except RecursionError:  # every `$ref` on the way uses more of the stack
         return "it is nested too deeply"
-    except (
-        OverflowError
-    ) as error:  # an integer beyond every float, where the schema says multipleOf
+    except OverflowError as error:  # multipleOf with an integer beyond every float
         return str(error)
     except ValueError as error:
         return f"not JSON: {error}"
     return "; ".join(dict.fromkeys(map(_explain, errors))) or None
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """Text on one line that any tokenizer can read; what is too long loses its middle."""
-    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
 def _explain(error: Any) -> str:
@@ -125,30 +109,26 @@ def _explain(error: Any) -> str:
         return one_line(", or ".join(dict.fromkeys(map(_explain, error.context))))
     where = error.json_path.removeprefix("$").removeprefix(".")
     text = one_line(error.message)
-    if (
-        error.validator in ("additionalProperties", "unevaluatedProperties")
-        and error.validator_value is False
-    ):
+    about_others = error.validator in ("additionalProperties", "unevaluatedProperties")
+    if about_others and error.validator_value is False:
         text += one_line(f"; known: {', '.join(error.schema.get('properties', ())) or 'none'}")
     return f"{where}: {text}" if where else text
 
 
 @functools.cache
 def _validator_class() -> Any:
-    """jsonschema's for Draft 2020-12, with null valid wherever `nullable` is true, whatever the
-    other keywords say.
-    """
+    """jsonschema's for Draft 2020-12, but `nullable` makes null valid, despite other keywords."""
     try:
         from jsonschema import Draft202012Validator, validators
     except ImportError:
         raise MistralError(
-            'jsonschema is not installed; the extra has it: pip install -e ".[chat]"'
+            'jsonschema is not installed; install the extra: pip install -e ".[chat]"'
         ) from None
 
     def or_null(rule: Any) -> Any:
         def apply(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
-            null = instance is None and schema.get("nullable") is True
-            return () if null else rule(validator, value, instance, schema)
+            is_null = instance is None and schema.get("nullable") is True
+            return () if is_null else rule(validator, value, instance, schema)
 
         return apply
 
@@ -166,17 +146,13 @@ def _metaschema() -> Any:
 
 
 def _names_a_draft(value: Any) -> bool:
-    """Whether an inner `$schema` would have a part of the schema read by rules that are not checked
-    here.
-    """
+    """Whether a part has a `$schema` of its own: its rules would not be checked here."""
     own = isinstance(value, dict) and isinstance(value.get("$schema"), str)
     return own or any(map(_names_a_draft, _children(value)))
 
 
 def _check_references(schema: dict[str, Any]) -> None:
-    """Follow every `$ref`. ValueError for one that leads nowhere, or back to itself with the same
-    value for ever.
-    """
+    """Follow every `$ref`. ValueError for one that leads nowhere, or in a circle without an end."""
     from referencing import Registry
     from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012
@@ -200,7 +176,7 @@ def _check_references(schema: dict[str, Any]) -> None:
                     f"its $ref {reference!r} leads nowhere in it, and nothing is fetched"
                 ) from None
             if wrong := problem(_metaschema(), found.contents):
-                raise ValueError(f"its $ref {reference!r} leads to what is no schema: {wrong}")
+                raise ValueError(f"its $ref {reference!r} leads to an invalid schema: {wrong}")
             visit(DRAFT202012.create_resource(found.contents), found.resolver, path)
         same_value = {id(inner) for inner in _applied_to_the_same_value(node)}
         for inner in resource.subresources():
@@ -216,7 +192,7 @@ def _check_references(schema: dict[str, Any]) -> None:
 
 
 def _applied_to_the_same_value(schema: dict[str, Any]) -> Iterator[Any]:
-    """The parts of a schema that go no deeper into the value."""
+    """The parts of a schema that apply to the value itself, not to a part of it."""
     for keyword in ("allOf", "anyOf", "oneOf"):
         yield from schema.get(keyword, ())
     for keyword in ("not", "if", "then", "else"):
