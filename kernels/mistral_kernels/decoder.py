@@ -1,13 +1,11 @@
-"""The fast engine: the reference decoder's methods, with CUDA graphs for a token and for short
-chunks.
-"""
+"""The fast engine: `mistral.Decoder` with CUDA graphs for a token and for short chunks."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from mistral.cache import RollingCache
+from mistral.engine.base import IDLE
 from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder as ReferenceDecoder
 from mistral.model import Mistral
@@ -16,7 +14,7 @@ from mistral_kernels.decode.matvec import MAX_BATCH
 from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.packed.short_linear import MAX_ROWS
 from mistral_kernels.portable import arch_for
-from mistral_kernels.prefill.chunk import read_chunk
+from mistral_kernels.prefill.chunk import read_chunk, run_chunk
 from mistral_kernels.sample.sampler import Sampler
 from mistral_kernels.weights import unpacked_kinds
 
@@ -28,19 +26,22 @@ class Decoder(ReferenceDecoder):
     graph              None: CUDA graphs on a GPU. False: the same launches one by one, for
                        debugging
     plain              run the kernels' plain-PyTorch twins instead: slow, on any device, to find
-                       out who is wrong
+                       out which side is wrong
     pdl                programmatic dependent launch (compute capability 9.0 to 11.x)
 
-    What differs: logits are float32, since the kernels have them so. Random numbers are those of
-    the sampling kernel, so the same seed gives other texts than the reference, of the same
-    distribution. `ahead` says how many steps `generate` may start before it looks at the first
-    one's ids; what was too much is taken back by `rewind`.
+    Differences: logits are float32, as the kernels compute them. Random numbers are those of the
+    sampling kernel, so a seed gives another text than with the reference, of the same distribution.
+    Up to `steps_in_flight` more steps are launched before the ids of one are read back; `rewind`
+    rolls back those launched past the end of a text.
 
     The model's weights are regrouped: parameters become views of larger matrices, packed ones
-    become planes. The model still works; packed, it is slower than before, since its layers put the
-    blocks together again.
+    become planes. The model still works; a packed one is slower than before, because its layers put
+    the blocks together again.
 
-    Raises ValueError where the kernels cannot do the model or the batch.
+    The host knows every length (`RollingCache`); a CUDA graph reads them from the device, where
+    `_positions` is their copy. A replayed step advances the copy itself.
+
+    Raises ValueError if the kernels cannot run the model or the batch.
     """
 
     def __init__(
@@ -60,38 +61,37 @@ class Decoder(ReferenceDecoder):
             raise ValueError("a CUDA graph needs the kernels and a GPU")
         if pdl and on_gpu and arch_for(10 * torch.cuda.get_device_capability(model.device)[0]) < 90:
             raise ValueError(
-                "these kernels launch dependently on GPUs of compute capability 9.0 to 11.x alone"
+                "these kernels support dependent launch only on GPUs of compute capability 9.0 to "
+                "11.x"
             )
         graph = on_gpu and not plain if graph is None else graph
-        self._graphs: dict[str, Callable[[], None] | None] | None = {} if graph else None
+        self.steps_in_flight = min(2, slack)
+        self.unrecorded: list[str] = []  # works without a CUDA graph, because it did not fit
+        # name of a work -> its CUDA graph; None: it has run once, and is recorded the next time
+        self._graphs: dict[str, Callable[[], object] | None] | None = {} if graph else None
         self._recorder = Recorder(model.device)
-        self.ahead = min(2, slack)
         self._plain = plain
         with torch.inference_mode():
             self._step = DecodeStep(model, self._cache, REFERENCES if plain else KERNELS, pdl)
             self._sampler = Sampler(batch_size, model.config.vocab_size, model.device, plain)
-            # Graphs know addresses, so it cannot grow; `_append` writes up to one chunk behind the
-            # last real id.
-            self._history = torch.full(
-                (batch_size, 2 * self.limit), -1, device=model.device
-            )  # [B, room]
-            self._short_tokens = torch.zeros(MAX_ROWS, dtype=torch.int64, device=model.device)
-            self._short_counts = torch.zeros(
-                batch_size, dtype=torch.int64, device=model.device
-            )  # [B]
-        self.unrecorded: list[
-            str
-        ] = []  # what runs launch by launch, since its graph did not fit into memory
-        self._short_logits: dict[
-            str, Tensor
-        ] = {}  # of each kind of short chunk, where its graph writes them
-        self._logits = self._step.logits
-        self._has_tokens = False  # whether `_step.tokens` are the ids that the cache reads next
+            # Graphs hold addresses: none of these is ever replaced.
+            self._logits = self._step.logits  # [B, V]
+            # [B, room]; the column after the last id that fits is never read
+            self._history = self._history.new_full((batch_size, self.limit + 1), -1)
+            self._positions = self._history.new_zeros(batch_size)  # [B]: the cache's lengths
+            self._active = self._history.new_zeros(batch_size)  # [B]: 1 if the row reads a token
+            self._short_tokens = self._history.new_zeros(MAX_ROWS)
+            self._short_starts = self._history.new_zeros(batch_size)  # [B]
+            self._short_counts = self._history.new_zeros(batch_size)  # [B]
+        self._short_logits: dict[str, Tensor] = {}  # where each short chunk's graph writes them
+        self._placed: list[int] | None = None  # the lengths in `_positions`; None: unknown
+        self._sampled = False  # True: `_step.tokens` are the ids that the cache reads next
 
     @property
     def unpacked_kinds(self) -> list[str]:
-        """The kinds of packed matrices that no kernel multiplies: they are unpacked at every step,
-        which is slow.
+        """The types of packed matrices that no kernel multiplies.
+
+        They are unpacked at every step, which is slow.
         """
         return unpacked_kinds(self._step.weights)
 
@@ -101,68 +101,88 @@ class Decoder(ReferenceDecoder):
         return super().logits.clone()
 
     @torch.inference_mode()
-    def step(self, sampling: Sampling, mask: Tensor | None = None) -> Tensor:
+    def step(
+        self, sampling: Sampling | Sequence[Sampling | None], mask: Tensor | None = None
+    ) -> Tensor:
         """As the reference's."""
-        if not self._sampler.supports(sampling):
-            self._has_tokens = False
+        # 1. Settings that the sampling kernel does not have are the reference's business.
+        each = [sampling] if isinstance(sampling, Sampling) else sampling
+        if not all(self._sampler.supports(own) for own in each if own is not None):
+            self._sampled = False
             self._sampler.forget()
             return super().step(sampling, mask)
-        lengths = self.lengths
-        if 0 in lengths or max(lengths) >= self.limit:
-            return super().step(sampling, mask)  # which says what is wrong
+        counts = self._step_counts(sampling)
         self._sampler.prepare(sampling, mask, self._history)
-        if set(self._behind) == {1} and self._has_tokens:
-            self._run("forward and sample", lambda: (self._read_tokens(), self._choose()))
-            self._count([1] * self.batch_size)
-        else:
-            self._catch_up()
-            self._run("sample", self._choose)
-        self._behind = [1] * self.batch_size
-        self._has_tokens = True
+        # 2. Read the ids that were sampled last, and sample. An interrupt leaves the flags down.
+        sampled = self._sampled
+        self._sampled = False
+        try:
+            self._read_and_sample(counts, sampled)
+        except BaseException:
+            self._sampler.forget()
+            for b, length in enumerate(self._lengths):
+                self._history[b, length:] = -1  # an id may be there that was not counted
+            raise
+        # 3. Count.
+        self._lengths = [length + count for length, count in zip(self._lengths, counts)]
+        self._sampled = all(counts)
         problems = self._sampler.problems
         return torch.where(problems < 0, problems, self._step.tokens)
 
+    def _read_and_sample(self, counts: list[int], sampled: bool) -> None:
+        """Sample an id for each row with a count; `sampled`: `_step.tokens` are the last ids."""
+        pending = {length - read for length, read in zip(self._lengths, self._cache.lengths)}
+        if pending == {1} and sampled and all(counts):
+            self._stale = [True] * self.batch_size
+            self._advance_by_one(counts, "forward and sample", self._read_and_choose)
+            self._stale = [False] * self.batch_size
+            return
+        self._catch_up()
+        self._place()
+        if all(counts):
+            self._run("sample", self._choose)
+        else:
+            self._run("sample for some rows", self._choose_for_some)
+
     @torch.inference_mode()
     def rewind(self, n: int | Sequence[int]) -> None:
-        """As the reference's. Taking back nothing brings the cache's tables up to date."""
-        settle(self._cache)
-        if n != 0:
-            super().rewind(n)
-        self._has_tokens = False
+        """As the reference's."""
+        self._sampled = False
         self._sampler.forget()
+        super().rewind(n)
+
+    def _restart(self, b: int) -> None:
+        super()._restart(b)
+        self._sampler.restart_own(b)
 
     def start_over(self) -> None:
-        """Be as a new decoder: without a token, and with random numbers that begin at the next
-        step.
-        """
+        """Be as a new decoder: no tokens, and random numbers that begin at the next step."""
         self.rewind(self.lengths)
         self._sampler.restart()
 
     @torch.inference_mode()
-    def read(self, rows: Sequence[Sequence[int]]) -> None:
+    def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         """As the reference's."""
-        super().read(rows)
+        self._sampled = False
         self._sampler.forget()
+        super().prefill(rows)
 
     @torch.inference_mode()
-    def _catch_up(self) -> None:
-        """Let the cache read what it lacks: one token a row by the decode step, more by the
-        prefill.
-        """
-        while most := max(self._behind):
-            counts = [min(b, self._chunk) for b in self._behind]
-            if most == 1:
-                self._read_one(counts)
-            else:
-                settle(self._cache)
-                self._keep_logits(counts, self._prefill(self._next_tokens(max(counts)), counts))
-            self._behind = [b - n for b, n in zip(self._behind, counts)]
-            self._stale = [stale and n == 0 for stale, n in zip(self._stale, counts)]
-            self._has_tokens = False
+    def verify(self, ids: Sequence[int]) -> Tensor:
+        """As the reference's."""
+        self._sampled = False
+        self._sampler.forget()
+        return super().verify(ids)
 
-    def _prefill(self, tokens: Tensor, counts: list[int]) -> Tensor:
+    def _forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        if tokens.shape[1] == 1:
+            return self._read_one(tokens, counts)
+        return self._read_chunk(tokens, counts)
+
+    def _read_chunk(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        """More than one token of some row: tokens [B, T] -> logits [B, V]."""
         if self._plain:
-            return self.model(tokens, self._cache, counts, last_only=True)
+            return super()._forward(tokens, counts)
         if room := self._short_room(tokens.shape[1]):
             return self._read_short(tokens, counts, room, last_only=True)
         return read_chunk(self.model, tokens, self._cache, counts, self._step.workspace)
@@ -173,103 +193,119 @@ class Decoder(ReferenceDecoder):
         T = tokens.shape[1]
         if room := self._short_room(T):
             return self._read_short(tokens, [T] * self.batch_size, room, last_only=False)[:, :T]
-        return read_chunk(
-            self.model, tokens, self._cache, None, self._step.workspace, last_only=False
-        )
+        workspace = self._step.workspace
+        return read_chunk(self.model, tokens, self._cache, None, workspace, last_only=False)
 
     def _short_room(self, T: int) -> int | None:
-        """How many tokens a row the graph reads that a chunk of T goes through, pads included;
-        None: there is none.
+        """Tokens a row, pads included, of the graph that reads a chunk of T; None: there is none.
 
         Each length up to 16 tokens in all has a graph of its own; up to 64 there is one for about
-        every 16 more. While one is recorded the cache cannot look whether the pads of a nearly full
-        row go too far.
+        every 16 more.
         """
         step = max(MAX_BATCH // self.batch_size, 1)
-        room, cache = (T if step >= T else -(-T // step) * step), self._cache
-        fits = cache.wraps or max(cache.lengths_at_most) + room <= cache.num_slots
-        return room if self.batch_size * room <= MAX_ROWS and fits else None
+        room = T if step >= T else -(-T // step) * step
+        return room if self.batch_size * room <= MAX_ROWS else None
 
     def _read_short(self, tokens: Tensor, counts: list[int], room: int, last_only: bool) -> Tensor:
-        """`read_chunk` for a short chunk, by the graph for `room` tokens a row: its launches are
-        many for so little.
+        """`read_chunk` for a short chunk, by the graph for `room` tokens a row.
 
-        All that a replay reads is on the device at a fixed address; what the host checks and counts
-        is done here.
+        Its many launches would take longer than its work. All that a replay reads is on the device
+        at a fixed address; the host checks and counts here.
         """
-        (B, T), cache = tokens.shape, self._cache
+        # 1. Check, and copy the inputs to their addresses.
+        B, T = tokens.shape
+        growth = self._cache.grow(counts)
         fixed = self._short_tokens[: B * room].view(B, room)
         fixed.zero_()[:, :T] = tokens
+        self._short_starts.copy_(torch.tensor(growth.starts), non_blocking=True)
         self._short_counts.copy_(torch.tensor(counts), non_blocking=True)
         name = f"chunk of {room}" + (", last logits" if last_only else "")
-        ends = [length + n for length, n in zip(cache.lengths_at_most, counts)]
-        ends, exact = (
-            cache.check_room(ends, cache.lengths + self._short_counts, cache.exact),
-            cache.exact,
-        )
-        peaks = [max(pair) for pair in zip(cache.peaks_at_most, ends)]
 
+        # 2. Run or replay, and count.
         def work() -> None:
-            arguments = cache, self._short_counts, self._step.workspace, last_only
-            self._short_logits[name] = read_chunk(self.model, fixed, *arguments)
-
-        # What runs does not know the counts on the device and counts pads; what is replayed counts
-        # nothing.
-        lengths_before, peaks_before = cache.lengths_at_most, cache.peaks_at_most
-        try:
-            self._run(name, work)
-        except BaseException:
-            begun = cache.peaks_at_most is not peaks_before
-            cache.lengths_at_most, cache.peaks_at_most = (
-                lengths_before,
-                peaks if begun else peaks_before,
+            self._short_logits[name] = run_chunk(
+                self.model,
+                fixed,
+                self._cache,
+                self._short_starts,
+                self._short_counts,
+                self._step.workspace,
+                last_only,
             )
-            cache.exact = exact
-            raise
-        cache.lengths_at_most, cache.peaks_at_most, cache.exact = ends, peaks, exact
+
+        self._cache.begin(growth)
+        self._run(name, work)
+        self._cache.commit(growth)
         return self._short_logits[name].clone()
 
-    def _read_one(self, counts: list[int]) -> None:
-        """One token of every row, or of some."""
-        lengths, step = self._cache.lengths, self._step
-        if not self._has_tokens:
-            step.tokens.copy_(self._history.gather(1, lengths[:, None])[:, 0].clamp(min=0))
+    def _read_one(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        """One token of every row, or of some: tokens [B, 1] -> logits [B, V]."""
+        self._step.tokens.copy_(tokens[:, 0])
         if min(counts) == 1:
-            self._run("forward", self._read_tokens)
+            self._advance_by_one(counts, "forward", self._read_tokens)
         else:
-            reads = torch.tensor(counts).to(lengths.device, non_blocking=True)  # [B]
-            before = step.logits.clone()
-            step.run(torch.where(reads > 0, lengths, -1))
-            lengths += reads
-            self._keep_logits(counts, step.logits, before)
-        self._count(counts)
+            self._active.copy_(torch.tensor(counts), non_blocking=True)
+            stale = self._stale
+            self._stale = [True] * self.batch_size  # until the idle rows have their logits back
+            self._advance_by_one(counts, "forward of some rows", self._read_some_tokens)
+            self._stale = stale
+        return self._step.logits
 
     def _read_tokens(self) -> None:
-        self._step.run(self._cache.lengths)
-        self._cache.lengths.add_(1)
+        self._step.run(self._positions)
+        self._positions.add_(1)
+
+    def _read_some_tokens(self) -> None:
+        logits = self._step.logits
+        before = logits.clone()
+        reads = self._active > 0
+        self._step.run(torch.where(reads, self._positions, -1))
+        logits.copy_(torch.where(reads[:, None], logits, before))
+        self._positions.add_(self._active)
 
     def _choose(self) -> None:
         self._sampler.run(self._step.logits, self._step.tokens)
-        self._history.scatter_(1, self._cache.lengths[:, None], self._step.tokens[:, None])
+        self._history.scatter_(1, self._positions[:, None], self._step.tokens[:, None])
 
-    def _keep_logits(self, counts: list[int], new: Tensor, before: Tensor | None = None) -> None:
-        """Take over the rows that have read something."""
-        read = torch.tensor(counts).to(new.device, non_blocking=True)[:, None] > 0  # [B, 1]
-        self._step.logits.copy_(
-            torch.where(read, new.float(), self._step.logits if before is None else before)
-        )
+    def _choose_for_some(self) -> None:
+        self._sampler.run(self._step.logits, self._step.tokens)
+        # An idle row has no new id; -1 is what its history holds there already.
+        ids = self._step.tokens.masked_fill(self._sampler.problems == IDLE, -1)
+        self._history.scatter_(1, self._positions[:, None], ids[:, None])
 
-    def _count(self, counts: list[int]) -> None:
-        """What the kernels have written, on the host; `settle` does the rest when somebody asks."""
-        cache = self._cache
-        cache.lengths_at_most = [length + n for length, n in zip(cache.lengths_at_most, counts)]
-        cache.peaks_at_most = [
-            max(pair) for pair in zip(cache.peaks_at_most, cache.lengths_at_most)
-        ]
+    def _read_and_choose(self) -> None:
+        self._read_tokens()
+        self._choose()
+
+    def _place(self) -> None:
+        """Bring the lengths of the cache's rows to the device, if they are not there."""
+        lengths = self._cache.lengths
+        if self._placed != lengths:
+            self._positions.copy_(torch.tensor(lengths), non_blocking=True)
+            self._placed = lengths
+
+    def _keep_logits(self, counts: list[int], new: Tensor) -> None:
+        """Take over the logits of the rows that have read something, at the fixed address."""
+        kept = self._step.logits
+        if new is not kept:
+            read = torch.tensor(counts).to(new.device, non_blocking=True)[:, None] > 0  # [B, 1]
+            kept.copy_(torch.where(read, new.float(), kept))
+        self._stale = [stale and count == 0 for stale, count in zip(self._stale, counts)]
+
+    def _advance_by_one(self, counts: list[int], name: str, work: Callable[[], object]) -> None:
+        """Do work that reads one token of each row with a count, and moves `_positions`."""
+        growth = self._cache.grow(counts)
+        self._place()
+        self._placed = None
+        self._cache.begin(growth)
+        self._run(name, work)
+        self._cache.commit(growth)
+        self._placed = growth.lengths
 
     def _run(self, name: str, work: Callable[[], object]) -> None:
-        """Do the work; by a CUDA graph from the second time on (the first compiles the kernels), if
-        there is room.
+        """Do the work, from the second time on by a CUDA graph if there is memory for it.
+
+        The first time compiles the kernels.
         """
         if self._graphs is None:
             work()
@@ -278,38 +314,13 @@ class Decoder(ReferenceDecoder):
             self._graphs[name] = None
         else:
             if self._graphs[name] is None:
-                try:
-                    self._graphs[name] = self._recorded(work)
-                except (
-                    torch.OutOfMemoryError
-                ):  # of the recording, which may come in the midst of a text
-                    self._graphs[name] = work
-                    self.unrecorded.append(name)
+                self._graphs[name] = self._recorded(name, work)
             self._graphs[name]()
 
-    def _recorded(self, work: Callable[[], object]) -> Callable[[], None]:
-        """The work as a graph. Nothing runs while it is recorded, so nothing counts either."""
-        cache = self._cache
-        counted = cache.lengths_at_most, cache.peaks_at_most, cache.exact
+    def _recorded(self, name: str, work: Callable[[], object]) -> Callable[[], object]:
+        """The work as a CUDA graph, or itself if the graph does not fit: this may be mid-text."""
         try:
             return self._recorder.record(work).replay
-        finally:
-            cache.lengths_at_most, cache.peaks_at_most, cache.exact = counted
-
-
-def settle(cache: RollingCache) -> None:
-    """Bring a cache's tables up to date with what `lengths_at_most` and `peaks_at_most` say was
-    read.
-
-    Slot s holds the last position below the peak that is s modulo S; those that were taken back
-    count as empty.
-    """
-    device, S = cache.lengths.device, cache.num_slots
-    lengths = torch.tensor(cache.lengths_at_most).to(device, non_blocking=True)  # [B]
-    peaks = torch.tensor(cache.peaks_at_most).to(device, non_blocking=True)
-    last = peaks[:, None] - 1
-    held = last - (last - torch.arange(S, device=device)) % S  # [B, S]
-    empty = (held < 0) | (held >= lengths[:, None])
-    cache.slot_positions[:, :S] = held.masked_fill(empty, -1)
-    cache.lengths.copy_(lengths)
-    cache.peaks.copy_(peaks)
+        except torch.OutOfMemoryError:
+            self.unrecorded.append(name)
+            return work

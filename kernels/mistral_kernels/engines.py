@@ -1,12 +1,11 @@
-"""Which engine to run a model with, and why.
+"""The choice of an engine for a model, with the reason.
 
-    eager     mistral.Decoder                     plain PyTorch, everywhere
-    compile   mistral.engine.compiled.CompiledDecoder    the same, its step compiled; takes seconds
-              to begin
-    kernels   mistral_kernels.Decoder             the fastest; needs Triton and an NVIDIA GPU
+    eager     mistral.Decoder                            plain PyTorch, on every device
+    compile   mistral.engine.compiled.CompiledDecoder    a compiled step; takes seconds to start
+    kernels   mistral_kernels.Decoder                    the fastest; needs Triton and an NVIDIA GPU
 
-All have the same methods and give the same numbers up to rounding. `auto` is kernels, then compile,
-then eager on a GPU, and eager without one, where nothing needs to be compiled first.
+All are an `Engine` (mistral/engine/base.py), with the same logits up to rounding. `auto` tries
+kernels, compile and eager in this order on a GPU. Without one it is eager, which compiles nothing.
 """
 
 import gc
@@ -18,14 +17,14 @@ from pathlib import Path
 import torch
 
 from mistral import Decoder, Mistral, NotEnoughMemory
-from mistral.engine.decoder import Engine
+from mistral.engine.base import Engine
 from mistral.quantization.packed import Packed
 
 ENGINES = ("auto", "eager", "compile", "kernels")
-MOST_ROWS = 16
-OLDEST_TRITON = (3, 6)
-OLDEST_GPU = (8, 0)
-DRIVER = Path("/proc/driver/nvidia/version")  # where Linux says that an NVIDIA driver is loaded
+_MOST_ROWS = 16  # MAX_BATCH of the decode kernels, whose file imports Triton
+_OLDEST_TRITON = (3, 6)
+_OLDEST_GPU = (8, 0)
+_DRIVER = Path("/proc/driver/nvidia/version")  # exists on Linux if an NVIDIA driver is loaded
 
 
 def open_engine(
@@ -40,12 +39,12 @@ def open_engine(
     """A decoder for `model`, and one line about it: "engine: kernels (CUDA sm_90, Triton 3.6)".
 
     name   auto, eager, compile or kernels
-    say    takes a line when something begins that may take minutes
+    say    receives a line before work that may take minutes
     The other arguments are those of `mistral.Decoder`.
 
     `auto` takes the first engine that works, and its line says why it is not a faster one. Any
-    other name is that engine or a ValueError that says what is in its way. NotEnoughMemory where
-    the cache does not fit.
+    other name is that engine, or a ValueError that says why it cannot run. Raises NotEnoughMemory
+    if the cache does not fit.
     """
     if name not in ENGINES:
         raise ValueError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
@@ -54,45 +53,44 @@ def open_engine(
         return Decoder(model, **sizes), "engine: eager"
     if name == "compile":
         return _open_compiled(model, sizes), f"engine: compile ({_place(model)})"
-    if model.device.type == "cuda" and kernels_problem(model, batch_size) is None:
-        say(
-            "trying the kernels; those that this machine has not compiled yet take some minutes "
-            "once"
-        )
+    if model.device.type == "cuda" and _kernels_problem(model, batch_size) is None:
+        say("trying the kernels; the first time on a machine, compiling them takes some minutes")
     if name == "kernels":
         decoder = _open_kernels(model, sizes)
         return decoder, f"engine: kernels ({_kernels_place(model)}){_slow_part(decoder)}"
     if model.device.type != "cuda":
         return Decoder(model, **sizes), f"engine: eager: {_no_gpu(model)}"
-    problems, in_planes = [], _in_planes(model)
-    for name, open_it, place in (
+    return _open_fastest(model, sizes)
+
+
+def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
+    """The first engine that works on a GPU, and its line with the problems of faster ones."""
+    engines = (
         ("kernels", _open_kernels, _kernels_place),
         ("compile", _open_compiled, _place),
-    ):
+    )
+    problems = []
+    in_planes = _in_planes(model)
+    for name, open_it, place in engines:
         try:
             decoder = open_it(model, sizes)
-            return decoder, "; ".join(
-                [f"engine: {name} ({place(model)}){_slow_part(decoder)}", *problems]
-            )
+            line = f"engine: {name} ({place(model)}){_slow_part(decoder)}"
+            return decoder, "; ".join([line, *problems])
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
-        _put_back(
-            model, in_planes
-        )  # here, where no traceback holds on to the memory of what failed
+        # After the `except` block: its traceback keeps the memory of the failed engine alive.
+        _put_back(model, in_planes)
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
 
 
-def kernels_problem(model: Mistral, batch_size: int = 1) -> str | None:
-    """What is in the way of the kernels, with the remedy; None where they should run."""
+def _kernels_problem(model: Mistral, batch_size: int = 1) -> str | None:
+    """Why the kernels cannot run the model, with the remedy; None if they should run."""
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        dtype = str(model.dtype).removeprefix("torch.")
+        return f"the kernels know no {dtype}: load the checkpoint in bfloat16"
+    if batch_size > _MOST_ROWS:
         return (
-            f"the kernels know no {str(model.dtype).removeprefix('torch.')}: load the "
-            f"checkpoint in bfloat16"
-        )
-    if batch_size > MOST_ROWS:
-        return (
-            f"the kernels take at most {MOST_ROWS} rows at once, not {batch_size}: use smaller "
-            f"batches"
+            f"the kernels take at most {_MOST_ROWS} rows at once, not {batch_size}: use fewer rows"
         )
     return _shape_problem(model) or _triton_problem() or _gpu_problem(model)
 
@@ -109,7 +107,8 @@ def _shape_problem(model: Mistral) -> str | None:
             return f"the kernels need {name} to be a multiple of 32, not {width}"
     if config.head_dim not in (16, 32, 64, 128, 256):
         return f"the kernels need a head_dim of 16, 32, 64, 128 or 256, not {config.head_dim}"
-    if (shared := config.num_attention_heads // config.num_key_value_heads) > 16:
+    shared = config.num_attention_heads // config.num_key_value_heads
+    if shared > 16:
         return f"the kernels take at most 16 query heads to a key/value head, not {shared}"
     return None
 
@@ -119,8 +118,9 @@ def _triton_problem() -> str | None:
         return "Triton is not installed: pip install triton (Linux)"
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
-        wanted = ".".join(map(str, OLDEST_TRITON))
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < _OLDEST_TRITON:
+        wanted = ".".join(map(str, _OLDEST_TRITON))
         return (
             f"Triton {triton.__version__} is too old, {wanted} is needed: install a newer PyTorch"
         )
@@ -130,23 +130,23 @@ def _triton_problem() -> str | None:
 def _gpu_problem(model: Mistral) -> str | None:
     if model.device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") == "1":
-            return None  # slowly, on a CPU
+            return None  # Triton's interpreter runs them on a CPU, slowly
         return f"the kernels need an NVIDIA GPU: {_no_gpu(model)}"
     if torch.version.cuda is None:
         return "the kernels need an NVIDIA GPU, and this is an AMD one"
     capability = torch.cuda.get_device_capability(model.device)
-    if capability < OLDEST_GPU:
+    if capability < _OLDEST_GPU:
         return "the kernels need compute capability {}.{} or later, not {}.{}".format(
-            *OLDEST_GPU, *capability
+            *_OLDEST_GPU, *capability
         )
     return None
 
 
 def _no_gpu(model: Mistral) -> str:
-    """Why a model is on no GPU."""
+    """Why the model is not on a GPU."""
     if torch.cuda.is_available():
         return f"the model is on {model.device}"
-    if not DRIVER.exists():
+    if not _DRIVER.exists():
         return "no GPU"
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA: install one with it"
@@ -162,9 +162,7 @@ def _open_compiled(model: Mistral, sizes: dict) -> Engine:
         raise
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"the compiled step does not fit: {_one_line(error)}") from error
-    except (
-        Exception
-    ) as error:  # what the compiled code or its CUDA graph meet when they run for the first time
+    except Exception as error:  # the first run of the compiled code or of its CUDA graph failed
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise ValueError(
             f"the compiled step does not run here: {reason}; use another engine"
@@ -172,15 +170,15 @@ def _open_compiled(model: Mistral, sizes: dict) -> Engine:
 
 
 def _open_kernels(model: Mistral, sizes: dict) -> Engine:
-    if problem := kernels_problem(model, sizes["batch_size"]):
+    if problem := _kernels_problem(model, sizes["batch_size"]):
         raise ValueError(problem)
     try:
         from mistral_kernels.decoder import Decoder as KernelsDecoder
         from mistral_kernels.trial import expected_logits, try_out
 
-        if model.device.type != "cuda":  # in the interpreter a trial takes minutes
+        if model.device.type != "cuda":  # a trial in the interpreter would take minutes
             return KernelsDecoder(model, **sizes)
-        expected = expected_logits(model)
+        expected = expected_logits(model)  # before the decoder regroups the model's weights
         decoder = KernelsDecoder(model, **sizes)
         try_out(decoder, expected)
         return decoder
@@ -188,27 +186,24 @@ def _open_kernels(model: Mistral, sizes: dict) -> Engine:
         raise
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"the kernels' buffers do not fit: {_one_line(error)}") from error
-    except Exception as error:  # whatever Triton's compiler, its assembler or the driver say
+    except Exception as error:  # from Triton's compiler, its assembler or the driver
         reason = f"{type(error).__name__}: {_one_line(error)}"
-        remedy = (
-            "update the NVIDIA driver and Triton (3.6 needs a C compiler, gcc), or use "
-            "another engine"
-        )
-        raise ValueError(f"the kernels do not run here: {reason}; {remedy}") from error
+        raise ValueError(
+            f"the kernels do not run here: {reason}; update the NVIDIA driver and Triton (3.6 "
+            "needs a C compiler, gcc), or use another engine"
+        ) from error
 
 
 def _in_planes(model: Mistral) -> set[Packed]:
-    """The packed layers that kernels have taken over."""
-    return {
-        module
-        for module in model.modules()
-        if isinstance(module, Packed) and module.keeper is not None
-    }
+    """The packed layers whose blocks the kernels hold as planes."""
+    packed = {module for module in model.modules() if isinstance(module, Packed)}
+    return {module for module in packed if module.keeper is not None}
 
 
 def _put_back(model: Mistral, before: set[Packed]) -> None:
-    """Undo what kernels that do not run have done: other engines would make the blocks of their
-    planes at every use.
+    """Give layers their blocks back after the kernels failed.
+
+    Other engines would restore the blocks from the planes at every use.
 
     before  layers that were in planes already, for another decoder that works with them
     """
@@ -218,9 +213,10 @@ def _put_back(model: Mistral, before: set[Packed]) -> None:
 
 
 def _slow_part(decoder: Engine) -> str:
-    """What of a packed model is not multiplied as it is."""
-    kinds = getattr(decoder, "unpacked_kinds", None)
-    return f", {', '.join(kinds)} unpacked at every step: slow" if kinds else ""
+    """The end of an engine's line: which quantization types are unpacked at every step."""
+    if not decoder.unpacked_kinds:
+        return ""
+    return f", {', '.join(decoder.unpacked_kinds)} unpacked at every step: slow"
 
 
 def _one_line(error: Exception) -> str:
@@ -228,13 +224,12 @@ def _one_line(error: Exception) -> str:
 
 
 def _place(model: Mistral) -> str:
+    """The device that an engine runs on."""
+    if model.device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
     if model.device.type == "cuda" and torch.version.cuda:
         return "CUDA sm_{}{}".format(*torch.cuda.get_device_capability(model.device))
-    return (
-        f"{model.device.type}, {torch.get_num_threads()} threads"
-        if model.device.type == "cpu"
-        else "GPU"
-    )
+    return "GPU"
 
 
 def _kernels_place(model: Mistral) -> str:

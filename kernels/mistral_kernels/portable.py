@@ -1,14 +1,13 @@
-"""The few expressions that differ between a GPU and Triton's interpreter, and between one GPU and
-another.
+"""The few expressions that differ between a GPU and Triton's interpreter, and between GPUs.
 
-Kernels take one constexpr for it, ARCH, and hand it on to the helpers here; no kernel body asks for
-it itself:
+Kernels take one constexpr for it, ARCH, and pass it to the helpers here; no kernel body tests it
+itself:
 
     0   PORTABLE: Triton's interpreter on a CPU. It has no inline assembly and no launch control,
-        and holds bfloat16 as bare bits, so that a product of two such numbers is wrong without a
-        word: they are widened first.
-    80  Ampere, Ada (sm_80 to sm_89) and Blackwell without a data centre (sm_120 and later), whose
-        matrix instructions and shared memory are like theirs; no programmatic dependent launch
+        and holds bfloat16 as bare bits, so that a product of two is silently wrong: they are
+        widened to float32 first.
+    80  Ampere, Ada (sm_80 to sm_89) and the smaller Blackwells (sm_120 and later), whose matrix
+        instructions and shared memory are like theirs; no programmatic dependent launch
     90  Hopper (sm_90) and Blackwell (sm_100 to sm_110)
 """
 
@@ -22,24 +21,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PORTABLE = 0
+_PORTABLE = 0
 TRITON_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Launch(NamedTuple):
-    """How to start one kernel: what its launcher and the ahead-of-time compilation have in
-    common.
-    """
+    """How to start one kernel: the part that a launcher and the ahead-of-time compilation share."""
 
     grid: tuple[int, ...]
     constants: dict[str, Any]  # the kernel's constexpr arguments
     options: dict[str, Any]  # num_warps, num_stages, maxnreg
 
     def run(self, kernel: Any, *arguments: Any, pdl: bool = False) -> None:
-        """Start `kernel`; with `pdl` its CTAs may begin before the kernel ahead of it in the stream
-        has ended.
+        """Start `kernel`.
 
-        ValueError for a tensor with gaps: kernels see addresses, not strides.
+        With `pdl` (programmatic dependent launch) its CTAs may begin before the previous kernel of
+        the stream has ended.
+
+        Raises ValueError for a non-contiguous tensor: kernels get addresses, not strides.
         """
         for name, argument in zip(kernel.arg_names, arguments):
             if isinstance(argument, Tensor) and not argument.is_contiguous():
@@ -48,9 +47,8 @@ class Launch(NamedTuple):
                 )
         options = self.options | {"launch_pdl": True} if pdl else self.options
         tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
-        with torch.cuda.device_of(
-            tensor
-        ):  # Triton launches on the current device, whatever it is given
+        # Triton launches on the current device, not on that of its arguments.
+        with torch.cuda.device_of(tensor):
             kernel[self.grid](*arguments, **self.constants, **options)
 
 
@@ -70,19 +68,18 @@ def _device_arch(index: int) -> int:
 
 
 def arch_of(tensor: Tensor) -> int:
-    """The ARCH that a kernel on `tensor` is compiled for. ValueError where none can run there."""
+    """The ARCH of kernels on the device of `tensor`. ValueError if none can run there."""
     if tensor.device.type == "cuda":
         return _device_arch(tensor.device.index)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return PORTABLE
+        return _PORTABLE
     raise ValueError(
-        f"these kernels need a CUDA GPU, not {tensor.device} (or TRITON_INTERPRET=1, to run them "
-        f"slowly)"
+        f"these kernels need a CUDA GPU, not {tensor.device} (or TRITON_INTERPRET=1, to run slowly)"
     )
 
 
 def activation(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 to the type of activations, as `to_activation` does it in the kernels."""
+    """fp32 to the dtype of activations, as `to_activation` in the kernels."""
     limit = torch.finfo(dtype).max if dtype == torch.float16 else math.inf
     return x.clamp(-limit, limit).to(dtype)
 
@@ -95,12 +92,11 @@ def require(condition: bool, message: str) -> None:
 
 @triton.jit
 def wait_for_producer(ARCH: tl.constexpr):
-    """Stands between the loads of weights and the first use of what the kernel before this one
-    wrote.
+    """Wait for the previous kernel: between the loads of weights and the first use of its results.
 
-    It is needed even without dependent launch: it is the only thing that keeps ptxas from moving
-    the loads of weights down to where they are used. With it a thread has 18 loads in flight,
-    without it 7 (Q4_K, read from the SASS).
+    It is needed even without dependent launch: nothing else keeps ptxas from moving the loads of
+    weights down to their use. With it a thread has 18 loads in flight, without it 7 (Q4_K, read
+    from the SASS).
     """
     if ARCH >= 90:
         tl.extra.cuda.gdc_wait()
@@ -110,16 +106,14 @@ def wait_for_producer(ARCH: tl.constexpr):
 
 @triton.jit
 def release_consumer(ARCH: tl.constexpr):
-    """The kernel after this one may start and load its weights; it waits for our stores by
-    itself.
-    """
+    """Let the next kernel start and load its weights; it waits for our stores itself."""
     if ARCH >= 90:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def dot_operand(x, ARCH: tl.constexpr):
-    """x as `tl.dot` can take it."""
+    """x in a dtype that `tl.dot` supports."""
     if ARCH == 0:
         x = x.to(tl.float32)
     return x
@@ -127,8 +121,9 @@ def dot_operand(x, ARCH: tl.constexpr):
 
 @triton.jit
 def to_activation(x, dtype: tl.constexpr):
-    """fp32 to the type of activations; in fp16 what is out of range becomes the largest number, and
-    NaN stays NaN.
+    """fp32 to the dtype of activations.
+
+    In fp16 a value out of range becomes the largest one; NaN stays NaN.
     """
     if dtype == tl.float16:
         x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
@@ -137,7 +132,7 @@ def to_activation(x, dtype: tl.constexpr):
 
 @triton.constexpr_function
 def _shift(source, to, by):
-    """PTX: `source`, shifted right by `by` bits (left if negative), into `to`."""
+    """PTX: `source`, shifted right by `by` bits (left if negative), to `to`."""
     return f"{'shr' if by >= 0 else 'shl'}.b32 {to}, {source}, {abs(by)};"
 
 
@@ -150,7 +145,7 @@ def _scaled_bits_asm(shift, mask):
 
 @triton.constexpr_function
 def _joined_bits_asm(shift, mask, high_shift, high_mask):
-    """The same; lop3 with 0xEA is (a & b) | c."""
+    """The same with high bits from a second word; lop3 with 0xEA is (a & b) | c."""
     bits = (
         _shift("$1", "t", shift)
         + f" and.b32 t, t, 0x{mask:04x}{mask:04x}; "
@@ -162,25 +157,26 @@ def _joined_bits_asm(shift, mask, high_shift, high_mask):
 
 @triton.jit
 def _bits(word, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Those of 16-bit words that MASK leaves after a shift to the right, as int32."""
+    """16-bit words, shifted to the right by SHIFT (left if negative) and masked, as int32."""
     wide = word.to(tl.int32) & 0xFFFF
     return (wide >> SHIFT if SHIFT >= 0 else wide << -SHIFT) & MASK
 
 
 @triton.jit
 def _scaled(bits, scale, offset):
-    return (bits.to(tl.float32) * 2.0**-24 * scale.to(tl.float32) + offset.to(tl.float32)).to(
-        scale.dtype
-    )
+    product = bits.to(tl.float32) * 2.0**-24 * scale.to(tl.float32)
+    return (product + offset.to(tl.float32)).to(scale.dtype)
 
 
 @triton.jit
 def scaled_bits(word, scale, offset, SHIFT: tl.constexpr, MASK: tl.constexpr, ARCH: tl.constexpr):
-    """(word >> SHIFT & MASK) * 2^-24 * scale + offset, in the type of scale and offset; word int16.
+    """(word >> SHIFT & MASK) * 2^-24 * scale + offset, in the dtype of scale and offset.
 
-    In fp16 on a GPU nothing is converted: the smallest fp16 numbers are whole multiples of 2^-24,
-    so the bits of a whole number below 1,024 already spell that number times 2^-24. A mask, then
-    one multiply-add for two weights.
+    word  int16
+
+    In fp16 on a GPU nothing is converted: denormal fp16 numbers are the multiples of 2^-24, so the
+    bits of an integer below 1,024 are the fp16 number of that integer times 2^-24. A mask, then one
+    multiply-add for two weights.
     """
     if ARCH > 0 and scale.dtype == tl.float16:
         out = tl.inline_asm_elementwise(
@@ -201,9 +197,7 @@ def scaled_joined_bits(
     word, high, scale, offset, SHIFT: tl.constexpr, MASK: tl.constexpr, HIGH_SHIFT: tl.constexpr,
     HIGH_MASK: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """`scaled_bits` of numbers whose upper bits are in another word: high >> HIGH_SHIFT &
-    HIGH_MASK.
-    """
+    """`scaled_bits` of values with high bits in another word: high >> HIGH_SHIFT & HIGH_MASK."""
     if ARCH > 0 and scale.dtype == tl.float16:
         out = tl.inline_asm_elementwise(
             _joined_bits_asm(SHIFT, MASK, HIGH_SHIFT, HIGH_MASK), "=r,r,r,r,r",

@@ -1,8 +1,7 @@
-"""A trial of a new decoder: all that it will do, done twice, and its numbers beside the model's
-own.
+"""A trial run of a new decoder: it does all of its work twice, and its logits are compared.
 
-What a driver refuses, a CUDA graph that cannot be recorded and numbers that are wrong on this very
-GPU show here, where another engine can still be taken, and not in the middle of a text.
+A kernel that the driver refuses, a CUDA graph that cannot be recorded and wrong logits on this very
+GPU show here, while another engine can still be chosen, and not in the middle of a text.
 """
 
 import torch
@@ -13,58 +12,63 @@ from mistral_kernels.decode.matvec import MAX_BATCH
 from mistral_kernels.decoder import Decoder
 from mistral_kernels.packed.short_linear import MAX_ROWS
 
-TOKENS = MAX_ROWS + 4
-# Of the logits' norm. Rounding in bfloat16 makes about a hundredth, a fault in a kernel more than
-# the whole.
-LARGEST_DISTANCE = 0.1
+_TOKENS = MAX_ROWS + 4
+# Relative to the logits' norm. Rounding in bfloat16 is about a hundredth, a fault in a kernel more
+# than the whole.
+_LARGEST_DISTANCE = 0.1
 
 
 @torch.inference_mode()
-def expected_logits(model: Mistral) -> Tensor:  # fp32 [TOKENS, V]
-    """The model's own, for a few ids."""
-    return model(torch.tensor([_ids(model.config.vocab_size)], device=model.device))[0].float()
+def expected_logits(model: Mistral) -> Tensor:
+    """The model's own logits after each of a few ids: float32 [_TOKENS, V]."""
+    ids = torch.tensor([_ids(model.config.vocab_size)], device=model.device)  # [1, _TOKENS]
+    return model(ids)[0].float()
 
 
 @torch.inference_mode()
 def try_out(decoder: Decoder, expected: Tensor) -> None:
-    """Let a new decoder do everything twice, compare it with `expected_logits`, and make it forget
-    it all.
+    """Let a new decoder do everything twice, compare it with `expected_logits`, and reset it.
 
-    The first time compiles the kernels, the second records the CUDA graphs. A decoder with little
-    room does what it has room for. ValueError where the logits are not the model's,
-    OutOfMemoryError where a graph does not fit; whatever else fails is raised as it is.
+    A decoder with little room does as much as fits. Raises ValueError if the logits are not the
+    model's, OutOfMemoryError if a CUDA graph does not fit; any other error is raised as it is.
     """
-    rows, room, ids = decoder.batch_size, decoder.limit, _ids(expected.shape[-1])
-    rules = Sampling(
-        temperature=0.0, seed=0
-    )  # without a seed it would draw one from PyTorch's generator
-    for _ in range(2):
-        # Packed matrices have one kernel for up to 8 rows in all, one for 16 in a pass, and are
-        # unpacked for over 64. Attention has one for a few tokens in two sizes, and one that takes
-        # more queries at a time beyond 64 tokens.
-        for T in sorted(
-            {2, MAX_BATCH // rows, MAX_ROWS // rows, MAX_ROWS // rows + 1, MAX_ROWS + 1}
-        ):
-            if 1 < T <= room - 5:
-                decoder.rewind(decoder.lengths)
-                # The second is read as any token is that was chosen, the third sees the ring.
-                for chunk in (ids[:T], ids[T : T + 1], ids[T + 1 : T + 3]):
-                    decoder.read([chunk] * rows)
-                    _compare(decoder.logits, expected[decoder.lengths[0] - 1])
-                decoder.step(rules)  # samples alone
-                decoder.step(rules)  # reads and samples
-                decoder.logits.sum().item()  # reads alone; and waits: only then has everything run
+    rows = decoder.batch_size
+    # Packed matrices have one kernel for up to 8 rows in all, one for 16 in a pass, and are
+    # unpacked for more than 64. Attention has one for a few tokens, in two sizes, and one whose
+    # tiles are larger beyond 64 tokens.
+    per_row = (MAX_BATCH // rows, MAX_ROWS // rows, MAX_ROWS // rows + 1)
+    for _ in range(2):  # the first time compiles the kernels, the second records the CUDA graphs
+        for T in sorted({2, *per_row, MAX_ROWS + 1}):
+            if 1 < T <= decoder.limit - 5:
+                _do_everything(decoder, T, expected)
     if decoder.unrecorded:
         raise torch.OutOfMemoryError(f"no memory for the CUDA graph of {decoder.unrecorded[0]}")
     decoder.start_over()
 
 
-def _compare(logits: Tensor, wanted: Tensor) -> None:  # [B, V], [V]
+def _do_everything(decoder: Decoder, T: int, expected: Tensor) -> None:
+    """Three chunks, of which the first has T tokens, and two steps; compares the chunks' logits."""
+    ids = _ids(expected.shape[-1])
+    decoder.rewind(decoder.lengths)
+    # 1. A chunk, a single token, which runs the kernels of a step, and a chunk that reads the ring.
+    for chunk in (ids[:T], ids[T : T + 1], ids[T + 1 : T + 3]):
+        decoder.prefill([chunk] * decoder.batch_size)
+        _compare(decoder.logits, expected[decoder.lengths[0] - 1])
+    # 2. The graphs of a step. The seed keeps PyTorch's generator as it is.
+    greedy = Sampling(temperature=0.0, seed=0)
+    decoder.step(greedy)  # samples only
+    decoder.step(greedy)  # reads and samples
+    decoder.logits.sum().item()  # reads only; synchronizes, so that errors of the GPU show here
+
+
+def _compare(logits: Tensor, wanted: Tensor) -> None:
+    """Raises ValueError if logits [B, V] are too far from the wanted [V]."""
     distance = ((logits - wanted).norm(dim=-1).max() / wanted.norm()).item()
-    if wanted.isfinite().all() and not distance <= LARGEST_DISTANCE:  # NaN, too
+    # Not `distance > ...`: NaN is too far as well.
+    if wanted.isfinite().all() and not distance <= _LARGEST_DISTANCE:
         raise ValueError(f"their logits are {distance:.0%} away from the model's own")
 
 
 def _ids(vocab_size: int) -> list[int]:
-    """Some ids, all different where the vocabulary allows it."""
-    return [(3 + 11 * i) % vocab_size for i in range(TOKENS)]
+    """A few ids, all different if the vocabulary allows it."""
+    return [(3 + 11 * i) % vocab_size for i in range(_TOKENS)]

@@ -5,25 +5,24 @@
 Sources: Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html (the split);
 Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867 (the running maximum).
 
-One CTA takes one key/value head of one row and one of SPLITS parts of its keys. The G query heads
-that share these are the rows of one `tl.dot`, so every key is read once. Position p lives in slot p
-mod S; the window is a run of consecutive positions, so its slots are a run that wraps at most once,
-and only those are read. How many there are follows from `positions` on the device: one CUDA graph
+One CTA handles one key/value head of one row and one of SPLITS parts of its keys. The G query heads
+that share these keys are the rows of one `tl.dot`, so every key is read once. Position p is in slot
+p mod S; the window is a run of consecutive positions, so its slots are a run that wraps at most
+once, and only those are read. Their number follows from `positions` on the device: one CUDA graph
 serves every length.
 
-The parts meet in the same kernel: each CTA writes its weighted sum of values, its maximum and its
-sum of weights, and counts itself. The CTA that counts last adds all parts up, in their order, so
-the result has the same bits whoever comes last, and sets the counter back to zero for the next
-call.
+The parts are combined in the same kernel: each CTA stores its weighted sum of values, its maximum
+and its sum of weights, and increments a counter. The CTA that increments it last adds up all parts
+in index order, so the result has the same bits whichever CTA is last, and resets the counter for
+the next call.
 
-Bytes: 4 K H a live position and row in 16 bits (7B: 16.8 MB for 4,096 positions, 3.9 us at 4.3
+Bytes: 4 K H per live position and row in 16 bits (7B: 16.8 MB for 4,096 positions, 3.9 us at 4.3
 TB/s).
 
-Versions (times not measured; instructions a thread for 64 keys, read from the SASS for sm_90)
-  vector units, 16 keys at a time                  6,000
-  tl.dot, the G heads padded to 16 rows            350; loads pipelined in 3 stages of 64 keys
-  combine in a second kernel                       one more launch, 1 to 2 us, for the 1 us that it
-                                                   takes here
+Versions (times not measured; instructions per thread for 64 keys, read from the SASS for sm_90)
+  vector units, 16 keys at a time       6,000
+  tl.dot, the G heads padded to 16 rows 350; loads pipelined in 3 stages of 64 keys
+  combine in a second kernel            one more launch, 1 to 2 us, for the 1 us that it takes here
 """
 
 import math
@@ -46,23 +45,25 @@ from mistral_kernels.portable import (
     wait_for_producer,
 )
 
-BLOCK = 64  # keys at a time
-FULL_GPU = 264  # CTAs: two for each multiprocessor of an H100 or H200
+_BLOCK = 64  # keys at a time
+_FULL_GPU = 264  # CTAs: two for each multiprocessor of an H100 or H200
 
 
 def num_splits(batch: int, K: int) -> int:
-    """How many parts the keys are cut into: a power of two up to 16, as many as the GPU has room
-    for at once.
+    """How many parts the keys are split into.
+
+    A power of two up to 16: as many parts as the GPU has room for at once.
     """
-    return max(n for n in (1, 2, 4, 8, 16) if n == 1 or batch * K * n <= FULL_GPU)
+    return max(n for n in (1, 2, 4, 8, 16) if n == 1 or batch * K * n <= _FULL_GPU)
 
 
 class Partials:
-    """Where the CTAs of one `attend` leave their parts; one serves all layers, since they run one
-    after the other.
+    """The buffers of one `attend` for the results of its parts.
 
-    tokens  how many queries a row and head has
-    splits  how many parts the keys are cut into; None: `num_splits`
+    One serves all layers, because they run one after the other.
+
+    tokens  how many queries per row and head
+    splits  how many parts the keys are split into; None: `num_splits`
     """
 
     def __init__(
@@ -77,16 +78,12 @@ class Partials:
         splits: int | None = None,
     ):
         self.splits = splits or num_splits(batch, K)
-        parts, M = (batch * K, self.splits), tokens * N // K
-        self.outputs = torch.empty(
-            *parts, M, H, dtype=torch.float32, device=device
-        )  # weighted sums of values
-        self.stats = torch.empty(
-            *parts, 2, M, dtype=torch.float32, device=device
-        )  # largest scores; sums of weights
-        self.counters = torch.zeros(
-            batch * K, dtype=torch.int32, device=device
-        )  # how many parts are there
+        M = tokens * N // K  # queries of a key/value head
+        parts = (batch * K, self.splits)
+        # Weighted sums of values; maxima and sums of weights; how many parts are finished.
+        self.outputs = torch.empty(*parts, M, H, dtype=torch.float32, device=device)
+        self.stats = torch.empty(*parts, 2, M, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(batch * K, dtype=torch.int32, device=device)
 
 
 def attend_reference(
@@ -98,17 +95,15 @@ def attend_reference(
     partials: Partials,
     num_slots: int,
     window: int | None,
-    *,
-    pdl: bool = False,
 ) -> None:
-    """`attend` in plain PyTorch: every slot is scored, and those that hold no live position are
-    masked.
+    """`attend` in plain PyTorch.
+
+    Every slot is scored, and slots without a live position are masked.
     """
-    (B, N, H), K = q.shape, keys.shape[1]
+    B, N, H = q.shape
+    K = keys.shape[1]
     slots = torch.arange(num_slots, device=q.device)
-    age = (
-        positions[:, None] - slots
-    ) % num_slots  # [B, S]: how far behind the new token a slot's position is
+    age = (positions[:, None] - slots) % num_slots  # [B, S]: the slot's distance to the new token
     live = (age <= positions[:, None]) & (age < (window or num_slots))
     grouped = q.float().view(B, K, N // K, H)
     scores = grouped @ keys[:, :, :num_slots].float().transpose(-2, -1) * H**-0.5  # [B, K, G, S]
@@ -117,17 +112,20 @@ def attend_reference(
 
 
 @triton.jit
-def leave_part(
+def store_part(
     partial_outputs, stats, part, top, total, out, M, ROWS: tl.constexpr, H: tl.constexpr
 ):  # fmt: skip
-    """Store what a CTA has found for its M queries; of its ROWS rows those behind them are none."""
+    """Store one CTA's partial result for its M queries.
+
+    The tile is padded to ROWS rows; rows >= M are not stored.
+    """
     m = tl.arange(0, ROWS)
     real = m < M
     d = tl.arange(0, H)
     tl.store(partial_outputs + (part * M + m[:, None]) * H + d[None, :], out, mask=real[:, None])
     tl.store(stats + part * 2 * M + m, top, mask=real)
     tl.store(stats + part * 2 * M + M + m, total, mask=real)
-    tl.debug_barrier()  # one thread counts for all of them, so all must have stored
+    tl.debug_barrier()  # one thread increments the counter for all, so all must have stored
 
 
 @triton.jit
@@ -135,22 +133,28 @@ def combine(
     y, places, partial_outputs, stats, index, M, ROWS: tl.constexpr, H: tl.constexpr,
     SPLITS: tl.constexpr
 ):  # fmt: skip
-    """Add up the parts of one key/value head and row, and store y of its M queries: that of m from
-    y[places[m]] on.
+    """Add up the parts of one key/value head and row, and store y of its M queries.
+
+    The y of query m begins at y[places[m]].
+
+        y = sum_s 2^(top_s - top) out_s / sum_s 2^(top_s - top) total_s        top = max_s top_s
     """
     m = tl.arange(0, ROWS)
     real = m < M
     d = tl.arange(0, H)[None, :]
+
+    # 1. The maximum of all parts. ".cg" bypasses the L1 cache, which may hold stale values of what
+    # other CTAs have stored.
     top = tl.full([ROWS], -1e30, tl.float32)
-    # ".cg" reads past the L1 cache, which does not know what other CTAs have written.
     for part in tl.static_range(SPLITS):
         stat = stats + (index * SPLITS + part) * 2 * M + m
         top = tl.maximum(top, tl.load(stat, mask=real, other=-1e30, cache_modifier=".cg"))
+
+    # 2. The sums, in index order.
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, H], tl.float32)
-    AT_ONCE: tl.constexpr = (
-        SPLITS if ROWS <= 16 else 1
-    )  # the registers hold all parts of a few rows
+    # With few rows the registers hold all parts: then all loads are issued at once.
+    AT_ONCE: tl.constexpr = SPLITS if ROWS <= 16 else 1
     for first in range(0, SPLITS, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             at = index * SPLITS + first + i
@@ -161,34 +165,43 @@ def combine(
             out += factor[:, None] * tl.load(
                 row, mask=real[:, None], other=0.0, cache_modifier=".cg"
             )
-    out = (
-        out / tl.where(total > 0.0, total, 1.0)[:, None]
-    )  # a row that takes no part has no key, and gets 0
+
+    # 3. The division. An idle row has no key, so its total is 0, and it gets 0.
+    out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(y + places[:, None] + d, to_activation(out, y.dtype.element_ty), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["num_slots", "window"])
-def decode_attention_kernel(
+def decode_attention_kernel(  # noqa: PLR0915
     q, keys, values, positions, y, partial_outputs, stats, counters, num_slots, window, scale,
     K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """One CTA: one row, one key/value head with its G query heads, one part of the keys."""
+    """One CTA: one row, one key/value head with its G query heads, one part of the keys.
+
+    GROUP is G rounded up to a power of two. `scale` includes log2(e), since weights are powers of
+    2.
+    """
     index = tl.program_id(0)  # row * K + head
     split = tl.program_id(1)
     wait_for_producer(ARCH)
-    position = tl.load(positions + index // K).to(tl.int32)
+
+    # 1. The part: of the live positions, oldest first, low .. high - 1.
+    position = tl.load(positions + index // K).to(tl.int32)  # -1: idle, no live position
     live = tl.minimum(position + 1, window)
     start = (position + 1 - live) % num_slots  # the slot of the oldest
-    share = tl.cdiv(live, SPLITS * BLOCK) * BLOCK
-    low = split * share  # of the live positions, oldest first, this part has low .. high - 1
+    share = tl.cdiv(live, SPLITS * BLOCK) * BLOCK  # whole blocks: the last parts may be empty
+    low = split * share
     high = tl.minimum(low + share, live)
 
+    # 2. The queries: G heads, padded to the 16 rows that `tl.dot` needs at least.
     d = tl.arange(0, H)
-    m = tl.arange(0, 16)  # the G heads, filled up to the least that `tl.dot` takes
+    m = tl.arange(0, 16)
     ring = index.to(tl.int64) * (num_slots + 1) * H
     heads = index * G + tl.minimum(m, G - 1)
-    query = dot_operand(tl.load(q + heads[:, None] * H + d[None, :]), ARCH)
+    query = dot_operand(tl.load(q + heads[:, None] * H + d[None, :]), ARCH)  # [16, H]
+
+    # 3. The online softmax: maximum, sum of weights and weighted sum of values so far.
     top = tl.full([16], -1e30, tl.float32)
     total = tl.zeros([16], tl.float32)
     out = tl.zeros([16, H], tl.float32)
@@ -197,42 +210,35 @@ def decode_attention_kernel(
         slot = tl.where(start + j < num_slots, start + j, start + j - num_slots)
         k = tl.load(
             keys + ring + slot[None, :] * H + d[:, None], mask=(j < high)[None, :], other=0.0
-        )
+        )  # [H, BLOCK]
         v = tl.load(
             values + ring + slot[:, None] * H + d[None, :], mask=(j < high)[:, None], other=0.0
-        )
-        k, v = dot_operand(k, ARCH), dot_operand(v, ARCH)
-        scores = tl.dot(query, k, input_precision="ieee") * scale
+        )  # [BLOCK, H]
+        k = dot_operand(k, ARCH)
+        v = dot_operand(v, ARCH)
+        scores = tl.dot(query, k, input_precision="ieee") * scale  # [16, BLOCK]
         scores = tl.where((j < high)[None, :], scores, -1e30)
         highest = tl.maximum(top, tl.max(scores, 1))
         p = tl.exp2(scores - highest[:, None])
-        shrink = tl.exp2(top - highest)
+        shrink = tl.exp2(top - highest)  # the sums so far are relative to the old maximum
         total = total * shrink + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = highest
 
-    leave_part(partial_outputs, stats, index * SPLITS + split, top, total, out, G, 16, H)
+    # 4. The last CTA of a head combines all parts. The atomic's acq_rel makes their stores visible.
+    store_part(partial_outputs, stats, index * SPLITS + split, top, total, out, G, 16, H)
     before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
     release_consumer(ARCH)
     if before == SPLITS - 1:
-        combine(
-            y,
-            (index * G + tl.arange(0, GROUP)) * H,
-            partial_outputs,
-            stats,
-            index,
-            G,
-            GROUP,
-            H,
-            SPLITS,
-        )
+        places = (index * G + tl.arange(0, GROUP)) * H
+        combine(y, places, partial_outputs, stats, index, G, GROUP, H, SPLITS)
         tl.store(counters + index, 0)
 
 
 def launch(
     batch: int, N: int, K: int, H: int, dtype: torch.dtype, arch: int, splits: int | None = None
 ) -> Launch:
-    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    """Shape of the launch. ValueError for sizes that the kernel does not support."""
     require(
         1 <= batch <= MAX_BATCH,
         f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}",
@@ -247,15 +253,20 @@ def launch(
     )
     G = N // K
     require(G <= 16, f"{G} query heads share a key/value head; the decode kernels take up to 16")
-    splits = splits or num_splits(batch, K)
-    stages = (
-        3 if H * dtype.itemsize <= 256 else 1
-    )  # 70 KB of shared memory for a head of 128 in 16 bits
-    group = triton.next_power_of_2(G)
+    # Three stages take 70 KB of shared memory for a head of 128 in 16 bits.
+    stages = 3 if H * dtype.itemsize <= 256 else 1
     constants = dict(
-        K=K, G=G, GROUP=group, H=H, SPLITS=splits, BLOCK=BLOCK, STAGES=stages, ARCH=arch
+        K=K,
+        G=G,
+        GROUP=triton.next_power_of_2(G),
+        H=H,
+        SPLITS=splits or num_splits(batch, K),
+        BLOCK=_BLOCK,
+        STAGES=stages,
+        ARCH=arch,
     )
-    return Launch((batch * K, splits), constants, dict(num_warps=4, num_stages=stages))
+    grid = (batch * K, constants["SPLITS"])
+    return Launch(grid, constants, dict(num_warps=4, num_stages=stages))
 
 
 def attend(
@@ -270,38 +281,25 @@ def attend(
     *,
     pdl: bool = False,
 ) -> None:
-    """Write each row's attention over what it remembers, the new token included: its key and value
-    must be stored.
+    """Write each row's attention over the cache, whose last entry is the new token itself.
 
     q             [B, N, H] of the cache's dtype, rotated
-    keys, values  [B, K, num_slots + 1, H]: one layer of a RollingCache
-    positions     int64 [B]: where the new token stands; -1: the row takes no part, and its y is 0
-    y             [B, N * H] of the cache's dtype, or fp16 where the model has packed weights;
-                  written
-    partials      made for these B, N, K and H
+    keys, values  [B, K, num_slots + 1, H]: one layer of a RollingCache, with the new token's
+    positions     int64 [B] of the new tokens; -1: the row is idle, and its y is 0
+    y             [B, N * H] of the cache's dtype, or fp16 if the model has packed weights; written
+    partials      for these B, N, K and H
     num_slots     S of the RollingCache
-    window        a query sees so many positions, its own included; None: all in the cache
+    window        how many positions a query sees, its own included; None: all in the cache
     pdl           see `Launch.run`
 
-    Raises ValueError for head sizes that are no power of two from 16 to 256, for more than 16 query
-    heads a key/value head, B above 16, other dtypes and tensors with gaps, and where no kernel can
-    run.
+    Raises ValueError for head sizes that are not a power of two from 16 to 256, more than 16 query
+    heads per key/value head, B above 16, other dtypes and non-contiguous tensors, and if no kernel
+    can run on this device.
     """
-    (B, N, H), K = q.shape, keys.shape[1]
+    B, N, H = q.shape
+    K = keys.shape[1]
     shape = launch(B, N, K, H, keys.dtype, arch_of(q), partials.splits)
-    parts = (partials.outputs, partials.stats, partials.counters)
+    tensors = (q, keys, values, positions, y, partials.outputs, partials.stats, partials.counters)
     scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
     seen = min(window or num_slots, num_slots)
-    shape.run(
-        decode_attention_kernel,
-        q,
-        keys,
-        values,
-        positions,
-        y,
-        *parts,
-        num_slots,
-        seen,
-        scale,
-        pdl=pdl,
-    )
+    shape.run(decode_attention_kernel, *tensors, num_slots, seen, scale, pdl=pdl)

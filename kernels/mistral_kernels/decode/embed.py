@@ -1,15 +1,13 @@
-"""The first kernel of a step: the token's embedding, and what every layer needs to know about its
-position.
+"""The first kernel of a step: the token's embedding, and its position's values for all layers.
 
     residual = row of the table          fp32 [B, D]
-    x, sums  = residual * norm, and partial sums of residual^2: the first layer's input, as
-             `project` leaves the others'
+    x, sums  = residual * norm, and partial sums of residual^2: the input of the first layer, as
+               `project` writes that of the others
     cos, sin = of position * theta^(-2i/H), fp32
-    slot     = position mod S, where the ring of S slots keeps this position; S itself, which nobody
-             reads, for a row
-               with position -1: it takes no part in this step
+    slot     = position mod S, the slot of this position in the ring of S slots; S itself, which is
+               never read, for an idle row (position -1)
 
-Bytes: some 40 KB a row (7B). A launch is nearly all that it costs, so there is one for all of it.
+Bytes: some 40 KB per row (7B). The launch is nearly all of its cost, so there is only one.
 
 Versions (times not measured)
   torch: gather, square, sum, cosine, sine, ...   about 10 kernels
@@ -51,8 +49,6 @@ def embed_reference(
     sin: Tensor,
     slots: Tensor,
     num_slots: int,
-    *,
-    pdl: bool = False,
 ) -> None:
     """`embed` in plain PyTorch."""
     if isinstance(table, Planes):
@@ -72,7 +68,7 @@ def embed_kernel(
     tokens, positions, table, norm, frequencies, residual, x, sums, cos, sin, slots, num_slots,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """One CTA: BLOCK elements of one row; the row's first CTA also does its position."""
+    """One CTA: BLOCK elements of one row; the row's first CTA also handles its position."""
     b = tl.program_id(0)
     block = tl.program_id(1)
     wait_for_producer(ARCH)
@@ -100,7 +96,7 @@ def embed_kernel(
 
 
 def launch(batch: int, D: int, H: int, arch: int, kind: str = DENSE) -> Launch:
-    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    """Shape of the launch. ValueError for sizes that the kernel does not support."""
     require(
         1 <= batch <= MAX_BATCH,
         f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}",
@@ -124,30 +120,24 @@ def embed(
     sin: Tensor,
     slots: Tensor,
     num_slots: int,
-    *,
-    pdl: bool = False,
 ) -> None:
     """Begin a step.
 
-    tokens, positions  int64 [B]: the new tokens and where they stand; position -1: the row takes no
-                       part
+    tokens, positions  int64 [B]: the new tokens and their positions; -1: the row is idle
     table              [V, D]: the embedding, plain or packed
     norm               [D]: the first layer's input norm, from `scaled_norm`
     frequencies        fp32 [H/2]: theta^(-2i/H)
     residual, sums     fp32 [B, D] and [B, D/16], written
-    x                  [B, D] of the weights' dtype, or where the model has packed weights fp16
+    x                  [B, D] of the weights' dtype, or if the model has packed weights fp16
                        (fp32, if the model is in fp32); written
     cos, sin           fp32 [B, H/2], written
     slots              int64 [B], written
     num_slots          S of the RollingCache
-    pdl                see `Launch.run`
 
-    Raises ValueError where D is no multiple of 32 or B is above 16, for tensors with gaps, and
-    where no kernel can run.
+    Raises ValueError if D is not a multiple of 32 or B is above 16, for non-contiguous tensors, and
+    if no kernel can run on this device.
     """
     (memory,), (kind,), _ = operands(x, table)
     shape = launch(tokens.shape[0], table.shape[1], 2 * frequencies.shape[0], arch_of(x), kind)
     written = (residual, x, sums, cos, sin, slots)
-    shape.run(
-        embed_kernel, tokens, positions, memory, norm, frequencies, *written, num_slots, pdl=pdl
-    )
+    shape.run(embed_kernel, tokens, positions, memory, norm, frequencies, *written, num_slots)

@@ -4,16 +4,16 @@
 
 Source: GLU Variants Improve Transformer, equation 6, https://arxiv.org/abs/2002.05202
 
-A tile is 8 rows of each matrix: g and u of an element meet in one thread, and neither goes to
-memory. x comes as residual * norm weight; the division by the root mean square happens here, on 16
-results instead of D inputs. In fp16, h is held to its largest number instead of infinity.
+A tile is 8 rows of each matrix, so one thread holds g and u of an element, and neither is stored.
+x is residual * norm weight; it is divided by the root mean square here, on 16 results instead of D
+inputs. In fp16, h is clamped to the largest finite value.
 
 Bytes: those of W (7B, bf16: 234.9 MB, half of a layer; Q4_K: 66.5 MB).
 
 Versions (times not measured)
   torch: norm, two matmuls, silu, multiply    5 kernels; g and u written and read
-  this one                                    F/8 CTAs (7B: 1792, 13.6 a multiprocessor, started as
-                                              others end)
+  this one                                    F/8 CTAs (7B: 1792, 13.6 per multiprocessor, started
+                                              as others end)
 """
 
 import torch
@@ -51,13 +51,10 @@ def gate_up_reference(
     h: Tensor,
     eps: float,
     gain: float = 1.0,
-    *,
-    pdl: bool = False,
 ) -> None:
     """`gate_up` in plain PyTorch."""
-    both = (x.float() @ dense(weight).T) * inverse_rms_reference(
-        sums, x.shape[1], eps, gain
-    )  # [B, 2F]
+    scale = inverse_rms_reference(sums, x.shape[1], eps, gain)
+    both = (x.float() @ dense(weight).T) * scale  # [B, 2F]
     gate, up = both.chunk(2, dim=-1)
     h.copy_(activation(F.silu(gate) * up, h.dtype))
 
@@ -66,8 +63,7 @@ def gate_up_reference(
 def gate_up_kernel(
     x, sums, gate_proj, up_proj, h, eps, gain,
     F: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
+    CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One CTA: 8 elements of h, all rows of the batch."""
     first = tl.program_id(0) * 8
@@ -83,7 +79,7 @@ def gate_up_kernel(
 
 
 def launch(batch: int, D: int, F: int, dtype: torch.dtype, arch: int, kind: str = DENSE) -> Launch:
-    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    """Shape of the launch. ValueError for sizes that the kernel does not support."""
     require_multiple("hidden_size", D, 32)
     require_multiple("intermediate_size", F, 32)
     tile = tile_launch(F // 8, batch, D, dtype, arch, (kind,))
@@ -102,23 +98,24 @@ def gate_up(
 ) -> None:
     """Write silu(gate) * up.
 
-    x          [B, D]: gain * residual * norm weight; of the weights' dtype, or where the model has
+    x          [B, D]: gain * residual * norm weight; of the weights' dtype, or if the model has
                packed weights fp16 (fp32, if the model is in fp32)
     sums       fp32 [B, D/16]: partial sums of residual^2
-    weight     [2F, D]: gate_proj above up_proj; or the two, packed
+    weight     [2F, D]: gate_proj and up_proj stacked; or the two, packed
     h          [B, F] of x's dtype, written
     eps, gain  of the norm; gain is from `scaled_norm`
     pdl        see `Launch.run`
 
-    Raises ValueError where D or F is no multiple of 32, B is above 16 or the two are packed in
-    different ways, for other dtypes, for tensors with gaps, and where no kernel can run.
+    Raises ValueError if D or F is not a multiple of 32, B is above 16 or the two are of different
+    quantization types, for other dtypes and non-contiguous tensors, and if no kernel can run on
+    this device.
     """
     gate, up = weight if isinstance(weight, tuple) else weight.chunk(2)
     F, D = gate.shape
     matrices, (kind, other), dtype = operands(x, gate, up)
     require(
         kind == other,
-        f"gate_proj is {kind} and up_proj {other}: a tile has rows of both and needs one kind",
+        f"gate_proj is {kind} and up_proj {other}: a tile has rows of both and needs one type",
     )
     shape = launch(x.shape[0], D, F, dtype, arch_of(x), kind)
     shape.run(gate_up_kernel, x, sums, *matrices, h, eps, gain, pdl=pdl)

@@ -1,9 +1,9 @@
-"""The output matrix: the last residual, normalised, to a score for every token.
+"""The output matrix: the last residual, normalised, to a logit for every token.
 
     logits = norm(x) W^T        fp32 [B, V]
 
-Bytes: those of W (7B, bf16: 262 MB, 1.8% of a step; Q6_K: 108 MB) and 4 a logit. V need not be a
-multiple of 16: the last tile repeats the last row and stores what is real.
+Bytes: those of W (7B, bf16: 262 MB, 1.8% of a step; Q6_K: 108 MB) and 4 per logit. V need not be a
+multiple of 16: the last tile repeats the last row and stores only tokens below V.
 
 Versions (times not measured)
   torch: norm, matmul      2 kernels, logits rounded to 16 bits
@@ -36,8 +36,6 @@ def head_reference(
     logits: Tensor,
     eps: float,
     gain: float = 1.0,
-    *,
-    pdl: bool = False,
 ) -> None:
     """`head` in plain PyTorch."""
     logits.copy_((x.float() @ dense(weight).T) * inverse_rms_reference(sums, x.shape[1], eps, gain))
@@ -47,8 +45,7 @@ def head_reference(
 def head_kernel(
     x, sums, weight, logits, eps, gain,
     V: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
+    CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One CTA: 16 tokens of the vocabulary, all rows of the batch."""
     first = tl.program_id(0) * 16
@@ -62,7 +59,7 @@ def head_kernel(
 
 
 def launch(batch: int, D: int, V: int, dtype: torch.dtype, arch: int, kind: str = DENSE) -> Launch:
-    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    """Shape of the launch. ValueError for sizes that the kernel does not support."""
     require_multiple("hidden_size", D, 32)
     tile = tile_launch(triton.cdiv(V, TILE), batch, D, dtype, arch, (kind,))
     return tile._replace(constants=tile.constants | dict(V=V, KIND=kind))
@@ -80,7 +77,7 @@ def head(
 ) -> None:
     """Write the logits.
 
-    x          [B, D]: gain * residual * weight of the final norm; of the weights' dtype, or where
+    x          [B, D]: gain * residual * weight of the final norm; of the weights' dtype, or if
                the model has packed weights fp16 (fp32, if the model is in fp32)
     sums       fp32 [B, D/16]: partial sums of residual^2
     weight     [V, D], plain or packed
@@ -88,8 +85,8 @@ def head(
     eps, gain  of the norm; gain is from `scaled_norm`
     pdl        see `Launch.run`
 
-    Raises ValueError where D is no multiple of 32 or B above 16, for other dtypes, for tensors with
-    gaps, and where no kernel can run.
+    Raises ValueError if D is not a multiple of 32 or B is above 16, for other dtypes and
+    non-contiguous tensors, and if no kernel can run on this device.
     """
     V, D = weight.shape
     (matrix,), (kind,), dtype = operands(x, weight)

@@ -1,22 +1,22 @@
-"""Output projection of attention and down projection of the MLP, each with what stands around it.
+"""Output projection of attention and down projection of the MLP.
 
-    residual += y W^T          fp32 [B, D]
-    x         = residual * norm          what the next matrix reads; not yet divided by its root
-                                         mean square, since
-                                         a factor of the whole row can wait until behind that
-                                         matrix's product
-    sums      = partial sums of residual^2, one for each 16 elements; the next kernel adds them up
+Each kernel also adds the residual and does its part of the next norm:
 
-So nobody normalises twice, and the norm costs no kernel of its own. Source of the norm:
+    residual += y W^T              fp32 [B, D]
+    x         = residual * norm    the input of the next matrix, not yet divided by its root mean
+                                   square: a factor of a whole row can wait until after the product
+    sums      = partial sums of residual^2, one per 16 elements; the next kernel adds them up
+
+So x is normalised once, and the norm needs no kernel of its own. Source of the norm:
 mistral/rms_norm.py.
 
 Bytes: those of W (7B, bf16: O 33.6 MB, down 117.4 MB; Q4_K: 9.5 and 33.1 MB); everything else is
-below 0.1 MB a row.
+below 0.1 MB per row.
 
 Versions (times not measured)
   torch: matmul, add, norm              3 kernels
-  this one, a CTA for 16 rows           256 CTAs, two on a multiprocessor: 97% of the places on 132
-                                        are taken
+  this one, a CTA for 16 rows           256 CTAs, two per multiprocessor: 97% of the places on 132
+                                        are used
 """
 
 import torch
@@ -37,8 +37,6 @@ def project_reference(
     residual: Tensor,
     x: Tensor,
     sums: Tensor,
-    *,
-    pdl: bool = False,
 ) -> None:
     """`project` in plain PyTorch."""
     residual += y.float() @ dense(weight).T
@@ -50,8 +48,7 @@ def project_reference(
 def projection_kernel(
     y, weight, norm, residual, x, sums,
     D: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
+    CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One CTA: 16 elements of the residual, all rows of the batch."""
     tile = tl.program_id(0)
@@ -72,7 +69,7 @@ def projection_kernel(
 def launch(
     batch: int, D: int, columns: int, dtype: torch.dtype, arch: int, kind: str = DENSE
 ) -> Launch:
-    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    """Shape of the launch. ValueError for sizes that the kernel does not support."""
     require_multiple("hidden_size", D, 32)
     require_multiple("the projection's input", columns, 32)
     tile = tile_launch(D // TILE, batch, columns, dtype, arch, (kind,))
@@ -91,16 +88,16 @@ def project(
 ) -> None:
     """Add y W^T to the residual, and prepare the input of the next matrix.
 
-    y         [B, in]: heads of the attention, or the MLP's h; of the weights' dtype, or where the
+    y         [B, in]: heads of the attention, or the MLP's h; of the weights' dtype, or if the
               model has packed weights fp16 (fp32, if the model is in fp32)
     weight    [D, in], plain or packed
-    norm      [D]: the norm ahead of the next matrix, from `scaled_norm`
+    norm      [D]: the norm before the next matrix, from `scaled_norm`
     residual  fp32 [B, D], read and written
     x, sums   [B, D] of y's dtype and fp32 [B, D/16], written
     pdl       see `Launch.run`
 
-    Raises ValueError where D or in is no multiple of 32 or B is above 16, for other dtypes, for
-    tensors with gaps, and where no kernel can run.
+    Raises ValueError if D or in is not a multiple of 32 or B is above 16, for other dtypes and
+    non-contiguous tensors, and if no kernel can run on this device.
     """
     D, columns = weight.shape
     (matrix,), (kind,), dtype = operands(y, weight)

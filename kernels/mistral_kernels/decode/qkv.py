@@ -1,23 +1,25 @@
-"""Queries, keys and values of the new token: one matrix, the rotation, and the write into the
-rolling cache.
+"""Queries, keys and values of the new token.
 
-    q, k, v = norm(x) W^T;  q, k turned by the token's position;  k, v stored in the row's slot of
-                            the ring
+One kernel: the matrix product, the rotation, and the write into the rolling cache.
+
+    q, k, v = norm(x) W^T
+    q, k      rotated by the token's position
+    k, v      stored in the row's slot of the ring
 
 Sources: mistral/rotary.py (the rotation), mistral/cache.py (the ring).
 
-Plain weights are one tensor, queries above keys above values. Packed ones are three, since a file
-may pack values with more bits than the others; each kind of its own is a branch of its own in the
-kernel. A tile is 8 rows i .. i+7 of a head and the 8 rows that stand H/2 below, so both elements of
-a rotated pair meet in one thread. Cosines and sines come from the step's first kernel: all layers
-turn by the same angles.
+Plain weights are one tensor: the rows of queries, then keys, then values. Packed weights are three,
+because a file may pack values with more bits than the others; each quantization type is a branch of
+its own in the kernel. A tile is 8 rows i .. i+7 of a head and the 8 rows H/2 after them, so one
+thread holds both elements of a rotated pair. Cosines and sines come from the first kernel of the
+step: all layers rotate by the same angles.
 
 Bytes: those of W (7B, bf16: 50.3 MB; Q4_K: 14.3 MB).
 
 Versions (times not measured)
   torch: norm, three matmuls, rotations, two writes     about 20 kernels
-  this one                      (N + 2K) H / 16 CTAs (7B: 384; K and V alone would leave the GPU
-                                half empty)
+  this one                                              (N + 2K) H / 16 CTAs (7B: 384; K and V
+                                                        alone would leave the GPU half empty)
 """
 
 from collections.abc import Sequence
@@ -56,31 +58,31 @@ def qkv_reference(
     values: Tensor,
     eps: float,
     gain: float = 1.0,
-    *,
-    pdl: bool = False,
 ) -> None:
     """`qkv` in plain PyTorch."""
-    (B, N, H), K = q.shape, keys.shape[1]
+    B, N, H = q.shape
+    K = keys.shape[1]
     out = (x.float() @ dense(weight).T) * inverse_rms_reference(sums, x.shape[1], eps, gain)
     out = out.view(B, N + 2 * K, H)
     first, second = out[:, : N + K].chunk(2, dim=-1)  # [B, N + K, H/2] each
-    c, s = cos[:, None], sin[:, None]  # [B, 1, H/2] each
-    turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
-    q.copy_(activation(turned[:, :N], q.dtype))
+    c = cos[:, None]
+    s = sin[:, None]  # [B, 1, H/2] each
+    rotated = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+    q.copy_(activation(rotated[:, :N], q.dtype))
     rows = torch.arange(B, device=slots.device)
-    keys[rows, :, slots] = activation(turned[:, N:], keys.dtype)
+    keys[rows, :, slots] = activation(rotated[:, N:], keys.dtype)
     values[rows, :, slots] = activation(out[:, N + K :], values.dtype)
 
 
 @triton.jit
-def one_of(
+def _one_of(
     takes_second, x, first, second, rows, KIND: tl.constexpr, SECOND_KIND: tl.constexpr,
-    B: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr, M: tl.constexpr,
-    ARCH: tl.constexpr,
+    B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
+    M: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one of two matrices; if both are of one kind, it is one piece of code with one of
-    two addresses.
+    """A tile of one of two matrices.
+
+    If both have one type, the code is there once, with one of two addresses.
     """
     if KIND == SECOND_KIND:
         weight = tl.where(takes_second, second, first)
@@ -96,71 +98,54 @@ def one_of(
 def qkv_kernel(
     x, sums, q_proj, k_proj, v_proj, cos, sin, slots, q, keys, values, eps, gain, ring_size,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr, Q_KIND: tl.constexpr,
-    K_KIND: tl.constexpr,
-    V_KIND: tl.constexpr,
+    WARPS: tl.constexpr, CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
+    Q_KIND: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
 ):  # fmt: skip
-    """One CTA: 8 pairs of one head, all rows of the batch."""
+    """One CTA: 8 rotated pairs of one head, all B rows of the batch (padded to M)."""
+    # 1. The tile's weight rows. Heads are numbered queries first, then keys, then values.
     HALF: tl.constexpr = H // 2
     head = tl.program_id(0) // (HALF // 8)
     pair = tl.program_id(0) % (HALF // 8) * 8
     row = (head if head < N else (head - N) % K) * H + pair
     rows = tile_rows(row, row + HALF, WARPS)
+
+    # 2. The product, of up to three types of weights: fp32 [16, M].
     if Q_KIND == K_KIND:
         first = tl.where(head < N, q_proj, k_proj)
-        out = one_of(
-            head >= N + K,
-            x,
-            first,
-            v_proj,
-            rows,
-            Q_KIND,
-            V_KIND,
-            B,
-            COLUMNS,
-            WARPS,
-            CHUNKS,
-            M,
+        out = _one_of(
+            head >= N + K, x, first, v_proj, rows, Q_KIND, V_KIND, B, COLUMNS, WARPS, CHUNKS, M,
             ARCH,
-        )
+        )  # fmt: skip
     elif head < N:
         out = matrix_tile(x, q_proj, rows, Q_KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
     else:
-        out = one_of(
-            head >= N + K,
-            x,
-            k_proj,
-            v_proj,
-            rows,
-            K_KIND,
-            V_KIND,
-            B,
-            COLUMNS,
-            WARPS,
-            CHUNKS,
-            M,
+        out = _one_of(
+            head >= N + K, x, k_proj, v_proj, rows, K_KIND, V_KIND, B, COLUMNS, WARPS, CHUNKS, M,
             ARCH,
-        )
+        )  # fmt: skip
     release_consumer(ARCH)
-    first, second = halves(
-        out * inverse_rms(sums, eps, gain, COLUMNS, B, M)[None, :], M
-    )  # [8, M] each
+
+    # 3. The norm's division, on 16 results instead of D inputs.
+    out = out * inverse_rms(sums, eps, gain, COLUMNS, B, M)[None, :]
+
+    # 4. The rotation. Values are not rotated: cosine 1, sine 0.
+    first, second = halves(out, M)  # [8, M] each
     b = tl.arange(0, M)
     real = b < B
     i = (pair + tl.arange(0, 8))[:, None]
     at = b[None, :] * HALF + i
-    turns = real[None, :] & (head < N + K)  # values are not turned: cosine 1, sine 0
-    c = tl.load(cos + at, mask=turns, other=1.0)
-    s = tl.load(sin + at, mask=turns, other=0.0)
+    rotates = real[None, :] & (head < N + K)
+    c = tl.load(cos + at, mask=rotates, other=1.0)
+    s = tl.load(sin + at, mask=rotates, other=0.0)
     first, second = first * c - second * s, second * c + first * s
+
+    # 5. The store: queries into q, keys and values into the ring.
     if head < N:
         to = q + (b * N + head)[None, :] * H + i
     else:
         slot = tl.load(slots + b, mask=real, other=0)
-        place = (
-            b * K + (head - N) % K
-        ) * ring_size + slot  # int64, as slots are: the ring of a long cache needs it
+        # int64, as slots are: a long cache has more than 2^31 elements
+        place = (b * K + (head - N) % K) * ring_size + slot
         to = (keys if head < N + K else values) + place[None, :] * H + i
     tl.store(to, to_activation(first, q.dtype.element_ty), mask=real[None, :])
     tl.store(to + HALF, to_activation(second, q.dtype.element_ty), mask=real[None, :])
@@ -176,13 +161,12 @@ def launch(
     arch: int,
     kinds: Sequence[str] = (DENSE,) * 3,
 ) -> Launch:
-    """Shape of the launch. ValueError for sizes that the kernel cannot do."""
+    """Shape of the launch. ValueError for sizes that the kernel does not support."""
     require_multiple("hidden_size", D, 32)
     require_multiple("head_dim", H, TILE)
     tile = tile_launch((N + 2 * K) * H // TILE, batch, D, dtype, arch, kinds)
-    return tile._replace(
-        constants=tile.constants | dict(N=N, K=K, H=H) | dict(zip(KIND_NAMES, kinds))
-    )
+    constants = tile.constants | dict(N=N, K=K, H=H) | dict(zip(KIND_NAMES, kinds))
+    return tile._replace(constants=constants)
 
 
 def qkv(
@@ -202,37 +186,24 @@ def qkv(
 ) -> None:
     """Write the rotated queries, and the rotated key and the value of each row into its slot.
 
-    x             [B, D]: gain * residual * norm weight; of the weights' dtype, or where the model
-                  has packed weights fp16 (fp32, if the model is in fp32)
+    x             [B, D]: gain * residual * norm weight; of the weights' dtype, or if the model has
+                  packed weights fp16 (fp32, if the model is in fp32)
     sums          fp32 [B, D/16]: partial sums of residual^2
-    weight        [(N + 2K) H, D]: q_proj above k_proj above v_proj; or the three, packed
+    weight        [(N + 2K) H, D]: q_proj, k_proj and v_proj stacked; or the three, packed
     cos, sin      fp32 [B, H/2] of each row's position
-    slots         int64 [B]: the slot for each row's key and value; S: the one that nobody reads
+    slots         int64 [B]: the slot for each row's key and value; S: the one that is never read
     q             [B, N, H] of the cache's dtype, written
-    keys, values  [B, K, S + 1, H]: one layer of a RollingCache, written in one slot a row
+    keys, values  [B, K, S + 1, H]: one layer of a RollingCache, written in one slot per row
     eps, gain     of the norm; gain is from `scaled_norm`
     pdl           see `Launch.run`
 
-    Raises ValueError where D is no multiple of 32, H none of 16 or B above 16, for other dtypes,
-    for tensors with gaps, and where no kernel can run.
+    Raises ValueError if D is not a multiple of 32, H not of 16 or B is above 16, for other dtypes
+    and non-contiguous tensors, and if no kernel can run on this device.
     """
-    (B, N, H), K = q.shape, keys.shape[1]
+    B, N, H = q.shape
+    K = keys.shape[1]
     parts = weight if isinstance(weight, tuple) else weight.split((N * H, K * H, K * H))
     matrices, kinds, dtype = operands(x, *parts)
     shape = launch(B, x.shape[1], N, K, H, dtype, arch_of(x), kinds)
-    shape.run(
-        qkv_kernel,
-        x,
-        sums,
-        *matrices,
-        cos,
-        sin,
-        slots,
-        q,
-        keys,
-        values,
-        eps,
-        gain,
-        keys.shape[2],
-        pdl=pdl,
-    )
+    tensors = (x, sums, *matrices, cos, sin, slots, q, keys, values)
+    shape.run(qkv_kernel, *tensors, eps, gain, keys.shape[2], pdl=pdl)

@@ -1,5 +1,4 @@
-"""One forward of one new token a row: the kernels in their order, and the memory that they pass
-things on in.
+"""One forward pass for one new token per row: the kernels in their order, and their buffers.
 
     embed                                                     token, position -> residual, x
     for each layer:  qkv        x -> queries; key and value into the ring
@@ -9,13 +8,13 @@ things on in.
                      project    residual += h down^T;  x
     head                                                      x -> logits
 
-5 launches a layer and 2 more (7B: 162). Nothing is read back or decided by the host, and what the
-kernels pass on stays in place, so that a CUDA graph of `run` serves every later step. The residual
-stream is float32: only what a matrix reads is rounded.
+5 launches per layer and 2 more (7B: 162). The host reads nothing back and decides nothing, and
+every buffer stays at its address, so a CUDA graph of `run` serves every later step. The residual
+stream is float32: only the inputs of matrices are rounded.
 
-Packed matrices are multiplied as they are. One that no kernel can take like that is unpacked ahead
-of its kernel, at every step, into memory that all such matrices share. That takes more launches and
-is slow, but the model stays as small as its file.
+Packed matrices are multiplied without unpacking them. One that no kernel can multiply is unpacked
+before its kernel, at every step, into memory that all such matrices share. That takes more launches
+and is slow, but the model stays as small as its file.
 """
 
 from collections.abc import Callable
@@ -33,13 +32,15 @@ from mistral_kernels.decode.matvec import TILE
 from mistral_kernels.packed import dequantize
 from mistral_kernels.packed.dequantize import Blocks, Workspace
 from mistral_kernels.packed.planes import Planes
-from mistral_kernels.weights import ToUnpack, Weight, weights_of, workspace_numbers
+from mistral_kernels.portable import require
+from mistral_kernels.weights import ToUnpack, Weight, weights_of, workspace_size
 
 
 class Operations(NamedTuple):
     """The six operations of a step, and the one that unpacks matrices.
 
-    There are two sets, with the same arguments.
+    There are two sets with the same arguments, except that qkv, attend, project, gate_up and head
+    of KERNELS also take `pdl` (see `Launch.run`).
     """
 
     embed: Callable[..., None]
@@ -52,24 +53,36 @@ class Operations(NamedTuple):
 
 
 KERNELS = Operations(
-    embed.embed, qkv.qkv, decode_attention.attend, projection.project, gate_up.gate_up, head.head,
-    dequantize.unpack
-)  # fmt: skip
+    embed=embed.embed,
+    qkv=qkv.qkv,
+    attend=decode_attention.attend,
+    project=projection.project,
+    gate_up=gate_up.gate_up,
+    head=head.head,
+    unpack=dequantize.unpack,
+)
 REFERENCES = Operations(
-    embed.embed_reference, qkv.qkv_reference, decode_attention.attend_reference,
-    projection.project_reference,
-    gate_up.gate_up_reference, head.head_reference, dequantize.unpack_reference,
-)  # fmt: skip
+    embed=embed.embed_reference,
+    qkv=qkv.qkv_reference,
+    attend=decode_attention.attend_reference,
+    project=projection.project_reference,
+    gate_up=gate_up.gate_up_reference,
+    head=head.head_reference,
+    unpack=dequantize.unpack_reference,
+)
 
 
 class DecodeStep:
-    """The model with its cache and buffers: `run` reads `tokens`, int64 [B], and leaves `logits`,
-    fp32 [B, V].
+    """The model with its cache and buffers.
 
-    cache       a RollingCache of the model. Keys and values are written into it; which slot holds
-                which position (its tables) is the caller's business.
+    `run` reads `tokens`, int64 [B], and writes `logits`, fp32 [B, V].
+
+    cache       a RollingCache of the model. Keys and values are written into it; the caller keeps
+                its tables, which say which slot holds which position.
     operations  KERNELS, or REFERENCES: the same in plain PyTorch, for a CPU and for debugging
-    pdl         programmatic dependent launch, see `Launch.run`
+    pdl         programmatic dependent launch, see `Launch.run`; of the kernels alone
+
+    Raises ValueError for `pdl` with REFERENCES, which launch no kernel of their own.
     """
 
     def __init__(
@@ -79,13 +92,27 @@ class DecodeStep:
         operations: Operations = KERNELS,
         pdl: bool = False,
     ):
-        config, B, device = model.config, cache.batch_size, model.device
-        D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-        N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.config, self.cache, self.weights = config, cache, weights_of(model)
-        self.operations, self.pdl = operations, pdl
+        require(
+            not (pdl and operations is REFERENCES),
+            "pdl launches kernels early, and the plain twins launch none",
+        )
+        config = model.config
+        B = cache.batch_size
+        device = model.device
+        D = config.hidden_size
+        F = config.intermediate_size
+        V = config.vocab_size
+        N = config.num_attention_heads
+        K = config.num_key_value_heads
+        H = config.head_dim
+        self.config = config
+        self.cache = cache
+        self.weights = weights_of(model)
+        self.operations = operations
+        # The twins do not take `pdl`, so it is passed only if it is on.
+        self._early = {"pdl": True} if pdl else {}
         self.workspace = Workspace(
-            workspace_numbers(self.weights), model.dtype, device, operations.unpack
+            workspace_size(self.weights), model.dtype, device, operations.unpack
         )
 
         def new(*shape: int, dtype: torch.dtype = self.weights.activations) -> Tensor:
@@ -93,69 +120,79 @@ class DecodeStep:
 
         self.tokens = new(B, dtype=torch.int64)
         self.logits = new(B, V, dtype=torch.float32)
-        self._residual, self._sums = (
-            new(B, D, dtype=torch.float32),
-            new(B, D // TILE, dtype=torch.float32),
-        )
-        self._x, self._y, self._h = new(B, D), new(B, N * H), new(B, F)
-        self._q = new(B, N, H, dtype=model.dtype)  # multiplied with the cache's keys
-        self._cos, self._sin = (
-            new(B, H // 2, dtype=torch.float32),
-            new(B, H // 2, dtype=torch.float32),
-        )
-        self._slots, self._rows = new(B, dtype=torch.int64), torch.arange(B, device=device)
+        self._residual = new(B, D, dtype=torch.float32)
+        self._sums = new(B, D // TILE, dtype=torch.float32)
+        self._x = new(B, D)
+        self._y = new(B, N * H)
+        self._h = new(B, F)
+        self._q = new(B, N, H, dtype=model.dtype)  # the dtype of the cache's keys
+        self._cos = new(B, H // 2, dtype=torch.float32)
+        self._sin = new(B, H // 2, dtype=torch.float32)
+        self._slots = new(B, dtype=torch.int64)
+        self._rows = torch.arange(B, device=device)
         self._partials = decode_attention.Partials(B, N, K, H, device)
 
     def run(self, positions: Tensor) -> None:
-        """One forward of `tokens` at `positions`, int64 [B]; -1: the row takes no part, and its
-        logits mean nothing.
+        """One forward pass of `tokens` at `positions`, int64 [B].
 
-        Raises ValueError where a kernel cannot do the model's sizes, its dtype or the batch, and
-        where none can run.
+        A row at position -1 is idle, and its logits are undefined.
+
+        Raises ValueError if a kernel does not support the model's sizes, its dtype or the batch,
+        and if no kernel can run on this device.
         """
-        do, cache, w = self.operations, self.cache, self.weights
-        residual, x, sums, eps = self._residual, self._x, self._sums, self.config.rms_norm_eps
+        do = self.operations
+        cache = self.cache
+        w = self.weights
+        residual = self._residual
+        x = self._x
+        sums = self._sums
+        eps = self.config.rms_norm_eps
+
+        # 1. Token and position. Never launched early: the work before it in the stream is not one
+        # of these kernels, and only a plain launch waits for its end.
         tokens, table = self._embedding()
         do.embed(
             tokens, positions, table, w.layers[0].input_norm.weight, w.frequencies,
             residual, x, sums, self._cos, self._sin, self._slots, cache.num_slots,
-            # what runs ahead of it is none of these kernels: only a plain launch waits for its end
-            pdl=False,
         )  # fmt: skip
+
+        # 2. The layers. `project` also multiplies x by the weight of the norm that comes next.
         next_norms = [layer.input_norm for layer in w.layers[1:]] + [w.norm]
         for layer, keys, values, next_norm in zip(w.layers, cache.keys, cache.values, next_norms):
             weight, early = self._ready(layer.qkv)
             do.qkv(
                 x, sums, weight, self._cos, self._sin, self._slots, self._q, keys, values,
-                eps, layer.input_norm.gain, pdl=early,
+                eps, layer.input_norm.gain, **early,
             )  # fmt: skip
             do.attend(
                 self._q, keys, values, positions, self._y, self._partials, cache.num_slots,
-                self.config.sliding_window, pdl=self.pdl,
+                self.config.sliding_window, **self._early,
             )  # fmt: skip
             weight, early = self._ready(layer.o)
-            do.project(self._y, weight, layer.post_norm.weight, residual, x, sums, pdl=early)
+            do.project(self._y, weight, layer.post_norm.weight, residual, x, sums, **early)
             weight, early = self._ready(layer.gate_up)
-            do.gate_up(x, sums, weight, self._h, eps, layer.post_norm.gain, pdl=early)
+            do.gate_up(x, sums, weight, self._h, eps, layer.post_norm.gain, **early)
             weight, early = self._ready(layer.down)
-            do.project(self._h, weight, next_norm.weight, residual, x, sums, pdl=early)
+            do.project(self._h, weight, next_norm.weight, residual, x, sums, **early)
+
+        # 3. The logits.
         weight, early = self._ready(w.head)
-        do.head(x, sums, weight, self.logits, eps, w.norm.gain, pdl=early)
+        do.head(x, sums, weight, self.logits, eps, w.norm.gain, **early)
 
-    def _ready(self, weight: Weight) -> tuple[Tensor | Planes | tuple[Planes, ...], bool]:
-        """A matrix as its kernel takes it, and whether that kernel may begin before the one ahead
-        of it has ended.
+    def _ready(self, weight: Weight) -> tuple[Tensor | Planes | tuple[Planes, ...], dict]:
+        """A matrix in a form that its kernel takes, and the options of that kernel's launch.
 
-        Not after an unpacking: a kernel loads weights before it waits, and they might not be there
-        yet.
+        After an unpacking the launch is a plain one: with `pdl` a kernel loads weights before it
+        waits, and they might not be written yet.
         """
         if isinstance(weight, ToUnpack):
-            return self.workspace.fill(weight.parts), False
-        return weight, self.pdl
+            return self.workspace.fill(weight.parts), {}
+        return weight, self._early
 
     def _embedding(self) -> tuple[Tensor, Tensor | Planes]:
-        """The tokens and the table that they are rows of; or their own rows alone, where no kernel
-        can unpack them.
+        """The tokens and the table that they index.
+
+        If no kernel can unpack the table: the row numbers and the tokens' own rows, unpacked.
         """
         table = self.weights.embedding
         if not isinstance(table, Blocks):

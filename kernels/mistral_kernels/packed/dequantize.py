@@ -1,30 +1,30 @@
-"""Packed matrices to numbers, one after the other into the same memory: for prompts, and for kinds
-without kernels.
+"""Unpacked matrices, one after another in the same memory.
 
-A prompt of hundreds of tokens is bound by arithmetic, which cuBLAS does best, and cuBLAS wants
-plain matrices. So each is unpacked just before it is used, into memory that the next one uses
-again. (Chunks of up to 64 rows are bound by memory, and multiply the planes as they are:
-short_linear.py.)
+They serve prompts, and quantization types without kernels.
+
+A prompt of hundreds of tokens is bound by arithmetic, at which cuBLAS is best, and cuBLAS needs
+plain matrices. So each is unpacked just before its use, into memory that the next one reuses.
+(Chunks of up to 64 rows are bound by memory, and multiply the planes directly:
+packed/short_linear.py.)
 
 One CTA unpacks 8 rows of a group of planes, 1,024 columns, and a thread 8 neighbouring weights at a
 time: it loads the 16 bytes that hold them (4-bit weights share them with three other threads, which
-take them from the cache) and stores 16 bytes of numbers (32 in fp32). The numbers are ggml's to the
-bit, rounded once to the type that is stored.
+find them in the cache) and stores 16 bytes of weights (32 in fp32). The weights are ggml's to the
+bit, rounded once to the dtype that is stored.
 
-Bytes: those of the planes, and 2 a weight written (7B, Q4_K_M: 4.0 + 14.0 GB, 4.2 ms at 4.3 TB/s;
+Bytes: those of the planes, and 2 per weight written (7B, Q4_K_M: 4.0 + 14.0 GB, 4.2 ms at 4.3 TB/s;
 not measured).
 
-Versions (times not measured; instructions a weight read from the SASS for sm_90, of 17 to 19 that
+Versions (times not measured; instructions per weight read from the SASS for sm_90, of 17 to 19 that
 there is time for while the bytes move)
-  torch, whole tensors               dozens of kernels a matrix, with int32 and fp32 in between
+  torch, whole tensors               dozens of kernels per matrix, with int32 and fp32 in between
   conversion by bits, q | 2^23       12.1 Q4_0, 14.8 Q4_K, 19.1 Q5_K, 17.9 Q6_K, 12.2 Q8_0
   this one                           10.2 Q4_0, 12.6 Q4_K, 17.1 Q5_K, 16.3 Q6_K, 12.2 Q8_0; one of
-                                     them a conversion, which takes a GPU eight times as long: 1.9
-                                     ms of the 4.2, beside the rest
-  a product that unpacks as it goes  would save the 14 GB written and read again, most of the time
-                                     of a prompt of less than about 500 tokens; built for 64 rows,
-                                     short_linear.py, and for more of them not, since nothing here
-                                     could measure it
+                                     them a conversion, which takes eight times as long: 1.9 ms of
+                                     the 4.2, in parallel to the rest
+  a product that unpacks its tiles   would save the 14 GB written and read again, most of the time
+                                     of a prompt of less than about 500 tokens; exists for up to 64
+                                     rows (packed/short_linear.py)
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, require
 
 
 class Blocks(NamedTuple):
-    """A packed matrix of a kind, or with scales, that the kernels cannot multiply."""
+    """A packed matrix that the kernels cannot multiply, because of its type or its scales."""
 
     data: Tensor  # uint8 [rows, bytes of a row]
     kind: GgmlType
@@ -72,42 +72,44 @@ def unpack_kernel(
     weight, ids, out, T, COLUMNS: tl.constexpr, KIND: tl.constexpr, CHOSEN: tl.constexpr
 ):
     """One CTA: 8 rows of `out`, one group of columns; a line is 8 neighbouring weights."""
+    # 1. Which weights a line has: row, quarter, piece u, and place n in its words.
     BLOCK: tl.constexpr = row_block_bytes(KIND, COLUMNS)
     BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
     GROUP_BYTES: tl.constexpr = 512 * (1 + low_pieces(KIND) + high_pieces(KIND))
     PIECES: tl.constexpr = low_pieces(KIND)
     BITS: tl.constexpr = PIECES // 2
     group = tl.program_id(1)
-    line = tl.arange(0, 1024)  # (row of 8, quarter, piece, number in a word)
+    line = tl.arange(0, 1024)  # (row of 8, quarter, piece, value of a word)
     i = tl.program_id(0) * 8 + line // 128
     row = tl.minimum(i, T - 1)
     if CHOSEN:
         row = tl.load(ids + row).to(tl.int32)
-    quarter, u, n = line // 32 % 4, line % 32 // (16 // BITS), line % (16 // BITS)
+    quarter = line // 32 % 4
+    u = line % 32 // (16 // BITS)
+    n = line % (16 // BITS)
 
-    # In words of 16 bits, whole multiples of 8: so the compiler sees that 16 bytes can be loaded at
-    # once.
+    # 2. Their bits. The offset counts words of 16 bits, in multiples of 8, so that the compiler
+    # knows that 16 bytes can be loaded at once.
     place = row // 8 * (BLOCK // 2) + group * (GROUP_BYTES // 2) + row % 8 * 32 + quarter * 8
     words = weight.to(tl.pointer_type(tl.int16)) + place
     word = tl.arange(0, 8)[None, :]
-    number = tl.load((words + 256 * (u + 1))[:, None] + word).to(tl.int32)
-    number = number >> (BITS * n)[:, None] & (1 << BITS) - 1
+    value = tl.load((words + 256 * (u + 1))[:, None] + word).to(tl.int32)  # piece 0 is the head
+    value = value >> (BITS * n)[:, None] & (1 << BITS) - 1
     if high_pieces(KIND) > 0:
         piece, shift = high_place(u, n, KIND)
         high = tl.load((words + 256 * piece)[:, None] + word).to(tl.int32)
-        number |= (high >> shift[:, None] & high_mask(KIND)) << 4
+        value |= (high >> shift[:, None] & high_mask(KIND)) << 4
+
+    # 3. The weights, stored once.
     tail = row // 8 * BLOCK + BODY + group * 64 + row % 8 * 8 + quarter * 2
     scale, low = scale_and_low(weight, 2 * place, tail, u, n, KIND)
-    unpacked = scale[:, None] * (number - zero_point(KIND)).to(tl.float32)
+    unpacked = scale[:, None] * (value - zero_point(KIND)).to(tl.float32)
     if KIND == "Q4_K" or KIND == "Q5_K":
         unpacked -= low[:, None]
     column = group * 1024 + line % 128 * 8
     here = (i < T) & (column < COLUMNS)
-    tl.store(
-        (out + (i * COLUMNS + column))[:, None] + word,
-        unpacked.to(out.dtype.element_ty),
-        mask=here[:, None],
-    )
+    to = (out + (i * COLUMNS + column))[:, None] + word
+    tl.store(to, unpacked.to(out.dtype.element_ty), mask=here[:, None])
 
 
 def launch(rows: int, columns: int, kind: str, chosen: bool = False) -> Launch:
@@ -117,14 +119,14 @@ def launch(rows: int, columns: int, kind: str, chosen: bool = False) -> Launch:
 
 
 def unpack(planes: Planes, out: Tensor, rows: Tensor | None = None) -> None:
-    """Write a packed matrix, or some of its rows, as numbers.
+    """Unpack a matrix, or some of its rows.
 
     out   [n, columns] in bfloat16, float16 or float32, written
     rows  int64 [n]: which; None: all
 
-    Raises ValueError for another dtype, and for a matrix that has 2^31 bytes or numbers.
+    Raises ValueError for another dtype, and for a matrix of 2^31 bytes or weights.
     """
-    arch_of(out)  # says where no kernel can run
+    arch_of(out)  # raises if no kernel can run on this device
     require(
         out.dtype in TRITON_DTYPES,
         f"weights in {out.dtype}: the kernels take bfloat16, float16 and float32",
@@ -132,42 +134,41 @@ def unpack(planes: Planes, out: Tensor, rows: Tensor | None = None) -> None:
     large = max(out.numel(), planes.data.nbytes)
     require(
         large < 2**31,
-        f"a matrix of {planes.rows} rows takes {large:,} bytes or numbers; the kernels count to "
-        f"2^31",
+        f"a matrix of {planes.rows} rows takes {large:,} bytes or weights; the kernels count to "
+        "2^31",
     )
     shape = launch(len(out), planes.columns, planes.kind.name, rows is not None)
     shape.run(unpack_kernel, planes.data, planes.data if rows is None else rows, out, len(out))
 
 
 class Workspace:
-    """Memory for one matrix in `dtype`, which one after the other is unpacked into.
+    """Memory for one unpacked matrix at a time, in `dtype`.
 
-    numbers  how many it holds
-    unpack   `unpack`, or its plain twin
+    size    how many weights it holds
+    unpack  `unpack`, or its plain twin
     """
 
     def __init__(
         self,
-        numbers: int,
+        size: int,
         dtype: torch.dtype,
         device: torch.device,
         unpack: Callable[..., None] = unpack,
     ):
-        self._memory = torch.empty(numbers, dtype=dtype, device=device)
+        self._memory = torch.empty(size, dtype=dtype, device=device)
         self._unpack = unpack
 
     def fill(self, matrices: Sequence[Matrix]) -> Tensor:
-        """Matrices of equal width above each other, [rows, columns]; they are here until the next
-        call.
-        """
-        rows, columns = [matrix.shape[0] for matrix in matrices], matrices[0].shape[1]
+        """Matrices of equal width, stacked: [rows, columns]. Valid until the next call."""
+        rows = [matrix.shape[0] for matrix in matrices]
+        columns = matrices[0].shape[1]
         whole = self._memory[: sum(rows) * columns].view(-1, columns)
         for matrix, out in zip(matrices, whole.split(rows)):
             self._write(matrix, out)
         return whole
 
     def linear(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """x W^T: [..., in] -> [..., out]; a matrix that is too large for the memory in pieces."""
+        """x W^T: [..., in] -> [..., out]; in pieces if the matrix is larger than the memory."""
         rows, columns = matrix.shape
         room = len(self._memory) // columns
         at_once = rows if rows <= room else room // ROWS * ROWS
@@ -179,13 +180,13 @@ class Workspace:
         return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
 
     def rows(self, matrix: Planes, which: Tensor) -> Tensor:
-        """Some rows, int64 [...] -> [..., columns], in memory of their own."""
+        """Some rows, int64 [...] -> [..., columns], in new memory."""
         out = self._memory.new_empty(which.numel(), matrix.columns)
         self._unpack(matrix, out, which.flatten())
         return out.view(*which.shape, -1)
 
     def _write(self, matrix: Matrix, out: Tensor, start: int = 0) -> None:
-        """Rows `start`, a multiple of 8, and following."""
+        """Unpack rows from `start`, a multiple of 8, until `out` is full."""
         end = start + len(out)
         if isinstance(matrix, Planes):
             part = matrix.data[start // ROWS : -(-end // ROWS)]

@@ -1,30 +1,31 @@
-"""A packed matrix times the few rows of a short chunk: as in a decode step, nothing is unpacked in
-memory.
+"""A packed matrix times the few rows of a short chunk.
 
     y = x W^T          x [T, in], T from 1 to 64
 
-Short are a guess that is read along with the last token (mistral/engine/speculation.py), what a
-grammar leaves no choice about, a short message, and, of any prompt, the rows whose logits are asked
-for. 16 rows take one pass over the packed bytes, 64 take four, one after the other: the CTAs that
-run at a time share their rows of x in the caches.
+As in a decode step, no weight is unpacked to memory.
 
-The tile multiplies packed weights in float16 (in float32 if x is). bfloat16 has fewer digits than
-that and a far larger range. So each row is multiplied by the power of two that brings its largest
-number to between 2^14 and 2^15, and the sums are divided by it. In bfloat16 a number loses digits
-only below 2^-31 of its row's largest. Infinities and NaN stay what they are and are not counted as
-largest; a sum over an infinity is infinite or NaN, not always as in PyTorch.
+Short chunks are a guess together with the last token (mistral/engine/speculation.py), tokens that a
+grammar forces, a short message, and, of any prompt, the rows whose logits are needed. 16 rows take
+one pass over the packed bytes, 64 take four, one after another: the CTAs that run at the same time
+share their rows of x in the caches.
+
+The tile multiplies packed weights in float16 (in float32 if x is). bfloat16 has fewer digits and a
+far larger range. So each row is multiplied by the power of two that brings its largest value to
+between 2^14 and 2^15, and the sums are divided by it. A bfloat16 value loses digits only below
+2^-31 of its row's largest. Infinities and NaN are kept and do not count as largest; a sum over an
+infinity is infinite or NaN, not always as in PyTorch.
 
 Bytes: those of W in every pass (7B, Q4_K_M: 4.4 GB, 17.6 for 64 rows; unpacked, written and read
 again they are 33).
 
 Versions (times not measured)
-  unpack, then cuBLAS          what longer chunks do, see dequantize.py. By bytes it would lose to 7
-                               passes, too; by instructions a pass takes up to three quarters of the
-                               time of its bytes, which the L2 cache does not shorten. With 4 there
-                               is room for error on both sides
-  this one                     2 launches; matrices with the same input share the first. How many
-                               rows there are, of x and of W, is no constant: every T up to 8 runs
-                               the same code, and every T above
+  unpack, then cuBLAS          for longer chunks, see packed/dequantize.py. By bytes 7 passes would
+                               still be faster; by instructions a pass takes up to three quarters of
+                               the time of its bytes, which the L2 cache does not shorten. A limit
+                               of 4 leaves room for error on both sides
+  this one                     2 launches; matrices with the same input share the first. The numbers
+                               of rows of x and of W are not constants: every T up to 8 runs the
+                               same code, and so does every T above
 """
 
 import torch
@@ -54,7 +55,7 @@ def scale_rows_reference(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["T"])
 def scale_rows_kernel(inputs, x, inverse, T, COLUMNS: tl.constexpr):
-    """One CTA: one row; those behind the last become zeros."""
+    """One CTA: one row; rows >= T become zeros."""
     row = tl.program_id(0)
     column = tl.arange(0, triton.next_power_of_2(COLUMNS))
     at = row * COLUMNS + column
@@ -62,8 +63,8 @@ def scale_rows_kernel(inputs, x, inverse, T, COLUMNS: tl.constexpr):
     v = tl.load(inputs + at, mask=real & (row < T), other=0.0).to(tl.float32)
     size = tl.abs(v)
     largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
-    # Powers of two are put together from their bits, 127 + exponent: 14 less the exponent of the
-    # largest.
+    # The scale is 2^(14 - exponent of the largest). It and its inverse are built from their bits,
+    # 127 + exponent.
     scale = tl.minimum(127 + 14 + 127 - (largest.to(tl.int32, bitcast=True) >> 23), 253)
     v = v * (scale << 23).to(tl.float32, bitcast=True)
     tl.store(x + at, v.to(x.dtype.element_ty), mask=real)
@@ -76,11 +77,10 @@ def scale_launch(T: int, columns: int) -> Launch:
 
 
 def scale_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The inputs of packed matrices: [T, in] -> x [8, 16, 32, 48 or 64, in] and as many inverse in
-    fp32.
+    """The inputs of packed matrices: [T, in] -> x [R, in] and inverse, fp32 [R].
 
-    x is fp32 if the inputs are, else fp16. Row t is inputs[t] / inverse[t]; rows behind the last
-    are zeros.
+    R is 8, 16, 32, 48 or 64. x is fp32 if the inputs are, else fp16. Row t is
+    inputs[t] / inverse[t]; rows >= T are zeros.
 
     Raises ValueError for more than 64 rows, and for dtypes other than bfloat16, float16 and
     float32.
@@ -94,14 +94,14 @@ def scale_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
         inputs.dtype in TRITON_DTYPES,
         f"inputs in {inputs.dtype}: the kernels take bfloat16, float16 and float32",
     )
-    arch_of(inputs)  # says where no kernel can run
+    arch_of(inputs)  # raises if no kernel can run on this device
     x, inverse = _new(inputs)
     scale_launch(T, columns).run(scale_rows_kernel, inputs, x, inverse, T)
     return x, inverse
 
 
 def _new(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for what `scale_rows` makes of them."""
+    """Memory for the results of `scale_rows`."""
     T, columns = inputs.shape
     dtype = torch.float32 if inputs.dtype == torch.float32 else torch.float16
     x = torch.empty(_padded(T), columns, dtype=dtype, device=inputs.device)
@@ -109,7 +109,7 @@ def _new(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _padded(T: int) -> int:
-    """How many rows the tiles work on."""
+    """T rounded up to whole tiles."""
     return 8 if T <= 8 else triton.cdiv(T, MAX_BATCH) * MAX_BATCH
 
 
@@ -122,24 +122,19 @@ def short_linear_reference(x: Tensor, inverse: Tensor, weight: Planes, outputs: 
 def short_linear_kernel(
     x, inverse, weight, outputs, T, out_features,
     B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
-    M: tl.constexpr,
-    ARCH: tl.constexpr, KIND: tl.constexpr,
+    M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One CTA: 16 rows of the matrix, and the 8 or 16 rows of x of one pass."""
     first = tl.program_id(0) * 16
     rows = tl.minimum(tile_rows(first, first + 8, WARPS), out_features - 1)
-    before = tl.program_id(1) * M  # rows of the passes ahead
-    y = matrix_tile(
-        x + before * COLUMNS, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH
-    )  # [16, M]
+    before = tl.program_id(1) * M  # rows of the passes before this one
+    x += before * COLUMNS
+    y = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
     t = before + tl.arange(0, M)[None, :]
     y = y * tl.load(inverse + t)
     row = first + tl.arange(0, 16)[:, None]
-    tl.store(
-        outputs + t * out_features + row,
-        y.to(outputs.dtype.element_ty),
-        mask=(t < T) & (row < out_features),
-    )
+    real = (t < T) & (row < out_features)
+    tl.store(outputs + t * out_features + row, y.to(outputs.dtype.element_ty), mask=real)
 
 
 def launch(
@@ -153,7 +148,7 @@ def launch(
     warps = min(tile.constants["WARPS"], 4)
     options = dict(num_warps=warps, num_stages=1)
     if kind in ("Q4_0", "Q4_K"):
-        # Left to itself the assembler aims at 128 and spills; 16 rows spill 16 bytes with 168, too.
+        # By default the assembler aims at 128 and spills; with 168 it spills 16 bytes for 16 rows.
         options["maxnreg"] = 168 if T <= 8 else 192
     return tile._replace(
         grid=grid, constants=tile.constants | dict(KIND=kind, WARPS=warps), options=options
@@ -161,12 +156,12 @@ def launch(
 
 
 def short_linear(x: Tensor, inverse: Tensor, weight: Planes, outputs: Tensor) -> None:
-    """Write the products of a packed matrix and the rows that were scaled.
+    """Write the products of a packed matrix and scaled rows.
 
     x, inverse  from `scale_rows`
     weight      [out, in]
-    outputs     [T, out] in any of the kernels' dtypes, written; too large for fp16 is infinite
-                there
+    outputs     [T, out] in any of the kernels' dtypes, written; a value too large for fp16 becomes
+                infinite
 
     Raises ValueError for a matrix of 2^31 bytes.
     """

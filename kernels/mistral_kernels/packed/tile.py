@@ -1,32 +1,34 @@
-"""The tile of `matvec.py` for packed weights: 16 rows times the batch, unpacked on their way to the
-tensor cores.
+"""The tile of decode/matvec.py for packed weights: 16 rows times the batch.
 
-Bytes are what a decode step waits for, so weights stay packed up to the registers. While the bytes
-of a 4-bit weight arrive there is time for about 4 instructions; written plainly (shift, mask,
-convert, scale, subtract) a weight takes 6. Three things bring it to 2, or 3 for 5 and 6 bits:
+Weights are unpacked on the way to the tensor cores.
 
-* The bits of a weight are read as an fp16 number, and one multiply-add makes two finished weights:
-  `scaled_bits`. The scale is rounded to fp16 (11 bits, where bf16 has 8) once for 16 or 32 weights,
-  and so is the offset (-dmin * min, or -8 * d and the like). A power of two for each row, its
-  guard, keeps both within fp16; the result is divided by it.
-* A lane loads 16 bytes that are its own: 8 words of 16 bits (see `planes.py`), in the places where
-  the dense tile has 8 weights. The n-th numbers of the 8 words are one operand of the matrix
-  instruction, and the inputs that go with them are 8 neighbours. No weight passes through shared
-  memory, and nothing is shuffled.
+A decode step waits for the bytes of its weights, so they stay packed up to the registers. While the
+bytes of a 4-bit weight arrive there is time for about 4 instructions; written plainly (shift, mask,
+convert, scale, subtract) a weight takes 6. Three things reduce it to 2, or 3 for 5 and 6 bits:
+
+* The bits of a weight are read as an fp16 value, and one multiply-add yields two finished weights:
+  `scaled_bits`. The scale is rounded to fp16 (11 bits; bf16 has 8) once for 16 or 32 weights, and
+  so is the offset (-dmin * min, or -8 * d and the like). A power of two per row, its guard, keeps
+  both within fp16; the result is divided by it.
+* A lane loads 16 bytes that are its own: 8 words of 16 bits (see planes.py), in the place of the 8
+  weights of the dense tile. The n-th values of the 8 words are one operand of the matrix
+  instruction, and their inputs are 8 neighbours. No weight passes through shared memory, and
+  nothing is shuffled.
 * The scales of 256 weights are 16 bytes too, and the lane that multiplies these weights loads them.
 
-A warp takes groups of 1,024 columns, and of a row in a group each of four lanes takes a quarter.
-All loads of a group are issued before the first use.
+A warp takes groups of 1,024 columns, and four lanes take a quarter each of a row in a group. All
+loads of a group are issued before the first use.
 
-The weights that come out differ from ggml's by 2e-4 (Q8_0) to 7e-4 (Q5_K) of their size, root mean
-square; rounded to bf16 they would by 1.7e-3. With inputs in float32 the same code is exact to the
-last bits; so it is compared with the reference.
+Symbols: u is a piece of low bits, n the place of a value in the words of a piece (nibble or byte).
 
-Versions, instructions a weight (read from the SASS for sm_90, batch up to 8; times not measured)
+The weights differ from ggml's by 2e-4 (Q8_0) to 7e-4 (Q5_K) of their size, root mean square; if
+rounded to bf16 they would differ by 1.7e-3. With inputs in float32 the same code is exact to the
+last bits; the tests compare that with the reference.
+
+Versions, instructions per weight (read from the SASS for sm_90, batch up to 8; times not measured)
                                                      Q4_K    Q6_K
   scale and subtract each weight, the loop alone      6.3       -
-  integer products (dp4a), 8-bit inputs, the same     1.6       -     off by 5e-3, and a batch pays
-  B times
+  integer products (dp4a), 8-bit inputs, the same     1.6       -     off by 5e-3; B times for B
   this one, a whole kernel of 4,096 columns           2.1     3.2
 """
 
@@ -41,11 +43,10 @@ from mistral_kernels.portable import require, scaled_bits, scaled_joined_bits, w
 
 
 def operands(x: Tensor, *weights: Tensor | Planes) -> tuple[list[Tensor], list[str], torch.dtype]:
-    """What a kernel needs to know of its matrices: their memory, their kinds, and the dtype that it
-    computes in.
+    """What a kernel needs of its matrices: their memory, their types and the dtype of products.
 
-    Raises ValueError for packed weights beside plain ones, with inputs in bfloat16, which is too
-    coarse for their scales, and of 2^31 bytes or more.
+    Raises ValueError for packed weights together with plain ones, with inputs in bfloat16, which is
+    too coarse for their scales, and of 2^31 bytes or more.
     """
     packed = [weight for weight in weights if isinstance(weight, Planes)]
     if not packed:
@@ -78,13 +79,13 @@ def high_pieces(kind):
 
 @triton.constexpr_function
 def body_bytes(kind, columns):
-    """Bytes of a row block ahead of its tail."""
+    """Bytes of a row block before its tail."""
     return (columns + 1023) // 1024 * 512 * (1 + low_pieces(kind) + high_pieces(kind))
 
 
 @triton.constexpr_function
 def guards_at(kind, columns):
-    """Where in a row block the guards are."""
+    """At which byte of a row block the guards begin."""
     return body_bytes(kind, columns) + ((columns + 1023) // 1024 * 64 if kind == "Q6_K" else 0)
 
 
@@ -96,25 +97,25 @@ def row_block_bytes(kind, columns):
 
 
 @triton.constexpr_function
-def high_shift(kind, u, n):
-    """How far to shift a word of high bits to the right, to have those of nibble n of piece u
-    beside the nibble.
+def _high_shift(kind, u, n):
+    """By how many bits to shift a word of high bits to the right (negative: left).
+
+    After the shift the high bits of nibble n of piece u are next to the nibble.
     """
     places = HIGH_BITS[kind]
     return places[u % len(places)][n] - (8 if n % 2 else 4)
 
 
 @triton.jit
-def pointers(
+def _pointers(
     data, rows, group, AT: tl.constexpr, GROUP_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr,
     BLOCK_BYTES: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Where each line has its part of what begins at byte AT of a row block: pointers to `dtype`,
-    [lines, 1].
+    """Pointers to `dtype`, [lines, 1]: each line's part of a region of a row block.
 
-    The part of the next group is GROUP_BYTES on, that of the next of the 8 rows ROW_BYTES. Whole
-    elements are counted, not bytes: only then does the compiler see that 16 bytes can be loaded at
-    once.
+    The region begins at byte AT of every row block. The parts of two groups are GROUP_BYTES apart,
+    those of two of the 8 rows ROW_BYTES. The offset counts elements, not bytes: only then the
+    compiler knows that 16 bytes can be loaded at once.
     """
     SIZE: tl.constexpr = dtype.primitive_bitwidth // 8
     at = (
@@ -126,11 +127,8 @@ def pointers(
 
 
 @triton.jit
-def load_once(pointer, here, MASKED: tl.constexpr):
-    """Load weights: they are read once, so they leave the caches to the inputs.
-
-    0 where not `here`.
-    """
+def _load_once(pointer, here, MASKED: tl.constexpr):
+    """Load weights, 0 if not `here`. They are read once, so they leave the caches to the inputs."""
     if MASKED:
         loaded = tl.load(pointer, mask=here, other=0, eviction_policy="evict_first")
     else:
@@ -139,83 +137,91 @@ def load_once(pointer, here, MASKED: tl.constexpr):
 
 
 @triton.jit
-def low_half(word):
-    """The lower 16 bits of int32, an fp16 number, as fp32."""
+def _low_half(word):
+    """The lower 16 bits of int32, an fp16 value, as fp32."""
     return (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def unsigned_byte(word, i: tl.constexpr):
+def _unsigned_byte(word, i: tl.constexpr):
     """Byte i of int32 as fp32."""
     return ((word >> 8 * i) & 0xFF).to(tl.float32)
 
 
 @triton.jit
-def scale_and_offset(head, d, guard, u: tl.constexpr, n: tl.constexpr, KIND: tl.constexpr):
-    """Of number n of the words of piece u, for number * scale + offset = weight: fp32 [lines, 4]
-    each.
+def _scale_and_offset(head, d, guard, u: tl.constexpr, n: tl.constexpr, KIND: tl.constexpr):
+    """For value n of the words of piece u, value * scale + offset = weight: fp32 [lines, 4] each.
 
-    Both are multiplied by the guard, and the scale also by 2^24, since `scaled_bits` reads a number
-    as 2^-24 of it.
+    Both are multiplied by the guard, and the scale also by 2^24, because `scaled_bits` reads a
+    value as 2^-24 of it.
+
+    head  the 4 words of 32 bits of each quarter's head; d and guard as `_packed_tile` loads them
     """
     if KIND == "Q4_K" or KIND == "Q5_K":
-        # d, dmin, then scales and mins as drawn at `_scales_and_mins` in dequantize.py
+        # d, dmin, then 8 scales and 8 mins of 6 bits in 12 bytes, as drawn at `_scales_and_mins` in
+        # mistral/quantization/dequantize.py. Four are unpacked at once, a byte each.
         if u < 4:
-            scales, mins = head[1] & 0x3F3F3F3F, head[2] & 0x3F3F3F3F
+            scales = head[1] & 0x3F3F3F3F
+            mins = head[2] & 0x3F3F3F3F
         else:
             scales = (head[3] & 0x0F0F0F0F) | (head[1] >> 2 & 0x30303030)
             mins = (head[3] >> 4 & 0x0F0F0F0F) | (head[2] >> 2 & 0x30303030)
-        scale = low_half(head[0]) * (guard * 2.0**24) * unsigned_byte(scales, u % 4)
-        offset = low_half(head[0] >> 16) * -guard * unsigned_byte(mins, u % 4)
+        scale = _low_half(head[0]) * (guard * 2.0**24) * _unsigned_byte(scales, u % 4)
+        offset = _low_half(head[0] >> 16) * -guard * _unsigned_byte(mins, u % 4)
     elif KIND == "Q6_K":
-        # With its sign bit turned over a signed byte is an unsigned one, 128 more: those become
-        # fp32 faster.
-        byte = unsigned_byte(head[u // 2] ^ -0x7F7F7F80, u % 2 * 2 + n // 2)
+        # Inverting the sign bit of a signed byte yields an unsigned one, 128 higher: those convert
+        # to fp32 faster.
+        byte = _unsigned_byte(head[u // 2] ^ -0x7F7F7F80, u % 2 * 2 + n // 2)
         scale = d * (guard * 2.0**24) * (byte - 128.0)
-        offset = scale * (-32 * 2.0**-24)
+        offset = scale * (-32 * 2.0**-24)  # value 32 is weight 0
     else:
         block: tl.constexpr = u // 2 if KIND == "Q8_0" else u
-        scale = low_half(head[block // 2] >> 16 * (block % 2)) * (guard * 2.0**24)
-        offset = scale * ((-128 if KIND == "Q8_0" else -8) * 2.0**-24)
+        scale = _low_half(head[block // 2] >> 16 * (block % 2)) * (guard * 2.0**24)
+        zero: tl.constexpr = -128 if KIND == "Q8_0" else -8
+        offset = scale * (zero * 2.0**-24)
     return scale, offset
 
 
 @triton.jit
-def spread(scale, dtype: tl.constexpr):
-    """A number for each quarter, [lines, 4], to one for each of its 8 words, [lines, 32]."""
+def _spread(scale, dtype: tl.constexpr):
+    """One value per quarter, [lines, 4], repeated for each of its 8 words, [lines, 32]."""
     lines: tl.constexpr = scale.shape[0]
     return tl.reshape(tl.broadcast_to(scale.to(dtype)[:, :, None], [lines, 4, 8]), [lines, 32])
 
 
 @triton.jit
-def unpacked(
+def _unpacked(
     low, high, head, d, guard, u: tl.constexpr, n: tl.constexpr, KIND: tl.constexpr,
-    dtype: tl.constexpr,
-    ARCH: tl.constexpr,
+    dtype: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Number n of every word of piece u as a finished weight, times the guard: [lines, 32]."""
-    scale, offset = scale_and_offset(head, d, guard, u, n, KIND)
-    offset = spread(offset, dtype)
+    """Value n of every word of piece u as a finished weight, times the guard: [lines, 32].
+
+    low, high  the pieces, a tuple each of int16 [lines, 32]
+    """
+    scale, offset = _scale_and_offset(head, d, guard, u, n, KIND)
+    offset = _spread(offset, dtype)
     if KIND == "Q8_0":
-        w = scaled_bits(low[u], spread(scale, dtype), offset, 8 * n, 0xFF, ARCH)
+        w = scaled_bits(low[u], _spread(scale, dtype), offset, 8 * n, 0xFF, ARCH)
     else:
-        odd: tl.constexpr = n % 2  # an odd nibble stays where it is, 4 bits up: 16 times its number
-        scale = spread(scale * (0.0625 if odd else 1.0), dtype)
+        # An odd nibble is not shifted down by its last 4 bits: it counts 16 times its value.
+        odd: tl.constexpr = n % 2
+        scale = _spread(scale * (0.0625 if odd else 1.0), dtype)
         if high_pieces(KIND) == 0:
             w = scaled_bits(low[u], scale, offset, n // 2 * 8, 0xF << 4 * odd, ARCH)
         else:
             upper: tl.constexpr = (0x10 if KIND == "Q5_K" else 0x30) << 4 * odd
             w = scaled_joined_bits(
                 low[u], high[u * high_pieces(KIND) // 8], scale, offset, n // 2 * 8, 0xF << 4 * odd,
-                high_shift(KIND, u, n), upper, ARCH,
+                _high_shift(KIND, u, n), upper, ARCH,
             )  # fmt: skip
     return w
 
 
 @triton.jit
-def four_words(head):
-    """The four words of each 16 bytes: int32 [lines, 16] -> 4 times [lines, 4], each in the lane
-    that loaded them.
+def _four_words(head):
+    """The four words of each 16 bytes: int32 [lines, 16] -> 4 times [lines, 4].
+
+    They stay in the lane that loaded them.
     """
     even, odd = tl.split(tl.reshape(head, [head.shape[0], 4, 2, 2]))
     first, third = tl.split(even)
@@ -224,54 +230,55 @@ def four_words(head):
 
 
 @triton.jit
-def packed_tile(
+def _packed_tile(  # noqa: PLR0915
     x, data, rows, KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
     M: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """Rows `rows` (see `tile_rows`) of planes [., COLUMNS] times x [B, COLUMNS]: fp32 [16, M]; B
-    columns are real.
+    """Rows `rows` (see `tile_rows`) of planes [., COLUMNS] times x [B, COLUMNS]: fp32 [16, M].
+
+    Only the first B columns are defined.
 
     data  the planes' bytes: one pointer, or one for each line of the tile
     """
-    GROUPS: tl.constexpr = (
-        COLUMNS + 1023
-    ) // 1024  # those behind the last are not loaded and count as zeros
-    RAGGED: tl.constexpr = GROUPS % WARPS != 0
+    # 1. Sizes, and which row of weights and which row of x a line has.
+    GROUPS: tl.constexpr = (COLUMNS + 1023) // 1024
+    RAGGED: tl.constexpr = GROUPS % WARPS != 0  # groups past the last count as zeros
     BLOCK: tl.constexpr = row_block_bytes(KIND, COLUMNS)
     BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
     line = tl.arange(0, 16 * WARPS)
     input_line = tl.arange(0, M * WARPS)
-    b = tl.minimum(
-        input_line // (8 * WARPS) * 8 + input_line % 8, B - 1
-    )  # row B - 1 stands in for rows >= B
+    # Row B - 1 replaces the rows >= B.
+    b = tl.minimum(input_line // (8 * WARPS) * 8 + input_line % 8, B - 1)
     word = tl.arange(0, 32)[None, :]
-    guard = tl.load(pointers(data, rows, 0, guards_at(KIND, COLUMNS), 0, 4, BLOCK, tl.float32))
-    even = tl.zeros(
-        [WARPS, 16, M], tl.float32
-    )  # two sums, so that an instruction need not wait for the one before
-    odd = even
+    guard = tl.load(_pointers(data, rows, 0, guards_at(KIND, COLUMNS), 0, 4, BLOCK, tl.float32))
+
+    even = tl.zeros([WARPS, 16, M], tl.float32)  # two sums, so that one product need not wait for
+    odd = even  # the one before
     for i in range((GROUPS + WARPS - 1) // WARPS):
+        # 2. Load a group for each warp: head, low bits, high bits, d of Q6_K. Piece u is 512 bytes,
+        # or 256 words, after piece u - 1, and piece 0 is the head.
         group = i * WARPS + line // 8 % WARPS
         here = (group < GROUPS)[:, None]
-        head = (
-            pointers(data, rows, group, 0, BODY // GROUPS, 64, BLOCK, tl.int32)
-            + tl.arange(0, 16)[None, :]
-        )
-        head = load_once(head, here, RAGGED)
-        words = pointers(data, rows, group, 512, BODY // GROUPS, 64, BLOCK, tl.int16) + word
-        low, high, d = (), (), 0.0
+        head = _pointers(data, rows, group, 0, BODY // GROUPS, 64, BLOCK, tl.int32)
+        head = _load_once(head + tl.arange(0, 16)[None, :], here, RAGGED)
+        words = _pointers(data, rows, group, 512, BODY // GROUPS, 64, BLOCK, tl.int16) + word
+        low = ()
+        high = ()
+        d = 0.0
         for u in tl.static_range(low_pieces(KIND)):
-            low = low + (load_once(words + 256 * u, here, RAGGED),)
+            low = low + (_load_once(words + 256 * u, here, RAGGED),)
         for u in tl.static_range(low_pieces(KIND), low_pieces(KIND) + high_pieces(KIND)):
-            high = high + (load_once(words + 256 * u, here, RAGGED),)
+            high = high + (_load_once(words + 256 * u, here, RAGGED),)
         if KIND == "Q6_K":
-            d = (
-                pointers(data, rows, group, BODY, 64, 8, BLOCK, tl.float16)
-                + tl.arange(0, 4)[None, :]
-            )
-            d = load_once(d, here, RAGGED).to(tl.float32)
+            d = _pointers(data, rows, group, BODY, 64, 8, BLOCK, tl.float16)
+            d = _load_once(d + tl.arange(0, 4)[None, :], here, RAGGED).to(tl.float32)
+
+        # 3. Keep these loads before the first use of x, which the previous kernel writes.
         wait_for_producer(ARCH)
-        head = four_words(head)
+
+        # 4. Unpack and multiply value after value: 32 columns of x belong to value n of piece u, 8
+        # neighbours in each quarter.
+        head = _four_words(head)
         group = tl.minimum(i * WARPS + input_line // 8 % WARPS, GROUPS - 1)
         column = (group * 1024)[:, None] + 256 * (word // 8) + word % 8
         for u in tl.static_range(low_pieces(KIND)):
@@ -281,14 +288,15 @@ def packed_tile(
                     v = tl.load(x + b[:, None] * COLUMNS + at)
                 else:
                     v = tl.load(x + b[:, None] * COLUMNS + at, mask=at < COLUMNS, other=0.0)
-                w = weight_fragment(
-                    unpacked(low, high, head, d, guard, u, n, KIND, v.dtype, ARCH), WARPS
-                )
+                w = _unpacked(low, high, head, d, guard, u, n, KIND, v.dtype, ARCH)
+                w = weight_fragment(w, WARPS)
                 v = input_fragment(v, WARPS, M)
                 if n % 2 == 0:
                     even = tl.dot(w, v, even, input_precision="ieee")
                 else:
                     odd = tl.dot(w, v, odd, input_precision="ieee")
+
+    # 5. Divide by the guards, and add up the warps.
     unguard = tl.permute(tl.reshape(1.0 / guard, [2, WARPS, 8]), [1, 0, 2])
     return tl.sum((even + odd) * tl.reshape(unguard, [WARPS, 16, 1]), 0)
 
@@ -296,12 +304,11 @@ def packed_tile(
 @triton.jit
 def matrix_tile(
     x, weight, rows, KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
+    WARPS: tl.constexpr, CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
-    """`dense_tile` or `packed_tile`, by the kind of weights: fp32 [16, M]."""
+    """`dense_tile` or `_packed_tile`, by the type of the weights: fp32 [16, M]."""
     if KIND == "dense":
         out = dense_tile(x, weight, rows, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
     else:
-        out = packed_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, M, ARCH)
+        out = _packed_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, M, ARCH)
     return out

@@ -1,11 +1,11 @@
 """Reading a prompt: PyTorch's matrix products, with attention that knows the window and the ring.
 
-A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS; what
-PyTorch has nothing good for is attention over a ring and a chunk with a window, and that is
-`attend_chunk` (`attend_short` for a few tokens). Rotation, ring and SwiGLU have a kernel each
-(prefill_pointwise.py). Packed matrices are unpacked one after the other into the same memory (see
-dequantize.py), so that none stays. Up to 64 rows, such as a guess that is read along with the last
-token, are bound by memory as a decode step is, and multiply them as they are: short_linear.py.
+A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS. PyTorch has
+no fast attention over a ring and a chunk with a window: `attend_chunk` computes it (`attend_short`
+for a few tokens). Rotation, ring and SwiGLU have a kernel each (pointwise.py). Packed matrices are
+unpacked one after the other into the same memory (see dequantize.py), so that none stays. Up to 64
+rows, such as a guess that is read along with the last token, are bound by memory like a decode
+step, and multiply packed matrices as they are: short_linear.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mistral.cache import Plan, RollingCache
+from mistral.cache import RollingCache, slots_of, token_counts
 from mistral.config import Config
 from mistral.mlp import MLP
 from mistral.model import Block, Mistral
@@ -36,79 +36,99 @@ def read_chunk(
     model: Mistral,
     tokens: Tensor,
     cache: RollingCache,
-    lengths: Tensor | Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
     workspace: Workspace | None = None,
     last_only: bool = True,
 ) -> Tensor:
-    """`model(tokens, cache, lengths, last_only)`, faster on a GPU: its logits, and the same cache
-    afterwards.
+    """`model(tokens, cache, lengths, last_only)`, faster on a GPU: its logits, and the same cache.
 
     tokens     int64 [B, T]; a chunk may be longer than the window
-    lengths    [B]: how many of a row's T tokens are real; None: all. A tensor on the GPU is not
-               waited for.
+    lengths    how many of a row's T tokens are real; None: all
     workspace  required for a packed model
     last_only  logits [B, V] of each row's last real position, instead of [B, T, V]
 
-    Raises ValueError where the cache has no room, for head sizes that the kernel cannot do, and
-    without the workspace.
+    Raises ValueError if the cache has no room, for head sizes that the kernel cannot do, and for a
+    packed model without a workspace.
+    """
+    counts = token_counts(lengths, *tokens.shape)
+    growth = cache.grow(counts)
+    starts_and_counts = torch.tensor([growth.starts, counts])
+    starts, real = starts_and_counts.to(tokens.device, non_blocking=True)  # [B] each
+    cache.begin(growth)
+    logits = run_chunk(model, tokens, cache, starts, real, workspace, last_only)
+    cache.commit(growth)  # an error before this line leaves the chunk unread
+    return logits
+
+
+@torch.inference_mode()
+def run_chunk(
+    model: Mistral,
+    tokens: Tensor,
+    cache: RollingCache,
+    starts: Tensor,
+    real: Tensor,
+    workspace: Workspace | None,
+    last_only: bool,
+) -> Tensor:
+    """The work of `read_chunk` on the device. It counts nothing, so a CUDA graph can hold it.
+
+    starts  int64 [B]: the rows' lengths before the chunk
+    real    int64 [B]: how many of a row's T tokens are real
     """
     B, T = tokens.shape
-    if lengths is not None:
-        lengths = torch.as_tensor(lengths)
-    plan = cache.plan(T, lengths, masked=False)
-    starts = cache.lengths.clone()
-    real = plan.lengths - starts
-    cache.begin(plan)
+    ends = (starts + real)[:, None]  # [B, 1]
+    positions = starts[:, None] + torch.arange(T, device=starts.device)  # [B, T]
+    slots = slots_of(positions, ends, cache.num_slots)  # [B, T]
     x = _embedded(model.model.embed_tokens, tokens, workspace)  # [B, T, D]
-    cos, sin = _angles(model, plan.positions)
+    angles = _angles(model, positions)
     attend = _attention_over(cache, starts, real, model.config, T)
-    for i, block in enumerate(model.model.layers):
-        x = x + _attention(block, x, (cos, sin), cache, i, plan, attend, workspace)
+    for block, keys, values in zip(model.model.layers, cache.keys, cache.values):
+        x = x + _attention(block, x, angles, keys, values, slots, attend, workspace)
         x = x + _mlp(block.mlp, _normalised(block.post_attention_layernorm, x), workspace)
     if last_only:
         last = (real - 1).clamp(min=0)  # [B]
         x = x[torch.arange(B, device=x.device), last]  # [B, D]
-    logits = _linear(_normalised(model.model.norm, x), workspace, model.lm_head)[0]
-    cache.commit(plan)  # what fails before this line has read nothing
-    return logits
+    return _linear(_normalised(model.model.norm, x), workspace, model.lm_head)[0]
 
 
 def _attention(
     block: Block,
     x: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    cache: RollingCache,
-    layer: int,
-    plan: Plan,
+    angles: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
     attend: Callable[..., None],
     workspace: Workspace | None,
 ) -> Tensor:  # [B, T, D] -> [B, T, D]
-    """One block's attention; then, and not before, its new keys take their places in the ring."""
-    (B, T, _), attention = x.shape, block.self_attn
+    """One block's attention; after it, and not before, the new keys go into the ring."""
+    B, T, _ = x.shape
+    attention = block.self_attn
     x = _normalised(block.input_layernorm, x)
     q, k, v = (
         heads.view(B, T, -1, attention.head_dim)  # [B, T, N, H] and twice [B, T, K, H]
         for heads in _linear(x, workspace, attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    rotate_chunk(q, k, *rotary)
-    keys, values, y = cache.keys[layer], cache.values[layer], torch.empty_like(q)
+    rotate_chunk(q, k, *angles)
+    y = torch.empty_like(q)
     attend(q, k, v, keys, values, y)
-    store_chunk(k, v, plan.slots, keys, values)
+    store_chunk(k, v, slots, keys, values)
     return _linear(y.view(B, T, -1), workspace, attention.o_proj)[0]
 
 
 def _attention_over(
     cache: RollingCache, starts: Tensor, real: Tensor, config: Config, T: int
 ) -> Callable[..., None]:
-    """The attention of a chunk over ring and chunk, for every layer: (q, k, v, keys, values, y)."""
-    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    """The attention of a chunk over ring and chunk: (q, k, v, keys, values, y), for every layer."""
+    N = config.num_attention_heads
+    K = config.num_key_value_heads
+    H = config.head_dim
     kernel = attend_chunk
-    # Of 256 numbers in float32 so many queries, and the keys, would not fit into the shared memory
+    # In float32 the queries of heads of 256, and their keys, would not fit into the shared memory
     # of small GPUs.
     if T * N // K <= MAX_QUERIES and H * cache.keys.dtype.itemsize <= 512:
-        kernel = partial(
-            attend_short, partials=Partials(len(starts), N, K, H, starts.device, tokens=T)
-        )
+        partials = Partials(len(starts), N, K, H, starts.device, tokens=T)
+        kernel = partial(attend_short, partials=partials)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, y: Tensor) -> None:
         kernel(q, k, v, keys, values, starts, real, y, cache.num_slots, cache.window)
@@ -134,7 +154,9 @@ def _angles(
 
 def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> list[Tensor]:
     """`module(x)` of each: [..., in] -> [..., out]."""
-    results, rows, scaled = [], x.flatten(0, -2), None
+    results = []
+    rows = x.flatten(0, -2)
+    scaled = None
     for module in modules:
         if not isinstance(module, (Packed, TiedOutput)):
             results.append(module(x))

@@ -1,17 +1,15 @@
-"""Three steps between the matrix products of a chunk of new tokens, each of which goes over its
-numbers once.
+"""Three steps between the matrix products of a chunk of new tokens, each a single pass.
 
-    rotate_chunk   queries and keys, turned by their positions in place        mistral/rotary.py
+    rotate_chunk   queries and keys, rotated by their positions in place       mistral/rotary.py
     store_chunk    keys and values into their slots of the ring                mistral/cache.py
     swiglu         silu(gate) * up, written over the gate                      mistral/mlp.py
 
-A tile is some rows of H numbers, one head of one token each; both numbers of a rotated pair meet in
-one thread. What is computed is rounded once, from float32. The keys go into the ring in a launch of
-their own, behind the attention: they may take the place of keys that the chunk's first queries
-still see.
+A tile is some rows of H elements, one head of one token each; one thread holds both elements of a
+rotated pair. Results are rounded once, from float32. The keys are stored by a launch of its own
+after the attention: they may overwrite keys that the chunk's first queries still see.
 
-Bytes a layer (7B, bf16, 2,048 tokens): 42 MB, 17 MB and 176 MB; matrix products and attention take
-1.2 ms at best.
+Bytes per layer (7B, bf16, 2,048 tokens): 42 MB, 17 MB and 176 MB; matrix products and attention
+take 1.2 ms at best.
 
 Versions (times not measured; launches and bytes are of one layer, by count)
   torch    rotation: 2 x 5 launches, 210 MB; ring: 2 launches with an index for each token; SwiGLU:
@@ -33,18 +31,18 @@ from mistral_kernels.portable import (
     to_activation,
 )
 
-ROWS = 32  # of a tile
-BLOCK = 2048  # numbers of one CTA of `swiglu`
+_ROWS = 32  # of a tile
+_BLOCK = 2048  # elements of one CTA of `swiglu`
 
 
 def rotate_chunk_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """`rotate_chunk` in plain PyTorch."""
-    c, s = cos[:, :, None], sin[:, :, None]  # [B, T, 1, H/2] each
+    c = cos[:, :, None]
+    s = sin[:, :, None]  # [B, T, 1, H/2] each
     for x in (q, k):
         first, second = x.float().chunk(2, dim=-1)
-        x.copy_(
-            activation(torch.cat((first * c - second * s, second * c + first * s), dim=-1), x.dtype)
-        )
+        rotated = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+        x.copy_(activation(rotated, x.dtype))
 
 
 @triton.jit(do_not_specialize=["q_rows", "k_rows"])
@@ -54,9 +52,12 @@ def rotate_chunk_kernel(
 ):  # fmt: skip
     """One CTA: ROWS heads of q, or of k; those of q come first in the grid."""
     HALF: tl.constexpr = H // 2
-    tile, q_tiles = tl.program_id(0), tl.cdiv(q_rows, ROWS)
+    tile = tl.program_id(0)
+    q_tiles = tl.cdiv(q_rows, ROWS)
     of_q = tile < q_tiles
-    x, heads, rows = tl.where(of_q, q, k), tl.where(of_q, N, K), tl.where(of_q, q_rows, k_rows)
+    x = tl.where(of_q, q, k)
+    heads = tl.where(of_q, N, K)
+    rows = tl.where(of_q, q_rows, k_rows)
     row = (tl.where(of_q, tile, tile - q_tiles) * ROWS + tl.arange(0, ROWS))[:, None]
     real = row < rows
     pair = tl.arange(0, HALF)[None, :]
@@ -71,23 +72,24 @@ def rotate_chunk_kernel(
 
 
 def rotate_launch(tokens: int, N: int, K: int, H: int) -> Launch:
-    """Shape of the launch for so many tokens, all rows together."""
+    """Shape of the launch for this many tokens of all rows."""
     _check_heads(H)
-    tiles = triton.cdiv(tokens * N, ROWS) + triton.cdiv(tokens * K, ROWS)
-    return Launch((tiles,), dict(N=N, K=K, H=H, ROWS=ROWS), dict(num_warps=4))
+    tiles = triton.cdiv(tokens * N, _ROWS) + triton.cdiv(tokens * K, _ROWS)
+    return Launch((tiles,), dict(N=N, K=K, H=H, ROWS=_ROWS), dict(num_warps=4))
 
 
 def rotate_chunk(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn queries and keys by their tokens' positions, in place.
+    """Rotate queries and keys by their tokens' positions, in place.
 
     q         [B, T, N, H] in bfloat16, float16 or float32
     k         [B, T, K, H] of the same dtype
     cos, sin  fp32 [B, T, H/2]
 
-    Raises ValueError for head sizes that are no power of two from 16 to 256, other dtypes and
-    tensors with gaps, and where no kernel can run.
+    Raises ValueError for head sizes that are not a power of two from 16 to 256, other dtypes and
+    non-contiguous tensors, and if no kernel can run on this device.
     """
-    (B, T, N, H), K = q.shape, k.shape[2]
+    B, T, N, H = q.shape
+    K = k.shape[2]
     _check(q)
     rotate_launch(B * T, N, K, H).run(rotate_chunk_kernel, q, k, cos, sin, B * T * N, B * T * K)
 
@@ -108,31 +110,33 @@ def store_chunk_kernel(
 ):  # fmt: skip
     """One CTA: ROWS heads of k and of v."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, head = row // K, row % K
+    token = row // K
+    head = row % K
     slot = tl.load(slots + token, mask=row < rows, other=0)
     place = (token // T * K + head) * ring_size + slot  # int64, as slots are
-    real, d = (row < rows)[:, None], tl.arange(0, H)[None, :]
-    at, to = row.to(tl.int64)[:, None] * H + d, place[:, None] * H + d
+    real = (row < rows)[:, None]
+    d = tl.arange(0, H)[None, :]
+    at = row.to(tl.int64)[:, None] * H + d
+    to = place[:, None] * H + d
     tl.store(keys + to, tl.load(k + at, mask=real), mask=real)
     tl.store(values + to, tl.load(v + at, mask=real), mask=real)
 
 
 def store_launch(tokens: int, K: int, H: int) -> Launch:
-    """Shape of the launch for so many tokens, all rows together."""
+    """Shape of the launch for this many tokens of all rows."""
     _check_heads(H)
-    return Launch((triton.cdiv(tokens * K, ROWS),), dict(K=K, H=H, ROWS=ROWS), dict(num_warps=4))
+    return Launch((triton.cdiv(tokens * K, _ROWS),), dict(K=K, H=H, ROWS=_ROWS), dict(num_warps=4))
 
 
 def store_chunk(k: Tensor, v: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """Write a chunk's keys and values into the ring.
 
     k, v          [B, T, K, H] in bfloat16, float16 or float32, as all of them are
-    slots         int64 [B, T]: no two tokens of a row share one, but for S, the one that nobody
-                  reads
+    slots         int64 [B, T]: no two tokens of a row share one, except S, which is never read
     keys, values  [B, K, S + 1, H]: one layer of a RollingCache, written in the slots
 
-    Raises ValueError for head sizes that are no power of two from 16 to 256, other dtypes and
-    tensors with gaps, and where no kernel can run.
+    Raises ValueError for head sizes that are not a power of two from 16 to 256, other dtypes and
+    non-contiguous tensors, and if no kernel can run on this device.
     """
     B, T, K, H = k.shape
     _check(k)
@@ -147,7 +151,7 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> None:
 
 @triton.jit
 def swiglu_kernel(gate, up, F: tl.constexpr, BLOCK: tl.constexpr):
-    """One CTA: BLOCK numbers of one token."""
+    """One CTA: BLOCK elements of one token."""
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < F
     at = tl.program_id(0).to(tl.int64) * F + column
@@ -157,16 +161,17 @@ def swiglu_kernel(gate, up, F: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def swiglu_launch(tokens: int, F: int) -> Launch:
-    """Shape of the launch for so many tokens, all rows together."""
-    return Launch((tokens, triton.cdiv(F, BLOCK)), dict(F=F, BLOCK=BLOCK), dict(num_warps=4))
+    """Shape of the launch for this many tokens of all rows."""
+    return Launch((tokens, triton.cdiv(F, _BLOCK)), dict(F=F, BLOCK=_BLOCK), dict(num_warps=4))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> None:
-    """Write silu(gate) * up over the gate. In fp16 what is out of range becomes the largest number.
+    """Write silu(gate) * up over the gate. In fp16 a value out of range becomes the largest one.
 
     gate, up  [..., F] in bfloat16, float16 or float32, both the same
 
-    Raises ValueError for other dtypes and tensors with gaps, and where no kernel can run.
+    Raises ValueError for other dtypes and non-contiguous tensors, and if no kernel can run on this
+    device.
     """
     _check(gate)
     F = gate.shape[-1]
@@ -178,7 +183,7 @@ def _check(x: Tensor) -> None:
         x.dtype in TRITON_DTYPES,
         f"activations in {x.dtype}: the kernels take bfloat16, float16 and float32",
     )
-    arch_of(x)  # says where no kernel can run
+    arch_of(x)  # raises if no kernel can run on this device
 
 
 def _check_heads(H: int) -> None:

@@ -1,108 +1,159 @@
-"""What the sampling kernel reads besides the logits, and how it gets to the device."""
+"""The inputs of the sampling kernel besides the logits, and how they get to the device."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mistral.sampling import Sampling
 from mistral_kernels.portable import require
-from mistral_kernels.sample import kernel as kernel
+from mistral_kernels.sample import kernel
 
 
 class Sampler:
-    """Settings, random numbers and seen ids of B rows. Its tensors stay in place: CUDA graphs hold
-    on to them.
+    """Settings, random numbers and seen ids of B rows. Its tensors keep their addresses, because
+    CUDA graphs refer to them.
 
     plain  run the kernel's plain-PyTorch twin instead
 
-    A seed starts the random numbers at the first step that brings it, and they go on as long as it
-    stays the same. Without one they start from a number that PyTorch's global generator gives.
+    A seed starts a row's random numbers at the first step that brings it, and they continue as long
+    as it stays the same. Without a seed they start from a number of PyTorch's global generator.
 
-    counts    int64 [B]: how many ids each row has drawn, which is where its random numbers stand.
-              What is taken off here is drawn again.
-    problems  int64 [B]: what was wrong with the last choice, NO_NUMBERS or NOTHING_LEFT; 0: nothing
+    counts    int64 [B]: how many ids each row has drawn, which is the position in its random
+              numbers. Ids that are subtracted here are drawn again.
+    problems  int64 [B]: what was wrong with the last choice, NO_NUMBERS or NOTHING_LEFT (else 0);
+              IDLE if there was none
     """
 
     def __init__(self, batch_size: int, V: int, device: torch.device | str, plain: bool = False):
         self._sample = kernel.sample_reference if plain else kernel.sample
         self._allowed = torch.ones(batch_size, V, dtype=torch.bool, device=device)
         self._seen = torch.zeros(batch_size, V, dtype=torch.bool, device=device)
-        self._scores = torch.zeros(batch_size, V, dtype=torch.float32, device=device)
-        self._floats = torch.zeros(4, dtype=torch.float32, device=device)
-        self._integers = torch.zeros(3, dtype=torch.int64, device=device)
+        width = kernel.scores_width(V)
+        self._scores = torch.zeros(batch_size, width, dtype=torch.float32, device=device)
+        self._floats = torch.zeros(batch_size, kernel.FLOATS, dtype=torch.float32, device=device)
+        self._integers = torch.zeros(batch_size, kernel.INTEGERS, dtype=torch.int64, device=device)
         self.counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.problems = torch.zeros_like(self.counts)
-        self._sampling: Sampling | None = None
-        self._seed = 0
-        self._written: tuple | None = None  # what `_floats` and `_integers` were last set to
+        # (seed as in `Sampling`, stream) that each row's random numbers began with; None: not yet
+        self._begun: list[tuple[int | None, int] | None] = [None] * batch_size
+        self._seeds = [0] * batch_size  # the same, with a number for each None
+        self._is_own = False  # True: each row has a Sampling of its own
+        self._written: list[tuple] | None = None  # what `_floats` and `_integers` were last set to
         self._knows_history = False  # whether `_seen` has all ids of the rows
 
     @staticmethod
     def supports(sampling: Sampling) -> bool:
-        """Whether the kernel has the rules that `sampling` asks for: all but typical_p and
+        """Whether the kernel has the rules of `sampling`: all but typical_p and
         no_repeat_ngram_size.
         """
         typical = sampling.typical_p < 1 and sampling.temperature != 0
         return not typical and sampling.no_repeat_ngram_size == 0
 
-    def prepare(self, sampling: Sampling, mask: Tensor | None, history: Tensor) -> None:
-        """Bring to the device what has changed since the last step; outside the graph, and nothing
-        waits.
+    def prepare(
+        self,
+        sampling: Sampling | Sequence[Sampling | None],
+        mask: Tensor | None,
+        history: Tensor,
+    ) -> None:
+        """Copy to the device what has changed since the last step. Outside the graph; it does not
+        synchronize.
 
-        mask     bool [B, V] or [V]: True where an id is allowed; None: everywhere
-        history  int64 [B, n]: each row's ids, -1 where there is none. It is read at the first
-                 penalty, and at the first after `forget`: in between `run` takes note of what it
-                 chooses.
+        sampling  one for all rows: they share its seed, and differ by their index. Or one for each
+                  row: its random numbers depend on its own seed alone. None: the row is idle, and
+                  its random numbers continue when it is active again.
+        mask      bool [B, V] or [V]: True if an id is allowed; None: all are
+        history   int64 [B, n]: each row's ids, -1 if there is none. Read at the first penalty, and
+                  at the first after `forget`; in between `run` adds the ids that it chooses.
 
-        Raises ValueError for settings that the kernel does not have.
+        Raises ValueError for settings that the kernel does not have, and for another number of
+        rows.
         """
+        B, V = self._seen.shape
+        shared = isinstance(sampling, Sampling)
+        rows = [sampling] * B if shared else list(sampling)
+        require(len(rows) == B, f"{len(rows)} samplings for {B} rows")
+        active = [row for row in rows if row is not None]
         require(
-            self.supports(sampling),
+            all(map(self.supports, active)),
             "the sampling kernel has neither typical_p nor no_repeat_ngram_size",
         )
-        if self._sampling is None or sampling.seed != self._sampling.seed:
-            self._seed = (
-                int(torch.randint(2**63 - 1, ())) if sampling.seed is None else sampling.seed
-            )
-            self.counts.zero_()
-        self._sampling = sampling
-        floats = (sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
-        seed = self._seed if self._seed < 2**63 else self._seed - 2**64  # the same bits as int64
-        integers = (min(sampling.top_k, self._seen.shape[1]), seed, int(mask is not None))
-        if self._written != (floats, integers):
-            self._written = (floats, integers)
+        self._is_own = not shared
+        self._begin(rows, shared)
+        settings = [
+            self._settings(b, row, shared, masked=mask is not None) for b, row in enumerate(rows)
+        ]
+        if settings != self._written:
+            self._written = settings
+            floats, integers = zip(*settings)
             self._floats.copy_(torch.tensor(floats, dtype=torch.float32), non_blocking=True)
             self._integers.copy_(torch.tensor(integers), non_blocking=True)
         if mask is not None:
             self._allowed.copy_(mask, non_blocking=True)
-        if not self._knows_history and sampling.repetition_penalty != 1:
+        if not self._knows_history and any(row.repetition_penalty != 1 for row in active):
             self._mark(history)
             self._knows_history = True
 
     def restart(self) -> None:
-        """Let the next step begin the random numbers, whatever its seed is."""
-        self._sampling = None
+        """Let the random numbers of all rows begin at their next step, with whatever seed."""
+        self._begun = [None] * len(self._begun)
+
+    def restart_own(self, row: int) -> None:
+        """The same for one row, if its last Sampling was its own."""
+        if self._is_own:
+            self._begun[row] = None
 
     def forget(self) -> None:
-        """The rows hold other ids than `run` has chosen: look at their history when it matters
-        again.
-        """
+        """The rows hold other ids than `run` has chosen: read their history at the next penalty."""
         self._knows_history = False
 
     def run(self, logits: Tensor, ids: Tensor) -> None:
-        """Choose each row's next id from logits fp32 [B, V] into ids int64 [B]; a CUDA graph can
-        hold it.
+        """Write each active row's next id, from logits fp32 [B, V], into ids int64 [B]; a CUDA
+        graph can record it.
         """
-        settings = (
-            self._allowed,
-            self._seen,
-            self._scores,
-            self._floats,
-            self._integers,
-            self.counts,
-        )
-        self._sample(logits, *settings, ids, self.problems)
+        tables = (self._allowed, self._seen, self._scores)
+        settings = (self._floats, self._integers)
+        self._sample(logits, *tables, *settings, self.counts, ids, self.problems)
+
+    def _begin(self, rows: Sequence[Sampling | None], shared: bool) -> None:
+        """Begin the random numbers of each active row whose seed or stream is new."""
+        drawn = None  # the seed of all rows that share a Sampling without one
+        begins = [False] * len(rows)
+        for b, row in enumerate(rows):
+            if row is None or self._begun[b] == (row.seed, _stream(b, shared)):
+                continue
+            begins[b] = True
+            self._begun[b] = (row.seed, _stream(b, shared))
+            if row.seed is not None:
+                self._seeds[b] = row.seed
+            elif shared and drawn is not None:
+                self._seeds[b] = drawn
+            else:
+                drawn = self._seeds[b] = int(torch.randint(2**63 - 1, ()))
+        if any(begins):
+            self.counts.masked_fill_(
+                torch.tensor(begins).to(self.counts.device, non_blocking=True), 0
+            )
+
+    def _settings(
+        self, b: int, sampling: Sampling | None, shared: bool, masked: bool
+    ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Row b of `_floats` and of `_integers`."""
+        if sampling is None:
+            return (0.0,) * kernel.FLOATS, (0,) * kernel.INTEGERS
+        floats = (sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
+        top_k = min(sampling.top_k, self._seen.shape[1])
+        seed = self._seeds[b]
+        seed = seed if seed < 2**63 else seed - 2**64  # the same bits as int64
+        return floats, (top_k, seed, int(masked), _stream(b, shared), 1)
 
     def _mark(self, history: Tensor) -> None:
-        (B, V), device = self._seen.shape, self._seen.device
-        marked = torch.zeros(B, V + 1, dtype=torch.bool, device=device)
+        B, V = self._seen.shape
+        marked = torch.zeros(B, V + 1, dtype=torch.bool, device=self._seen.device)
+        # Column V takes the -1s.
         self._seen.copy_(marked.scatter_(1, torch.where(history < 0, V, history), True)[:, :V])
+
+
+def _stream(b: int, shared: bool) -> int:
+    """The number of a row's random stream: rows that share a seed differ by their index."""
+    return b if shared else 0
