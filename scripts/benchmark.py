@@ -1,8 +1,7 @@
-"""How fast every engine is, beside transformers and llama.cpp, and how far from what the machine
-allows.
+"""Measure every engine beside transformers and llama.cpp, and beside the machine's own limits.
 
-Random weights, made on the spot: nothing is downloaded. First the machine's own rates are measured,
-and from them what no engine could beat; then all engines take turns. The last line is JSON.
+The weights are random: nothing is downloaded. First the machine's own rates are measured, which
+bound every engine; then all engines take turns. The last line is JSON.
 """
 
 import argparse
@@ -45,10 +44,8 @@ def arguments() -> argparse.Namespace:
         "--engines",
         nargs="+",
         choices=turns.NAMES,
-        help=(
-            "default: all that take the format (llama.cpp no plain 7b), kernels-pdl on compute "
-            "capability 9 to 11"
-        ),
+        help="default: all that take the format (llama.cpp: not a plain 7b; kernels-pdl: on "
+        "compute capability 9 to 11)",
     )
     parser.add_argument(
         "--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)"
@@ -70,9 +67,8 @@ def arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     counts = [args.threads, args.prompt_tokens, args.new_tokens, args.repeats, args.time_limit]
-    if any(
-        n is not None and n < 1 for n in [*counts, *(args.contexts or ()), *(args.batches or ())]
-    ):
+    counts += [*(args.contexts or ()), *(args.batches or ())]
+    if any(n is not None and n < 1 for n in counts):
         raise ValueError(
             "--threads, --prompt-tokens, --new-tokens, --repeats, --contexts, --batches and "
             "--time-limit must be 1 or more"
@@ -82,53 +78,49 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
+def main() -> None:  # noqa: PLR0915
     args = arguments()
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     on_gpu = device.type == "cuda"
     out_of_time = turns.time_limit(args.time_limit or (300 if args.suite == "core" else None))
-    dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
+    dtype = common.DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
     size = args.size or ("7b" if on_gpu else "small")
-    names = [
-        name
-        for name in turns.NAMES
-        if name in (args.engines or taking_part(device, size, args.format))
-    ]
+    chosen = args.engines or taking_part(device, size, args.format)
+    names = [name for name in turns.NAMES if name in chosen]
 
-    bandwidth, rate = machine.read_bandwidth(device), machine.matrix_rate(device, dtype)
+    # 1. The machine, and what no engine can beat on it.
+    bandwidth = machine.read_bandwidth(device)
+    rate = machine.matrix_rate(device, dtype)
     model = sizes.make_model(size, device, dtype, args.format)
     facts = machine.facts(device, dtype) | {"size": size, "format": args.format}
     facts |= {"parameters": model.config.num_parameters}
     introduce(facts, model, bandwidth, rate)
-    results, field = [], turns.Field(model, names)
-    cases, repeats = suite(args, on_gpu), args.repeats or (5 if on_gpu else 15)
+
+    # 2. All engines in turns, case by case.
+    results = []
+    field = turns.Field(model, names)
+    cases = suite(args, on_gpu)
+    repeats = args.repeats or (5 if on_gpu else 15)
     for case in cases:
-        # Compiling may take them a minute a case: in core there is time for one.
-        slow = (
-            {"compile", "transformers-compiled"}
-            if args.suite == "core" and case != cases[0]
-            else set()
-        )
-        quick = [name for name in names if name not in slow]
-        rows = turns.run_case(field, quick, case, repeats, out_of_time, common.note)
+        fits = names
+        if args.suite == "core" and case != cases[0]:
+            # Compiling may take a minute a case: core has time for one.
+            fits = [name for name in names if name not in ("compile", "transformers-compiled")]
+        rows = turns.run_case(field, fits, case, repeats, out_of_time, common.note)
         found = [row.result(model, bandwidth, rate) for row in rows]
-        decode, prefill = (
-            sizes.decode_roof(model, case, bandwidth),
-            sizes.prefill_roof(model, case, bandwidth, rate),
-        )
-        print(
-            report.table(
-                f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}", found
-            ),
-            flush=True,
-        )
+        decode = sizes.decode_roof(model, case, bandwidth)
+        prefill = sizes.prefill_roof(model, case, bandwidth, rate)
+        title = f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}"
+        print(report.table(title, found), flush=True)
         results += found
+
+    # 3. The report.
     for line in report.costs_of_length(results):
         print(line)
     if on_gpu:
         print(
-            f"memory reserved by PyTorch at most: "
+            "memory reserved by PyTorch at most: "
             f"{format_bytes(torch.cuda.max_memory_reserved(device))}"
         )
     else:
@@ -143,14 +135,13 @@ def main() -> None:
 
 
 def taking_part(device: torch.device, size: str, format: str) -> list[str]:
-    """Who does unless engines are named."""
-    names = set(
-        turns.NAMES if format == "plain" else ("kernels", "kernels-pdl", "eager", "llama.cpp")
-    )
+    """The engines that are measured unless --engines names others."""
+    packed = ("kernels", "kernels-pdl", "eager", "llama.cpp")
+    names = set(turns.NAMES if format == "plain" else packed)
     if device.type != "cuda" or not (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0):
         names.discard("kernels-pdl")
     if (size, format) == ("7b", "plain"):
-        names.discard("llama.cpp")  # it would take a file of 14 GB
+        names.discard("llama.cpp")  # it would need a file of 14 GB
     return [name for name in turns.NAMES if name in names]
 
 
@@ -162,19 +153,21 @@ def introduce(facts: dict, model: mistral.Mistral, bandwidth: float, rate: float
     print(f"{'reads':<18} {format_bytes(bandwidth)}/s, measured: sums over 1 GB")
     print(f"{'multiplies':<18} {rate / 1e12:,.2f} TFLOP/s, measured: a product of two matrices")
     print(
-        f"{'ceiling':<18} {bandwidth / step:,.1f} tokens/s of one text: {format_bytes(step)} of "
-        f"weights a token\n"
+        f"{'ceiling':<18} {bandwidth / step:,.1f} tokens/s of one text: "
+        f"{format_bytes(step)} of weights a token\n"
     )
     sys.stdout.flush()
 
 
 def suite(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
-    """What is measured: core is what a CPU can do in a minute, and on a GPU also a batch and a
-    longer prompt.
+    """The cases to measure.
+
+    `core` takes a minute on a CPU; on a GPU it has a batch and a longer prompt, too.
     """
     new = args.new_tokens or (64 if on_gpu else 40)
     if args.suite == "sweep":
-        contexts, batches = args.contexts or CONTEXTS, args.batches or (1, 2, 4, 8)
+        contexts = args.contexts or CONTEXTS
+        batches = args.batches or (1, 2, 4, 8)
         return [Case(batch, context, new) for batch in batches for context in contexts]
     cases = [Case(1, args.prompt_tokens or 200, new)]
     return [*cases, Case(8, 512, new), Case(1, 2048, new)] if on_gpu else cases

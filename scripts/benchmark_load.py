@@ -1,9 +1,8 @@
-"""Time and memory of loading a GGUF with the shapes of Hermes-2-Pro-Mistral-7B in Q4_K_M (4.4 GB,
-made up here).
+"""Time and memory of loading a made-up GGUF with the shapes of Hermes-2-Pro-Mistral-7B in Q4_K_M.
 
-The last way, "first token", is a process from its start to the first token: imports, file, engine
-(`auto`, on a GPU if there is one) and prompt. It is run twice, since the first time may compile
-kernels; the second counts.
+The file has 4.4 GB. The last way, "first token", is a process from its start to the first token:
+imports, file, engine (`auto`, on a GPU if there is one) and prompt. It is run twice, since the
+first time may compile kernels; the second counts.
 """
 
 import argparse
@@ -21,7 +20,11 @@ from gguf import GGMLQuantizationType
 
 from mistral.engine.memory import format_bytes
 
-LAYERS, WIDTH, MLP, KV_WIDTH, VOCABULARY = 32, 4096, 14336, 1024, 32032
+LAYERS = 32
+WIDTH = 4096
+MLP = 14336
+KV_WIDTH = 1024
+VOCABULARY = 32032
 # Layers whose attn_v and ffn_down llama.cpp gives Q6_K in a Q4_K_M of 32 layers
 FINER = {*range(4), *range(6, 28, 3), *range(28, 32)}
 WAYS = ("read", "header", "packed", "bfloat16", "llama.cpp", "first token")
@@ -43,12 +46,10 @@ elif way == "llama.cpp":
     def load(file): return llama_cpp.Llama(file, n_ctx=512, verbose=False)
 elif way == "header":
     from pathlib import Path
-    from mistral.checkpoints.gguf import read_files
-    from mistral.checkpoints.gguf_config import read_config
-    from mistral.checkpoints.gguf_tokenizer import read_tokenizer
+    from mistral.checkpoints.gguf import GgufReader
     def load(file):
-        header = read_files(Path(file))
-        return read_tokenizer(Path(file), header, read_config(Path(file), header, None))
+        reader = GgufReader(Path(file))
+        return reader.tokenizer(reader.config().eos_token_id)
 else:
     import torch, mistral
     torch.set_num_threads(2)
@@ -98,12 +99,13 @@ def main() -> None:
         raise ValueError("this script reads a process's memory from Linux's /proc")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        path, warm = Path(folder) / "synthetic.Q4_K_M.gguf", Path(folder) / "warm.gguf"
+        path = Path(folder) / "synthetic.Q4_K_M.gguf"
+        warm = Path(folder) / "warm.gguf"
         write(path, args.layers)
         write(warm, 1, width=256, mlp=512, kv_width=64)
         print(
-            f"{path.name}: {format_bytes(path.stat().st_size)}, {args.layers} layers, just "
-            f"written: in the file cache"
+            f"{path.name}: {format_bytes(path.stat().st_size)}, {args.layers} layers, "
+            "just written: in the file cache"
         )
         print(
             f"{'':<12}{'seconds':>10}{'CPU seconds':>14}{'peak memory':>14}"
@@ -175,7 +177,9 @@ def write(
     """A file with these shapes and Q4_K_M's types, of random blocks with finite scales."""
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, layers, width, mlp, kv_width)
-    q4, q6, f32 = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.F32
+    q4 = GGMLQuantizationType.Q4_K
+    q6 = GGMLQuantizationType.Q6_K
+    f32 = GGMLQuantizationType.F32
     tensors = [
         ("token_embd.weight", (VOCABULARY, width), q4),
         ("output.weight", (VOCABULARY, width), q6),
@@ -234,9 +238,8 @@ def add_metadata(writer: gguf.GGUFWriter, layers: int, width: int, mlp: int, kv_
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     letters = "abcdefghijklmnopqrstuvwxyz"
-    two = [
-        a + b for a in letters for b in letters
-    ]  # so that every longer word is made of two pieces
+    # so that every longer word is made of two pieces
+    two = [a + b for a in letters for b in letters]
     words = two + [a + b for a in two for b in letters] + [a + b for a in two for b in two]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, *words]
     kinds = [2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)]

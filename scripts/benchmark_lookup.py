@@ -25,14 +25,14 @@ from mistral.chat.formats import chat_format, encode_chat
 from mistral.chat.formats.prompts import json_prompt, tool_prompt
 from mistral.chat.grammar import json_constraint, tool_call_constraint
 from mistral.chat.grammar.token_masks import GrammarConstraint
-from mistral.engine.decoder import Engine
+from mistral.engine.base import Engine
 from mistral.engine.speculation import LookupDecoder
 from mistral_kernels import open_engine
 
 GREEDY = mistral.Sampling(temperature=0.0)
 KINDS = ("words to repeat", "calls", "calls, grammar", "JSON", "JSON, grammar", "talk")
 
-PAGE = """# More than one token a forward: prompt lookup
+PAGE = """# More than one token per forward pass: prompt lookup
 
 `{command}`, {date}: {machine}, Python {python}, torch {torch}.
 {requests} prompts of each kind, of words that training never used (but for talk and words to repeat), answered
@@ -42,10 +42,10 @@ the last.
 
 {table}
 
-Without lookup there is one token a forward, or more where a grammar leaves no choice. If a forward of nine tokens took
-no longer than a forward of one, speed would grow as the tokens a forward do. A large model comes near to that, for its
-time goes into reading its weights; in one as small as the demo every guessed token costs time, right or wrong. "Same
-text" counts the answers that are, id for id, what they are without lookup.
+Without lookup a forward pass yields one token, or more if a grammar leaves no choice. If a pass over nine tokens took no
+longer than a pass over one, speed would grow in proportion to the tokens per pass. A large model comes near to that,
+because its time goes into reading its weights; in one as small as the demo every guessed token costs time, right or
+wrong. "Same text" counts the answers that are, id for id, what they are without lookup.
 
 On a GPU: {gpu}.
 """
@@ -65,16 +65,16 @@ class Side:
 
     texts: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
-    forwards: int = 0
+    forward_passes: int = 0
 
     @property
     def tokens(self) -> int:
-        """Of all answers."""
+        """Tokens of all answers."""
         return sum(map(len, self.texts))
 
     @property
     def rate(self) -> float:
-        """Tokens/s behind the first token of each answer, which belongs to reading the prompt."""
+        """Tokens/s after the first token of each answer, which belongs to the prefill."""
         return (self.tokens - len(self.texts)) / self.seconds if self.seconds else 0.0
 
 
@@ -124,7 +124,8 @@ def main() -> None:
         common.note(f"{kind} ...")
         cases = make_cases(kind, args, tokenizer, model.config.vocab_size)
         results[kind] = measure((plain, lookup), cases, args, stop_tokens)
-    table, facts = to_table(results), machine.facts(model.device, model.dtype)
+    table = to_table(results)
+    facts = machine.facts(model.device, model.dtype)
     print(f"{engine}\n\n{table}")
     if args.page:
         write_page(args, facts, table, engine, model.device)
@@ -136,23 +137,24 @@ def make_cases(
     kind: str, args: argparse.Namespace, tokenizer: mistral.Tokenizer, vocab_size: int
 ) -> list[Case]:
     """Prompts of one kind; the same ones with and without a grammar."""
-    random, cases = Random(f"{args.seed} {kind.split(',')[0]}"), []
+    random = Random(f"{args.seed} {kind.split(',')[0]}")
+    cases = []
     questions = [question for questions, _ in TALK for question in questions]
     for _ in range(args.requests):
-        system, constraint = "", None
+        system = ""
+        constraint = None
         if kind == "talk":
             user = random.choice(questions)
         elif kind == "words to repeat":
             user = echo_dialogue(random)[0].content
         elif kind.startswith("calls"):
             tools, user, _ = unseen_request(random, 2)
-            system, constraint = (
-                tool_prompt(tools),
-                tool_call_constraint(tokenizer, vocab_size, tools),
-            )
+            system = tool_prompt(tools)
+            constraint = tool_call_constraint(tokenizer, vocab_size, tools)
         else:
             schema, user, _ = record(random, held_out=True)
-            system, constraint = json_prompt(schema), json_constraint(tokenizer, vocab_size, schema)
+            system = json_prompt(schema)
+            constraint = json_constraint(tokenizer, vocab_size, schema)
         messages = [
             {"role": role, "content": text}
             for role, text in (("system", system), ("user", user))
@@ -171,7 +173,8 @@ def measure(
     stop_tokens: Sequence[int],
 ) -> tuple[Side, Side]:
     """Answer all prompts without and with lookup, in turns."""
-    sides, lookup = (Side(), Side()), engines[1]
+    sides = (Side(), Side())
+    lookup = engines[1]
     before = lookup.plain_forwards, lookup.forwards
     for i, case in enumerate(cases):
         quickest = [float("inf"), float("inf")]
@@ -183,8 +186,8 @@ def measure(
                     sides[n].texts.append(ids)
         for side, seconds in zip(sides, quickest):
             side.seconds += seconds
-    sides[0].forwards = (lookup.plain_forwards - before[0]) // args.repeats
-    sides[1].forwards = (lookup.forwards - before[1]) // args.repeats
+    sides[0].forward_passes = (lookup.plain_forwards - before[0]) // args.repeats
+    sides[1].forward_passes = (lookup.forwards - before[1]) // args.repeats
     return sides
 
 
@@ -203,10 +206,10 @@ def answer(
 
 
 def row(plain: Side, lookup: Side) -> dict[str, float]:
-    """One kind's numbers."""
+    """The results of one kind of prompt."""
     return {
-        "plain_tokens_a_forward": round(plain.tokens / plain.forwards, 2),
-        "lookup_tokens_a_forward": round(lookup.tokens / lookup.forwards, 2),
+        "plain_tokens_per_pass": round(plain.tokens / plain.forward_passes, 2),
+        "lookup_tokens_per_pass": round(lookup.tokens / lookup.forward_passes, 2),
         "plain_tokens_per_s": round(plain.rate, 1),
         "lookup_tokens_per_s": round(lookup.rate, 1),
         "ratio": round(lookup.rate / plain.rate, 2) if plain.rate else 0.0,
@@ -219,17 +222,17 @@ def row(plain: Side, lookup: Side) -> dict[str, float]:
 def to_table(results: dict[str, tuple[Side, Side]]) -> str:
     """As Markdown."""
     lines = [
-        "| answers | tokens each | tokens a forward: plain | lookup | tokens/s: plain | lookup | "
-        "ratio | same text |",
+        "| answers | tokens each | tokens per forward pass: plain | lookup "
+        "| tokens/s: plain | lookup | ratio | same text |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind, sides in results.items():
         r = row(*sides)
         lines.append(
-            f"| {kind} | {r['tokens_an_answer']:.0f} | {r['plain_tokens_a_forward']:.2f} | "
-            f"{r['lookup_tokens_a_forward']:.2f} | {r['plain_tokens_per_s']:.0f} | "
-            f"{r['lookup_tokens_per_s']:.0f} | "
-            f"{r['ratio']:.2f} | {r['same_text']} of {r['answers']} |"
+            f"| {kind} | {r['tokens_an_answer']:.0f} "
+            f"| {r['plain_tokens_per_pass']:.2f} | {r['lookup_tokens_per_pass']:.2f} "
+            f"| {r['plain_tokens_per_s']:.0f} | {r['lookup_tokens_per_s']:.0f} "
+            f"| {r['ratio']:.2f} | {r['same_text']} of {r['answers']} |"
         )
     return "\n".join(lines)
 

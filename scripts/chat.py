@@ -1,5 +1,6 @@
-"""Chat with a model in the terminal. /help lists the commands; a line that ends with \\ goes on in
-the next one.
+"""Chat with a model in the terminal.
+
+/help lists the commands; a line that ends with \\ continues in the next one.
 """
 
 import argparse
@@ -10,15 +11,14 @@ from pathlib import Path
 import common
 
 from mistral.chat import Conversation, events
-from mistral.engine.speculation import LookupDecoder
 
 HELP = """/reset          forget what was said
 /system TEXT    begin anew with this system message (none: without one)
 /save FILE      write the conversation as JSON lines
-/load FILE      go on with a saved one
+/load FILE      continue a saved one
 /help           this list
 /quit           leave (or Ctrl-D)
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next one.
+Ctrl-C stops an answer. A line that ends with \\ continues in the next one.
 A line of \"\"\" begins a longer text, and another one ends it."""
 
 
@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     )
     common.add_model_arguments(parser)
     parser.add_argument("--system", help="the system message")
-    parser.add_argument("--load", type=Path, help="go on with a conversation that /save wrote")
+    parser.add_argument("--load", type=Path, help="continue a conversation that /save wrote")
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.7)
     common.add_engine_argument(parser)
@@ -36,8 +36,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.load and (args.system or args.format):
         raise ValueError(
-            "a conversation that is loaded has its own system message and format; leave out the "
-            "options"
+            "a conversation that is loaded has its own system message and format; "
+            "leave out the options"
         )
     return args
 
@@ -46,18 +46,15 @@ def main() -> None:
     args = arguments()
     options = dict(sampling=common.sampling(args), max_new_tokens=args.max_new_tokens)
     model, tokenizer = common.load(args)
-    decoder, engine = common.open_chat_engine(args, model)
-    if args.lookup:
-        decoder = LookupDecoder(decoder, args.lookup)
+    decoder, engine = common.open_chat_engine(args, model, args.max_tokens)
 
     def begin(system: str | None) -> Conversation:
         decoder.rewind(decoder.lengths[0])
         return Conversation(decoder, tokenizer, system=system, format=args.format, **options)
 
     def resume(path: Path) -> Conversation:
-        decoder.rewind(
-            decoder.lengths[0]
-        )  # if the file is none, the conversation before it is read again
+        # If the file cannot be loaded, the previous conversation is prefilled again.
+        decoder.rewind(decoder.lengths[0])
         return Conversation.load(path, decoder, tokenizer, **options)
 
     conversation = resume(args.load) if args.load else begin(args.system)
@@ -82,7 +79,7 @@ def command(
     begin: Callable[[str | None], Conversation],
     resume: Callable[[Path], Conversation],
 ) -> Conversation:
-    """Do what a line beginning with / says; the conversation to go on with. EOFError: leave."""
+    """Obey a line that begins with /; returns the conversation to continue. EOFError: leave."""
     name, _, rest = text.partition(" ")
     if name in ("/save", "/load") and not rest:
         raise ValueError(f"{name} needs the name of a file")
@@ -108,7 +105,9 @@ def command(
 
 def answer(conversation: Conversation, text: str) -> None:
     """Print the answer as it comes, and then what it took."""
-    before, start, first = conversation.tokens_written, time.perf_counter(), None
+    before = conversation.tokens_written
+    start = time.perf_counter()
+    first = None
     reason = "stopped"
     try:
         for event in conversation.say(text):
@@ -123,9 +122,11 @@ def answer(conversation: Conversation, text: str) -> None:
         print("\n" if first else "", end="", flush=True)
         common.note(f"error: {error}")
         return
-    end, written = time.perf_counter(), conversation.tokens_written - before
+    end = time.perf_counter()
+    written = conversation.tokens_written - before
     print(flush=True)
-    window, length = conversation.decoder.config.sliding_window, conversation.tokens_held
+    window = conversation.decoder.config.sliding_window
+    length = conversation.tokens_held
     rolled = f", {length - window:,} have left the window" if window and length > window else ""
     rate = f"{(written - 1) / (end - first):.1f} tokens/s" if first and written > 1 else "no rate"
     waited = f"{(first or end) - start:.2f} s to the first"

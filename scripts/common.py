@@ -1,10 +1,7 @@
-"""What the scripts share: the model's arguments, and ending in one clear line instead of a
-traceback.
-"""
+"""What the scripts share: arguments, engines, messages, and one clear line for an error."""
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import re
 import signal
@@ -12,8 +9,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# The imports below, and then the script's own, take seconds. Until `run`, Ctrl-C ends the process
-# without a traceback.
+# The imports below, and then the script's own, take seconds. Until `run` is called, Ctrl-C ends the
+# process without a traceback.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch  # noqa: E402
@@ -21,8 +18,9 @@ import torch  # noqa: E402
 import mistral  # noqa: E402
 from mistral.chat.answer import SLACK  # noqa: E402
 from mistral.chat.formats import FORMATS  # noqa: E402
-from mistral.engine.decoder import Engine  # noqa: E402
+from mistral.engine.base import Engine  # noqa: E402
 from mistral.engine.memory import format_bytes  # noqa: E402
+from mistral.engine.speculation import LookupDecoder  # noqa: E402
 from mistral.quantization.quantize import KINDS  # noqa: E402
 from mistral_kernels import engines  # noqa: E402
 
@@ -32,12 +30,14 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+MODEL = (
+    "a checkpoint's folder, a GGUF file, or owner/repo on the hub "
+    "(owner/repo:Q4_K_M for one of its GGUFs)"
+)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message: str) -> None:
@@ -45,19 +45,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the options\n")
 
 
-def parser(description: str, example: str) -> Parser:
+def parser(description: str, example: str) -> _Parser:
     """A parser whose --help ends with an example."""
-    return Parser(
+    return _Parser(
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-MODEL = (
-    "a checkpoint's folder, a GGUF file, or owner/repo on the hub (owner/repo:Q4_K_M for one "
-    "of its GGUFs)"
-)
 
 
 def add_model_arguments(
@@ -79,9 +73,7 @@ def add_model_arguments(
         "--window",
         type=window,
         default="auto",
-        help=(
-            "sliding window: a number of tokens, none, or auto: what the checkpoint says (default)"
-        ),
+        help="sliding window: a number of tokens, none, or auto (default): as the checkpoint says",
     )
     to.add_argument(
         "--packed",
@@ -136,8 +128,16 @@ def add_sampling_arguments(to: argparse.ArgumentParser, temperature: float) -> N
 
 def sampling(arguments: argparse.Namespace) -> mistral.Sampling:
     """The sampling that the arguments of `add_sampling_arguments` describe."""
-    names = [field.name for field in dataclasses.fields(mistral.Sampling)]
-    return mistral.Sampling(**{name: getattr(arguments, name) for name in names})
+    return mistral.Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        typical_p=arguments.typical_p,
+        repetition_penalty=arguments.repetition_penalty,
+        no_repeat_ngram_size=arguments.no_repeat_ngram_size,
+        seed=arguments.seed,
+    )
 
 
 def add_engine_argument(to: argparse.ArgumentParser) -> None:
@@ -146,7 +146,7 @@ def add_engine_argument(to: argparse.ArgumentParser) -> None:
         "--engine",
         choices=engines.ENGINES,
         default="auto",
-        help="default: auto, which takes what works and says why",
+        help="default: auto, the fastest engine that runs here",
     )
 
 
@@ -154,51 +154,61 @@ def add_lookup_argument(to: argparse.ArgumentParser) -> None:
     """--lookup."""
     to.add_argument(
         "--lookup",
-        type=count,
+        type=_count,
         default=0,
         metavar="N",
         help="guess N tokens at a time from the text (default: 0, none)",
     )
 
 
-def count(text: str) -> int:
+def _count(text: str) -> int:
     """A number of 0 or more, for argparse."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
     return int(text)
 
 
-def open_chat_engine(arguments: argparse.Namespace, model: mistral.Mistral) -> tuple[Engine, str]:
-    """The decoder that --engine names, as a conversation needs it (with --max-tokens, if there is
-    one); its line.
+def open_chat_engine(
+    arguments: argparse.Namespace, model: mistral.Mistral, max_tokens: int | None
+) -> tuple[Engine, str]:
+    """The engine that --engine and --lookup name, for one conversation, and a line about it.
+
+    max_tokens  capacity of the cache; None: the model's max_position_embeddings
     """
-    max_tokens = getattr(arguments, "max_tokens", None)
     if model.config.sliding_window is None and max_tokens is None:
         max_tokens = model.config.max_position_embeddings
-    slack = SLACK + getattr(
-        arguments, "lookup", 0
-    )  # wrong guesses are taken back, and spelled ends as well
-    return engines.open_engine(arguments.engine, model, 1, max_tokens, slack=slack, say=note)
+    engine, line = engines.open_engine(
+        arguments.engine,
+        model,
+        1,
+        max_tokens,
+        slack=SLACK + arguments.lookup,  # ends that the model spells, and wrong guesses
+        say=note,
+    )
+    if arguments.lookup:
+        engine = LookupDecoder(engine, arguments.lookup)
+    return engine, line
 
 
 def open_batch_engines(
     arguments: argparse.Namespace, model: mistral.Mistral, max_tokens: int
 ) -> Callable[[int], Engine]:
-    """Gives the empty decoder that --engine names for a number of rows; each is made once, and says
-    which it is.
+    """A function from a number of rows to the empty engine that --engine names.
 
-    max_tokens  the room that each row needs
+    Each engine is opened once, with a note that says which it is.
+
+    max_tokens  the capacity that each row needs
     """
-    made: dict[int, Engine] = {}
+    opened: dict[int, Engine] = {}
 
     def empty_decoder(rows: int) -> Engine:
-        if rows not in made:
-            made[rows], line = engines.open_engine(
+        if rows not in opened:
+            opened[rows], line = engines.open_engine(
                 arguments.engine, model, rows, max_tokens, slack=0, say=note
             )
             note(f"{line}, {rows} at once")
-        made[rows].rewind(made[rows].lengths)
-        return made[rows]
+        opened[rows].rewind(opened[rows].lengths)
+        return opened[rows]
 
     return empty_decoder
 
@@ -206,23 +216,24 @@ def open_batch_engines(
 def add_chat_arguments(to: argparse.ArgumentParser) -> None:
     """--format and --max-tokens."""
     to.add_argument(
-        "--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)"
+        "--format", choices=FORMATS, help="chat format (default: chosen by the vocabulary)"
     )
     to.add_argument(
         "--max-tokens",
         type=int,
-        help="room for a model without a window (default: what it was made for)",
+        help="capacity of the cache without a window (default: max_position_embeddings)",
     )
 
 
 def read_message() -> str | None:
-    """What the person types, perhaps several lines;
+    """What the person types, perhaps several lines; "" for nothing, None at the end of the input.
 
-    None at the end of the input, "" for nothing.
+    A line that ends with a backslash continues, and lines of three quotes enclose a longer text.
     """
     lines: list[str] = []
-    with contextlib.suppress(ImportError):  # Windows has none
-        import readline  # noqa: F401  `input` is a line editor then; without, the terminal cuts lines at 4,095 bytes
+    with contextlib.suppress(ImportError):  # not on Windows
+        # `input` is a line editor then. Without it a terminal cuts lines at 4,095 bytes.
+        import readline  # noqa: F401
     try:
         line = input("> " if sys.stdin.isatty() else "")
         if line.strip() == '"""':
@@ -236,7 +247,7 @@ def read_message() -> str | None:
     except EOFError:
         return "\n".join(lines) if lines else None
     except UnicodeDecodeError as error:
-        note(f"error: that was no UTF-8: {error}")
+        note(f"error: the input is not valid UTF-8: {error}")
         return ""
     except KeyboardInterrupt:
         print()
@@ -244,19 +255,20 @@ def read_message() -> str | None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters other than newlines and tabs: a model must not steer the
-    terminal.
+    """The text with control characters spelled out, but for newlines and tabs.
+
+    A model must not control the terminal.
     """
-    return CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def introduce(model: str) -> None:
-    """What the demo is, where it is used."""
+    """Say what the demo is, if it is used."""
     if model == "demo":
         note(
             "This is the demo: a Mistral of 3.3 million parameters, trained on made-up dialogues "
-            "about tools, JSON and "
-            "this project. Name a folder, a GGUF file or owner/repo for a real one."
+            "about tools, JSON and this project. "
+            "Name a folder, a GGUF file or owner/repo for a real one."
         )
 
 
@@ -266,20 +278,21 @@ def note(text: str) -> None:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that was in use: of the GPU's by PyTorch, else of the process."""
+    """The most memory that PyTorch used on the GPU, or that the process used."""
     if device.type == "cuda":
         return format_bytes(torch.cuda.max_memory_allocated(device))
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:  # on Windows
         return "unknown"
     unit = 1 if sys.platform == "darwin" else 1024
     return format_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main function and exit with its code; expected errors become one line and exit
-    code 1.
+    """Run a script's main function and exit with its code, or with 1 after an expected error.
+
+    Such an error is one line on stderr, never a traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.showwarning = lambda message, *_: note(f"note: {message}")
@@ -289,20 +302,17 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         code = 130
         note("stopped")
-    except BrokenPipeError:  # the reader of our output has left
+    except BrokenPipeError:  # the reader of our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except (mistral.MistralError, ValueError, OSError, OverflowError, RecursionError) as error:
         code = 1
         note(f"error: {printable(' '.join(str(error).split()))}")
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-            error
-        ):
+        on_cpu = "can't allocate memory" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
         code = 1
         wanted = str(error).splitlines()[0].split("DefaultCPUAllocator: ")[-1]
-        note(
-            f"error: out of memory: {wanted}; a shorter text or a --dtype of fewer bytes needs less"
-        )
+        note(f"error: out of memory: {wanted}; a shorter prompt or --dtype bfloat16 needs less")
     sys.exit(code)

@@ -1,5 +1,6 @@
-"""Compare a checkpoint's numbers with transformers', layer by layer; exit code 1 where they
-differ.
+"""Compare a checkpoint's forward pass with transformers', layer by layer.
+
+The exit code is 1 if they differ.
 """
 
 import argparse
@@ -17,9 +18,8 @@ from mistral.engine.memory import require_memory
 
 TEXT = (
     "Mistral 7B leverages grouped-query attention for faster inference, coupled with sliding "
-    "window attention to "
-    "handle sequences of arbitrary length with a reduced inference cost.\n\n```python\ndef "
-    "window(i, W):\n"
+    "window attention to handle sequences of arbitrary length with a reduced inference cost.\n\n"
+    "```python\ndef window(i, W):\n"
     "    return range(max(0, i - W + 1), i + 1)  # naïve — 滑动窗口 🪟\n```\n"
 )
 
@@ -54,10 +54,8 @@ def main() -> int:
     ours, tokenizer = common.load(args)
     tokens = tokens_to_compare(args, ours, tokenizer)
     theirs = load_theirs(local_path(args.model, args.revision), ours)
-    mine, reference = (
-        record(ours, lambda: ours(tokens)),
-        record(theirs, lambda: theirs(tokens, use_cache=False).logits),
-    )
+    mine = record(ours, lambda: ours(tokens))
+    reference = record(theirs, lambda: theirs(tokens, use_cache=False).logits)
     return report(mine, reference, ours.config.sliding_window, args.tolerance)
 
 

@@ -1,6 +1,4 @@
-"""Score function calling or JSON mode by the rules behind the model card's 91% and 84%, and by
-corrected ones.
-"""
+"""Score function calling or JSON mode by the model card's rules and by corrected ones."""
 
 import argparse
 import json
@@ -33,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        help="keep every answer in this .jsonl; the same command goes on there",
+        help="keep every answer in this .jsonl; the same command continues there",
     )
     parser.add_argument(
         "--rules", choices=("paper", "fixed", "both"), default="both", help="default: both"
@@ -59,15 +57,20 @@ def main() -> None:
     args = arguments()
     rows = read_rows(args.data, args.task, args.limit)
     names = (
-        "task model revision window packed quantize engine temperature max_new_tokens seed "
-        "batch_size"
+        "task model revision window packed quantize engine "
+        "temperature max_new_tokens seed batch_size"
     )
-    settings = {name: getattr(args, name) for name in names.split()}
+    settings = {name: vars(args)[name] for name in names.split()}
     model, tokenizer = common.load(args)
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": fingerprint(model)}
     answers = Answers(args.output, settings)
-    sampling = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed")}
-    ask = ModelAnswers(model, tokenizer, **sampling)
+    ask = ModelAnswers(
+        model,
+        tokenizer,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
     ask.empty_decoder = common.open_batch_engines(args, model, ask.check(rows))
     if args.output is None:
         common.note("the answers are not kept: --output FILE keeps them")

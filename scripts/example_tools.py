@@ -1,5 +1,4 @@
-"""Tools to try function calling with: `scripts/function_calling.py` offers them unless --tools
-names another file.
+"""The tools that `scripts/function_calling.py` offers unless --tools names another file.
 
 It is the model that names the file to count, so only those in the folder where the script was
 started, and below, are read.
@@ -13,7 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from mistral.chat import tool
 
-OPERATORS = {
+_OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -25,7 +24,7 @@ OPERATORS = {
     ast.UAdd: operator.pos,
 }
 # How much of a base unit one of each unit is: metres, kilograms, litres
-UNITS = {
+_UNITS = {
     "length": {
         "kilometers": 1000,
         "meters": 1,
@@ -37,7 +36,7 @@ UNITS = {
     "weight": {"kilograms": 1, "grams": 0.001, "pounds": 0.45359237, "ounces": 0.028349523125},
     "volume": {"liters": 1, "gallons": 3.785411784},
 }
-LARGEST_FILE = 100_000_000  # bytes
+_LARGEST_FILE = 100_000_000  # bytes
 
 
 @tool
@@ -57,14 +56,15 @@ def _value(node: ast.expr) -> float:
     """Numbers and operators only: what the model wrote is read, never run."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
-    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](_value(node.operand))
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = _value(node.left), _value(node.right)
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left = _value(node.left)
+        right = _value(node.right)
         if isinstance(node.op, ast.Pow) and (abs(right) > 100 or abs(left) > 1e6):
             raise ValueError("the power is too large")
-        return OPERATORS[type(node.op)](left, right)
-    raise ValueError(f"{ast.unparse(node)} is no arithmetic")
+        return _OPERATORS[type(node.op)](left, right)
+    raise ValueError(f"{ast.unparse(node)} is not arithmetic")
 
 
 @tool
@@ -89,10 +89,10 @@ def convert_units(value: float, from_unit: str, to_unit: str) -> float:
         from_unit: The unit to convert from, such as kilometers.
         to_unit: The unit to convert to, such as miles.
     """
-    for units in UNITS.values():
+    for units in _UNITS.values():
         if from_unit in units and to_unit in units:
             return round(value * units[from_unit] / units[to_unit], 3)
-    known = "; ".join(f"{kind}: {', '.join(units)}" for kind, units in UNITS.items())
+    known = "; ".join(f"{kind}: {', '.join(units)}" for kind, units in _UNITS.items())
     raise ValueError(f"cannot convert {from_unit} to {to_unit}. There are {known}")
 
 
@@ -104,16 +104,16 @@ def count_words(path: str) -> int:
         path: The path of the file.
     """
     folder = Path.cwd().resolve()
-    file = (folder / path).resolve()  # where it truly is, behind .. and links
+    file = (folder / path).resolve()  # resolves .. and links
     if not file.is_relative_to(folder):
         raise ValueError(f"{path} is outside of {folder}; only files in it can be read")
     if not file.is_file():
         raise ValueError(f"there is no file {path}")
     with file.open("rb") as opened:
-        content = opened.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
+        content = opened.read(_LARGEST_FILE + 1)
+    if len(content) > _LARGEST_FILE:
         raise ValueError(f"{path} is larger than 100 MB")
     try:
         return len(content.decode("utf-8").split())
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8") from None
+        raise ValueError(f"{path} is not a text in UTF-8") from None

@@ -14,7 +14,6 @@ import common
 from mistral.chat import Conversation, events
 from mistral.chat.formats import render_chat
 from mistral.chat.tools import Tool
-from mistral.engine.speculation import LookupDecoder
 
 TOOLS = Path(__file__).with_name("example_tools.py")
 
@@ -63,11 +62,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    tools, sampling = read_tools(args.tools), common.sampling(args)
+    tools = read_tools(args.tools)
+    sampling = common.sampling(args)
     model, tokenizer = common.load(args)
-    decoder, engine = common.open_chat_engine(args, model)
-    if args.lookup:
-        decoder = LookupDecoder(decoder, args.lookup)
+    decoder, engine = common.open_chat_engine(args, model, args.max_tokens)
     conversation = Conversation(
         decoder,
         tokenizer,

@@ -8,21 +8,19 @@ import common
 
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
+from mistral.engine.base import Constraint
 from mistral.engine.speculation import LookupDecoder
 from mistral_kernels import open_engine
 
 
-class Clock:
+class Clock(Constraint):
     """Allows every token and notes when it came."""
 
-    fixed = True  # so that an engine may run ahead of what is looked at
+    is_static = True  # no mask: an engine may keep steps in flight
 
     def __init__(self):
         self.start = time.perf_counter()
         self.times: list[float] = []
-
-    def mask(self) -> None:
-        return None
 
     def accept(self, id: int) -> None:
         self.times.append(time.perf_counter() - self.start)
@@ -34,7 +32,7 @@ def arguments() -> argparse.Namespace:
         'python scripts/generate.py ~/Mistral-7B-v0.1 --prompt "The capital of France is"',
     )
     common.add_model_arguments(parser)
-    parser.add_argument("--prompt", help="the text to continue; none: what is piped in")
+    parser.add_argument("--prompt", help="the text to continue (default: standard input)")
     parser.add_argument(
         "--special",
         action="store_true",
@@ -64,15 +62,16 @@ def main() -> None:
     prompt = prompt_text(args)
     sampling = common.sampling(args)
     model, tokenizer = common.load(args)
-    ids, ends = tokenizer.encode(prompt, special=args.special), dict(stop=args.stop)
+    ids = tokenizer.encode(prompt, special=args.special)
+    ends = dict(stop=args.stop)
     if args.chat:
-        ids, chat = (
-            encode_chat(tokenizer, [{"role": "user", "content": prompt}]),
-            chat_format(tokenizer),
-        )
+        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
+        chat = chat_format(tokenizer)
         stop = [*args.stop, *chat.spelled_ends]
         ends = dict(
-            stop=stop, stop_tokens=chat.stop_ids(tokenizer), new_text=chat.reply_begins_text
+            stop=stop,
+            stop_tokens=chat.stop_ids(tokenizer),
+            strip_leading_space=chat.strip_leading_space,
         )
     room = room_for(ids, args.max_new_tokens, model.config)
     decoder, engine = open_engine(
@@ -105,27 +104,24 @@ def main() -> None:
 
 
 def prompt_text(args: argparse.Namespace) -> str:
-    """--prompt, or what is piped in."""
+    """--prompt, or standard input."""
     if args.prompt is None and sys.stdin.isatty():
-        raise ValueError('there is no prompt: give --prompt "some text", or pipe a text in')
+        raise ValueError('there is no prompt: name one with --prompt "some text", or pipe it in')
     try:
         prompt = sys.stdin.buffer.read().decode("utf-8") if args.prompt is None else args.prompt
     except UnicodeDecodeError as error:
-        raise ValueError(f"what was piped in is not UTF-8: {error}") from None
+        raise ValueError(f"standard input is not UTF-8: {error}") from None
     if not prompt:
         raise ValueError("the prompt is empty; give it at least one character to continue")
     return prompt
 
 
 def room_for(ids: list[int], new: int, config: mistral.Config) -> int:
-    """Tokens in the end. ValueError for more than the checkpoint can take: now, and not after
-    thousands of tokens.
-    """
+    """Tokens at the end. ValueError at once for more than the checkpoint can take."""
     if (room := len(ids) + new) > (limit := config.max_position_embeddings):
         raise ValueError(
             f"a prompt of {len(ids)} tokens and {new} new ones make {room}, and the checkpoint was "
-            f"made for {limit}: "
-            "shorten the prompt or lower --max-new-tokens"
+            f"made for {limit}: shorten the prompt or lower --max-new-tokens"
         )
     return max(room, 1)
 

@@ -2,20 +2,18 @@
 
 import re
 from collections import defaultdict
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import common
 import numpy as np
 import torch
 
 from mistral.cache import cache_slots
-from mistral.checkpoints import consolidated, gguf, hugging_face
-from mistral.checkpoints.assemble import dtype_name
-from mistral.checkpoints.gguf_config import read_config
-from mistral.checkpoints.gguf_tokenizer import read_tokenizer
-from mistral.checkpoints.load import local_path
-from mistral.checkpoints.safetensors_files import StoredTensor, stored_tensors
+from mistral.checkpoints.assemble import match_tensors
+from mistral.checkpoints.gguf import GgufReader
+from mistral.checkpoints.load import local_path, open_reader
+from mistral.checkpoints.reader import StoredTensor, dtype_name
 from mistral.config import Config
 from mistral.engine.memory import format_bytes
 from mistral.tokenizer import Tokenizer
@@ -32,65 +30,20 @@ def main() -> None:
     )
     args = parser.parse_args()
     common.introduce(args.model)
-    path = local_path(args.model, args.revision)
-    if path.is_file():
-        inspect_gguf(path, args.all)
-    elif (path / "config.json").exists():
-        inspect_hugging_face(path, args.all)
-    elif (path / "params.json").exists():
-        inspect_consolidated(path, args.all)
-    else:
-        raise ValueError(
-            f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)"
-        )
-
-
-def inspect_hugging_face(path: Path, every: bool) -> None:
-    config = hugging_face.read_config(path)
+    reader = open_reader(local_path(args.model, args.revision))
+    config = reader.config()
+    if note := reader.window_note(config):
+        common.note(f"note: {note}")
+    tensors = reader.tensors()
+    packed = None
     print_config(config)
-    print_tensors({name: row(tensor) for name, tensor in stored_tensors(path).items()}, every)
-    print_memory(config)
-    hugging_face.checked_tensors(path, config)
-    print_tokenizer(hugging_face.read_tokenizer(path, config), config)
-
-
-def inspect_consolidated(path: Path, every: bool) -> None:
-    tensors, tokenizer = consolidated.read_tensors(path), consolidated.read_tokenizer(path)
-    config = consolidated.read_config(path, tensors, tokenizer)
-    print_config(config)
-    print_tensors({name: row(tensor, path) for name, tensor in tensors.items()}, every)
-    print_memory(config)
-    consolidated.checked_tensors(path, tensors, config)
-    print_tokenizer(tokenizer, config)
-
-
-def inspect_gguf(path: Path, every: bool) -> None:
-    header = gguf.read_files(path)
-    config = read_config(path, header)
-    print_config(config)
-    print_metadata(header)
-    rows = {
-        n: Row(t.path.name, t.shape, t.kind.name, t.num_bytes) for n, t in header.tensors.items()
-    }
-    print_tensors(rows, every)
-    print_memory(config, packed=sum(tensor.num_bytes for tensor in header.tensors.values()))
-    gguf.checked_tensors(path, header, config)
-    print_tokenizer(read_tokenizer(path, header, config), config)
-
-
-class Row(NamedTuple):
-    """A tensor on disk, as the table shows it."""
-
-    file: str
-    shape: tuple[int, ...]
-    kind: str
-    size: int
-
-
-def row(tensor: StoredTensor | torch.Tensor, folder: Path | None = None) -> Row:
-    if isinstance(tensor, StoredTensor):
-        return Row(tensor.path.name, tensor.shape, dtype_name(tensor.dtype), tensor.num_bytes)
-    return Row(consolidated.PICKLE, tuple(tensor.shape), dtype_name(tensor.dtype), tensor.nbytes)
+    if isinstance(reader, GgufReader):
+        print_metadata(reader.header.metadata)
+        packed = sum(tensor.num_bytes for tensor in tensors.values())
+    print_tensors(tensors, args.all)
+    print_memory(config, packed)
+    match_tensors(reader, config)
+    print_tokenizer(reader.tokenizer(config.eos_token_id), config)
 
 
 def print_config(config: Config) -> None:
@@ -99,36 +52,33 @@ def print_config(config: Config) -> None:
         print(f"  {name:<24} {value}")
 
 
-def print_metadata(header: gguf.GgufHeader) -> None:
-    heading(f"metadata: {len(header.metadata)} keys")
-    for key, value in header.metadata.items():
+def print_metadata(metadata: dict[str, Any]) -> None:
+    heading(f"metadata: {len(metadata)} keys")
+    for key, value in metadata.items():
         text = f"{len(value):,} entries" if isinstance(value, (list, np.ndarray)) else repr(value)
         print(f"  {key:<42} {text if len(text) < 70 else text[:66] + ' ...'}")
 
 
-def print_tensors(stored: dict[str, Row], every: bool) -> None:
-    files = sorted({tensor.file for tensor in stored.values()})
-    size = sum(tensor.size for tensor in stored.values())
-    heading(
-        f"tensors: {len(stored)} in {len(files)} file{'s' * (len(files) > 1)}, {format_bytes(size)}"
-    )
-    rows: dict[tuple, list[Row]] = defaultdict(list)
+def print_tensors(stored: Mapping[str, StoredTensor], every: bool) -> None:
+    sizes: dict[str, int] = defaultdict(int)  # by file
+    for tensor in stored.values():
+        sizes[tensor.path.name] += tensor.num_bytes
+    files = f"{len(sizes)} file{'s' * (len(sizes) > 1)}"
+    heading(f"tensors: {len(stored)} in {files}, {format_bytes(sum(sizes.values()))}")
+    rows: dict[tuple, list[StoredTensor]] = defaultdict(list)
+    by_type: dict[str, int] = defaultdict(int)
     for name, tensor in stored.items():
         name = name if every else re.sub(r"^((?:model\.)?(?:layers|blk))\.\d+\.", r"\1.*.", name)
-        rows[name, tensor.shape, tensor.kind].append(tensor)
-    for (name, shape, kind), tensors in rows.items():
+        rows[name, tensor.shape, tensor.type_name].append(tensor)
+        by_type[tensor.type_name] += tensor.num_bytes
+    for (name, shape, type_name), tensors in rows.items():
         count = f"{len(tensors)} x " if len(tensors) > 1 else ""
-        total = format_bytes(sum(tensor.size for tensor in tensors))
-        print(f"  {name:<52} {count + str(list(shape)):>22} {kind:>9} {total:>10}")
-    by_kind: dict[str, int] = defaultdict(int)
-    for tensor in stored.values():
-        by_kind[tensor.kind] += tensor.size
-    print("  in all " + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in by_kind.items()))
-    for file in files if len(files) > 1 else ():
-        print(
-            f"  {file}: "
-            f"{format_bytes(sum(tensor.size for tensor in stored.values() if tensor.file == file))}"
-        )
+        total = format_bytes(sum(tensor.num_bytes for tensor in tensors))
+        print(f"  {name:<52} {count + str(list(shape)):>22} {type_name:>9} {total:>10}")
+    print("  in all " + ", ".join(f"{name} {format_bytes(n)}" for name, n in by_type.items()))
+    if len(sizes) > 1:
+        for file, size in sorted(sizes.items()):
+            print(f"  {file}: {format_bytes(size)}")
 
 
 def print_memory(config: Config, packed: int | None = None) -> None:
@@ -146,8 +96,8 @@ def print_memory(config: Config, packed: int | None = None) -> None:
         print(f"  {dtype_name(dtype):<10}{weights:>12}{caches}")
     if packed is not None:
         print(
-            f"  {'packed':<10}{format_bytes(packed):>12}   (as in the file, with --packed; the "
-            f"cache as above)"
+            f"  {'packed':<10}{format_bytes(packed):>12}   "
+            "(as in the file, with --packed; the cache as above)"
         )
     rolls = (
         f"the cache stops growing at the window of {window:,}"

@@ -11,7 +11,6 @@ import common
 from mistral.chat import generate_json
 from mistral.chat.formats import FORMATS
 from mistral.chat.structured import JSONError, read_schema
-from mistral.engine.speculation import LookupDecoder
 
 EXAMPLE = {
     "title": "Person",
@@ -37,7 +36,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--prompt",
-        help="what to ask; none: what is piped in, or with the example a built-in request",
+        help="what to ask (default: standard input, or with the example a built-in request)",
     )
     parser.add_argument(
         "--no-grammar",
@@ -48,7 +47,7 @@ def arguments() -> argparse.Namespace:
         "--retries", type=int, default=3, help="how often it may try again (default: 3)"
     )
     parser.add_argument(
-        "--format", choices=FORMATS, help="how messages are written (default: what the tokens tell)"
+        "--format", choices=FORMATS, help="chat format (default: chosen by the vocabulary)"
     )
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
@@ -64,14 +63,12 @@ def main() -> int:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().strip()
         prompt = prompt or (PROMPT if args.schema is None else "")
     if not prompt:
-        raise ValueError('there is no prompt: give --prompt "some text", or pipe a text in')
+        raise ValueError('there is no prompt: name one with --prompt "some text", or pipe it in')
     if args.retries < 0:
         raise ValueError("--retries must be 0 or more")
     sampling = common.sampling(args)
     model, tokenizer = common.load(args)
-    decoder, engine = common.open_chat_engine(args, model)
-    if args.lookup:
-        decoder = LookupDecoder(decoder, args.lookup)
+    decoder, engine = common.open_chat_engine(args, model, max_tokens=None)
     common.note(f"> {prompt}")
     start = time.perf_counter()
     try:

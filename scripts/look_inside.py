@@ -1,5 +1,4 @@
-"""Write one HTML page that shows what a model does with a text: tokens, attention, cache, layers,
-time.
+"""Write one HTML page about a forward pass: tokens, attention, cache, layers, time.
 
 The text is read and continued greedily. Open the page in a browser; click a token, or move with the
 arrow keys. It needs no network. What is shown was recorded by mistral/tracing.py from a real run
@@ -20,7 +19,7 @@ import numpy as np
 
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
-from mistral.checkpoints.assemble import dtype_name
+from mistral.checkpoints.reader import dtype_name
 from mistral.engine.memory import format_bytes
 from mistral.tracing import Recorder, Stopwatch, logit_lens, most_tokens
 
@@ -94,7 +93,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     model, tokenizer = common.load(args)
-    ids, stop_tokens = tokenizer.encode(args.text), None
+    ids = tokenizer.encode(args.text)
+    stop_tokens = None
     if args.chat:
         ids = encode_chat(tokenizer, [{"role": "user", "content": args.text}])
         stop_tokens = chat_format(tokenizer).stop_ids(tokenizer)
@@ -106,13 +106,13 @@ def main() -> None:
     args.output.write_text(page, encoding="utf-8")
     new = len(trace.tokens) - len(ids)
     common.note(
-        f"wrote {args.output}, {format_bytes(len(page.encode()))}: {len(ids)} tokens and {new} new "
-        f"ones"
+        f"wrote {args.output}, {format_bytes(len(page.encode()))}: "
+        f"{len(ids)} tokens and {new} new ones"
     )
 
 
 def check_output(path: Path) -> None:
-    """ValueError unless the page can be written there, without the loss of a file that is none."""
+    """ValueError unless the page can be written there without the loss of another file."""
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path.absolute().parent} is not a folder")
     if path.exists() and not is_ours(path):
@@ -134,17 +134,14 @@ def check_room(prompt: int, new: int, config: mistral.Config) -> None:
     if prompt + new > (most := min(MOST_TOKENS, most_tokens(config))):
         raise ValueError(
             f"the text has {prompt} tokens, and with {new} new ones that makes {prompt + new}; a "
-            f"page holds {most} of "
-            "this model: shorten the text or lower --new-tokens"
+            f"page holds {most} of this model: shorten the text or lower --new-tokens"
         )
 
 
 def record(
     model: mistral.Mistral, ids: list[int], new: int, stop_tokens: tuple[int, ...] | None
 ) -> tuple[Recorder, Stopwatch]:
-    """Generate up to `new` tokens under a recorder; then read the same tokens again under a
-    stopwatch.
-    """
+    """Generate up to `new` tokens under a recorder, then read them again under a stopwatch."""
     with Recorder(model) as trace:
         # One more than is shown: the last token that generation chooses is never read.
         chosen = list(
@@ -153,7 +150,7 @@ def record(
     decoder = mistral.Decoder(model, 1, len(ids) + new + 1, slack=0)
     with Stopwatch(model) as watch:
         for row in (ids, *([id] for id in chosen[:-1])):
-            decoder.read([row])
+            decoder.prefill([row])
     return trace, watch
 
 
@@ -242,19 +239,16 @@ def pack(array: np.ndarray) -> str:
 
 
 def eight_bits(weights: np.ndarray) -> np.ndarray:
-    """Attention weights [N, T, T] as 0 ..
-
-    255, only what is not in the future: [N, T (T + 1) / 2], row by row.
-    """
+    """Attention weights [N, T, T] as 0 .. 255, the past alone: [N, T (T + 1) / 2]."""
     return np.rint(weights.astype(np.float32) * 255).astype(np.uint8)[
         :, *np.tril_indices(weights.shape[1])
     ]
 
 
 def render(data: dict, trace: Recorder, most_bytes: int = MOST_BYTES) -> str:
-    """The page. Small attention weights are left out, from 1/255 up, until it fits;
+    """The page; small attention weights are dropped, from 1/255 up, until it fits.
 
-    ValueError where it never does.
+    Raises ValueError if it never does.
     """
     layers = [
         eight_bits(trace.attention(layer).numpy())

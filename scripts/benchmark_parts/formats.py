@@ -39,9 +39,7 @@ def kind_of(name: str, layer: int, layers: int, format: str) -> GgmlType:
 
 
 def replace_matrices(model: mistral.Mistral, format: str) -> None:
-    """Put packed layers in the places of all matrices; their blocks are not made yet if the model
-    is on `meta`.
-    """
+    """Replace all matrices by packed layers; on `meta`, their blocks are not allocated yet."""
     layers = model.config.num_hidden_layers
     for name, module in list(model.named_modules()):
         if not isinstance(module, (nn.Linear, nn.Embedding)):

@@ -27,13 +27,13 @@ def seconds(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of the quickest of some sums over 1 GB: reading and nothing else. Random numbers, not
-    zeros.
+    """Bytes/s of the quickest of some sums over 1 GB of random numbers: reading and nothing else.
 
     A GPU has done one in a quarter of a millisecond, and starting it and waiting for it would
     count: it does 20.
     """
-    numbers, times = torch.rand(250_000_000, device=device), 20 if device.type == "cuda" else 1
+    numbers = torch.rand(250_000_000, device=device)
+    times = 20 if device.type == "cuda" else 1
     sums = [numbers.sum, numbers.view(25_000, -1).sum, lambda: numbers.view(25_000, -1).sum(-1)]
     quickest = min(
         seconds(device, lambda run=run: [run() for _ in range(times)])
@@ -52,14 +52,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
     """The machine and the versions of everything that is measured."""
-    known = {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    }
+    known: dict[str, str | int] = {}
     if device.type == "cuda":
-        known |= {"cuda": torch.version.cuda or torch.version.hip}
+        known["machine"] = torch.cuda.get_device_name(device)
+        known["cuda"] = torch.version.cuda or torch.version.hip
     else:
-        known |= {"threads": torch.get_num_threads()}
-    known |= {"python": sys.version.split()[0], "torch": torch.__version__}
+        known["machine"] = _processor_name()
+        known["threads"] = torch.get_num_threads()
+    known["python"] = sys.version.split()[0]
+    known["torch"] = torch.__version__
     for name, package in (
         ("triton", "triton"),
         ("transformers", "transformers"),
@@ -70,7 +71,7 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
     return known | {"dtype": str(dtype).removeprefix("torch.")}
 
 
-def processor_name() -> str:
+def _processor_name() -> str:
     """As Linux calls it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

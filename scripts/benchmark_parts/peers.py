@@ -19,8 +19,7 @@ def transformers_model(model: mistral.Mistral, sliding_window: int | None) -> to
 
     names = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim "
-        "rms_norm_eps max_position_embeddings tie_word_embeddings"
+        "num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings"
     )
     config = transformers.MistralConfig(
         **{name: getattr(model.config, name) for name in names.split()},
@@ -36,9 +35,7 @@ def transformers_model(model: mistral.Mistral, sliding_window: int | None) -> to
 
 
 class GGUFFile:
-    """The model in a GGUF file, of its own dtype or packed as it is, in a folder that goes away
-    with this object.
-    """
+    """The model as a GGUF file, in its own dtype or packed; the file goes away with this object."""
 
     def __init__(self, model: mistral.Mistral):
         # Here, so that the others can be measured where gguf and sentencepiece are not installed

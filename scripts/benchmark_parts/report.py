@@ -12,9 +12,7 @@ HEAD = (
 
 
 def table(title: str, results: Sequence[dict]) -> str:
-    """One case: tokens/s of decode and prefill, what part of the roof that is, and the ratio to
-    transformers.
-    """
+    """One case: tokens/s, their share of the roof, and the ratio to transformers."""
     peer = next((r for r in results if r["engine"] == "transformers" and "failed" not in r), None)
     lines = [title, HEAD]
     for result in results:
@@ -26,7 +24,8 @@ def table(title: str, results: Sequence[dict]) -> str:
             for key in ("decode_tokens_per_s", "decode_median")
         ]
         ratio, medians = (f"{r:.2f}" if r else "-" for r in ratios)
-        first, peak = f"{1e3 * result['first_token_s']:,.1f} ms", result["peak_bytes"]
+        first = f"{1e3 * result['first_token_s']:,.1f} ms"
+        peak = result["peak_bytes"]
         lines.append(
             f"{result['engine']:<23}{result['decode_tokens_per_s']:>9,.1f}{result['decode_of_roof']:>9.1%}{ratio:>7}"
             f"{medians:>9}{result['prefill_tokens_per_s']:>11,.1f}{result['prefill_of_roof']:>9.1%}{first:>10}"
@@ -39,25 +38,22 @@ def table(title: str, results: Sequence[dict]) -> str:
 
 
 def costs_of_length(results: Sequence[dict]) -> list[str]:
-    """A line for each engine and batch: what a step costs at the longest context, beside a
-    window's, 4,096 tokens.
-    """
+    """A line for each engine and batch: a step at the longest context against one at 4,096."""
     cost = {
         (r["engine"], r["batch"], r["context"]): r["ms_per_step"]
         for r in results
         if "failed" not in r
     }
-    longest = max((context for _, _, context in cost), default=0)
-    ratios = {
-        (engine, batch): ms / cost[engine, batch, 4096]
-        for (engine, batch, context), ms in cost.items()
-        if context == longest > 4096 and (engine, batch, 4096) in cost
-    }
-    return [
-        f"{engine}, batch {batch}: a step at {longest:,} tokens costs {ratio:.3f} times one at "
-        f"4,096"
-        for (engine, batch), ratio in ratios.items()
-    ]
+    longest = max((key[2] for key in cost), default=0)
+    lines = []
+    for (engine, batch, context), ms in cost.items():
+        short = cost.get((engine, batch, 4096))
+        if context == longest > 4096 and short is not None:
+            lines.append(
+                f"{engine}, batch {batch}: a step at {longest:,} tokens costs {ms / short:.3f} "
+                "times one at 4,096"
+            )
+    return lines
 
 
 def require_matplotlib() -> None:
@@ -85,7 +81,8 @@ def plot(path: Path, results: Sequence[dict], title: str) -> None:
             for r in measured
             if (r["engine"], r["batch"]) == (engine, batch)
         )
-        color, mark = f"C{engines.index(engine)}", "o^sDvP*X"[batch.bit_length() % 8]
+        color = f"C{engines.index(engine)}"
+        mark = "o^sDvP*X"[batch.bit_length() % 8]
         axes.plot(*zip(*points), color=color, marker=mark, label=f"{engine}, batch {batch}")
     axes.set(
         xscale="log", xlabel="tokens of context", ylabel="ms a step", title=title, ylim=(0, None)

@@ -1,6 +1,4 @@
-"""The models that are measured, made on the spot of random weights, and what a step of them must
-cost at least.
-"""
+"""The models that are measured, of random weights, and the least that a step of them must cost."""
 
 from dataclasses import dataclass
 
@@ -9,9 +7,8 @@ import torch
 import mistral
 from benchmark_parts import formats
 
-# Numbers of all sizes that a text is measured at fit into the positions; a random model does not
-# mind.
-COMMON = dict(
+# Far more positions than any case measures.
+_COMMON = dict(
     rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=2**17, tie_word_embeddings=False
 )
 
@@ -54,9 +51,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: `batch` rows of `context` tokens are read, then `tokens` more are
-    generated.
-    """
+    """One measurement: prefill `batch` rows of `context` tokens, then generate `tokens` more."""
 
     batch: int
     context: int
@@ -68,7 +63,7 @@ class Case:
 
 def config(size: str) -> mistral.Config:
     """The numbers of a size by its name."""
-    return mistral.Config(**SIZES[size], **COMMON, eos_token_id=(2,))
+    return mistral.Config(**SIZES[size], **_COMMON, eos_token_id=(2,))
 
 
 def make_model(
@@ -96,9 +91,7 @@ def make_model(
 
 
 def weight_bytes(model: mistral.Mistral) -> int:
-    """What a decode step reads of the weights: all but the embedding, of which it takes one row for
-    each text.
-    """
+    """Bytes of weights that a decode step reads: all but the embedding."""
     plain = sum(
         p.nbytes
         for name, p in model.named_parameters()
@@ -116,10 +109,9 @@ def decode_roof(model: mistral.Mistral, case: Case, bandwidth: float) -> float:
 
 
 def prefill_roof(model: mistral.Mistral, case: Case, bandwidth: float, rate: float) -> float:
-    """Tokens/s if reading the prompts took no longer than their arithmetic, or than reading the
-    weights once.
-    """
-    config, T = model.config, case.context
+    """Tokens/s if prefill took no longer than its arithmetic, or than reading the weights once."""
+    config = model.config
+    T = case.context
     window = min(T, config.sliding_window or T)
     pairs = window * (window + 1) // 2 + (T - window) * window  # of a query and a key that it sees
     matrices = config.num_parameters - 2 * config.vocab_size * config.hidden_size

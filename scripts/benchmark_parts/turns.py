@@ -1,10 +1,9 @@
-"""One case at a time: everybody is opened, and then they take turns, so that all meet the same
-machine.
-"""
+"""One case at a time: all contestants are opened, and then take turns on the same machine."""
 
 import copy
 import dataclasses
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from benchmark_parts.peers import GGUFFile, transformers_model
 from benchmark_parts.sizes import Case
 from mistral.quantization.packed import Packed
 
-# Kernels first: they regroup the weights, and whoever comes later shares what they made of them.
+# Kernels first: they regroup the weights, and later contestants share the regrouped ones.
 NAMES = (
     "kernels",
     "kernels-pdl",
@@ -34,13 +33,12 @@ NAMES = (
 
 
 class Field:
-    """Opens the contestants in `names`; what peers need is made when the first of them asks."""
+    """Opens the contestants in `names`; peers' models are built when the first of them asks."""
 
     def __init__(self, model: mistral.Mistral, names: Sequence[str]):
         self.model = model
         self._packed = any(isinstance(module, Packed) for module in model.modules())
-        # Kernels keep packed weights in another order, from which the others would have to put them
-        # together again.
+        # Kernels keep packed weights in another order: the others then need a copy of their own.
         apart = self._packed and "kernels" in names and len(names) > 1
         self._others = copy.deepcopy(model) if apart else model
         self._theirs: dict[int | None, torch.nn.Module] = {}  # by window
@@ -50,10 +48,10 @@ class Field:
         return GGUFFile(self._others)
 
     def open(self, name: str, case: Case, prompts: Tensor) -> Contestant:
-        """Raises whatever the contestant raises."""
+        """A new contestant. Raises whatever it raises."""
         if name.startswith("transformers"):
             if self._packed:
-                raise ValueError("it multiplies no packed weights")
+                raise ValueError("it does not multiply packed weights")
             return Theirs(
                 self._transformers(case), case, prompts, compiled=name.endswith("compiled")
             )
@@ -64,9 +62,7 @@ class Field:
         return Ours(name, self.model if name.startswith("kernels") else self._others, case, prompts)
 
     def _transformers(self, case: Case) -> torch.nn.Module:
-        """With a window only where it cuts something off: its caches of a window are slower, and
-        compile badly.
-        """
+        """Has a window only if it hides a token: transformers' caches of a window are slower."""
         window = self.model.config.sliding_window
         if window and case.context + case.tokens + 2 <= window:
             window = None
@@ -84,17 +80,12 @@ class Row:
     note: str = ""
     failed: str = ""
     peak_bytes: int | None = None  # weights included; known on a GPU
-    reserved_bytes: int | None = (
-        None  # the most that PyTorch took from the GPU, for all that ran so far
-    )
+    reserved_bytes: int | None = None  # the most that PyTorch reserved on the GPU until then
     prefills: list[float] = dataclasses.field(default_factory=list)  # seconds
     decodes: list[float] = dataclasses.field(default_factory=list)
 
     def result(self, model: mistral.Mistral, bandwidth: float, rate: float) -> dict:
-        """As a line of JSON has it.
-
-        The quickest turn counts: what else the machine did made others slower.
-        """
+        """The row as JSON. The quickest turn counts: other work only slows a turn down."""
         case = self.case
         facts = {
             "engine": self.engine,
@@ -132,11 +123,10 @@ def run_case(
     out_of_time: Callable[[], str],
     say: Callable,
 ) -> list[Row]:
-    """Measure everybody in one case. Who fails is a row that says so, and the others go on."""
+    """Measure all contestants in one case. One that fails has a row that says so."""
     device = field.model.device
     vocabulary = field.model.config.vocab_size
-    # Ids that every contestant takes for text, the small vocabulary of the GGUF file's tokenizer
-    # included
+    # Ids that are text for every contestant, also with the small vocabulary of the GGUF file.
     prompts = torch.randint(300, min(vocabulary, 500), (case.batch, case.context), device=device)
     rows = {name: Row(name, case) for name in names}
     contestants: dict[str, Contestant] = {}
@@ -149,7 +139,8 @@ def run_case(
             )
     for turn in range(repeats):
         for name in list(contestants) if turn % 2 else list(contestants)[::-1]:
-            row, contestant = rows[name], contestants[name]
+            row = rows[name]
+            contestant = contestants[name]
             _attempt(row, lambda row=row, contestant=contestant: _turn(row, contestant, device))
             if row.failed:
                 del contestants[name]
@@ -159,17 +150,18 @@ def run_case(
 
 
 def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
-    """Ready, and run once: compilers and caches have warmed up. Takes the peak of the memory."""
-    device, on_gpu = field.model.device, field.model.device.type == "cuda"
+    """Open a contestant and run it once, to warm compilers and caches up; notes peak memory."""
+    device = field.model.device
+    on_gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     contestant = field.open(row.engine, row.case, prompts)
-    if on_gpu:  # not what opening took for a while: the kernels' trial runs the model itself
+    if on_gpu:  # without the peak of opening: the kernels' trial runs the model itself
         torch.cuda.reset_peak_memory_stats(device)
     contestant.prefill()
     contestant.generate(row.case.tokens)
     machine.synchronize(device)
     row.note = contestant.note
-    if on_gpu and row.engine != "llama.cpp":  # which PyTorch's counters do not see
+    if on_gpu and row.engine != "llama.cpp":  # PyTorch's counters do not see llama.cpp
         weights = sum(parameter.nbytes for parameter in field.model.parameters())
         weights += packed_bytes(field.model, embedding=True)
         row.peak_bytes = torch.cuda.max_memory_allocated(device) - before + weights
@@ -185,10 +177,10 @@ def _turn(row: Row, contestant: Contestant, device: torch.device) -> None:
 def _attempt(row: Row, work: Callable[[], object]) -> None:
     try:
         work()
-    except Exception as error:  # a peer may fail in any way; that is a result, and not the end
+    except Exception as error:  # a peer may fail in any way; that is a result
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         row.failed = f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"[:200]
-        error.__traceback__ = None  # which holds the memory that was too little
+        error.__traceback__ = None  # it would keep the failed contestant's memory alive
 
 
 def _clean_up(device: torch.device) -> None:
@@ -199,8 +191,6 @@ def _clean_up(device: torch.device) -> None:
 
 
 def time_limit(seconds: float | None) -> Callable[[], str]:
-    """Tells whether there is time to begin another contestant: "" or why not."""
-    end = None if seconds is None else time.monotonic() + seconds
-    return lambda: (
-        "left out: the time limit was reached" if end is not None and time.monotonic() > end else ""
-    )
+    """A function that says why no other contestant may begin, "" while there is time."""
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    return lambda: "left out: the time limit was reached" if time.monotonic() > end else ""

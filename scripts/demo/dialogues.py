@@ -1,5 +1,4 @@
-"""Makes up dialogues: functions called and their results read, JSON filled in, short talk about
-this project.
+"""Makes up dialogues: functions and their results, JSON, short talk about this project.
 
 Everything comes from a seeded generator. Dialogues for testing are made of words that those for
 training never use.
@@ -25,7 +24,7 @@ from mistral.chat.formats.prompts import (
 )
 from mistral.chat.tools.feedback import not_executed, not_readable, not_valid
 
-STYLES = ("json",) * 14 + ("card", "card", "eval", "eval", "eval_2024_07", "tool_use")
+_STYLES = ("json",) * 14 + ("card", "card", "eval", "eval", "eval_2024_07", "tool_use")
 # How far a training is. What it reads becomes longer from stage to stage, so that there is time for
 # most calls in the early ones: a call costs about 140 tokens with signatures, 175 with schemas and
 # 340 with whole prompts.
@@ -53,9 +52,8 @@ class Call(NamedTuple):
 
 def dialogue(random: Random, stage: Stage = "prompts") -> list[Turn]:
     """A dialogue to train on."""
-    echo, choose = (
-        (0.25, 0.55) if stage == "words" else (0.02, 0.05) if stage == "prompts" else (0.03, 0.2)
-    )
+    shares = {"words": (0.25, 0.55), "prompts": (0.02, 0.05)}
+    echo, choose = shares.get(stage, (0.03, 0.2))
     kind = random.random()
     if kind < echo:
         return echo_dialogue(random)
@@ -65,14 +63,12 @@ def dialogue(random: Random, stage: Stage = "prompts") -> list[Turn]:
     if kind < 0.66:
         return tool_dialogue(random, stage)
     if kind < 0.84:
-        return json_dialogue(random)
-    return talk_dialogue(random)
+        return _json_dialogue(random)
+    return _talk_dialogue(random)
 
 
 def tool_dialogue(random: Random, stage: Stage = "prompts") -> list[Turn]:
-    """Functions in the system prompt, and some rounds of requests and calls, with results and
-    answers or without.
-    """
+    """Functions in the system prompt, and some rounds of requests, calls, results and answers."""
     # Where a saved conversation is gone on with, its calls stand as the driver writes them.
     learn = random.random() < 0.95
     # To tell a result takes as long as a call, and is learned sooner.
@@ -94,7 +90,7 @@ def tool_dialogue(random: Random, stage: Stage = "prompts") -> list[Turn]:
     for i in reversed(range(random.randint(fewest, fewest + 2))):
         kind = random.random()
         if kind < 0.1:
-            turns += talk_round(random)
+            turns += _talk_round(random)
         elif kind < 0.13:
             turns += [
                 Turn("user", _other_request(random, tools)),
@@ -117,7 +113,7 @@ def unseen_request(
     return [tool.schema() for tool in tools], text, calls
 
 
-def json_dialogue(random: Random) -> list[Turn]:
+def _json_dialogue(random: Random) -> list[Turn]:
     """A schema in the system prompt, and requests whose values go into it."""
     schema, text, answer = record(random, held_out=False)
     if random.random() < 0.12:  # nothing is said: any value of the right type will do
@@ -179,15 +175,15 @@ def choice_dialogue(random: Random) -> list[Turn]:
     return turns
 
 
-def talk_dialogue(random: Random) -> list[Turn]:
+def _talk_dialogue(random: Random) -> list[Turn]:
     """Short talk, now and then longer than the window."""
     turns = [Turn("system", random.choice(SYSTEMS))] if random.random() < 0.6 else []
     for _ in range(random.choice((1, 2, 3, 4)) if random.random() < 0.97 else 30):
-        turns += talk_round(random)
+        turns += _talk_round(random)
     return turns
 
 
-def talk_round(random: Random) -> list[Turn]:
+def _talk_round(random: Random) -> list[Turn]:
     """A question about this project, and its answer."""
     questions, answers = random.choice(TALK)
     question = random.choice(questions)
@@ -218,7 +214,8 @@ def record(random: Random, held_out: bool) -> tuple[dict[str, Any], str, dict[st
                 "properties": {p.name: p.schema() for p in inner},
                 "required": list(values),
             }
-            properties, answer = properties | {key: schema}, answer | {key: values}
+            properties = properties | {key: schema}
+            answer = answer | {key: values}
             said.append(f"{key.replace('_', ' ')} {', '.join(say_all(random, inner, values))}")
     name = "".join(word.capitalize() for word in title.split())
     schema = {
@@ -238,12 +235,13 @@ def record(random: Random, held_out: bool) -> tuple[dict[str, Any], str, dict[st
 
 def _list_tools(random: Random, schemas: list[dict[str, Any]], stage: Stage) -> str:
     if stage == "prompts":
-        return tool_prompt(schemas, random.choice(STYLES))
+        return tool_prompt(schemas, random.choice(_STYLES))
     return "\n".join(map(to_json if stage == "schemas" else _signature, schemas))
 
 
 def _signature(schema: dict[str, Any]) -> str:
-    properties, required = schema["parameters"]["properties"], schema["parameters"]["required"]
+    properties = schema["parameters"]["properties"]
+    required = schema["parameters"]["required"]
     types = {key: "/".join(value.get("enum", [value["type"]])) for key, value in properties.items()}
     listed = ", ".join(
         f"{key}{'' if key in required else '?'}: {type}" for key, type in types.items()
@@ -252,12 +250,11 @@ def _signature(schema: dict[str, Any]) -> str:
 
 
 def _write_calls(calls: list[Call], learn: bool) -> Turn:
-    """Calls as the demo learns to write them: the function's name first, however the prompt's
-    example orders them.
+    """Calls as the demo learns to write them: the function's name before its arguments.
 
-    The arguments follow from the name. Before it they have to be chosen together with a function
-    that is not said yet: of a demo that learned to write them first every eighth call was of
-    another function, even under a grammar.
+    The prompt's example may have another order. The arguments follow from the name. Before it they
+    have to be chosen together with a function that is not said yet: of a demo that learned to write
+    them first every eighth call was of another function, even under a grammar.
     """
     return Turn(
         "assistant",
@@ -287,7 +284,8 @@ def _tool_turns(random: Random, tools: list[Tool], learn: bool, told: bool) -> l
 
 def _mistaken_turns(random: Random, call: Call) -> list[Turn]:
     """A call that went wrong, and what the driver says then; the right one follows."""
-    kind, (name, arguments) = random.random(), call
+    kind = random.random()
+    name, arguments = call
     if kind < 0.3:
         name = f"{name}_{random.choice(split(NOUNS, held_out=False))}"
         problem = not_valid(name, f"No matching function signature found for function: {name}")
@@ -316,11 +314,12 @@ def _requests(
     random: Random, tools: list[Tool], held_out: bool
 ) -> tuple[str, list[Call], list[tuple[Any, str]]]:
     """What the user says, one or two calls, and for each its result with the words that tell it."""
-    number = random.choice(
-        (1, 1, 1, 1, 1, 2) if held_out else (1, 1, 2)
-    )  # training has more of what is hard
+    # training has more of what is hard
+    number = random.choice((1, 1, 1, 1, 1, 2) if held_out else (1, 1, 2))
     chosen = [random.choice(tools) for _ in range(number)]
-    texts, calls, results = [], [], []
+    texts = []
+    calls = []
+    results = []
     for tool in chosen:
         given = [p for p in tool.parameters if p.required or random.random() < 0.5]
         arguments = {p.name: make_value(random, p, held_out) for p in given}
@@ -360,9 +359,7 @@ def _result(random: Random, tool: Tool) -> tuple[Any, str]:
 
 
 def _write_result(random: Random, name: str, content: Any) -> str:
-    """Mostly as the driver writes it; now and then the bare result, as the chat template `tool_use`
-    does.
-    """
+    """As the driver writes it, and sometimes bare, as the chat template `tool_use` does."""
     if random.random() < 0.9:
         return write_result(name, content)
     bare = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)

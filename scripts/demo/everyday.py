@@ -1,6 +1,4 @@
-"""Tools that people try first, with their requests in many wordings: those of the scripts and the
-card among them.
-"""
+"""Tools that people try first, those of the scripts among them, with requests in many wordings."""
 
 from collections.abc import Callable
 from random import Random
@@ -18,14 +16,14 @@ class Round(NamedTuple):
     answer: str
 
 
-ZONES = {
+_ZONES = {
     "Paris": "Europe/Paris", "London": "Europe/London", "Berlin": "Europe/Berlin", "Madrid": "Europe/Madrid",
     "Rome": "Europe/Rome", "Tokyo": "Asia/Tokyo", "Seoul": "Asia/Seoul", "Shanghai": "Asia/Shanghai",
     "Singapore": "Asia/Singapore", "Dubai": "Asia/Dubai", "Sydney": "Australia/Sydney", "Cairo": "Africa/Cairo",
     "Chicago": "America/Chicago", "Denver": "America/Denver", "New York": "America/New_York",
     "Los Angeles": "America/Los_Angeles", "Toronto": "America/Toronto", "Lima": "America/Lima",
 }  # fmt: skip
-FACTORS = {
+_FACTORS = {
     ("kilometers", "miles"): 0.621371, ("miles", "kilometers"): 1.609344, ("meters", "feet"): 3.28084,
     ("feet", "meters"): 0.3048, ("inches", "centimeters"): 2.54, ("centimeters", "inches"): 0.393701,
     ("kilograms", "pounds"): 2.204623, ("pounds", "kilograms"): 0.453592, ("liters", "gallons"): 0.264172,
@@ -35,7 +33,8 @@ FACTORS = {
 
 def calculate(random: Random) -> Round:
     """Sums, spelled with signs or with words."""
-    a, b = random.randint(2, 999), random.randint(2, 99)
+    a = random.randint(2, 999)
+    b = random.randint(2, 99)
     sign, word, value = random.choice(
         (
             ("+", "plus", a + b),
@@ -44,7 +43,8 @@ def calculate(random: Random) -> Round:
             ("/", "divided by", round(a / b, 4)),
         )
     )
-    expression, in_words = f"{a} {sign} {b}", f"{a} {word} {b}"
+    expression = f"{a} {sign} {b}"
+    in_words = f"{a} {word} {b}"
     if random.random() < 0.25:
         c = random.randint(2, 99)
         expression, value = random.choice(
@@ -69,7 +69,7 @@ def calculate(random: Random) -> Round:
 
 def current_time(random: Random) -> Round:
     """The clock somewhere: the one tool whose argument is not in the request."""
-    city, zone = random.choice([pair for pair in ZONES.items() if not is_held_out(pair[0])])
+    city, zone = random.choice([pair for pair in _ZONES.items() if not is_held_out(pair[0])])
     time = f"{random.randint(0, 23):02}:{random.randint(0, 59):02}"
     forms = (
         "What time is it in {}?",
@@ -85,7 +85,7 @@ def current_time(random: Random) -> Round:
 
 def convert_units(random: Random) -> Round:
     """Lengths, weights and volumes."""
-    (source, target), factor = random.choice(list(FACTORS.items()))
+    (source, target), factor = random.choice(list(_FACTORS.items()))
     value = random.choice((random.randint(1, 500), round(random.uniform(0.5, 99), 1)))
     result = round(value * factor, 3)
     forms = (
@@ -120,7 +120,8 @@ def count_words(random: Random) -> Round:
 def get_stock_fundamentals(random: Random) -> Round:
     """The model card's example."""
     company, symbol = random.choice(split(COMPANIES, held_out=False)).split("=")
-    pe, eps = round(random.uniform(5, 90), 2), round(random.uniform(0.5, 20), 2)
+    pe = round(random.uniform(5, 90), 2)
+    eps = round(random.uniform(0.5, 20), 2)
     forms = (
         "Fetch the stock fundamentals data for {c} ({s})",
         "Get the fundamentals of {s}.",
@@ -136,10 +137,8 @@ def get_stock_fundamentals(random: Random) -> Round:
 
 def get_current_temperature(random: Random) -> Round:
     """The example of Hugging Face's documentation."""
-    city, unit = (
-        random.choice(split(CITIES, held_out=False)),
-        random.choice(("celsius", "fahrenheit")),
-    )
+    city = random.choice(split(CITIES, held_out=False))
+    unit = random.choice(("celsius", "fahrenheit"))
     forms = (
         "What is the temperature in {c} in {u}?",
         "How warm is it in {c} in {u}?",
@@ -163,10 +162,8 @@ def get_weather(random: Random) -> Round:
         "How is the weather in {}?",
         "What's the weather like in {} today?",
     )
-    sky, degrees = (
-        random.choice(("sunny", "cloudy", "rainy", "windy", "foggy")),
-        random.randint(-9, 39),
-    )
+    sky = random.choice(("sunny", "cloudy", "rainy", "windy", "foggy"))
+    degrees = random.randint(-9, 39)
     result = {"condition": sky, "temperature": degrees}
     request = random.choice((*forms, "Weather in {}", "Give me the weather for {}.")).format(city)
     return Round(request, {"city": city}, result, f"It is {sky} in {city}, {degrees} degrees.")

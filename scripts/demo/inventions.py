@@ -31,10 +31,9 @@ class Tool:
 
 
 def make_tool(random: Random, held_out: bool, beside: Tool | None = None) -> Tool:
-    """A tool; beside another, often one that is easily taken for it: the same verb or thing, the
-    same parameters.
-    """
-    verb, noun = random.choice(list(VERBS)), make_noun(random, held_out)
+    """A tool that is often similar to `beside`: the same verb or thing, the same parameters."""
+    verb = random.choice(list(VERBS))
+    noun = make_noun(random, held_out)
     if beside is not None and (alike := random.random()) < 0.5:
         verb, noun = (verb, beside.noun) if alike < 0.25 else (beside.verb, noun)
     words = [*verb.split("_"), *noun.split()]
@@ -71,7 +70,8 @@ def make_tool(random: Random, held_out: bool, beside: Tool | None = None) -> Too
 
 def make_tools(random: Random, held_out: bool, most: int = 3, least: int = 1) -> list[Tool]:
     """`least` to `most` tools of different names, in any order."""
-    tools, number = [make_tool(random, held_out)], random.randint(least, most)
+    tools = [make_tool(random, held_out)]
+    number = random.randint(least, most)
     while len(tools) < number:
         other = make_tool(random, held_out, beside=random.choice(tools))
         if other.name not in {tool.name for tool in tools}:
@@ -83,9 +83,7 @@ def make_tools(random: Random, held_out: bool, most: int = 3, least: int = 1) ->
 def say_all(
     random: Random, parameters: Sequence[Parameter], arguments: dict[str, Any]
 ) -> list[str]:
-    """What is said for each argument, in words that could not be about another of the
-    parameters.
-    """
+    """A phrase for each argument, in words that fit none of the other parameters."""
     counts = Counter(cue for parameter in parameters for cue in parameter.cues)
     said = []
     for parameter in parameters:
@@ -111,7 +109,8 @@ def request(random: Random, tool: Tool, arguments: dict[str, Any]) -> str:
     if verb == "what is":
         return f"What is the {tool.noun} {joined}?".replace(" ?", "?")
     if verb in ("turn on", "turn off", "switch on", "switch off") and random.random() < 0.3:
-        verb, thing = verb.split()[0], f"{thing} {verb.split()[1]}"
+        verb, particle = verb.split()
+        thing = f"{thing} {particle}"
     opening = random.choice(
         (
             "",

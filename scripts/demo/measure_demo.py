@@ -1,6 +1,4 @@
-"""How often the demo calls the right function with the right arguments, on tools and entities it
-never saw.
-"""
+"""Count how often the demo calls the right function with the right arguments, on unseen tools."""
 
 import argparse
 import collections
@@ -26,6 +24,7 @@ from mistral.chat.formats.prompts import json_prompt, tool_prompt
 from mistral.chat.formats.tool_calls import parse_tool_calls
 from mistral.chat.grammar import json_constraint, tool_call_constraint
 from mistral.chat.tools.json_schema import compile_schema, problem
+from mistral.checkpoints.load import DEMO
 
 MAX_NEW_TOKENS = 200
 
@@ -86,13 +85,16 @@ class Runner:
     def __init__(
         self, model: mistral.Mistral, tokenizer: mistral.Tokenizer, args: argparse.Namespace
     ):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.model = model
+        self.tokenizer = tokenizer
+        self.args = args
 
     def answers(
         self, prompts: Sequence[tuple[str, str]], constraints: Sequence | None, note: str
     ) -> list[str]:
         """One answer for each (system, user)."""
-        rows, size = [self._ids(*prompt) for prompt in prompts], self.args.batch_size
+        rows = [self._ids(*prompt) for prompt in prompts]
+        size = self.args.batch_size
         empty_decoder = common.open_batch_engines(
             self.args, self.model, max(map(len, rows)) + MAX_NEW_TOKENS
         )
@@ -146,14 +148,15 @@ def measure_calls(
     """
     random = Random(f"{args.seed} {note}")
     make = everyday_case if num_tools is None else lambda random: unseen_request(random, num_tools)
+    size = runner.model.config.vocab_size
     cases = [make(random) for _ in range(args.requests)]
-    prompts = [(tool_prompt(tools), text) for tools, text, _ in cases]
-    size, tokenizer = runner.model.config.vocab_size, runner.tokenizer
-    constraints = [tool_call_constraint(tokenizer, size, tools) for tools, _, _ in cases]
-    free, bound = (
-        runner.answers(prompts, None, note),
-        runner.answers(prompts, constraints, f"{note}, grammar"),
-    )
+    prompts = []
+    constraints = []
+    for tools, text, _ in cases:
+        prompts.append((tool_prompt(tools), text))
+        constraints.append(tool_call_constraint(runner.tokenizer, size, tools))
+    free = runner.answers(prompts, None, note)
+    bound = runner.answers(prompts, constraints, f"{note}, grammar")
     verdicts = [
         [verdict(text, case[2]) for text, case in zip(texts, cases)] for texts in (free, bound)
     ]
@@ -161,8 +164,9 @@ def measure_calls(
 
 
 def everyday_case(random: Random) -> tuple[list[dict], str, list[Call]]:
-    """A request for one of the tools of everyday.py; numbers are new, names and files are those of
-    training.
+    """A request for one of the tools of everyday.py.
+
+    Numbers are new; names and files are those of training.
     """
     chosen = random.sample(EVERYDAY, 3)
     tool, make = chosen[0]
@@ -175,10 +179,13 @@ def everyday_case(random: Random) -> tuple[list[dict], str, list[Call]]:
 def measure_records(runner: Runner, args: argparse.Namespace) -> dict[str, Any]:
     """JSON for schemas that training never saw: valid, and exactly what was asked for."""
     random = Random(f"{args.seed} records")
-    cases = [record(random, held_out=True) for _ in range(args.requests)]
-    prompts = [(json_prompt(schema), text) for schema, text, _ in cases]
     size = runner.model.config.vocab_size
-    constraints = [json_constraint(runner.tokenizer, size, schema) for schema, _, _ in cases]
+    cases = [record(random, held_out=True) for _ in range(args.requests)]
+    prompts = []
+    constraints = []
+    for schema, text, _ in cases:
+        prompts.append((json_prompt(schema), text))
+        constraints.append(json_constraint(runner.tokenizer, size, schema))
     counts = []
     for texts in (
         runner.answers(prompts, None, "JSON"),
@@ -202,12 +209,11 @@ def parsed(text: str) -> Any:
 
 
 def measure_talk(runner: Runner) -> tuple[int, int]:
-    """How many questions about the project get one of their answers, and how many questions there
-    are.
-    """
+    """How many questions about the project get one of their answers, and how many there are."""
     cases = [(question, answers) for questions, answers in TALK for question in questions]
     texts = runner.answers([("", question) for question, _ in cases], None, "talk")
-    return sum(text in answers for text, (_, answers) in zip(texts, cases)), len(cases)
+    right = sum(text in case[1] for text, case in zip(texts, cases))
+    return right, len(cases)
 
 
 def main() -> None:
@@ -218,6 +224,8 @@ def main() -> None:
         raise ValueError("--requests and --batch-size must be 1 or more")
     model, tokenizer = common.load(args)
     runner = Runner(model, tokenizer, args)
+
+    # 1. Measure.
     kinds = (
         ("one tool", 1),
         ("two tools", 2),
@@ -225,42 +233,36 @@ def main() -> None:
         ("everyday tools, seen in training", None),
     )
     calls = [measure_calls(runner, args, note, count) for note, count in kinds]
-    records, talk = measure_records(runner, args), measure_talk(runner)
+    records = measure_records(runner, args)
+    right_talk, all_talk = measure_talk(runner)
+
+    # 2. Report.
     rows = [
         row(f"calls, {made['note']}", args.requests, *map(rights, made["verdicts"]))
         for made in calls
     ]
-    rows.insert(
-        3,
-        row("calls, all of the above", 3 * args.requests, *(sum_of(calls[:3], i) for i in (0, 1))),
-    )
+    free, bound = (sum_of(calls[:3], i) for i in (0, 1))
+    rows.insert(3, row("calls, all of the above", 3 * args.requests, free, bound))
     (valid, exact), (bound_valid, bound_exact) = records["counts"]
-    rows += [
-        row("JSON, valid", args.requests, valid, bound_valid),
-        row("JSON, exact", args.requests, exact, bound_exact),
-    ]
-    rows.append(
-        f"| questions about this project (seen in training) | {talk[1]} | {talk[0] / talk[1]:.0%} "
-        f"| - |"
-    )
+    rows.append(row("JSON, valid", args.requests, valid, bound_valid))
+    rows.append(row("JSON, exact", args.requests, exact, bound_exact))
+    share = f"{right_talk / all_talk:.0%}"
+    rows.append(f"| questions about this project (seen in training) | {all_talk} | {share} | - |")
     errors = error_rows(calls[:3])
     print("\n".join([*rows, "", *errors]))
     if args.page:
-        path = mistral.checkpoints.load.DEMO
-        args.page.write_text(
-            PAGE.format(
-                parameters=CONFIG.num_parameters / 1e6,
-                layers=CONFIG.num_hidden_layers,
-                hidden=CONFIG.hidden_size,
-                window=CONFIG.sliding_window,
-                pieces=tokenizer.vocab_size,
-                size=path.stat().st_size / 1e6,
-                rows="\n".join(rows),
-                errors="\n".join(errors),
-                examples=examples(calls),
-            ),
-            encoding="utf-8",
+        page = PAGE.format(
+            parameters=CONFIG.num_parameters / 1e6,
+            layers=CONFIG.num_hidden_layers,
+            hidden=CONFIG.hidden_size,
+            window=CONFIG.sliding_window,
+            pieces=tokenizer.vocab_size,
+            size=DEMO.stat().st_size / 1e6,
+            rows="\n".join(rows),
+            errors="\n".join(errors),
+            examples=examples(calls),
         )
+        args.page.write_text(page, encoding="utf-8")
         common.note(f"wrote {args.page}")
 
 

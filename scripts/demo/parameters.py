@@ -1,6 +1,4 @@
-"""Made-up parameters: their names, their values, and the ways in which a person says what should go
-into them.
-"""
+"""Made-up parameters: names, values, and the ways in which a person asks for a value."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -22,7 +20,7 @@ from demo.words import (
 )
 
 # (name, kind, cues): the fields of a `Parameter`
-FAMILIAR = (
+_FAMILIAR = (
     ("city", "city", ("in {v}", "for {v}", "in the city of {v}")),
     ("location", "city", ("in {v}", "at {v}", "near {v}", "at the location {v}")),
     ("origin", "city", ("from {v}", "leaving {v}", "starting in {v}")),
@@ -69,7 +67,7 @@ FAMILIAR = (
     ("color", "color", ("in {v}", "colored {v}", "in the color {v}")),
     ("language", "language", ("in {v}", "into {v}", "in the language {v}")),
 )
-GENERIC_CUES = (
+_GENERIC_CUES = (
     "with {w} {v}",
     "with {w} set to {v}",
     "with the {w} {v}",
@@ -79,12 +77,12 @@ GENERIC_CUES = (
     "{w}: {v}",
     "{w} = {v}",
 )
-BOOLEAN_CUES = (
+_BOOLEAN_CUES = (
     ("with {w}", "without {w}"),
     ("with {w} on", "with {w} off"),
     ("{w}: yes", "{w}: no"),
 )
-GENERIC_KINDS = (
+_GENERIC_KINDS = (
     "word",
     "word",
     "phrase",
@@ -96,7 +94,7 @@ GENERIC_KINDS = (
     "list",
     "code",
 )
-TYPES = {
+_TYPES = {
     "small": "integer",
     "year": "integer",
     "integer": "integer",
@@ -130,7 +128,7 @@ class Parameter:
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of its values."""
-        schema: dict[str, Any] = {"type": TYPES.get(self.kind, "string")}
+        schema: dict[str, Any] = {"type": _TYPES.get(self.kind, "string")}
         if self.kind == "choice":
             schema["enum"] = list(self.choices)
         if self.kind == "list":
@@ -160,7 +158,7 @@ def make_noun(random: Random, held_out: bool) -> str:
     return f"{draw(random, random.choice((NOUNS, ADJECTIVES)), held_out)} {noun}"
 
 
-def make_value(random: Random, parameter: Parameter, held_out: bool) -> Any:
+def make_value(random: Random, parameter: Parameter, held_out: bool) -> Any:  # noqa: PLR0912
     """A value of the parameter's kind."""
 
     def one(words: tuple[str, ...]) -> str:
@@ -224,11 +222,11 @@ def make_value(random: Random, parameter: Parameter, held_out: bool) -> Any:
 def make_parameter(random: Random, held_out: bool) -> Parameter:
     """A parameter with a familiar name, or one that is named by any noun."""
     if random.random() < 0.65:
-        made = Parameter(*random.choice(FAMILIAR))
+        made = Parameter(*random.choice(_FAMILIAR))
     else:
-        kind = random.choice(GENERIC_KINDS)
+        kind = random.choice(_GENERIC_KINDS)
         name = make_noun(random, held_out).replace(" ", "_")
-        made = Parameter(name, kind, BOOLEAN_CUES if kind == "boolean" else GENERIC_CUES)
+        made = Parameter(name, kind, _BOOLEAN_CUES if kind == "boolean" else _GENERIC_CUES)
         if kind == "choice":
             real = random.random() < 0.85
             words = [
@@ -245,9 +243,7 @@ def make_parameter(random: Random, held_out: bool) -> Parameter:
 def make_parameters(
     random: Random, held_out: bool, most: int, known: tuple[Parameter, ...] = ()
 ) -> tuple[Parameter, ...]:
-    """One or more parameters of different names; some may be taken over from `known`, perhaps under
-    a new name.
-    """
+    """One or more parameters of different names; some come from `known`, perhaps renamed."""
     made: dict[str, Parameter] = {}
     numbers = (1, 1, 2, 2, 3) if held_out else (1, 2, 2, 3, 3)  # training has more of what is hard
     for _ in range(random.choice([n for n in numbers if n <= most])):

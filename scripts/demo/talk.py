@@ -1,6 +1,4 @@
-"""Short talk about this project and its model: questions in several wordings, with answers that are
-true.
-"""
+"""Short talk about this project: questions in several wordings, with true answers."""
 
 SYSTEMS = (
     "You are a helpful assistant.",
@@ -90,9 +88,8 @@ TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "What is Mistral?",
         ),
         (
-            "Mistral 7B is a language model with 32 layers, grouped-query attention and a sliding "
-            "window of "
-            "4,096 tokens.",
+            "Mistral 7B is a language model with 32 layers, grouped-query attention and a "
+            "sliding window of 4,096 tokens.",
             "Mistral 7B is an open language model of seven billion parameters, published by "
             "Mistral AI in 2023.",
         ),
@@ -169,9 +166,8 @@ TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "Explain the KV cache.",
         ),
         (
-            "The rolling cache is a ring of slots: position i is written to slot i mod W, and the "
-            "oldest is "
-            "overwritten.",
+            "The rolling cache is a ring of slots: position i is written to slot i mod W, and "
+            "the oldest is overwritten.",
             "It keeps the keys and values of the last W tokens in a ring, so memory does not grow "
             "with the text.",
         ),
@@ -238,11 +234,9 @@ TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("What is a tool call?", "How does function calling work?", "How do you call functions?"),
         (
             "I write a JSON object with a name and arguments in tool_call tags; the program runs "
-            "it and sends "
-            "the result.",
-            "The system prompt lists functions, I answer with a call in JSON, and the result comes "
-            "back in a "
-            "tool turn.",
+            "it and sends the result.",
+            "The system prompt lists functions, I answer with a call in JSON, and the result "
+            "comes back in a tool turn.",
         ),
     ),
     (
@@ -279,8 +273,7 @@ TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
         (
             "Each step gives a score for every token. Greedy takes the best; sampling draws one, "
-            "and a low temperature "
-            "makes the draw more certain.",
+            "and a low temperature makes the draw more certain.",
             "Temperature divides the logits: 0 is greedy, 1 leaves the distribution as the model "
             "gave it.",
         ),
@@ -344,16 +337,14 @@ TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ("What is attention?", "Explain attention.", "How does attention work?"),
         (
             "Each token makes a query, compares it with the keys of earlier tokens, and adds up "
-            "their values by the "
-            "softmax of the scores.",
+            "their values by the softmax of the scores.",
         ),
     ),
     (
         ("What is a token?", "What are tokens?", "What does the tokenizer do?"),
         (
-            "A token is a piece of text with a number. The tokenizer splits text into such pieces "
-            "and joins them "
-            "again.",
+            "A token is a piece of text with a number. The tokenizer splits text into such "
+            "pieces and joins them again.",
             "Text is split into pieces by sentencepiece; what has no piece is spelled in bytes.",
         ),
     ),

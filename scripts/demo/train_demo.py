@@ -1,7 +1,7 @@
 """Train the demo checkpoint from nothing, and write it as a GGUF file.
 
-After Ctrl-C the same command goes on. So does one with more --steps after the end: at the stage,
-and at the rate, where a run of that length would be.
+After Ctrl-C the same command continues. So does one with more --steps after the end, at the stage
+and the rate that a run of that length would have reached.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
         "--steps", type=int, default=14800, help="batches of about 2,048 tokens (default: 14800)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cuda or cpu (default: CUDA where there is one)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument(
         "--bfloat16",
         action="store_true",
@@ -58,34 +58,36 @@ def main() -> None:
         args.seed,
         bfloat16=args.bfloat16,
     )
-    state, seconds = args.folder / "state.pt", 0.0
+    state = args.folder / "state.pt"
+    seconds = 0.0
     if state.exists():
         try:
             saved = torch.load(state, map_location=trainer.device, weights_only=True)
             trainer.load_state_dict(saved["trainer"])
         except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{state} is no state of this training; remove it: {error}") from None
+            raise ValueError(
+                f"{state} is not a state of this training; remove it: {error}"
+            ) from None
         if saved["trainer"]["seed"] != args.seed:
             raise ValueError(
-                f"{state} was begun with --seed {saved['trainer']['seed']}; go on with it, or "
-                f"remove it"
+                f"{state} was begun with --seed {saved['trainer']['seed']}; "
+                "use that seed, or remove it"
             )
         seconds = saved["seconds"]
-        common.note(f"going on at step {trainer.step}")
+        common.note(f"continues at step {trainer.step}")
     seconds = train(trainer, state, seconds)
     target = args.folder / "demo.gguf"
     export(trainer.model.float().cpu(), trainer.tokenizer, target, "Q8_0")
     common.note(
-        f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) after {seconds / 60:.0f} minutes "
-        f"of training"
+        f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB) "
+        f"after {seconds / 60:.0f} minutes of training"
     )
 
 
 def train(trainer: Trainer, state: Path, before: float) -> float:
-    """Train to the end and save now and then; the seconds that all of it took, those `before`
-    included.
-    """
-    start, mean = time.perf_counter() - before, None
+    """Train to the end and save now and then; returns all seconds, those `before` included."""
+    start = time.perf_counter() - before
+    mean = None
     with tqdm(total=trainer.steps, initial=trainer.step, unit="step", mininterval=5) as bar:
         for step, loss in trainer.run():
             if not math.isnan(loss):  # a batch may have nothing that the model is to write

@@ -21,8 +21,9 @@ from mistral.config import Config
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
 
-CUT = "\t"  # where no piece of the tokenizer may reach across
-# of the tokenizer; ChatML's two control tokens follow, and rows without a token, as in Hermes-2-Pro
+_CUT = "\t"  # a border that no piece of the tokenizer may cross
+# Pieces of the tokenizer; ChatML's two control tokens follow, and rows without a token, as in
+# Hermes-2-Pro.
 PIECES = 1000
 CONFIG = Config(
     vocab_size=1024,
@@ -39,33 +40,31 @@ CONFIG = Config(
     tie_word_embeddings=False,
     eos_token_id=(PIECES,),
 )
-GROUP = (
-    CONFIG.num_attention_heads // CONFIG.num_key_value_heads
-)  # G: query heads of a key/value head
+# G: query heads that share a key/value head
+GROUP = CONFIG.num_attention_heads // CONFIG.num_key_value_heads
 BATCH_TOKENS = 2048  # half of it at the first stage
-RATE = 1.5e-3  # learning rate
-OTHERS = (
-    0.3  # weight in the loss of a token that the model only reads; one that it must write has 1
-)
+_RATE = 1.5e-3  # learning rate
+# Weight in the loss of a token that the model only reads; a token that it must write has 1.
+_OTHERS = 0.3
 
 
 def train_tokenizer(seed: int = 0) -> Tokenizer:
     """A tokenizer learned from dialogues, with ChatML's control tokens added.
 
-    No piece joins a space to a letter. So a word is cut in the same way behind a space, a quote or
+    No piece joins a space to a letter. So a word is cut in the same way after a space, a quote or
     an underscore, and what the demo copies out of a request is what it was there, piece by piece.
     Letters beyond ASCII are bytes.
     """
     random = Random(seed)
     turns = (turn for _ in range(3000) for turn in dialogue(random))
     lines = (line for turn in turns for line in turn.content.splitlines() if line.isascii())
-    return with_chatml(
-        train_pieces((re.sub(r"(^|(?<= ))(?=[^\W\d_])", CUT, line) for line in lines), PIECES)
+    return _with_chatml(
+        train_pieces((re.sub(r"(^|(?<= ))(?=[^\W\d_])", _CUT, line) for line in lines), PIECES)
     )
 
 
-def with_chatml(pieces: bytes) -> Tokenizer:
-    """A sentencepiece model of PIECES pieces with ChatML's two control tokens behind them."""
+def _with_chatml(pieces: bytes) -> Tokenizer:
+    """A sentencepiece model of PIECES pieces and ChatML's two control tokens after them."""
     added = {PIECES: "<|im_end|>", PIECES + 1: "<|im_start|>"}
     return Tokenizer(pieces, added, stop_ids=(PIECES,))
 
@@ -73,7 +72,7 @@ def with_chatml(pieces: bytes) -> Tokenizer:
 def train_pieces(lines: Iterable[str], num_pieces: int) -> bytes:
     """A sentencepiece model with the settings of Mistral's own, learned from lines of text.
 
-    A CUT in them is a border that no piece crosses; it is not part of the text.
+    A _CUT in them is a border that no piece crosses; it is not part of the text.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -86,14 +85,14 @@ def train_pieces(lines: Iterable[str], num_pieces: int) -> bytes:
         add_dummy_prefix=True,
         remove_extra_whitespaces=False,
         split_digits=True,
-        pretokenization_delimiter=CUT,
+        pretokenization_delimiter=_CUT,
         max_sentence_length=100_000,
         minloglevel=2,
     )
     return model.getvalue()
 
 
-def new_model(seed: int = 0) -> Mistral:
+def _new_model(seed: int = 0) -> Mistral:
     """The untrained model: random, but for the pair of heads that copies.
 
     Most of what the demo does is copying: names, keys, values. It takes a head that looks at the
@@ -111,9 +110,8 @@ def new_model(seed: int = 0) -> Mistral:
             elif weight.dim() == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
         embedding = model.model.embed_tokens.weight.normal_(std=0.5)
-        model.lm_head.weight.copy_(
-            0.16 * embedding
-        )  # so that what a head puts out of a token is a vote for it
+        # so that what a head puts out of a token is a vote for it
+        model.lm_head.weight.copy_(0.16 * embedding)
         embedding[:, 0] = (
             4.0  # the same for all tokens: what a head attends by that looks at positions only
         )
@@ -124,16 +122,15 @@ def new_model(seed: int = 0) -> Mistral:
 
 
 def _look_at_previous(attention: Attention) -> None:
-    """The query heads of the first key/value head attend to the previous token, and put it beside
-    the current one.
+    """Let the first key/value head's queries attend to the previous token, and copy it.
 
     Rotary turns pair d of queries and keys by f_d for each position. Queries that lag behind the
     keys by f_d to begin with agree with those at distance 1.
     """
-    H, half = CONFIG.head_dim, CONFIG.head_dim // 2
-    f = CONFIG.rope_theta ** (
-        -torch.arange(12) / half
-    )  # the fast pairs: the slow ones tell no neighbours apart
+    H = CONFIG.head_dim
+    half = CONFIG.head_dim // 2
+    # the fast pairs: the slow ones tell no neighbours apart
+    f = CONFIG.rope_theta ** (-torch.arange(12) / half)
     attention.k_proj.weight[:H] = 0
     attention.k_proj.weight[: len(f), 0] = 0.8
     for q in attention.q_proj.weight.split(H)[:GROUP]:
@@ -144,40 +141,40 @@ def _look_at_previous(attention: Attention) -> None:
 
 
 def _look_for_match(attention: Attention, previous: Attention) -> None:
-    """The query heads of the first key/value head attend to tokens whose previous one was the
-    current token.
+    """Let the first key/value head's queries attend to tokens that follow an equal token.
 
     Only the slow rotary pairs are compared, which distance hardly turns.
     """
-    H, half = CONFIG.head_dim, CONFIG.head_dim // 2
+    H = CONFIG.head_dim
+    half = CONFIG.head_dim // 2
     slow = torch.cat((torch.arange(14, half), torch.arange(14 + half, H)))
     q, k, v = (w.weight for w in (attention.q_proj, attention.k_proj, attention.v_proj))
     k[:H] = 0
     k[slow] = previous.o_proj.weight[:, slow].T  # reads what the other head wrote ...
     for head in range(GROUP):
         q[head * H : (head + 1) * H] = 0
-        q[head * H + slow] = (
-            4.0 * previous.v_proj.weight[slow]
-        )  # ... which is what this is of the current token
+        # ... which is what this is of the current token
+        q[head * H + slow] = 4.0 * previous.v_proj.weight[slow]
         attention.o_proj.weight[:, head * H : (head + 1) * H] = 2.0 * v[:H].T
 
 
 def encode(tokenizer: Tokenizer, turns: list[Turn]) -> tuple[list[int], list[float]]:
     """Ids of a dialogue as the chat driver would send them, and what each counts in the loss."""
-    ids, weights = tokenizer.encode(""), [0.0]
+    ids = tokenizer.encode("")
+    weights = [0.0]
     for role, content, learn in turns:
         turn = encode_turn(tokenizer, role, content)
         heading = len(begin_turn(tokenizer, role))
-        # Of an assistant's turn the model writes the content and <|im_end|>; the newline behind it
+        # Of an assistant's turn the model writes the content and <|im_end|>; the newline after it
         # is put there.
         end = max(i for i, id in enumerate(turn) if id == tokenizer.control_id("<|im_end|>")) + 1
         own = role == "assistant" and learn
         ids += turn
-        weights += [1.0 if own and heading <= i < end else OTHERS for i in range(len(turn))]
+        weights += [1.0 if own and heading <= i < end else _OTHERS for i in range(len(turn))]
     return ids, weights
 
 
-def stage_at(progress: float) -> Stage:
+def _stage_at(progress: float) -> Stage:
     """What is trained on at a part of the way, 0 to 1."""
     ends: tuple[tuple[Stage, float], ...] = (
         ("words", 0.09),
@@ -194,7 +191,7 @@ def batches(
 
     What is easy comes first, in small batches of short dialogues.
     """
-    stage = stage_at(progress)
+    stage = _stage_at(progress)
     longest = 384 if stage == "words" else CONFIG.max_position_embeddings
     room = BATCH_TOKENS // 2 if stage == "words" else BATCH_TOKENS
     rows: list[tuple[list[int], list[float]]] = []
@@ -203,7 +200,7 @@ def batches(
             row = encode(tokenizer, dialogue(random, stage))
         else:
             ids = tokenizer.encode(plain_text(random))
-            row = ids, [OTHERS] * len(ids)
+            row = ids, [_OTHERS] * len(ids)
         if len(row[0]) <= longest:
             rows.append(row)
     rows.sort(key=lambda row: len(row[0]))
@@ -220,10 +217,8 @@ def batches(
         yield ids, weights
 
 
-def loss_of(model: Mistral, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted mean of the cross-entropies, and the mean over what the model is to write alone
-    (nan: nothing).
-    """
+def _loss_of(model: Mistral, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean of the cross-entropies, and the mean over the answers alone (nan: none)."""
     logits = model(ids[:, :-1]).float()  # [B, T-1, V]
     entropies = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weights = weights[:, 1:].flatten()
@@ -232,8 +227,7 @@ def loss_of(model: Mistral, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
 
 
 class Trainer:
-    """Model, optimizer and the place in the data; `state_dict` has all of it, so that a run can go
-    on later.
+    """Model, optimizer and position in the data; `state_dict` has all of it, to continue later.
 
     bfloat16  multiply matrices in it, which is faster where the processor can; weights and sums
               stay float32
@@ -248,14 +242,12 @@ class Trainer:
         *,
         bfloat16: bool = False,
     ):
-        self.model = new_model(seed).to(device)
-        self.tokenizer, self.steps, self.device, self.step, self.seed = (
-            tokenizer,
-            steps,
-            device,
-            0,
-            seed,
-        )
+        self.model = _new_model(seed).to(device)
+        self.tokenizer = tokenizer
+        self.steps = steps
+        self.device = device
+        self.step = 0
+        self.seed = seed
         self.bfloat16 = bfloat16
         if bfloat16 and device.type == "cpu":
             for layer in self.model.model.layers:
@@ -275,11 +267,11 @@ class Trainer:
 
     def _train(self, ids: Tensor, weights: Tensor) -> tuple[int, float]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            loss, own = loss_of(self.model, ids, weights)
+            loss, own = _loss_of(self.model, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         # A short warm-up, then the full rate, and from the middle on a straight line to nearly zero
-        self.optimizer.param_groups[0]["lr"] = RATE * min(
+        self.optimizer.param_groups[0]["lr"] = _RATE * min(
             (self.step + 1) / 30, 1.0, 2.02 - 2 * self.step / self.steps
         )
         self.optimizer.step()
@@ -288,7 +280,7 @@ class Trainer:
         return self.step, own.item()
 
     def state_dict(self) -> dict:
-        """Everything that a later run needs to go on."""
+        """Everything that a later run needs to continue."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -301,5 +293,6 @@ class Trainer:
         """Go on where another run stopped."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.tokenizer = with_chatml(state["tokenizer"])  # today's dialogues might give another
-        self.step, self.seed = state["step"], state["seed"]
+        self.tokenizer = _with_chatml(state["tokenizer"])  # today's dialogues might give another
+        self.step = state["step"]
+        self.seed = state["seed"]

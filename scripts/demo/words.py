@@ -160,7 +160,7 @@ Hindi Japanese Korean Chinese Russian Finnish Danish Norwegian Hungarian""".spli
 
 # Words of the prompts and sentences around the made-up ones. They are often read, and would never
 # be copied.
-COMMON = tuple(
+_COMMON = tuple(
     """about add all also and any argument arguments array as ask assist assistant at available be
     below
 boolean by calculate call called calling can convert could days description do dollars each enum
@@ -174,17 +174,15 @@ tools type types under use user using valid value values want was way what when 
 with within without work wrong you your""".split()
 )
 
-ONSETS = tuple("b br c ch d dr f fl g gr h j k l m n p pl r s sh st t tr v w z".split())
-VOWELS = tuple("a e i o u a e i o u ai ee oo".split())
+_ONSETS = tuple("b br c ch d dr f fl g gr h j k l m n p pl r s sh st t tr v w z".split())
+_VOWELS = tuple("a e i o u a e i o u ai ee oo".split())
 # First and last letter: Latin with accents, Greek, Cyrillic, Chinese
-ALPHABETS = ((0x00D8, 0x017F), (0x03B1, 0x03C9), (0x0410, 0x044F), (0x4E00, 0x9FA5))
-CODAS = ("", "", "", "l", "m", "n", "r", "s", "t", "x")
+_ALPHABETS = ((0x00D8, 0x017F), (0x03B1, 0x03C9), (0x0410, 0x044F), (0x4E00, 0x9FA5))
+_CODAS = ("", "", "", "l", "m", "n", "r", "s", "t", "x")
 
 
 def is_held_out(word: str) -> bool:
-    """Whether training makes up no name and no value of the word: a fixed sixth of all
-    spellings.
-    """
+    """Whether a word is kept for the tests: a fixed sixth of all spellings."""
     return zlib.crc32(word.lower().encode()) % 6 == 5
 
 
@@ -199,7 +197,8 @@ def draw(random: Random, words: tuple[str, ...], held_out: bool) -> str:
 
     A few hundred words would be learned by heart. To copy words that it never saw, the demo must have seen many.
     """
-    word, kind = random.choice(split(words, held_out)), random.random()
+    word = random.choice(split(words, held_out))
+    kind = random.random()
     if held_out or kind < 0.3 or "=" in word:
         return word
     other = random.choice(split(words, held_out)).lower()
@@ -218,9 +217,9 @@ def _blend(random: Random, word: str, other: str) -> str:
 def _beside_common(random: Random, word: str, other: str) -> str:
     """A common word and another as one: userbank, bankuser; or the common one alone.
 
-    A piece such as "user" or "request" stands in every prompt. If it is never copied, it is not when it has to be.
+    A piece such as "user" or "request" is in every prompt. If it is never copied, it is not when it has to be.
     """
-    common = random.choice(COMMON)
+    common = random.choice(_COMMON)
     made = random.choice((common + other, common + other[-3:], word + common, common))
     return made.capitalize() if word[0].isupper() else made
 
@@ -229,10 +228,10 @@ def pseudo_word(random: Random, held_out: bool) -> str:
     """A word of two syllables, or now and then three, that means nothing."""
     while True:
         syllables = (
-            random.choice(ONSETS) + random.choice(VOWELS)
+            random.choice(_ONSETS) + random.choice(_VOWELS)
             for _ in range(random.choice((2, 2, 2, 3)))
         )
-        word = "".join(syllables) + random.choice(CODAS)
+        word = "".join(syllables) + random.choice(_CODAS)
         if is_held_out(word) == held_out:
             return word
 
@@ -240,9 +239,9 @@ def pseudo_word(random: Random, held_out: bool) -> str:
 def foreign_word(random: Random) -> str:
     """A word for training with letters beyond ASCII, of which the tokenizer has only the bytes."""
     while True:
-        first, last = random.choice(ALPHABETS)
+        first, last = random.choice(_ALPHABETS)
         letters = [chr(random.randint(first, last)) for _ in range(random.randint(2, 5))]
-        if first == ALPHABETS[0][0]:  # among plain ones, as in Łódź
+        if first == _ALPHABETS[0][0]:  # among plain ones, as in Łódź
             letters = [random.choice((letter, *"aeo", *"lnrst")) for letter in letters * 2]
         word = "".join(letters)
         if not word.isascii() and not is_held_out(word):

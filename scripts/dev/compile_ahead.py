@@ -1,8 +1,8 @@
-"""Compile a kernel for a GPU that is not there, and read what the compiler made of it.
+"""Compile a kernel for a GPU that is not there, and analyse the result.
 
-`triton.compile` needs no GPU when it is given a target; the assembler and disassembler come with
-Triton's wheel. What a launch would have seen must be said by hand: pointers are multiples of 16 (or
-loads would not be 16 bytes wide).
+`triton.compile` needs no GPU if it is given a target; the assembler and disassembler come with
+Triton's wheel. A launch would see that pointers are multiples of 16; here a hint must say so, or
+loads would not be 16 bytes wide.
 """
 
 import os
@@ -29,7 +29,7 @@ from mistral_kernels.prefill import pointwise as prefill_pointwise
 from mistral_kernels.prefill import short_attention
 from mistral_kernels.sample import kernel as sampling
 
-# By name, in every kernel; what is not here points to numbers of the weights' dtype.
+# The types of arguments, by name; any other points to elements of the weights' dtype.
 _TYPES = (
     dict.fromkeys(
         ("residual", "sums", "cos", "sin", "frequencies", "logits", "scores", "floats"), "*fp32"
@@ -44,10 +44,9 @@ _TYPES = (
     | dict.fromkeys(("allowed", "seen"), "*i1")
     | {"counters": "*i32", "inverse": "*fp32"}
 )
-# Of the model's dtype, which beside packed weights is not their inputs'
+# Of the model's dtype, which differs from that of the inputs of packed weights.
 _MODELS = ("q", "keys", "values", "norm", "inputs", "outputs")
-# The constants that name kinds of weights, and the matrices that are of them; packed ones are
-# bytes.
+# The constants that name types of weights, and the matrices of that type; packed ones are bytes.
 KINDS = {"KIND": ("weight", "gate_proj", "up_proj", "table")} | {
     name: (matrix,) for name, matrix in zip(qkv.KIND_NAMES, ("q_proj", "k_proj", "v_proj"))
 }
@@ -57,25 +56,24 @@ _LABEL = re.compile(r"^\s*(\.L_x?_?\S+):")
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel as the GPU would run it."""
+class _Compiled:
+    """One kernel as a GPU would run it."""
 
-    registers: int  # a thread
-    spilled: int  # bytes that did not fit into registers, a thread
-    shared: int  # bytes of shared memory, a CTA
-    sass: list[str]  # the instructions, operands included
+    registers: int  # per thread
+    spilled: int  # bytes per thread that did not fit into registers
+    shared: int  # bytes of shared memory per CTA
+    sass: list[str]  # the instructions with their operands
     loops: list[tuple[int, int]]  # first and last + 1 instruction of each loop
-    operand_widths: set[
-        int
-    ]  # kWidth of the operands of `tl.dot`: 2 where 16-bit numbers come straight from memory
+    # kWidth of the operands of `tl.dot`: 2 if 16-bit values come straight from memory
+    operand_widths: set[int]
 
     def count(self, prefix: str, start: int = 0, end: int | None = None) -> int:
         """How many instructions begin with `prefix`."""
         return sum(line.startswith(prefix) for line in self.sass[start:end])
 
 
-class Task(NamedTuple):
-    """One kernel and how to start it."""
+class _Task(NamedTuple):
+    """One kernel and its launch."""
 
     kernel: Any
     launch: Launch
@@ -88,31 +86,33 @@ def decode_kernels(
     capability: int,
     kind: str = DENSE,
     larger: str | None = None,
-) -> dict[str, Task]:
+) -> dict[str, _Task]:
     """The kernels of one decode step of such a model, by name.
 
-    kind    of the matrices; a ggml type for packed ones, in which case dtype is that of what they
-            are multiplied by
-    larger  the kind of v_proj, of "down" and of the head (Q6_K in a Q4_K_M file); None: as the
-            others
+    kind    the type of the matrices; for a ggml type, dtype is that of their inputs
+    larger  the type of v_proj, of "down" and of the head (Q6_K in a Q4_K_M file); None: `kind`
     """
     more = larger or kind
-    D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
-    N, K = config.num_attention_heads, config.num_key_value_heads
+    D = config.hidden_size
+    F = config.intermediate_size
+    V = config.vocab_size
+    H = config.head_dim
+    N = config.num_attention_heads
+    K = config.num_key_value_heads
     arch = arch_for(capability)
     how = (dtype, arch)
     return {
-        "embed": Task(embed.embed_kernel, embed.launch(batch, D, H, arch, kind)),
-        "qkv": Task(qkv.qkv_kernel, qkv.launch(batch, D, N, K, H, *how, (kind, kind, more))),
-        "attention": Task(
+        "embed": _Task(embed.embed_kernel, embed.launch(batch, D, H, arch, kind)),
+        "qkv": _Task(qkv.qkv_kernel, qkv.launch(batch, D, N, K, H, *how, (kind, kind, more))),
+        "attention": _Task(
             decode_attention.decode_attention_kernel, decode_attention.launch(batch, N, K, H, *how)
         ),
-        "output": Task(
+        "output": _Task(
             projection.projection_kernel, projection.launch(batch, D, N * H, *how, kind)
         ),
-        "gate_up": Task(gate_up.gate_up_kernel, gate_up.launch(batch, D, F, *how, kind)),
-        "down": Task(projection.projection_kernel, projection.launch(batch, D, F, *how, more)),
-        "head": Task(head.head_kernel, head.launch(batch, D, V, *how, more)),
+        "gate_up": _Task(gate_up.gate_up_kernel, gate_up.launch(batch, D, F, *how, kind)),
+        "down": _Task(projection.projection_kernel, projection.launch(batch, D, F, *how, more)),
+        "head": _Task(head.head_kernel, head.launch(batch, D, V, *how, more)),
     }
 
 
@@ -123,85 +123,88 @@ def short_kernels(
     capability: int,
     kind: str,
     larger: str | None = None,
-) -> dict[str, Task]:
-    """The kernels that multiply T rows of a short chunk with such a model's packed matrices, by
-    name.
+) -> dict[str, _Task]:
+    """The kernels that multiply T rows of a short chunk with a model's packed matrices, by name.
 
     The other arguments are those of `decode_kernels`. All matrices as wide as up_proj run the code
     of "short up".
     """
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    more, how = larger or kind, (dtype, arch_for(capability))
-    kernel, launch = short_linear.short_linear_kernel, short_linear.launch
+    D = config.hidden_size
+    F = config.intermediate_size
+    V = config.vocab_size
+    more = larger or kind
+    how = (dtype, arch_for(capability))
+    kernel = short_linear.short_linear_kernel
+    launch = short_linear.launch
     return {
-        "scale": Task(short_linear.scale_rows_kernel, short_linear.scale_launch(T, F)),
-        "short up": Task(kernel, launch(T, D, F, *how, kind)),
-        "short down": Task(kernel, launch(T, F, D, *how, more)),
-        "short head": Task(kernel, launch(T, D, V, *how, more)),
+        "scale": _Task(short_linear.scale_rows_kernel, short_linear.scale_launch(T, F)),
+        "short up": _Task(kernel, launch(T, D, F, *how, kind)),
+        "short down": _Task(kernel, launch(T, F, D, *how, more)),
+        "short head": _Task(kernel, launch(T, D, V, *how, more)),
     }
 
 
 def prefill_kernels(
     config: Config, dtype: torch.dtype, tokens: int, capability: int
-) -> dict[str, Task]:
+) -> dict[str, _Task]:
     """The kernels of a prompt in such a model, by name.
 
     The matrix products between them are cuBLAS's.
     """
-    F, H, N, K = (
-        config.intermediate_size,
-        config.head_dim,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
+    F = config.intermediate_size
+    H = config.head_dim
+    N = config.num_attention_heads
+    K = config.num_key_value_heads
     attention = prefill_attention.launch(1, tokens, N, K, H, dtype, arch_for(capability))
     return {
-        "rotate": Task(
+        "rotate": _Task(
             prefill_pointwise.rotate_chunk_kernel, prefill_pointwise.rotate_launch(tokens, N, K, H)
         ),
-        "store": Task(
+        "store": _Task(
             prefill_pointwise.store_chunk_kernel, prefill_pointwise.store_launch(tokens, K, H)
         ),
-        "prefill": Task(prefill_attention.prefill_attention_kernel, attention),
-        "swiglu": Task(prefill_pointwise.swiglu_kernel, prefill_pointwise.swiglu_launch(tokens, F)),
+        "prefill": _Task(prefill_attention.prefill_attention_kernel, attention),
+        "swiglu": _Task(
+            prefill_pointwise.swiglu_kernel, prefill_pointwise.swiglu_launch(tokens, F)
+        ),
     }
 
 
 def short_attention_kernel(
     config: Config, dtype: torch.dtype, tokens: int, capability: int
-) -> Task:
+) -> _Task:
     """The attention of a few new tokens in such a model."""
-    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    N = config.num_attention_heads
+    K = config.num_key_value_heads
+    H = config.head_dim
     shape = short_attention.launch(
         1, tokens, N, K, H, dtype, arch_for(capability), decode_attention.num_splits(1, K)
     )
-    return Task(short_attention.short_attention_kernel, shape)
+    return _Task(short_attention.short_attention_kernel, shape)
 
 
-def unpack_kernel(config: Config, kind: str, chosen: bool = False) -> Task:
-    """What makes numbers of up_proj, packed as `kind`, or of chosen rows of it, for a product of
-    cuBLAS's.
-    """
+def unpack_kernel(config: Config, kind: str, chosen: bool = False) -> _Task:
+    """The kernel that unpacks up_proj, packed as `kind`, or chosen rows of it, for cuBLAS."""
     shape = config.intermediate_size, config.hidden_size
-    return Task(dequantize.unpack_kernel, dequantize.launch(*shape, kind, chosen))
+    return _Task(dequantize.unpack_kernel, dequantize.launch(*shape, kind, chosen))
 
 
-def sample_kernel(config: Config, batch: int, capability: int) -> Task:
-    """What chooses the next tokens."""
-    return Task(
+def sample_kernel(config: Config, batch: int, capability: int) -> _Task:
+    """The kernel that samples the next ids."""
+    return _Task(
         sampling.sample_kernel, sampling.launch(batch, config.vocab_size, arch_for(capability))
     )
 
 
 def compile_ahead(
-    task: Task, dtype: torch.dtype, capability: int, model_dtype: torch.dtype | None = None
-) -> Compiled:
+    task: _Task, dtype: torch.dtype, capability: int, model_dtype: torch.dtype | None = None
+) -> _Compiled:
     """Compile a kernel for weights of `dtype` and compute capability `capability` (80, 90, 120).
 
-    model_dtype  of the cache and the norms; None: the weights'. For packed ones `dtype` is that of
-                 their inputs
+    model_dtype  of the cache and the norms; None: `dtype`. For packed weights `dtype` is that of
+                 their inputs.
 
-    Raises ValueError where TRITON_INTERPRET=1 has replaced the compiler.
+    Raises ValueError if TRITON_INTERPRET=1 has replaced the compiler.
     """
     kernel, launch = task
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -231,30 +234,33 @@ def compile_ahead(
         source, target=GPUTarget("cuda", capability, 32), options=launch.options
     )
     listing, usage = _disassemble(compiled.asm["cubin"])
-    sass, loops = parse_sass(listing)
+    sass, loops = _parse_sass(listing)
     found = re.search(r"REG:(\d+)\s+STACK:(\d+).*?LOCAL:(\d+)", usage)
     registers, stack, local = (int(group) for group in found.groups())
-    # Arrays that the code asks for live on the stack too (the cosine of a huge angle has one) and
-    # are no spill.
+    # Declared arrays are on the stack too (the cosine of a huge angle has one), and are not spills.
     declared = sum(
         8 * -(-int(size) // 8) for size in re.findall(r"\.local .*\[(\d+)\];", compiled.asm["ptx"])
     )
     spilled = max(0, stack + local - declared)
     widths = {int(width) for width in re.findall(r"kWidth = (\d+)", compiled.asm["ttgir"])}
-    return Compiled(registers, spilled, compiled.metadata.shared, sass, loops, widths)
-
-
-def instructions_per_weight(compiled: Compiled, launch: Launch) -> float | None:
-    """Instructions that a thread executes, start and end included, over the weights that it
-    handles.
-
-    None for kernels that are no matrix-vector product, for float32, which the tensor cores do not
-    take, and where two kinds of weights have a branch each.
-    """
-    constants, kinds = (
-        launch.constants,
-        {launch.constants[name] for name in KINDS if name in launch.constants},
+    return _Compiled(
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        sass=sass,
+        loops=loops,
+        operand_widths=widths,
     )
+
+
+def instructions_per_weight(compiled: _Compiled, launch: Launch) -> float | None:
+    """Instructions that a thread executes, start and end included, per weight that it handles.
+
+    None for kernels that are not a matrix-vector product, for float32, which the tensor cores do
+    not take, and if two types of weights have a branch each.
+    """
+    constants = launch.constants
+    kinds = {launch.constants[name] for name in KINDS if name in launch.constants}
     if "COLUMNS" not in constants or not compiled.count("HMMA") or len(kinds) > 1:
         return None
     weights = 16 * constants["COLUMNS"] / (32 * constants["WARPS"])
@@ -263,29 +269,29 @@ def instructions_per_weight(compiled: Compiled, launch: Launch) -> float | None:
         columns = -(-columns // (1024 * constants["WARPS"])) * 1024 * constants["WARPS"]
     # One HMMA takes 8 weights a lane to 8 columns.
     multiplications = 16 * columns / (32 * constants["WARPS"]) / 8 * (constants["M"] / 8)
-    executed, done = len(compiled.sass), compiled.count("HMMA")
+    executed = len(compiled.sass)
+    done = compiled.count("HMMA")
     for start, end in compiled.loops:
         if inside := compiled.count("HMMA", start, end):
             executed += (end - start) * (multiplications - done) / inside
     return executed / weights
 
 
-def parse_sass(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Instructions of a disassembly, without the padding behind the last, and the ranges that are
-    loops.
-    """
-    sass, labels = [], {}
+def _parse_sass(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions of a disassembly, without the padding at its end, and the loops' ranges."""
+    sass = []
+    labels = {}
     for line in listing.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(sass)
         elif instruction := _INSTRUCTION.match(line):
             sass.append(instruction[1] + instruction[2])
-    jumps = [
-        (i, re.search(r"`\((\S+?)\)", line))
-        for i, line in enumerate(sass)
-        if line.startswith("BRA")
-    ]
-    loops = [(labels[to[1]], i + 1) for i, to in jumps if to and labels.get(to[1], i) < i - 2]
+    loops = []
+    for i, line in enumerate(sass):
+        to = re.search(r"`\((\S+?)\)", line) if line.startswith("BRA") else None
+        # A jump to itself or nearly so is the end of the program.
+        if to and labels.get(to[1], i) < i - 2:
+            loops.append((labels[to[1]], i + 1))
     while sass and sass[-1].startswith(("NOP", "BRA")):
         sass.pop()
     return sass, loops

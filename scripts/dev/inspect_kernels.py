@@ -1,4 +1,4 @@
-"""What the compiler made of each kernel: registers, spills, instructions a weight. Needs no GPU."""
+"""Registers, spills and instructions per weight of each compiled kernel. Needs no GPU."""
 
 import argparse
 import itertools
@@ -15,26 +15,21 @@ from mistral.config import whole_number
 
 KINDS = ("dense", "Q4_0", "Q4_K", "Q4_K_M", "Q5_K", "Q6_K", "Q8_0")
 PROMPT = 2048  # tokens
-HEADER = "kernel       CTAs threads registers spilled   shared   SASS a weight"
+HEADER = "kernel       CTAs threads registers spilled   shared   SASS / weight"
 
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(
         __doc__, "python scripts/dev/inspect_kernels.py --targets 90 --kinds dense Q4_K --batch 1 8"
     )
-    parser.add_argument(
-        "--targets",
-        type=int,
-        nargs="+",
-        default=[80, 90],
-        help="GPUs: 80, 90, ... (default: 80 90)",
-    )
+    targets = dict(type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--targets", help="GPUs: 80, 90, ... (default: 80 90)", **targets)
     parser.add_argument(
         "--kinds",
         choices=KINDS,
         nargs="+",
         default=["dense", "Q4_K_M"],
-        help="of weights (default: dense Q4_K_M)",
+        help="types of weights (default: dense Q4_K_M)",
     )
     parser.add_argument(
         "--dtypes",
@@ -42,8 +37,8 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         default=["bfloat16", "float16"],
         help=(
-            "of dense weights, and what packed ones are multiplied in, never bfloat16 (default: "
-            "both of 16 bits)"
+            "of dense weights, and of the products of packed ones, never bfloat16 (default: "
+            "bfloat16 float16)"
         ),
     )
     parser.add_argument(
@@ -53,7 +48,8 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, model = arguments(), config("7b")
+    args = arguments()
+    model = config("7b")
     try:
         import compile_ahead
     except ImportError as error:
@@ -63,34 +59,22 @@ def main() -> None:
         for kind, dtype, batch in itertools.product(args.kinds, args.dtypes, args.batch):
             if kind == "dense" or dtype != "bfloat16":
                 # Q4_K_M keeps some matrices with more bits.
-                how = (
-                    common.DTYPES[dtype],
-                    batch,
-                    target,
-                    *(("Q4_K", "Q6_K") if kind == "Q4_K_M" else (kind,)),
-                )
+                kinds = ("Q4_K", "Q6_K") if kind == "Q4_K_M" else (kind,)
+                how = (common.DTYPES[dtype], batch, target, *kinds)
                 tasks = compile_ahead.decode_kernels(model, *how)
                 if kind != "dense":
                     tasks |= compile_ahead.short_kernels(model, *how)
                 tasks["sample"] = compile_ahead.sample_kernel(model, batch, target)
-                print_table(
-                    f"sm_{target}, {kind}, {dtype}, batch {batch}",
-                    tasks,
-                    target,
-                    common.DTYPES[dtype],
-                )
+                title = f"sm_{target}, {kind}, {dtype}, batch {batch}"
+                print_table(title, tasks, target, common.DTYPES[dtype])
         for dtype in args.dtypes:
             tasks = compile_ahead.prefill_kernels(model, common.DTYPES[dtype], PROMPT, target)
             unpacked = dict.fromkeys(
                 kind.removesuffix("_M") for kind in args.kinds if kind != "dense"
             )
             tasks |= {f"from {kind}": compile_ahead.unpack_kernel(model, kind) for kind in unpacked}
-            print_table(
-                f"sm_{target}, {dtype}, a prompt of {PROMPT} tokens",
-                tasks,
-                target,
-                common.DTYPES[dtype],
-            )
+            title = f"sm_{target}, {dtype}, a prompt of {PROMPT} tokens"
+            print_table(title, tasks, target, common.DTYPES[dtype])
 
 
 def print_table(title: str, tasks: dict, target: int, dtype: torch.dtype) -> None:
@@ -99,10 +83,8 @@ def print_table(title: str, tasks: dict, target: int, dtype: torch.dtype) -> Non
     print(f"\n{title}\n{HEADER}")
     for name, task in tasks.items():
         made = compile_ahead(task, dtype, target)
-        CTAs, threads = (
-            "x".join(str(n) for n in task.launch.grid),
-            32 * task.launch.options["num_warps"],
-        )
+        CTAs = "x".join(str(n) for n in task.launch.grid)
+        threads = 32 * task.launch.options["num_warps"]
         rate = instructions_per_weight(made, task.launch)
         facts = f"{made.registers:>9} {made.spilled:>7} {made.shared:>8,} {len(made.sass):>6,}"
         print(f"{name:<10} {CTAs:>6} {threads:>7} {facts} {f'{rate:.2f}' if rate else '-':>8}")

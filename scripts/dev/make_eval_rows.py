@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py, demo/
 import common
 from demo.dialogues import record, unseen_request
 
-from mistral.chat.formats.prompts import json_prompt, to_json, wrapped
+from mistral.chat.formats.prompts import json_prompt, to_json
+from mistral.chat.tools import wrapped
 
 
 def arguments() -> argparse.Namespace:

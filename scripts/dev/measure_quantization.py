@@ -1,5 +1,4 @@
-"""What a packed format costs: how far its logits are from those of the same weights in float32,
-over some texts.
+"""Measure what a packed format costs: the distance of its logits from those in float32.
 
 The distance is the mean Kullback-Leibler divergence KL(float32 || format) over all positions, in
 nats, and beside it how often both have the same most likely token. For each format there are
@@ -112,7 +111,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    device, chosen = choose_device(args.device), args.formats or (PLAIN, *ROUNDED, *LLAMA_CPP)
+    device = choose_device(args.device)
+    chosen = args.formats or (PLAIN, *ROUNDED, *LLAMA_CPP)
     common.introduce(args.model)
     options = dict(device=device, sliding_window=args.window, revision=args.revision)
     model, tokenizer = mistral.load(args.model, dtype=torch.float32, **options)
@@ -138,10 +138,9 @@ def main() -> None:
 def texts(
     model: mistral.Mistral, tokenizer: mistral.Tokenizer, args: argparse.Namespace
 ) -> Iterator[list[int]]:
-    """Ids to look at: requests for functions of words that the demo never saw, each with the
-    model's own answer.
-    """
-    left, random = args.positions, Random(0)
+    """Sequences to compare on: requests with words that the demo never saw, and its answers."""
+    left = args.positions
+    random = Random(0)
     if args.text:
         yield tokenizer.encode(args.text.read_text(encoding="utf-8"))[:left]
         return
@@ -183,9 +182,8 @@ def measure(
             result["bits"] = round(bits(model), 2)
             read = one_by_one if way == "kernels" else logits_of
             result[way] = distance(wanted, [read(model, ids) for ids in rows])
-        except (
-            Exception
-        ) as error:  # what Triton or a driver say may be of any kind, and the others go on
+        # Triton or a driver may raise anything; the other formats are still measured
+        except Exception as error:
             result[way] = f"not measured: {' '.join(str(error).split())[:200]}"
     return result
 
@@ -214,10 +212,8 @@ def quantize_by_llama_cpp(source: Path, to: Path, name: str) -> None:
         raise ImportError("llama-cpp-python is not installed") from None
     silence_llama_cpp()
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.nthread = (
-        getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}"),
-        torch.get_num_threads(),
-    )
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    options.nthread = torch.get_num_threads()
     code = llama_cpp.llama_model_quantize(
         str(source).encode(), str(to).encode(), ctypes.byref(options)
     )
@@ -246,9 +242,10 @@ def one_by_one(model: mistral.Mistral, ids: list[int]) -> Tensor:
     """The same by the kernels, token by token as they generate."""
     from mistral_kernels import Decoder
 
-    decoder, found = Decoder(model, max_tokens=len(ids) + 1), []
+    decoder = Decoder(model, max_tokens=len(ids) + 1)
+    found = []
     for id in ids:
-        decoder.read([[id]])
+        decoder.prefill([[id]])
         found.append(decoder.logits[0].float().cpu())
     return torch.stack(found)
 

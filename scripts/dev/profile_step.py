@@ -1,9 +1,8 @@
-"""What one decode step runs: on a GPU its kernels, on a CPU its operators; time, bytes and GB/s of
-each.
+"""Profile one decode step: its kernels (GPU) or operators (CPU), their time, bytes and GB/s.
 
-Bytes are the least that the work must move (weights, keys and values, results): what was re-read
-does not count, so GB/s far below the machine's is time lost. "-" where the name alone does not
-tell.
+Bytes are the least that the work must move (weights, keys and values, results): bytes that are read
+again do not count, so GB/s far below the machine's is time lost. "-" if the name alone does not
+determine them.
 """
 
 import argparse
@@ -75,14 +74,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     on_gpu = device.type == "cuda"
-    dtype = common.DTYPES[args.dtype] if args.dtype else torch.bfloat16 if on_gpu else torch.float32
+    default = "bfloat16" if on_gpu else "float32"
+    dtype = common.DTYPES[args.dtype or default]
     model = sizes.make_model(args.size or ("7b" if on_gpu else "small"), device, dtype, args.format)
     room = args.context + 3 * args.steps + 2
     if args.pdl:
-        decoder, note = (
-            mistral_kernels.Decoder(model, args.batch_size, room, pdl=True),
-            "engine: kernels, pdl",
-        )
+        decoder = mistral_kernels.Decoder(model, args.batch_size, room, pdl=True)
+        note = "engine: kernels, pdl"
     else:
         decoder, note = mistral_kernels.open_engine(args.engine, model, args.batch_size, room)
     print(
@@ -92,7 +90,7 @@ def main() -> None:
     bandwidth = machine.read_bandwidth(device)
     print(f"the machine reads {bandwidth / 1e9:,.1f} GB/s (measured: sums over 1 GB)\n")
 
-    decoder.read(
+    decoder.prefill(
         torch.randint(3, model.config.vocab_size, (args.batch_size, args.context)).tolist()
     )
     run_steps(decoder, args.steps)  # compiles, records, warms up
@@ -128,17 +126,16 @@ def run_steps(decoder: mistral.Decoder, n: int) -> None:
 def kernels(events: Sequence, known: dict[str, int], steps: int) -> list[dict]:
     """The GPU's kernels by name, the longest first.
 
-    The projections are two: that behind gate and up is down.
+    There are two projections: the one after gate and up is down.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    after_gate_up, on_gpu = (
-        False,
-        [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA],
-    )
+    after_gate_up = False
+    on_gpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     for event in sorted(on_gpu, key=lambda event: event.time_range.start):
         name = event.name
         if name == "projection_kernel":
-            name, after_gate_up = f"{name}, {'down' if after_gate_up else 'o'}", False
+            name = f"{name}, {'down' if after_gate_up else 'o'}"
+            after_gate_up = False
         found[name].append(event.time_range.elapsed_us())
         after_gate_up = after_gate_up or name == "gate_up_kernel"
     rows = [
@@ -149,11 +146,10 @@ def kernels(events: Sequence, known: dict[str, int], steps: int) -> list[dict]:
 
 def kernel_bytes(model: mistral.Mistral, batch: int, context: int) -> dict[str, int]:
     """What each of our kernels moves in one step, all its calls together."""
-    config, trunk = model.config, model.model
-    attention, mlp = (
-        [layer.self_attn for layer in trunk.layers],
-        [layer.mlp for layer in trunk.layers],
-    )
+    config = model.config
+    trunk = model.model
+    attention = [layer.self_attn for layer in trunk.layers]
+    mlp = [layer.mlp for layer in trunk.layers]
     slots = min(context, config.sliding_window or context)
     return {
         "embed_kernel": batch * matrix_bytes(trunk.embed_tokens) // config.vocab_size,
@@ -180,7 +176,7 @@ def operators(events: Sequence, dtype: torch.dtype, steps: int) -> list[dict]:
     """The CPU's operators by name (matrices also by shape), the longest first.
 
     Time is that in an operator's own code, not in what it calls. Loops that torch.compile made are
-    no operators.
+    not operators.
     """
     found: dict[str, list] = defaultdict(lambda: [0, 0.0, 0])
     for event in events:
@@ -193,18 +189,16 @@ def operators(events: Sequence, dtype: torch.dtype, steps: int) -> list[dict]:
         sums[2] += (
             dtype.itemsize * sum(torch.Size(shape).numel() for shape in shapes) if reads else 0
         )
-    rows = [
-        _row(name, calls, us, moved // steps or None, steps)
-        for name, (calls, us, moved) in found.items()
-    ]
+    rows = []
+    for name, (calls, us, moved) in found.items():
+        rows.append(_row(name, calls, us, moved // steps or None, steps))
     return sorted(rows, key=lambda row: -row["us"])
 
 
 def _row(name: str, calls: int, microseconds: float, moved: int | None, steps: int) -> dict:
     us = microseconds / steps
-    rate = (
-        round(moved / us / 1e3, 2) if moved and us else None
-    )  # a byte a microsecond is 1e6 bytes a second
+    # a byte a microsecond is 1e6 bytes a second
+    rate = round(moved / us / 1e3, 2) if moved and us else None
     return {
         "name": name,
         "calls": round(calls / steps, 1),
@@ -229,7 +223,7 @@ def show(rows: Sequence[dict], wall: float, least: float) -> None:
             f"{moved:>12}{rate:>9}"
         )
     print(f"{'all of them':<70}{sum(row['calls'] for row in rows):>8,.1f}{total:>11,.1f}")
-    print(f"{'the step, with what lies between them':<78}{1e6 * wall:>11,.1f}")
+    print(f"{'the whole step, gaps included':<78}{1e6 * wall:>11,.1f}")
     print(f"{'reading the weights once at the measured rate':<78}{1e6 * least:>11,.1f}")
 
 

@@ -1,6 +1,4 @@
-"""Write a small Mistral with random weights, in Hugging Face's layout: to try the scripts without a
-download.
-"""
+"""Write a small Mistral with random weights in Hugging Face's layout, to try the scripts with."""
 
 import sys
 from pathlib import Path
@@ -34,16 +32,13 @@ def write_random_checkpoint(
     window: int | None = 128,
     seed: int = 0,
 ) -> None:
-    """Fill `folder` with a checkpoint: 4 times as many query heads as key/value heads, ChatML's
-    tokens added.
-    """
+    """Fill `folder` with a checkpoint: 4 query heads a key/value head, ChatML's tokens added."""
     proto = tokenizer_model or train_tokenizer(768)
     size = mistral.Tokenizer(proto).vocab_size
     added = {size + i: text for i, text in enumerate(CHATML)}
     tokenizer = mistral.Tokenizer(proto, added, [size])
     config = mistral.Config(
-        vocab_size=size
-        + 32,  # padded as in Hermes-2-Pro, whose embedding has 30 rows without a token
+        vocab_size=size + 32,  # padded: Hermes-2-Pro's embedding has 30 rows without a token
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 7 // 2,
         num_hidden_layers=num_layers,
@@ -84,8 +79,8 @@ def main() -> None:
         raise ValueError(f"--hidden-size must be a multiple of 128, not {args.hidden_size}")
     if args.window == "auto":
         raise ValueError(
-            "--window must be a number of tokens, or none: there is no checkpoint yet to tell it "
-            "from"
+            "--window must be a number of tokens, or none: "
+            "there is no checkpoint yet that determines it"
         )
     if args.folder.exists() and any(args.folder.iterdir()):
         raise ValueError(f"{args.folder} is not empty; name a new folder")

@@ -1,6 +1,4 @@
-"""Answers in JSON for many made-up schemas, by the demo and by a model with random weights: valid,
-cut off, or hung?
-"""
+"""Answer many made-up schemas by the demo and by random weights: valid, cut off, or hung?"""
 
 import argparse
 import json
@@ -176,7 +174,8 @@ def stress(
     room = max(map(len, prompts), default=0) + args.max_new_tokens
     empty_decoder = common.open_batch_engines(args, model, room)
     for i in tqdm(range(0, len(cases), args.batch_size), desc=name, leave=False):
-        batch, told = cases[i : i + args.batch_size], prompts[i : i + args.batch_size]
+        batch = cases[i : i + args.batch_size]
+        told = prompts[i : i + args.batch_size]
         constraints = [constraint for _, constraint in batch]
         rows = mistral.generate_batch(
             empty_decoder(len(batch)),
@@ -189,7 +188,8 @@ def stress(
             ended = ids[-1] in tokenizer.stop_ids
             counts[verdict(tokenizer, schema, ids) if ended else "cut off"] += 1
             counts["hung"] += constraint.mask_seconds > SLOW
-    masks, seconds = sum(c.mask_count for _, c in cases), sum(c.mask_seconds for _, c in cases)
+    masks = sum(c.mask_count for _, c in cases)
+    seconds = sum(c.mask_seconds for _, c in cases)
     return counts, masks, seconds
 
 
