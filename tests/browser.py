@@ -1,6 +1,4 @@
-"""A headless Chromium for the tests, driven through its debugging pipe: no driver and no port are
-needed.
-"""
+"""A headless Chromium for the tests, driven through its debugging pipe: no driver, no port."""
 
 import base64
 import json
@@ -17,9 +15,8 @@ CHROMIUM = next(
 )
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
-    "--remote-debugging-pipe"
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
 ).split()
 # Chromium reads commands from file 3 and answers on file 4.
 START = (
@@ -29,9 +26,10 @@ START = (
 
 
 class Browser:
-    """One page. `complaints` collects errors and warnings of its console;
+    """One page.
 
-    `requests` what it asked the network for.
+    complaints  errors and warnings of its console
+    requests    what it asked the network for
     """
 
     def __init__(self, profile: Path, patience: float = 60):

@@ -1,8 +1,15 @@
+"""What all tests share: paths, seeds, the markers `gpu` and `slow`, and the line about skips."""
+
 import os
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
+# The models are tiny, and other workers run beside: a second thread only waits for the first. This
+# is for the scripts that tests start; `set_num_threads` below is for the tests themselves.
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts/dev"))
 
@@ -10,7 +17,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+slow_left_out = 0  # tests marked `slow` that `-m "not slow"` in pyproject.toml has deselected
 
 
 def pytest_collection_modifyitems(items):
@@ -21,9 +32,56 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_deselected(items):
+    global slow_left_out
+    slow_left_out += sum(1 for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_sessionfinish(session):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session.config.workeroutput["slow_left_out"] = slow_left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """pytest-xdist: a worker has ended. Each worker collects, and deselects, all tests."""
+    global slow_left_out
+    output = getattr(node, "workeroutput", {})  # absent after a crash
+    slow_left_out = max(slow_left_out, output.get("slow_left_out", 0))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter):
+    """One line, below all that pytest lists: how many tests were skipped, and why."""
+    yield
+    reports = terminalreporter.stats.get("skipped", [])
+    if parts := skip_reasons([report.longrepr[2] for report in reports], slow_left_out):
+        terminalreporter.write_line(f"skipped: {'; '.join(parts)}")
+
+
+def skip_reasons(reasons, left_out=0):
+    """Each reason with its count, the most frequent first, then the tests marked `slow`.
+
+    >>> skip_reasons(["Skipped: needs a CUDA GPU"] * 2, left_out=3)
+    ['2 need a CUDA GPU', '3 slow (pytest -m slow runs them)']
+    """
+    counts = Counter()
+    for reason in reasons:
+        reason = reason.removeprefix("Skipped: ")
+        counts[re.sub(r"could not import '(\w+)'.*", r"needs \1", reason)] += 1
+    parts = []
+    for reason, count in counts.most_common():
+        words = reason if count == 1 else re.sub(r"^needs ", "need ", reason)
+        parts.append(f"{count} {words}")
+    if left_out:
+        parts.append(f"{left_out} slow (pytest -m slow runs them)")
+    return parts
+
+
 @pytest.fixture(autouse=True)
 def the_same_random_numbers_in_every_run():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # a benchmark that ran in this process may have changed it
 
 
 WAITING_METHODS = (

@@ -1,31 +1,36 @@
-"""An engine that writes what a script says, to test what stands around a model."""
+"""An engine that writes a script, to test the code around a model."""
 
 import json
 
 import small
 import torch
 
+from mistral.engine.base import Engine
+
 TOKENIZER = small.true_tokenizer(stop_ids=(32000,))
 END = 32000
 
 
-class Scripted:
-    """An engine for one row that writes the given answers, one after each thing that it reads.
+class Scripted(Engine):
+    """An engine for one row that writes the given answers, one after each prefill.
 
-    slack       how much `rewind` can take back, but for everything; None: without limit
-    fail_after  Ctrl-C when so many tokens are there
+    slack       how many tokens `rewind` can roll back, unless it is all of them; None: any number
+    fail_after  Ctrl-C at so many tokens
     """
 
     def __init__(self, *answers, slack=None, limit=4096, fail_after=None):
         self.config = small.config(
             vocab_size=32032, max_position_embeddings=limit, eos_token_id=(END,)
         )
-        self.batch_size, self.ids, self.pending, self.reads = 1, [], [], []
-        self.answers = [
-            answer if isinstance(answer, list) else written(answer) for answer in answers
-        ]
-        self.slack, self.furthest = slack, 0
-        self.fail_after, self.holder = fail_after, None
+        self.batch_size = 1
+        self.ids = []
+        self.pending = []
+        self.reads = []
+        self.answers = [a if isinstance(a, list) else written(a) for a in answers]
+        self.slack = slack
+        self.furthest = 0
+        self.fail_after = fail_after
+        self.holder = None
 
     @property
     def lengths(self):
@@ -39,7 +44,7 @@ class Scripted:
     def logits(self):
         return torch.zeros(1, self.config.vocab_size)
 
-    def read(self, rows):
+    def prefill(self, rows):
         self.reads.append(list(rows[0]))
         self.ids += rows[0]
         self.furthest = max(self.furthest, len(self.ids))
@@ -55,13 +60,9 @@ class Scripted:
         return torch.tensor([id])
 
     def rewind(self, n):
+        is_limited = self.slack is not None and 0 < n < len(self.ids)
         # The last token is not in the cache yet, as in `Decoder`.
-        if (
-            n
-            and n < len(self.ids)
-            and self.slack is not None
-            and self.furthest - len(self.ids) + n > self.slack + 1
-        ):
+        if is_limited and self.furthest - len(self.ids) + n > self.slack + 1:
             raise ValueError("gone")
         del self.ids[len(self.ids) - n :]
 
@@ -72,5 +73,5 @@ def written(text, end=True):
 
 
 def call(name, /, **arguments):
-    """A call as the default prompt asks for it."""
+    """A call in the form of the default prompt."""
     return f"<tool_call>\n{json.dumps({'arguments': arguments, 'name': name})}\n</tool_call>"

@@ -1,11 +1,14 @@
 """Small models with unequal sizes for the tests, and where the test data is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mistral_common
 import torch
 
 import mistral
+from mistral.checkpoints import load
+from mistral.checkpoints.hugging_face import HuggingFaceReader
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parent.parent
@@ -73,15 +76,20 @@ def save_hf(folder: Path, dtype=torch.float32, seed=0, **changes) -> Path:
     return folder
 
 
+def load_model(folder: Path, dtype=None, sliding_window="auto", quantize=None) -> mistral.Mistral:
+    """The model of a folder in Hugging Face's layout, on the CPU, without its tokenizer."""
+    reader = HuggingFaceReader(folder)
+    config = reader.config()
+    if sliding_window != "auto":
+        config = replace(config, sliding_window=sliding_window)
+    return load.load_model(reader, config, torch.device("cpu"), dtype, quantize=quantize)
+
+
 def load_pair(folder: Path, dtype: torch.dtype, attention="sdpa"):
     """(ours, transformers') of one checkpoint."""
     import transformers
 
-    from mistral.checkpoints import hugging_face
-
-    ours = hugging_face.load_model(
-        folder, hugging_face.read_config(folder), torch.device("cpu"), dtype
-    )
+    ours = load_model(folder, dtype)
     theirs = transformers.MistralForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention
     )

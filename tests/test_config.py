@@ -1,12 +1,13 @@
 import dataclasses
 import json
+import warnings
 
 import pytest
 import small
 import torch
 
 import mistral
-from mistral.checkpoints.hugging_face import read_config
+from mistral.checkpoints.hugging_face import HuggingFaceReader
 
 PUBLISHED = {  # window, theta, vocabulary, stop token
     "v0.1": (4096, 1e4, 32000, 2),
@@ -15,6 +16,10 @@ PUBLISHED = {  # window, theta, vocabulary, stop token
     "instruct-v0.2": (None, 1e6, 32000, 2),
     "hermes-2-pro": (4096, 1e4, 32032, 32000),
 }
+
+
+def read_config(folder):
+    return HuggingFaceReader(folder).config()
 
 
 def write_config(folder, **changes):
@@ -74,11 +79,27 @@ def test_stop_tokens_come_from_generation_config_where_it_names_some(tmp_path):
 
 
 def test_absent_window_is_transformers_default_and_said(tmp_path):
-    write_config(tmp_path, sliding_window=...)
-    with pytest.warns(UserWarning, match="no sliding_window"):
-        assert read_config(tmp_path).sliding_window == 4096
-    assert read_config(tmp_path, sliding_window=None).sliding_window is None
-    assert read_config(tmp_path, sliding_window=17).sliding_window == 17
+    for given, expected in ((..., 4096), (None, None), (17, 17)):
+        reader = HuggingFaceReader(write_config(tmp_path, sliding_window=given))
+        assert reader.config().sliding_window == expected
+        assert (reader.window_note(reader.config()) is None) == (given is not ...)
+
+
+def test_a_window_that_is_absent_is_warned_about_unless_it_is_overridden(tmp_path):
+    for file in (small.DATA / "small").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sliding_window"]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="no sliding_window; taking 4096") as warned:
+        assert mistral.load(tmp_path, device="cpu")[0].config.sliding_window == 4096
+    assert warned[0].filename == __file__  # the caller's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for window in (None, 17):
+            model, _ = mistral.load(tmp_path, device="cpu", sliding_window=window)
+            assert model.config.sliding_window == window
 
 
 def test_head_size_may_be_null_or_absent_or_its_own(tmp_path):

@@ -25,7 +25,8 @@ def test_rms_norm_is_its_formula_in_true_float64():
 
 
 def test_rms_norm_rounds_before_the_weight():
-    x, norm = torch.randn(2000, 64).bfloat16(), RMSNorm(64, eps=1e-5)
+    x = torch.randn(2000, 64).bfloat16()
+    norm = RMSNorm(64, eps=1e-5)
     torch.nn.init.normal_(norm.weight)
     norm.bfloat16()
     wide = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
@@ -42,14 +43,16 @@ def test_rms_norm_of_large_half_precision_numbers_does_not_overflow():
 def test_mlp_is_its_formula():
     mlp = MLP(small.config()).double()
     x = torch.randn(3, 40, dtype=torch.float64)
-    gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
+    gate = x @ mlp.gate_proj.weight.T
+    up = x @ mlp.up_proj.weight.T
     assert torch.allclose(
         mlp(x), (gate / (1 + (-gate).exp()) * up) @ mlp.down_proj.weight.T, atol=1e-12
     )
 
 
 def test_rotation_is_complex_multiplication_of_the_pairs():
-    H, positions = 10, torch.tensor([[0, 1, 2, 77, 4095]])
+    H = 10
+    positions = torch.tensor([[0, 1, 2, 77, 4095]])
     x = torch.randn(1, 3, 5, H, dtype=torch.float64)
     pairs = torch.complex(x[..., : H // 2], x[..., H // 2 :])
     angles = positions[0, :, None].float() * (1 / 1e4 ** (torch.arange(0, H, 2) / H))
@@ -107,11 +110,9 @@ def test_the_two_attentions_agree(T, kind, H):
 
 
 def test_the_two_attentions_agree_with_more_keys_than_queries():
-    q, k, v = (
-        torch.randn(3, 6, 2, 10).double(),
-        torch.randn(3, 2, 7, 10).double(),
-        torch.randn(3, 2, 7, 10).double(),
-    )
+    q = torch.randn(3, 6, 2, 10).double()
+    k = torch.randn(3, 2, 7, 10).double()
+    v = torch.randn(3, 2, 7, 10).double()
     mask = window_mask(torch.tensor([[5, 6]]), torch.arange(7)[None], 4)
     assert torch.allclose(attend(q, k, v, mask), attend_explicit(q, k, v, mask), atol=1e-12)
     one = q[:, :, :1]
@@ -119,7 +120,8 @@ def test_the_two_attentions_agree_with_more_keys_than_queries():
 
 
 def test_query_heads_share_key_value_heads_in_consecutive_groups():
-    q, k = torch.randn(1, 6, 1, 10).double(), torch.randn(1, 2, 5, 10).double()
+    q = torch.randn(1, 6, 1, 10).double()
+    k = torch.randn(1, 2, 5, 10).double()
     v = torch.zeros(1, 2, 5, 10).double()
     v[:, 1] = 1.0  # key/value head 1 belongs to query heads 3, 4 and 5
     for version in (attend, attend_explicit):

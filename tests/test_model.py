@@ -20,7 +20,8 @@ def test_parameters_have_hugging_faces_names():
 
 
 def test_later_tokens_never_change_earlier_logits():
-    model, tokens = small.model(), small.tokens(3, 11)
+    model = small.model()
+    tokens = small.tokens(3, 11)
     changed = tokens.clone()
     changed[:, 6:] = small.tokens(3, 5, seed=9)
     assert torch.equal(model(tokens)[:, :6], model(changed)[:, :6])
@@ -29,7 +30,8 @@ def test_later_tokens_never_change_earlier_logits():
 
 def test_the_window_reaches_w_minus_1_tokens_back_in_every_layer():
     # 3 layers with window 4: position p depends on p - 9 .. p.
-    model, tokens = small.model(), small.tokens(1, 20)
+    model = small.model()
+    tokens = small.tokens(1, 20)
     changed = tokens.clone()
     changed[0, 5] = (tokens[0, 5] + 1) % 101
     differs = (model(tokens) != model(changed)).any(dim=-1)[0]
@@ -38,7 +40,8 @@ def test_the_window_reaches_w_minus_1_tokens_back_in_every_layer():
 
 @pytest.mark.parametrize("with_cache", [False, True])
 def test_last_only_gives_each_rows_last_real_position(with_cache):
-    model, tokens = small.model(), small.tokens(3, 11)
+    model = small.model()
+    tokens = small.tokens(3, 11)
     cache = model.new_cache(3) if with_cache else None
     last = model(tokens, cache, lengths=[11, 4, 1], last_only=True)
     whole = model(tokens)
@@ -49,7 +52,8 @@ def test_last_only_gives_each_rows_last_real_position(with_cache):
 
 def test_a_cached_prompt_gives_the_bits_of_an_uncached_one():
     for dtype in (torch.float32, torch.bfloat16):
-        model, tokens = small.model(dtype), small.tokens(3, 11)
+        model = small.model(dtype)
+        tokens = small.tokens(3, 11)
         assert torch.equal(model(tokens, model.new_cache(3)), model(tokens))
         assert torch.equal(model(tokens[:, :3], model.new_cache(3)), model(tokens[:, :3]))
 
@@ -82,7 +86,8 @@ def test_tokens_of_another_shape_are_refused(shape):
 
 
 def test_arguments_without_a_meaning_are_refused():
-    model, tokens = small.model(), small.tokens(2, 3)
+    model = small.model()
+    tokens = small.tokens(2, 3)
     with pytest.raises(ValueError, match="lengths says"):
         model(tokens, lengths=[3, 1])
     with pytest.raises(ValueError, match="the cache has 3 rows"):
@@ -99,7 +104,7 @@ def test_a_cache_that_cannot_fit_is_refused_with_what_would():
     with pytest.raises(
         mistral.NotEnoughMemory, match=r"needs .* are free; \d+ positions, or \d+ rows, would fit"
     ):
-        small.model(sliding_window=None).new_cache(4, max_tokens=2**31)
+        mistral.Decoder(small.model(sliding_window=None), 4, max_tokens=2**31)
 
 
 def test_gradients_reach_every_parameter_and_match_finite_differences():
@@ -110,7 +115,8 @@ def test_gradients_reach_every_parameter_and_match_finite_differences():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
-    weight, eps = model.model.layers[1].self_attn.k_proj.weight, 1e-6
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    eps = 1e-6
     losses = []
     for step in (eps, -eps):
         with torch.no_grad():
@@ -139,6 +145,7 @@ def test_the_model_learns():
 
 
 def test_a_forward_traces_into_one_graph():
-    model, tokens = small.model(torch.float32), small.tokens(2, 11)
+    model = small.model(torch.float32)
+    tokens = small.tokens(2, 11)
     explained = torch._dynamo.explain(model)(tokens)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)

@@ -54,7 +54,8 @@ CASES = [
 @pytest.mark.parametrize(("ours", "theirs"), CASES, ids=[str(case[0]) for case in CASES])
 def test_each_rule_is_transformers_rule(ours, theirs, ties):
     for seed in range(40):
-        logits, history = random_logits(seed, ties), random_history(seed)
+        logits = random_logits(seed, ties)
+        history = random_history(seed)
         expected = theirs()(history, logits.clone())
         assert torch.equal(
             processed_scores(logits, Sampling(**ours), history, full(history)), expected
@@ -74,10 +75,8 @@ def test_n_grams_are_banned_for_short_histories_as_well():
 
 def test_ragged_histories_are_each_rows_own():
     history = torch.tensor([[3, 4, 3, -1, -1], [5, 6, 7, 5, 6], [-1] * 5])
-    lengths, sampling = (
-        torch.tensor([3, 5, 0]),
-        Sampling(no_repeat_ngram_size=2, repetition_penalty=2.0),
-    )
+    lengths = torch.tensor([3, 5, 0])
+    sampling = Sampling(no_repeat_ngram_size=2, repetition_penalty=2.0)
     scores = processed_scores(torch.ones(3, V), sampling, history, lengths)
     for row, ids in enumerate(([3, 4, 3], [5, 6, 7, 5, 6], [])):
         alone = torch.tensor([ids], dtype=torch.int64)
@@ -102,7 +101,8 @@ def test_all_rules_together_in_transformers_order():
         TypicalLogitsWarper(0.8),
     ]
     for seed in range(100):
-        logits, history = random_logits(seed, ties=seed % 2 == 0), random_history(seed)
+        logits = random_logits(seed, ties=seed % 2 == 0)
+        history = random_history(seed)
         scores = processed_scores(logits, Sampling(**values), history, full(history))
         expected = logits.clone()
         for rule in chain:
@@ -133,7 +133,8 @@ def test_a_draw_is_torch_multinomials_draw():
 
 
 def test_frequencies_are_the_probabilities():
-    logits, n = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5]]), 40_000
+    logits = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5]])
+    n = 40_000
     ids = draw(
         logits.expand(n, -1), Sampling(temperature=0.8), generator=torch.Generator().manual_seed(1)
     )
@@ -156,7 +157,8 @@ def test_temperature_0_is_greedy_and_takes_the_first_of_equals():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_mask_is_obeyed(temperature):
-    logits, mask = random_logits(3, ties=False), torch.zeros(3, V, dtype=torch.bool)
+    logits = random_logits(3, ties=False)
+    mask = torch.zeros(3, V, dtype=torch.bool)
     mask[0, 7] = mask[1, 8] = mask[2, 9] = True
     assert draw(logits, Sampling(temperature=temperature, top_k=5), mask).tolist() == [7, 8, 9]
     assert draw(logits, Sampling(temperature=temperature), mask[1]).tolist() == [8, 8, 8]
@@ -196,5 +198,6 @@ def test_impossible_values_are_refused_by_name(values):
 
 
 def test_the_defaults_change_nothing():
-    logits, history = random_logits(0, ties=True), random_history(0)
+    logits = random_logits(0, ties=True)
+    history = random_history(0)
     assert torch.equal(processed_scores(logits, Sampling(), history, full(history)), logits)

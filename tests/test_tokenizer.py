@@ -6,7 +6,6 @@ import sentencepiece
 import small
 
 import mistral
-from mistral.checkpoints import hugging_face
 
 HERMES = (
     "<|im_start|>system\nYou are Hermes 2.<|im_end|>\n<|im_start|>user\nHello, who are "
@@ -76,7 +75,7 @@ def random_text(generator):
 
 def test_ids_are_those_that_llama_cpp_gave():
     folder = small.DATA / "small"
-    made = hugging_face.read_tokenizer(folder, hugging_face.read_config(folder))
+    _, made = mistral.load(folder, device="cpu")
     for row in json.loads((folder / "tokens.json").read_text()):
         assert made.encode(row["text"], bos=False) == row["plain"]
         assert made.encode(row["text"], bos=False, special=True) == row["special"]
@@ -98,7 +97,8 @@ def test_text_survives_the_round_trip(tokenizer, text):
 
 
 def test_random_text_survives_the_round_trip_and_is_split_as_by_sentencepiece(tokenizer):
-    reference, generator = sentencepiece.SentencePieceProcessor(), random.Random(0)
+    reference = sentencepiece.SentencePieceProcessor()
+    generator = random.Random(0)
     reference.LoadFromSerializedProto(tokenizer.model_proto)
     for _ in range(3000):
         text = random_text(generator)
@@ -161,7 +161,7 @@ def test_bytes_of_a_text_are_the_bytes_of_its_tokens(tokenizer):
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_stream_gives_the_text_piece_by_piece(tokenizer, text):
     ids = tokenizer.encode(text)
-    stream = tokenizer.stream(start=True)
+    stream = tokenizer.stream(strip_leading_space=True)
     assert "".join(stream.feed(id) for id in ids) + stream.finish() == text
 
 
@@ -183,12 +183,13 @@ def test_a_stream_holds_back_half_a_character(tokenizer):
 
 
 def test_no_ids_can_break_decoding(tokenizer):
-    generator, reference = random.Random(0), sentencepiece.SentencePieceProcessor()
+    generator = random.Random(0)
+    reference = sentencepiece.SentencePieceProcessor()
     reference.LoadFromSerializedProto(tokenizer.model_proto)
     for _ in range(3000):
         ids = [generator.choice([0, 1, 2, 3, 258, 28705, 32001, 32031, 99999]) for _ in range(3)]
         ids += [generator.randrange(3, 32000) for _ in range(4)]
-        stream = tokenizer.stream(start=True)
+        stream = tokenizer.stream(strip_leading_space=True)
         assert "".join(stream.feed(id) for id in ids) + stream.finish() == tokenizer.decode(ids)
         pieces = [generator.randrange(259, 32000) for _ in range(6)]
         assert tokenizer.decode(pieces) == reference.decode(pieces)

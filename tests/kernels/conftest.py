@@ -1,5 +1,5 @@
-"""Kernels run on a GPU if there is one, else in Triton's interpreter, chosen before Triton is
-imported.
+"""Kernels run on a GPU if there is one, else in Triton's interpreter, which must be chosen before
+Triton is imported.
 """
 
 import os
@@ -19,15 +19,14 @@ if DEVICE == "cpu":
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Look into the language once for each function, not at each call of it: the interpreter takes
-    half the time.
-    """
+    """Patch the language once per function, not at each call: halves the interpreter's time."""
     if DEVICE == "cuda":
         yield
         return
     from triton.runtime import interpreter
 
-    patched, original = set(), interpreter.InterpretedFunction.__call__
+    patched = set()
+    original = interpreter.InterpretedFunction.__call__
 
     def call(function, *args, **kwargs):
         if function.fn not in patched:

@@ -1,5 +1,5 @@
-"""Each decode kernel against its plain twin: unequal sizes, odd batch, poisoned outputs, neighbours
-untouched.
+"""Each decode kernel against its plain twin: unequal sizes, odd batches, poisoned outputs,
+untouched neighbours.
 
 On a CPU the kernels run in Triton's interpreter, in float32 and float16; `pytest -m gpu` runs the
 same in bfloat16 too.
@@ -21,11 +21,17 @@ from mistral_kernels.decode.head import head, head_reference
 from mistral_kernels.decode.matvec import scaled_norm
 from mistral_kernels.decode.projection import project, project_reference
 from mistral_kernels.decode.qkv import qkv, qkv_reference
+from mistral_kernels.decode.step import REFERENCES, DecodeStep, Operations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 EPS = 1e-5
-D, F, N, K, H, V = 96, 160, 6, 2, 16, 45  # no two equal; V is no multiple of a tile
+D = 96
+F = 160
+N = 6
+K = 2
+H = 16
+V = 45  # no two sizes equal; V is not a multiple of a tile
 CLOSE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -34,7 +40,7 @@ def normal(*shape, dtype=torch.float32, scale=1.0):
 
 
 def poisoned(*shape, dtype=torch.float32):
-    """NaN everywhere, with one row more than asked for: `check` sees who writes into it."""
+    """NaN everywhere, with one extra row: `check` sees whether a kernel writes into it."""
     return torch.full((shape[0] + 1, *shape[1:]), math.nan, dtype=dtype, device=DEVICE)[:-1]
 
 
@@ -82,7 +88,8 @@ def input_of(B, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("B", "columns"), [(3, F), (1, 64), (13, 32), (8, 256)])
 def test_projection_adds_to_the_residual_and_prepares_the_next_input(B, columns, dtype):
-    weight, norm = normal(D, columns, dtype=dtype, scale=columns**-0.5), normal(D, dtype=dtype)
+    weight = normal(D, columns, dtype=dtype, scale=columns**-0.5)
+    norm = normal(D, dtype=dtype)
     residual = torch.cat((normal(B, D), torch.full((1, D), math.nan, device=DEVICE)))[:B]
     outputs = (residual, poisoned(B, D, dtype=dtype), poisoned(B, D // 16))
     check(
@@ -113,18 +120,18 @@ def test_head_scores_a_vocabulary_that_is_no_multiple_of_a_tile(B, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embed_begins_a_step(dtype):
-    B, S = 3, 5
-    tokens, positions = (
-        torch.tensor([44, 0, 7], device=DEVICE),
-        torch.tensor([4097, -1, 3], device=DEVICE),
-    )
-    table, norm, frequencies = (
-        normal(V, D, dtype=dtype),
-        normal(D, dtype=dtype),
-        torch.rand(H // 2, device=DEVICE),
-    )
-    residual, x, sums = poisoned(B, D), poisoned(B, D, dtype=dtype), poisoned(B, D // 16)
-    cos, sin = poisoned(B, H // 2), poisoned(B, H // 2)
+    B = 3
+    S = 5
+    tokens = torch.tensor([44, 0, 7], device=DEVICE)
+    positions = torch.tensor([4097, -1, 3], device=DEVICE)
+    table = normal(V, D, dtype=dtype)
+    norm = normal(D, dtype=dtype)
+    frequencies = torch.rand(H // 2, device=DEVICE)
+    residual = poisoned(B, D)
+    x = poisoned(B, D, dtype=dtype)
+    sums = poisoned(B, D // 16)
+    cos = poisoned(B, H // 2)
+    sin = poisoned(B, H // 2)
     slots = torch.full((B,), 99, device=DEVICE)
     arguments = [tokens, positions, table, norm, frequencies, residual, x, sums, cos, sin]
     check(
@@ -139,10 +146,12 @@ def test_embed_begins_a_step(dtype):
 def test_embed_turns_by_the_angles_of_the_model():
     model = small.model(torch.float32, hidden_size=D, head_dim=H)
     positions = torch.tensor([0, 1, 511, 32767], device=DEVICE)
-    cos, sin = poisoned(4, H // 2), poisoned(4, H // 2)
+    cos = poisoned(4, H // 2)
+    sin = poisoned(4, H // 2)
     scratch = [poisoned(4, D), poisoned(4, D), poisoned(4, D // 16)]
     frequencies = model.model.rotary.frequencies.to(DEVICE)
-    table, norm = model.model.embed_tokens.weight.to(DEVICE), model.model.norm.weight.to(DEVICE)
+    table = model.model.embed_tokens.weight.to(DEVICE)
+    norm = model.model.norm.weight.to(DEVICE)
     embed(
         positions % 7, positions, table, norm, frequencies, *scratch, cos, sin, positions.clone(), 8
     )
@@ -154,13 +163,16 @@ def test_embed_turns_by_the_angles_of_the_model():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_qkv_writes_one_slot_of_each_row_and_leaves_the_others(dtype):
-    B, S = 3, 7
+    B = 3
+    S = 7
     x, sums = input_of(B, dtype)
     weight = normal((N + 2 * K) * H, D, dtype=dtype, scale=D**-0.5)
     angles = normal(B, H // 2) * 9
     slots = torch.tensor([3, S, 0], device=DEVICE)
-    keys, values = normal(B, K, S + 1, H, dtype=dtype), normal(B, K, S + 1, H, dtype=dtype)
-    before, q = (keys.clone(), values.clone()), poisoned(B, N, H, dtype=dtype)
+    keys = normal(B, K, S + 1, H, dtype=dtype)
+    values = normal(B, K, S + 1, H, dtype=dtype)
+    before = (keys.clone(), values.clone())
+    q = poisoned(B, N, H, dtype=dtype)
     arguments = [x, sums, weight, angles.cos(), angles.sin(), slots, q]
     check(
         lambda *a: qkv(*a, keys, values, EPS),
@@ -176,11 +188,14 @@ def test_qkv_writes_one_slot_of_each_row_and_leaves_the_others(dtype):
 
 
 def test_qkv_turns_pairs_as_the_model_does():
-    B, S = 2, 4
+    B = 2
+    S = 4
     x, sums = input_of(B, torch.float32)
     weight = normal((N + 2 * K) * H, D, scale=D**-0.5)
     angles = normal(B, H // 2)
-    keys, values, q = normal(B, K, S + 1, H), normal(B, K, S + 1, H), poisoned(B, N, H)
+    keys = normal(B, K, S + 1, H)
+    values = normal(B, K, S + 1, H)
+    q = poisoned(B, N, H)
     qkv(
         x,
         sums,
@@ -213,17 +228,21 @@ def test_qkv_turns_pairs_as_the_model_does():
     ],
 )
 def test_attention_sees_the_window_and_nothing_else(positions, window, dtype):
-    B, S = 3, 70
-    keys, values = normal(B, K, S + 1, H, dtype=dtype), normal(B, K, S + 1, H, dtype=dtype)
+    B = 3
+    S = 70
+    keys = normal(B, K, S + 1, H, dtype=dtype)
+    values = normal(B, K, S + 1, H, dtype=dtype)
     dead = torch.ones(B, S + 1, dtype=torch.bool)
     for b, position in enumerate(positions):
         for p in range(max(0, position + 1 - min(window or S, S)), position + 1):
             dead[b, p % S] = False
-    q, positions = normal(B, N, H, dtype=dtype), torch.tensor(positions, device=DEVICE)
+    q = normal(B, N, H, dtype=dtype)
+    positions = torch.tensor(positions, device=DEVICE)
     clean = (keys.clone(), values.clone())
     for cache in (keys, values):
         cache.transpose(1, 2)[dead.to(DEVICE)] = math.nan  # read any of these, and the sum is NaN
-    y, twin = poisoned(B, N * H, dtype=dtype), poisoned(B, N * H, dtype=dtype)
+    y = poisoned(B, N * H, dtype=dtype)
+    twin = poisoned(B, N * H, dtype=dtype)
     attend_reference(q, *clean, positions, twin, None, S, window)
     partials = two_parts(B)
     attend(q, keys, values, positions, y, partials, S, window)
@@ -242,9 +261,13 @@ def two_parts(B):
 
 
 def test_attention_again_has_the_same_bits():
-    B, S = 1, 70
-    keys, values, q = normal(B, K, S + 1, H), normal(B, K, S + 1, H), normal(B, N, H)
-    partials, results = Partials(B, N, K, H, DEVICE), [poisoned(B, N * H), poisoned(B, N * H)]
+    B = 1
+    S = 70
+    keys = normal(B, K, S + 1, H)
+    values = normal(B, K, S + 1, H)
+    q = normal(B, N, H)
+    partials = Partials(B, N, K, H, DEVICE)
+    results = [poisoned(B, N * H), poisoned(B, N * H)]
     for y in results:
         attend(q, keys, values, torch.tensor([500], device=DEVICE), y, partials, S, None)
     assert partials.splits == 16
@@ -252,7 +275,9 @@ def test_attention_again_has_the_same_bits():
 
 
 def test_attention_agrees_with_the_rolling_cache_of_the_model():
-    B, S, W = 2, 9, 6
+    B = 2
+    S = 9
+    W = 6
     config = small.config(
         num_hidden_layers=1,
         num_attention_heads=N,
@@ -261,9 +286,12 @@ def test_attention_agrees_with_the_rolling_cache_of_the_model():
         sliding_window=W,
     )
     model = small.mistral.Mistral(config)
-    cache, partials = model.new_cache(B, slack=S - W), two_parts(B)
+    cache = model.new_cache(B, slack=S - W)
+    partials = two_parts(B)
     for step in range(26):
-        q, k, v = torch.randn(B, N, 1, H), torch.randn(B, K, 1, H), torch.randn(B, K, 1, H)
+        q = torch.randn(B, N, 1, H)
+        k = torch.randn(B, K, 1, H)
+        v = torch.randn(B, K, 1, H)
         plan = cache.plan(1, [1, step % 3 > 0])  # a row that falls behind
         cache.begin(plan)
         seen = cache.layer(0, plan).update(k, v)
@@ -293,8 +321,10 @@ def test_a_step_is_the_models_forward(launchers):
     model = small.model(
         torch.float32, hidden_size=64, head_dim=16, intermediate_size=96, num_hidden_layers=2
     )
-    cache, steps = model.new_cache(3, slack=2), 2 if launchers == "kernels" else 30
-    prompt, new = small.tokens(3, 11), small.tokens(3, steps, seed=1)
+    cache = model.new_cache(3, slack=2)
+    steps = 2 if launchers == "kernels" else 30
+    prompt = small.tokens(3, 11)
+    new = small.tokens(3, steps, seed=1)
     model(prompt, cache, [11, 2, 5])  # past the window of 4; within it; just past
     expected_cache = model.new_cache(3, slack=2)
     model(prompt, expected_cache, [11, 2, 5])
@@ -303,6 +333,29 @@ def test_a_step_is_the_models_forward(launchers):
         expected = model(new[:, t : t + 1], expected_cache, last_only=True)
         logits = step(new[:, t], torch.tensor([11 + t, 2 + t, 5 + t]))
         assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_only_the_kernels_after_the_first_are_launched_early():
+    """The twins do not know `pdl`: it is passed only if it is on, and refused together with them."""
+    sizes = dict(hidden_size=D, intermediate_size=F, num_attention_heads=N, head_dim=H)
+    model = small.model(torch.float32, num_hidden_layers=1, **sizes)
+    early = {}
+
+    def recorder(name):
+        def operation(*arguments, **options):
+            early[name] = options
+            getattr(REFERENCES, name)(*arguments)
+
+        return operation
+
+    operations = Operations(*map(recorder, Operations._fields))
+    for pdl, expected in ((False, {}), (True, {"pdl": True})):
+        step = DecodeStep(model, model.new_cache(1, slack=1), operations, pdl)
+        step.run(torch.zeros(1, dtype=torch.int64))
+        assert early.pop("embed") == {}
+        assert early == dict.fromkeys(("qkv", "attend", "project", "gate_up", "head"), expected)
+    with pytest.raises(ValueError, match="plain twins launch none"):
+        DecodeStep(model, model.new_cache(1, slack=1), REFERENCES, pdl=True)
 
 
 STEPS = {
@@ -320,13 +373,16 @@ STEPS = {
 
 def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
     """The step of an engine, in as few lines as it can be written."""
-    model, keys, values = (
-        copy.deepcopy(model).to(DEVICE),
-        cache.keys.to(DEVICE),
-        cache.values.to(DEVICE),
-    )
-    c, layers, B = model.config, model.model.layers, cache.batch_size
-    dtype, D, N, H = model.dtype, c.hidden_size, c.num_attention_heads, c.head_dim
+    model = copy.deepcopy(model).to(DEVICE)
+    keys = cache.keys.to(DEVICE)
+    values = cache.values.to(DEVICE)
+    c = model.config
+    layers = model.model.layers
+    B = cache.batch_size
+    dtype = model.dtype
+    D = c.hidden_size
+    N = c.num_attention_heads
+    H = c.head_dim
     norms = [
         scaled_norm(n.weight)
         for layer in layers
@@ -336,18 +392,21 @@ def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
     attention = [layer.self_attn for layer in layers]
     fused = [torch.cat((a.q_proj.weight, a.k_proj.weight, a.v_proj.weight)) for a in attention]
     both = [torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)) for layer in layers]
-    x, sums, residual = poisoned(B, D, dtype=dtype), poisoned(B, D // 16), poisoned(B, D)
-    cos, sin, slots = (
-        poisoned(B, H // 2),
-        poisoned(B, H // 2),
-        torch.zeros(B, dtype=torch.int64, device=DEVICE),
-    )
-    q, y = poisoned(B, N, H, dtype=dtype), poisoned(B, N * H, dtype=dtype)
-    h, logits = poisoned(B, c.intermediate_size, dtype=dtype), poisoned(B, c.vocab_size)
+    x = poisoned(B, D, dtype=dtype)
+    sums = poisoned(B, D // 16)
+    residual = poisoned(B, D)
+    cos = poisoned(B, H // 2)
+    sin = poisoned(B, H // 2)
+    slots = torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    q = poisoned(B, N, H, dtype=dtype)
+    y = poisoned(B, N * H, dtype=dtype)
+    h = poisoned(B, c.intermediate_size, dtype=dtype)
+    logits = poisoned(B, c.vocab_size)
     partials = Partials(B, N, c.num_key_value_heads, H, DEVICE, splits=1)
 
     def step(tokens, positions):
-        tokens, positions = tokens.to(DEVICE).contiguous(), positions.to(DEVICE)
+        tokens = tokens.to(DEVICE).contiguous()
+        positions = positions.to(DEVICE)
         start = (model.model.embed_tokens.weight, norms[0][0], model.model.rotary.frequencies)
         embed(tokens, positions, *start, residual, x, sums, cos, sin, slots, cache.num_slots)
         for i, layer in enumerate(layers):
@@ -368,12 +427,22 @@ def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
 def test_kernels_of_a_7b_on_a_gpu(B, pdl):
     if pdl and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
-    D, F, N, K, H, V, S, dtype = 4096, 14336, 32, 8, 128, 32002, 4112, torch.bfloat16
-    x, sums = normal(B, D, dtype=dtype), torch.rand(B, D // 16, device=DEVICE) * 32
-    weight, h = normal(2 * F, D, dtype=dtype, scale=D**-0.5), poisoned(B, F, dtype=dtype)
+    D = 4096
+    F = 14336
+    N = 32
+    K = 8
+    H = 128
+    V = 32002
+    S = 4112
+    dtype = torch.bfloat16
+    x = normal(B, D, dtype=dtype)
+    sums = torch.rand(B, D // 16, device=DEVICE) * 32
+    weight = normal(2 * F, D, dtype=dtype, scale=D**-0.5)
+    h = poisoned(B, F, dtype=dtype)
     check(bound(gate_up, pdl), gate_up_reference, [x, sums, weight, h, EPS, 1.0], (3,))
     outputs = (normal(B, D), poisoned(B, D, dtype=dtype), poisoned(B, D // 16))
-    weight, norm = normal(D, F, dtype=dtype, scale=F**-0.5), normal(D, dtype=dtype)
+    weight = normal(D, F, dtype=dtype, scale=F**-0.5)
+    norm = normal(D, dtype=dtype)
     check(
         bound(project, pdl),
         project_reference,
@@ -384,18 +453,20 @@ def test_kernels_of_a_7b_on_a_gpu(B, pdl):
     check(bound(head, pdl), head_reference, [x, sums, weight, poisoned(B, V), EPS, 1.0], (3,))
     cache = [normal(B, K, S + 1, H, dtype=dtype) for _ in range(2)]
     positions = torch.arange(B, device=DEVICE) * 700
-    q, y = normal(B, N, H, dtype=dtype), poisoned(B, N * H, dtype=dtype)
+    q = normal(B, N, H, dtype=dtype)
+    y = poisoned(B, N * H, dtype=dtype)
     arguments = [q, *cache, positions, y, Partials(B, N, K, H, DEVICE), S, 4096]
     check(bound(attend, pdl), attend_reference, arguments, (4,))
 
 
 def bound(launcher, pdl):
-    """A launcher whose kernel may start before the one ahead of it has ended."""
+    """A launcher whose kernel may start before the previous one has ended."""
     return lambda *arguments: launcher(*arguments, pdl=pdl)
 
 
 def test_half_precision_stops_at_its_largest_number_and_keeps_nan():
-    x, sums = torch.ones(1, 32, device=DEVICE).half(), torch.full((1, 2), 16.0, device=DEVICE)
+    x = torch.ones(1, 32, device=DEVICE).half()
+    sums = torch.full((1, 2), 16.0, device=DEVICE)
     weight = torch.full((64, 32), 20.0, device=DEVICE).half()  # g = u = 640, h = 409,600
     h = poisoned(1, 32, dtype=torch.float16)
     gate_up(x, sums, weight, h, EPS)
@@ -420,7 +491,8 @@ def test_tiny_norm_weights_keep_their_digits_in_half_precision():
 def test_what_the_kernels_cannot_do_is_named():
     def projection(B=1, D=32, columns=32, dtype=torch.float32):
         x = torch.zeros(B, D, device=DEVICE, dtype=dtype)
-        y, weight = torch.zeros(B, columns, device=DEVICE, dtype=dtype), x.new_zeros(D, columns)
+        y = torch.zeros(B, columns, device=DEVICE, dtype=dtype)
+        weight = x.new_zeros(D, columns)
         project(y, weight, x[0], x.float(), x, torch.zeros(B, max(D // 16, 1), device=DEVICE))
 
     with pytest.raises(

@@ -66,7 +66,8 @@ MIXES = {
 
 def random_blocks(rows, columns, name, seed):
     """Random bytes with scales of a sensible size."""
-    kind, generator = KINDS[name], torch.Generator().manual_seed(seed)
+    kind = KINDS[name]
+    generator = torch.Generator().manual_seed(seed)
     count = rows * columns // kind.block_weights
     blocks = torch.randint(
         0, 256, (count, kind.block_bytes), dtype=torch.uint8, generator=generator
@@ -106,13 +107,14 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 def test_reads_steps_and_rewinds_give_what_the_reference_gives_with_the_same_bytes(mix):
     model = packed_model(mix)
-    reference, fast = mistral.Decoder(model, 2), Decoder(copy.deepcopy(model), 2, plain=PLAIN)
+    reference = mistral.Decoder(model, 2)
+    fast = Decoder(copy.deepcopy(model), 2, plain=PLAIN)
     rows = small.tokens(2, 8).tolist()
     for work in (
-        lambda d: d.read([rows[0], rows[1][:3]]),
+        lambda d: d.prefill([rows[0], rows[1][:3]]),
         lambda d: [d.step(GREEDY).tolist() for _ in range(4)],  # past the window of 5
         lambda d: d.rewind([3, 1]),
-        lambda d: d.read([[7], []]),
+        lambda d: d.prefill([[7], []]),
         lambda d: [d.step(GREEDY).tolist() for _ in range(2)],
     ):
         assert work(reference) == work(fast)
@@ -120,23 +122,26 @@ def test_reads_steps_and_rewinds_give_what_the_reference_gives_with_the_same_byt
         assert_close(fast.logits, reference.logits)
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_k_m", "q2_k", "iq4_xs", "demo"])
-def test_greedy_text_of_a_packed_file_is_the_references(name):
-    source, steps = ("demo", 12) if name == "demo" else (small.DATA / f"gguf/{name}.gguf", 30)
+# The short form ends just past the window of 9.
+FILES = ["q4_k_m", "iq4_xs"]
+LONG = [("q8_0", 30), ("q4_k_m", 30), ("q2_k", 30), ("iq4_xs", 30), ("demo", 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [(name, 6) for name in FILES] + [pytest.param(*case, marks=pytest.mark.slow) for case in LONG],
+)
+def test_greedy_text_of_a_packed_file_is_the_references(name, steps):
+    source = "demo" if name == "demo" else small.DATA / f"gguf/{name}.gguf"
     options = dict(packed=True, device=DEVICE, dtype=torch.float32)
+    if name != "demo":
+        options |= dict(sliding_window=9)
     texts = []
     for engine in (mistral.Decoder, lambda model: Decoder(model, plain=PLAIN)):
-        model = mistral.load(
-            source, **options, **({} if name == "demo" else dict(sliding_window=9))
-        )[0]
+        model, _ = mistral.load(source, **options)
         prompt = small.tokens(7, vocab_size=model.config.vocab_size).tolist()
-        texts.append(
-            list(
-                mistral.generate(
-                    engine(model), prompt, GREEDY, max_new_tokens=steps, stop_tokens=()
-                )
-            )
-        )
+        text = mistral.generate(engine(model), prompt, GREEDY, max_new_tokens=steps, stop_tokens=())
+        texts.append(list(text))
     assert texts[0] == texts[1]
 
 
@@ -182,9 +187,8 @@ def test_the_packed_bytes_are_in_memory_once_and_the_model_still_works():
             and thing.numel() > 10_000
         ):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    assert (
-        bytes_before <= sum(storages.values()) <= 1.03 * bytes_before
-    )  # guards, and the rows that fill up 101 to 104
+    # guards, and the rows that fill up 101 to 104
+    assert bytes_before <= sum(storages.values()) <= 1.03 * bytes_before
 
     assert torch.equal(model(tokens), logits)
     again = Decoder(model, plain=PLAIN)
@@ -207,36 +211,45 @@ def test_infinite_scales_differ_in_nothing_from_the_reference():
     up = model.model.layers[0].mlp.up_proj
     up.blocks[3, :2] = torch.tensor([torch.inf]).half().view(torch.uint8)
     tokens = small.tokens(1, 3)[0].tolist()
-    reference, fast = mistral.Decoder(model), Decoder(copy.deepcopy(model), plain=PLAIN)
+    reference = mistral.Decoder(model)
+    fast = Decoder(copy.deepcopy(model), plain=PLAIN)
     for decoder in (reference, fast):
-        decoder.read([tokens[:2]])
-        decoder.read([tokens[2:]])
+        decoder.prefill([tokens[:2]])
+        decoder.prefill([tokens[2:]])
     assert fast.unpacked_kinds == ["Q4_K"]
     assert torch.equal(reference.logits.isnan(), fast.logits.isnan())
     assert fast.logits.isnan().any()
 
 
-def test_half_precision_is_at_least_as_close_to_float32_as_the_references_own():
-    exact, coarse = packed_model(Q4_K_M), packed_model(Q4_K_M, torch.bfloat16)
-    tokens = small.tokens(1, 12)[0].tolist()
+@pytest.mark.parametrize("n", [6, pytest.param(12, marks=pytest.mark.slow)])
+def test_half_precision_is_at_least_as_close_to_float32_as_the_references_own(n):
+    exact = packed_model(Q4_K_M)
+    coarse = packed_model(Q4_K_M, torch.bfloat16)
+    tokens = small.tokens(1, n)[0].tolist()
     wanted = exact(torch.tensor([tokens], device=DEVICE))[0, -1].float()
     errors = []
     for decoder in (mistral.Decoder(copy.deepcopy(coarse)), Decoder(coarse, plain=PLAIN)):
         for id in tokens:
-            decoder.read([[id]])
+            decoder.prefill([[id]])
         errors.append((decoder.logits[0].float() - wanted).abs().mean().item())
     assert errors[1] <= 1.05 * errors[0]
     assert decoder._step.weights.activations == torch.float16
 
 
-def test_the_kernels_themselves_give_the_references_logits():
+# Two steps in the interpreter take half a minute. The long form's second one has a full window.
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_kernels_themselves_give_the_references_logits(steps):
     sizes = dict(sliding_window=1, intermediate_size=256, num_key_value_heads=1)
+    if steps == 1:
+        sizes |= dict(num_attention_heads=2)
     model = packed_model(Q4_K_M | dict(o_proj="Q5_0"), **sizes)
-    tokens = small.tokens(2, 2).to(DEVICE)
+    tokens = small.tokens(2, steps).to(DEVICE)
     wanted = model(tokens)[:, -1]
-    cache, twin_cache = model.new_cache(2, slack=1), model.new_cache(2, slack=1)
-    step, twin = DecodeStep(model, cache, KERNELS), DecodeStep(model, twin_cache, REFERENCES)
-    for t in range(2):
+    cache = model.new_cache(2, slack=1)
+    twin_cache = model.new_cache(2, slack=1)
+    step = DecodeStep(model, cache, KERNELS)
+    twin = DecodeStep(model, twin_cache, REFERENCES)
+    for t in range(steps):
         for one in (step, twin):
             one.tokens.copy_(tokens[:, t])
             one.run(torch.full((2,), t, device=DEVICE))
@@ -244,10 +257,14 @@ def test_the_kernels_themselves_give_the_references_logits():
     assert_close(step.logits, wanted)
 
 
-def test_a_prompt_is_unpacked_matrix_by_matrix_into_the_same_memory():
-    model = packed_model(Q4_K_M | dict(o_proj="Q5_0"), sliding_window=3)
+@pytest.mark.slow
+@pytest.mark.parametrize("F", [256, 512])
+def test_a_prompt_is_unpacked_matrix_by_matrix_into_the_same_memory(F):
+    sizes = dict(sliding_window=3, intermediate_size=F)
+    model = packed_model(Q4_K_M | dict(o_proj="Q5_0"), **sizes)
     reference = copy.deepcopy(model)
-    cache, theirs = model.new_cache(1, slack=1), reference.new_cache(1, slack=1)
+    cache = model.new_cache(1, slack=1)
+    theirs = reference.new_cache(1, slack=1)
     workspace = DecodeStep(model, cache).workspace
     tokens = small.tokens(1, 5).to(DEVICE)
     assert_close(
@@ -255,8 +272,8 @@ def test_a_prompt_is_unpacked_matrix_by_matrix_into_the_same_memory():
         reference(tokens, theirs),
     )
     assert_close(cache.keys[:, :, :, :-1], theirs.keys[:, :, :, :-1])
-    # the largest matrix of a layer, and no more
-    assert workspace._memory.numel() == 512 * 256
+    # The largest matrix of a layer, and no more.
+    assert workspace._memory.numel() == F * 256
 
 
 @pytest.mark.parametrize("name", FAST_KINDS)
@@ -269,11 +286,13 @@ def test_matrices_are_unpacked_to_ggmls_bits(name):
         0, 256, (9, 1280 // kind.block_weights * kind.block_bytes), dtype=torch.uint8
     )
     for blocks in (genuine.to(DEVICE), random_bytes.to(DEVICE)):
-        planes, rows = repack(blocks, kind), torch.tensor([8, 0, 3], device=DEVICE)
+        planes = repack(blocks, kind)
+        rows = torch.tensor([8, 0, 3], device=DEVICE)
         for dtype in (torch.float32, torch.float16):
             wanted = dequantize(blocks, kind).to(dtype)
             for function in (unpack, unpack_reference):
-                whole, some = torch.empty_like(wanted), torch.empty_like(wanted[:3])
+                whole = torch.empty_like(wanted)
+                some = torch.empty_like(wanted[:3])
                 function(planes, whole)
                 function(planes, some, rows)
                 assert torch.equal(whole.nan_to_num(7), wanted.nan_to_num(7))
@@ -288,10 +307,11 @@ def test_matrices_are_unpacked_to_ggmls_bits(name):
 def test_a_graph_gives_the_bits_of_single_launches(mix, pdl):
     if pdl and not (9, 0) <= torch.cuda.get_device_capability() < (12, 0):
         pytest.skip("these kernels launch dependently on compute capability 9.0 to 11.x")
-    model, texts = packed_model(mix, torch.bfloat16), []
+    model = packed_model(mix, torch.bfloat16)
+    texts = []
     for graph in (True, False):
         decoder = Decoder(model, 2, graph=graph, pdl=pdl and graph)
-        decoder.read([[4, 5, 6], [7]])
+        decoder.prefill([[4, 5, 6], [7]])
         steps = [decoder.step(mistral.Sampling(seed=3)) for _ in range(20)]
         texts.append((torch.stack(steps), decoder.logits))
     assert all(torch.equal(*both) for both in zip(*texts))
@@ -306,7 +326,7 @@ def test_a_7b_in_four_bits_with_its_whole_window_takes_5_4_gb():
     torch.cuda.reset_peak_memory_stats()
     reserved = torch.cuda.memory_reserved()
     decoder = Decoder(make_model("7b", torch.device("cuda"), torch.bfloat16, "Q4_K_M"))
-    decoder.read([small.tokens(1, 5000, vocab_size=32000)[0].tolist()])
+    decoder.prefill([small.tokens(1, 5000, vocab_size=32000)[0].tolist()])
     for _ in range(4):
         decoder.step(GREEDY)
     assert torch.cuda.max_memory_reserved() - reserved < 5.4e9
@@ -317,8 +337,9 @@ import json, torch
 from benchmark_parts.sizes import config
 from compile_ahead import compile_ahead, unpack_kernel
 from mistral_kernels.packed.planes import FAST_KINDS
-for kind in FAST_KINDS:
-    for target, dtype, chosen in ((90, torch.bfloat16, False), (80, torch.float16, True)):
+VARIANTS = [(90, torch.bfloat16, False), (80, torch.float16, True)]
+for kind in FAST_KINDS if FULL else ("Q4_K", "Q6_K"):
+    for target, dtype, chosen in VARIANTS if FULL else VARIANTS[:1]:
         made = compile_ahead(unpack_kernel(config("7b"), kind, chosen), dtype, target)
         facts = dict(kind=kind, spilled=made.spilled, registers=made.registers, shared=made.shared)
         facts |= dict(loads=made.count("LDG.E.128"), stores=made.count("STG.E.128"), all=len(made.sass))
@@ -326,21 +347,20 @@ for kind in FAST_KINDS:
 """
 
 
-def test_unpacking_compiles_and_moves_16_bytes_at_a_time():
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_unpacking_compiles_and_moves_16_bytes_at_a_time(full):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
-    )
+    program = [sys.executable, "-c", f"FULL = {full}\n{COMPILE}"]
+    result = subprocess.run(program, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(lines) == 2 * len(FAST_KINDS)
+    assert len(lines) == (2 * len(FAST_KINDS) if full else 2)
     for made in lines:
         # 1,024 lines of 8 weights on 128 threads: 8 stores each, and as many loads, or twice that
         # with high bits
         assert made["spilled"] == 0, made
         assert made["stores"] == 8, made
         assert made["loads"] == (16 if made["kind"] in ("Q5_K", "Q6_K") else 8), made
-        assert made["all"] / 64 < 18, (
-            made
-        )  # instructions a weight; the bytes leave time for 17 to 19
+        # Instructions per weight; the bytes leave time for 17 to 19.
+        assert made["all"] / 64 < 18, made

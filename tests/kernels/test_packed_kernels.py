@@ -22,7 +22,7 @@ NAMES = list(packed.KINDS)
 
 
 def planes(name, blocks):
-    return repack(blocks, packed.KINDS[name], DEVICE)
+    return repack(blocks.to(DEVICE), packed.KINDS[name])
 
 
 def random_planes(name, rows, columns, seed=0):
@@ -79,7 +79,8 @@ def test_in_float16_it_is_closer_than_with_weights_rounded_to_bfloat16(name):
 
 @pytest.mark.parametrize("B", [1, 2, 7, 8, 9, 16])
 def test_every_batch_from_1_to_16(B):
-    x, sums = normal(B, 256, dtype=torch.float16), torch.rand(B, 16, device=DEVICE) * 16
+    x = normal(B, 256, dtype=torch.float16)
+    sums = torch.rand(B, 16, device=DEVICE) * 16
     check(
         head,
         head_reference,
@@ -102,8 +103,10 @@ def test_any_bytes_at_all_give_numbers_or_none_as_the_reference_does(name, dtype
     blocks = packed.random_bytes(name, 16, 512)
     packed.put_scale(blocks, name, 3, math.inf)
     packed.put_scale(blocks, name, 8, math.nan)
-    x, weights = torch.randn(2, 512).to(dtype), packed.exactly(name, blocks)
-    ours, finite = product(name, blocks, x), weights.isfinite().all(1)
+    x = torch.randn(2, 512).to(dtype)
+    weights = packed.exactly(name, blocks)
+    ours = product(name, blocks, x)
+    finite = weights.isfinite().all(1)
     assert not finite.all()
     assert finite.any()
     assert torch.equal(ours.isfinite().all(0), finite)
@@ -118,8 +121,10 @@ def test_any_bytes_at_all_give_numbers_or_none_as_the_reference_does(name, dtype
     ("name", "columns"), [("Q6_K", 1280), ("Q4_0", 96), ("Q5_K", 2048), ("Q8_0", 3072)]
 )
 def test_projection_adds_to_the_residual(name, columns, dtype):
-    B, D = 3, 32
-    weight, norm = random_planes(name, D, columns), normal(D)
+    B = 3
+    D = 32
+    weight = random_planes(name, D, columns)
+    norm = normal(D)
     residual = torch.cat((normal(B, D), torch.full((1, D), math.nan, device=DEVICE)))[:B]
     arguments = [normal(B, columns, dtype=dtype), weight, norm, residual]
     arguments += [poisoned(B, D, dtype=dtype), poisoned(B, D // 16)]
@@ -128,8 +133,11 @@ def test_projection_adds_to_the_residual(name, columns, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gate_and_up_are_two_matrices(name):
-    B, D, F = 3, 256, 32
-    x, sums = normal(B, D, dtype=torch.float16), torch.rand(B, D // 16, device=DEVICE) * 16
+    B = 3
+    D = 256
+    F = 32
+    x = normal(B, D, dtype=torch.float16)
+    sums = torch.rand(B, D // 16, device=DEVICE) * 16
     pair = tuple(random_planes(name, F, D, seed) for seed in (1, 2))
     check(
         gate_up,
@@ -145,12 +153,20 @@ def test_gate_and_up_are_two_matrices(name):
     ids=lambda names: " ".join(names),
 )
 def test_queries_keys_and_values_may_be_of_different_kinds(names):
-    B, D, S, N, K, H = 2, 256, 7, 3, 2, 16
-    x, sums = normal(B, D, dtype=torch.float16), torch.rand(B, D // 16, device=DEVICE) * 16
+    B = 2
+    D = 256
+    S = 7
+    N = 3
+    K = 2
+    H = 16
+    x = normal(B, D, dtype=torch.float16)
+    sums = torch.rand(B, D // 16, device=DEVICE) * 16
     weights = tuple(random_planes(name, n * H, D, n) for name, n in zip(names, (N, K, K)))
-    angles, slots = normal(B, H // 2) * 9, torch.tensor([3, S], device=DEVICE)
+    angles = normal(B, H // 2) * 9
+    slots = torch.tensor([3, S], device=DEVICE)
     ours = [normal(B, K, S + 1, H, dtype=torch.float16) for _ in range(2)]
-    theirs, q = [cache.clone() for cache in ours], poisoned(B, N, H, dtype=torch.float16)
+    theirs = [cache.clone() for cache in ours]
+    q = poisoned(B, N, H, dtype=torch.float16)
     arguments = [x, sums, weights, angles.cos(), angles.sin(), slots, q]
     check(
         lambda *a: qkv(*a, *ours, EPS), lambda *a: qkv_reference(*a, *theirs, EPS), arguments, (6,)
@@ -162,12 +178,12 @@ def test_queries_keys_and_values_may_be_of_different_kinds(names):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("random", [False, True])
 def test_embedding_of_a_packed_table(name, random):
-    B, D, H = 3, 1280, 16
+    B = 3
+    D = 1280
+    H = 16
     blocks = packed.random_blocks(name, 13, D) if random else packed.genuine(name, D)
-    tokens, positions = (
-        torch.tensor([12, 0, 7], device=DEVICE),
-        torch.tensor([5, -1, 3], device=DEVICE),
-    )
+    tokens = torch.tensor([12, 0, 7], device=DEVICE)
+    positions = torch.tensor([5, -1, 3], device=DEVICE)
     arguments = [
         tokens,
         positions,
@@ -196,7 +212,8 @@ def test_embedding_of_a_packed_table(name, random):
 
 
 def test_what_packed_weights_cannot_do_is_named():
-    x, sums = normal(1, 256, dtype=torch.bfloat16), normal(1, 16)
+    x = normal(1, 256, dtype=torch.bfloat16)
+    sums = normal(1, 16)
     with pytest.raises(
         ValueError, match="x is torch.bfloat16: packed weights take float16 and float32"
     ):
@@ -210,12 +227,13 @@ def test_what_packed_weights_cannot_do_is_named():
 @pytest.mark.parametrize("B", [1, 3, 16])
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_kernels_of_a_7b_on_a_gpu(name, B):
-    D, F, V = 4096, 14336, 32002
-    x, sums = normal(B, D, dtype=torch.float16), torch.rand(B, D // 16, device=DEVICE) * 32
-    pair, h = (
-        tuple(random_planes(name, F, D, seed) for seed in (1, 2)),
-        poisoned(B, F, dtype=torch.float16),
-    )
+    D = 4096
+    F = 14336
+    V = 32002
+    x = normal(B, D, dtype=torch.float16)
+    sums = torch.rand(B, D // 16, device=DEVICE) * 32
+    pair = tuple(random_planes(name, F, D, seed) for seed in (1, 2))
+    h = poisoned(B, F, dtype=torch.float16)
     check(gate_up, gate_up_reference, [x, sums, pair, h, EPS, 1.0], (3,))
     outputs = [normal(B, D), poisoned(B, D, dtype=torch.float16), poisoned(B, D // 16)]
     arguments = [normal(B, F, dtype=torch.float16), random_planes(name, D, F), normal(D), *outputs]

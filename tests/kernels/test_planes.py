@@ -93,12 +93,13 @@ def test_what_the_kernels_cannot_represent_is_said(name, value):
 def test_a_large_matrix_is_moved_in_parts(monkeypatch):
     blocks = packed.random_bytes("Q6_K", 35, 512)
     whole = repack(blocks, packed.KINDS["Q6_K"])
-    sizes, pack = [], planes._pack
+    sizes = []
+    pack = planes._pack
     monkeypatch.setattr(planes, "_AT_ONCE", 16 * 512)
     monkeypatch.setattr(
         planes, "_pack", lambda rows, kind: sizes.append(len(rows)) or pack(rows, kind)
     )
-    parts = repack(blocks, packed.KINDS["Q6_K"], device="cpu")
+    parts = repack(blocks, packed.KINDS["Q6_K"])
     assert sizes == [16, 16, 8]
     assert torch.equal(parts.data, whole.data)
     assert torch.equal(restore(parts), blocks)
@@ -109,7 +110,7 @@ def test_what_has_no_planes_is_named():
     with pytest.raises(ValueError, match="Q2_K has no planes; Q4_0, Q4_K, Q5_K, Q6_K, Q8_0 have"):
         repack(torch.zeros(1, 84, dtype=torch.uint8), kinds["Q2_K"])
     with pytest.raises(
-        ValueError, match="row of 145 bytes is no whole number of Q4_K blocks of 144"
+        ValueError, match="row of 145 bytes does not consist of whole Q4_K blocks of 144"
     ):
         repack(torch.zeros(1, 145, dtype=torch.uint8), kinds["Q4_K"])
     assert set(FAST_KINDS) <= set(kinds)

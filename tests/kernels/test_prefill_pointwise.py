@@ -38,11 +38,13 @@ def assert_close(ours, theirs):
 def test_queries_and_keys_are_turned_as_the_model_turns_them(B, T, N, K, H, dtype):
     positions = torch.randint(0, 5000, (B, T), device=DEVICE)
     cos, sin = Rotary(H, 1e4).to(DEVICE)(positions, torch.float64)  # [B, 1, T, H] each
-    q, k = normal(B, T, N, H, dtype=dtype), normal(B, T, K, H, dtype=dtype)
+    q = normal(B, T, N, H, dtype=dtype)
+    k = normal(B, T, K, H, dtype=dtype)
     expected = [rotate(x.double().transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k)]
     c, s = (part[:, 0, :, : H // 2].float().contiguous() for part in (cos, sin))
     twins = q.clone(), k.clone()
-    (q, behind_q), (k, behind_k) = guarded(q), guarded(k)
+    q, behind_q = guarded(q)
+    k, behind_k = guarded(k)
 
     kernels.rotate_chunk(q, k, c, s)
     kernels.rotate_chunk_reference(*twins, c, s)
@@ -55,10 +57,15 @@ def test_queries_and_keys_are_turned_as_the_model_turns_them(B, T, N, K, H, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_each_key_goes_to_its_tokens_slot_and_nothing_else_is_touched(dtype):
-    B, T, K, H, S = 3, 21, 3, 32, 40
-    k, v = normal(B, T, K, H, dtype=dtype), normal(B, T, K, H, dtype=dtype)
+    B = 3
+    T = 21
+    K = 3
+    H = 32
+    S = 40
+    k = normal(B, T, K, H, dtype=dtype)
+    v = normal(B, T, K, H, dtype=dtype)
     slots = torch.stack([torch.randperm(S)[:T] for _ in range(B)]).to(DEVICE)
-    slots[1, 4:] = S  # pads: all of them go where nobody reads
+    slots[1, 4:] = S  # padding: all of it goes to the slot that is never read
     keys, values = (
         torch.full((B, K, S + 1, H), math.nan, dtype=dtype, device=DEVICE) for _ in range(2)
     )
@@ -77,23 +84,23 @@ def test_each_key_goes_to_its_tokens_slot_and_nothing_else_is_touched(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 48), (2, 33, 144), (2048,), (3, 5000)])
 def test_the_gate_is_applied_as_in_the_model(shape, dtype):
-    gate, up = normal(*shape, dtype=dtype) * 8, normal(*shape, dtype=dtype)
+    gate = normal(*shape, dtype=dtype) * 8
+    up = normal(*shape, dtype=dtype)
     expected = torch.nn.functional.silu(gate.double()) * up.double()
-    twin, (gate, behind) = gate.clone(), guarded(gate)
+    twin = gate.clone()
+    gate, after = guarded(gate)
 
     kernels.swiglu(gate, up)
     kernels.swiglu_reference(twin, up)
 
     assert_close(gate, expected)
     assert_close(twin, expected)
-    assert behind.isnan().all()
+    assert after.isnan().all()
 
 
 def test_a_product_too_large_for_float16_is_held_to_its_largest_number():
-    gate, up = (
-        torch.full((4,), 3e4, device=DEVICE).half(),
-        torch.tensor([3.0, -3.0, 1.0, math.nan], device=DEVICE).half(),
-    )
+    gate = torch.full((4,), 3e4, device=DEVICE).half()
+    up = torch.tensor([3.0, -3.0, 1.0, math.nan], device=DEVICE).half()
     kernels.swiglu(gate, up)
     assert gate[:3].tolist() == [65504.0, -65504.0, 30000.0]
     assert gate[3].isnan()
@@ -113,8 +120,6 @@ def test_what_these_kernels_cannot_do_is_named():
     with pytest.raises(ValueError, match=r"k \[1, 4, 2, 16\] must be contiguous"):
         kernels.rotate_chunk(chunk(), chunk(32)[..., :16], angles, angles)
     with pytest.raises(ValueError, match="head_dim is 12"):
-        slots, ring = (
-            torch.zeros(1, 4, dtype=torch.int64, device=DEVICE),
-            torch.zeros(1, 2, 9, 12, device=DEVICE),
-        )
+        slots = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE)
+        ring = torch.zeros(1, 2, 9, 12, device=DEVICE)
         kernels.store_chunk(chunk(12), chunk(12), slots, ring, ring)

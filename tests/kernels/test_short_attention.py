@@ -27,8 +27,8 @@ from mistral_kernels.prefill.short_attention import attend_short
 
 CASES = [
     # what a row holds, how many tokens are real, slots, window
-    ([0, 0], [5, 2], 64, None),  # from the start, ragged: there is no ring
-    ([9, 3], [1, 7], 64, None),  # goes on, nothing wrapped
+    ([0, 0], [5, 2], 64, None),  # from the start, ragged: the ring is empty
+    ([9, 3], [1, 7], 64, None),  # continues, nothing wrapped
     ([131, 12], [9, 1], 37, 32),  # wrapped; a row with a single token
     ([640, 200], [16, 0], 402, 400),  # more than one block for each part; a row that reads nothing
     ([300, 7], [16, 16], 9, 5),  # a chunk longer than the window
@@ -40,7 +40,8 @@ CASES = [
 def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(
     starts, lengths, S, window, splits
 ):
-    T, (arguments, expected, pads) = max(lengths), a_chunk(starts, lengths, S, window)
+    T = max(lengths)
+    arguments, expected, pads = a_chunk(starts, lengths, S, window)
     partials = Partials(B, N, K, H, DEVICE, tokens=T, splits=splits)
     partials.outputs.fill_(math.nan)
     partials.stats.fill_(math.nan)
@@ -57,8 +58,10 @@ def test_a_query_sees_its_window_of_ring_and_chunk_and_nothing_else(
 def test_every_number_of_tokens_fills_its_rows(T):
     keys, values, _ = ring_after([50, 7], 20)
     q, k, v = (normal(B, T, heads, H) for heads in (N, K, K))
-    begin, real = torch.tensor([50, 7], device=DEVICE), torch.tensor([T, T], device=DEVICE)
-    y, twin = poisoned(B, T, N, H), poisoned(B, T, N, H)
+    begin = torch.tensor([50, 7], device=DEVICE)
+    real = torch.tensor([T, T], device=DEVICE)
+    y = poisoned(B, T, N, H)
+    twin = poisoned(B, T, N, H)
     partials = Partials(B, N, K, H, DEVICE, tokens=T, splits=2)
     attend_short(q, k, v, keys, values, begin, real, y, 20, 17, partials=partials)
     attend_chunk_reference(q, k, v, keys, values, begin, real, twin, 20, 17)
@@ -68,7 +71,8 @@ def test_every_number_of_tokens_fills_its_rows(T):
 def test_in_float16_it_agrees_with_its_twin():
     keys, values, _ = ring_after([50, 7], 20, torch.float16)
     q, k, v = (normal(B, 9, heads, H, dtype=torch.float16) for heads in (N, K, K))
-    begin, real = torch.tensor([50, 7], device=DEVICE), torch.tensor([9, 4], device=DEVICE)
+    begin = torch.tensor([50, 7], device=DEVICE)
+    real = torch.tensor([9, 4], device=DEVICE)
     y, twin = (poisoned(B, 9, N, H, dtype=torch.float16) for _ in range(2))
     attend_short(
         q,
@@ -90,14 +94,10 @@ def test_in_float16_it_agrees_with_its_twin():
 
 def test_what_it_cannot_do_is_named():
     def run(T=4, H=16, dtype=torch.float32):
-        q, ring = (
-            torch.zeros(1, T, 2, H, dtype=dtype, device=DEVICE),
-            torch.zeros(1, 2, 9, H, device=DEVICE),
-        )
-        one, partials = (
-            torch.ones(1, dtype=torch.int64, device=DEVICE),
-            Partials(1, 2, 2, H, DEVICE, tokens=T),
-        )
+        q = torch.zeros(1, T, 2, H, dtype=dtype, device=DEVICE)
+        ring = torch.zeros(1, 2, 9, H, device=DEVICE)
+        one = torch.ones(1, dtype=torch.int64, device=DEVICE)
+        partials = Partials(1, 2, 2, H, DEVICE, tokens=T)
         attend_short(q, q, q, ring, ring, one, one, torch.empty_like(q), 8, None, partials=partials)
 
     with pytest.raises(ValueError, match="head_dim is 24; the kernel needs 16, 32, 64, 128 or 256"):
@@ -114,10 +114,15 @@ def test_what_it_cannot_do_is_named():
 @pytest.mark.parametrize("T", [2, 9, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_7b_past_its_window_on_a_gpu(T, dtype):
-    N, K, H, S, W = 32, 8, 128, 4113, 4096
+    N = 32
+    K = 8
+    H = 128
+    S = 4113
+    W = 4096
     keys, values = (torch.randn(1, K, S + 1, H, device=DEVICE, dtype=dtype) for _ in range(2))
     q, k, v = (torch.randn(1, T, heads, H, device=DEVICE, dtype=dtype) for heads in (N, K, K))
-    begin, real = torch.tensor([9000], device=DEVICE), torch.tensor([T], device=DEVICE)
+    begin = torch.tensor([9000], device=DEVICE)
+    real = torch.tensor([T], device=DEVICE)
     y, twin = (torch.full_like(q, math.nan) for _ in range(2))
     attend_short(
         q, k, v, keys, values, begin, real, y, S, W, partials=Partials(1, N, K, H, DEVICE, tokens=T)

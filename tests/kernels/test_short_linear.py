@@ -1,4 +1,4 @@
-"""A packed matrix times the rows of a short chunk: against float64 on gguf-py's numbers, and
+"""A packed matrix times the rows of a short chunk: against float64 on gguf-py's weights, and
 against the plain twins.
 
 On a CPU the kernels run in Triton's interpreter; `pytest -m gpu` adds the sizes of a 7B.
@@ -20,17 +20,12 @@ from mistral_kernels.packed.short_linear import (
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CLOSE = {
-    torch.float32: 2e-6,
-    torch.float16: 2e-3,
-    torch.bfloat16: 8e-3,
-}  # with what they round as they store it
+# The rounding of the stored result included.
+CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
 def product(name, blocks, x, dtype=None):
-    """x W^T [T, rows] on the CPU, in the dtype of x or another; nothing may be written behind
-    it.
-    """
+    """x W^T [T, rows] on the CPU, in the dtype of x or another; nothing may be written after it."""
     y = poisoned(len(x), len(blocks), dtype=dtype or x.dtype)
     short_linear(*scale_rows(x.to(DEVICE)), planes(name, blocks), y)
     assert whole(y)[len(x) :].isnan().all()
@@ -48,7 +43,8 @@ def test_in_float32_the_product_is_exact(name):
 @pytest.mark.parametrize("T", [*range(1, 18), 31, 32, 33, 48, 50, 63, 64])
 def test_numbers_of_rows_from_one_to_four_passes(T):
     name = NAMES[T % len(NAMES)]
-    blocks, x = packed.random_blocks(name, 9 + T, 256, seed=T), torch.randn(T, 256)
+    blocks = packed.random_blocks(name, 9 + T, 256, seed=T)
+    x = torch.randn(T, 256)
     assert errors(product(name, blocks, x), x, packed.exactly(name, blocks)).max() < 2e-6
 
 
@@ -71,8 +67,9 @@ def test_rows_of_any_size_keep_their_digits(size, dtype):
     if dtype == torch.float16 and not 1e-5 < size < 1e4:
         pytest.skip("float16 has no such numbers, or not their sums")
     blocks = packed.random_blocks("Q5_K", 13, 256)
-    weights, x = packed.exactly("Q5_K", blocks), torch.randn(5, 256)
-    x[1] *= size  # beside rows of ordinary size
+    weights = packed.exactly("Q5_K", blocks)
+    x = torch.randn(5, 256)
+    x[1] *= size  # between rows of ordinary size
     x[3] *= size
     x[3, ::7] *= 1e-3  # and a row with a few large numbers among small ones
     x = x.to(dtype)
@@ -81,17 +78,19 @@ def test_rows_of_any_size_keep_their_digits(size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scaling_is_undone_to_the_bit_and_brings_every_row_to_the_same_size(dtype):
-    tiny = (
-        -40 if dtype == torch.float32 else -33
-    )  # the interpreter reads bfloat16's subnormal numbers wrong
+    # the interpreter reads bfloat16's subnormal numbers wrong
+    tiny = -40 if dtype == torch.float32 else -33
     sizes = [10.0**e for e in (tiny, -30, -7, 0, 4, 30, 37)] + [0.0]
     inputs = torch.cat([normal(1, 100, scale=size) for size in sizes]).to(dtype)
-    inputs[0, 5], inputs[3, 6], inputs[4, 7] = math.nan, math.inf, -math.inf
+    inputs[0, 5] = math.nan
+    inputs[3, 6] = math.inf
+    inputs[4, 7] = -math.inf
     for x, inverse in (scale_rows(inputs), scale_rows_reference(inputs)):
         assert x.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
         again = x.double() * inverse.double()[:, None]
         assert x[len(inputs) :].count_nonzero() == 0
-        x, again = x[: len(inputs)], again[: len(inputs)]
+        x = x[: len(inputs)]
+        again = again[: len(inputs)]
         finite = inputs.isfinite()
         largest = torch.where(finite, x.abs(), 0).amax(1)
         assert (largest < 2**15).all()
@@ -105,9 +104,13 @@ def test_scaling_is_undone_to_the_bit_and_brings_every_row_to_the_same_size(dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities_and_nan_spoil_their_own_row_and_no_other(dtype):
     blocks = packed.random_blocks("Q4_K", 13, 1536)
-    weights, x = packed.exactly("Q4_K", blocks), torch.randn(9, 1536).to(dtype)
-    x[1, 1535], x[4, 7], x[8, 1030] = math.inf, math.nan, -math.inf
-    ours, spoilt = product("Q4_K", blocks, x), [1, 4, 8]
+    weights = packed.exactly("Q4_K", blocks)
+    x = torch.randn(9, 1536).to(dtype)
+    x[1, 1535] = math.inf
+    x[4, 7] = math.nan
+    x[8, 1030] = -math.inf
+    ours = product("Q4_K", blocks, x)
+    spoilt = [1, 4, 8]
     assert not ours[spoilt].isfinite().any()
     assert ours[4].isnan().all()
     fine = [t for t in range(9) if t not in spoilt]
@@ -117,7 +120,8 @@ def test_infinities_and_nan_spoil_their_own_row_and_no_other(dtype):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_in_float16_a_product_out_of_range_is_infinite_as_in_pytorch():
     blocks = packed.genuine("Q8_0", 256)
-    weights, x = packed.exactly("Q8_0", blocks), torch.randn(2, 256).half()
+    weights = packed.exactly("Q8_0", blocks)
+    x = torch.randn(2, 256).half()
     x[1] *= 1e4
     exact = x.double() @ weights.T * 1e2
     blocks.view(-1, 34)[:, :2] = (
@@ -161,10 +165,8 @@ def test_what_it_cannot_do_is_named():
 @pytest.mark.parametrize("name", NAMES)
 def test_matrices_of_a_7b_on_a_gpu(name, dtype, T):
     for columns, rows in ((4096, 14336), (14336, 4096), (4096, 32002)):
-        weight, scaled = (
-            random_planes(name, rows, columns),
-            scale_rows(normal(T, columns, dtype=dtype, scale=50.0)),
-        )
+        weight = random_planes(name, rows, columns)
+        scaled = scale_rows(normal(T, columns, dtype=dtype, scale=50.0))
         y, twin = (poisoned(T, rows, dtype=dtype) for _ in range(2))
         short_linear(*scaled, weight, y)
         short_linear_reference(*scaled, weight, twin)

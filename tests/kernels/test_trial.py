@@ -26,9 +26,10 @@ def dense_model(**changes):
 def tried(model, *sizes):
     """A decoder that was tried, and the chunks that it read."""
     expected = expected_logits(model)
-    decoder, chunks = Decoder(model, *sizes, plain=PLAIN), []
-    prefill = decoder._prefill
-    decoder._prefill = lambda tokens, counts: (
+    decoder = Decoder(model, *sizes, plain=PLAIN)
+    chunks = []
+    prefill = decoder._read_chunk
+    decoder._read_chunk = lambda tokens, counts: (
         chunks.append(tokens.numel()) or prefill(tokens, counts)
     )
     try_out(decoder, expected)
@@ -40,17 +41,21 @@ def tried(model, *sizes):
     [(1, [2, 16, 64, 65]), (3, [2, 5, 21, 22, 65]), (5, [2, 3, 12, 13, 65]), (16, [2, 4, 5, 65])],
 )
 def test_it_reads_a_chunk_for_each_kind_of_kernel_and_forgets_it(batch_size, lengths):
-    rows = [
-        batch_size * n for length in lengths for n in (length, 2)
-    ]  # and two tokens that see the ring
+    # and two tokens that see the ring
+    rows = [batch_size * n for length in lengths for n in (length, 2)]
     decoder, chunks = tried(dense_model(sliding_window=None), batch_size, 80)
     assert chunks == [*rows, *rows]
     assert decoder.lengths == [0] * batch_size
 
 
-def test_it_does_everything_twice_so_that_graphs_are_recorded():
-    model = dense_model(sliding_window=100)
-    expected, decoder, done = expected_logits(model), Decoder(model, plain=True), []
+@pytest.mark.parametrize(
+    ("room", "chunks"), [(25, (2, 16)), pytest.param(100, (2, 16, 64), marks=pytest.mark.slow)]
+)
+def test_it_does_everything_twice_so_that_graphs_are_recorded(room, chunks):
+    model = dense_model(sliding_window=None)
+    expected = expected_logits(model)
+    decoder = Decoder(model, max_tokens=room, plain=True)
+    done = []
     decoder._plain = False  # short chunks are graphs, too
     run = decoder._run
     decoder._run = lambda name, work: done.append(name) or run(name, work)
@@ -59,7 +64,7 @@ def test_it_does_everything_twice_so_that_graphs_are_recorded():
         "sample",
         "forward and sample",
         "forward",
-        *(f"chunk of {T}, last logits" for T in (2, 16, 64)),
+        *(f"chunk of {T}, last logits" for T in chunks),
     }
     assert kinds <= set(done)
     assert all(done.count(name) >= 2 for name in kinds)
@@ -69,7 +74,8 @@ def test_it_does_everything_twice_so_that_graphs_are_recorded():
     "make", [dense_model, lambda: packed_model(Q4_K_M)], ids=["dense", "packed"]
 )
 def test_a_decoder_that_was_tried_writes_the_text_of_a_new_one(make):
-    model, options = make(), dict(max_new_tokens=20, stop_tokens=())
+    model = make()
+    options = dict(max_new_tokens=20, stop_tokens=())
     wanted = list(mistral.generate(copy.deepcopy(model), [5, 6, 7], GREEDY, **options))
     decoder, _ = tried(model)
     assert list(mistral.generate(decoder, [5, 6, 7], GREEDY, **options)) == wanted
@@ -77,7 +83,8 @@ def test_a_decoder_that_was_tried_writes_the_text_of_a_new_one(make):
 
 @pytest.mark.parametrize("seed", [None, 0, 5])
 def test_a_decoder_that_was_tried_draws_the_random_numbers_of_a_new_one(seed):
-    rules, texts = mistral.Sampling(temperature=1.0, seed=seed), []
+    rules = mistral.Sampling(temperature=1.0, seed=seed)
+    texts = []
     for make in (lambda: tried(dense_model())[0], lambda: Decoder(dense_model(), plain=PLAIN)):
         torch.manual_seed(7)
         texts.append(
@@ -88,13 +95,14 @@ def test_a_decoder_that_was_tried_draws_the_random_numbers_of_a_new_one(seed):
 
 def test_a_graph_that_does_not_fit_is_told_before_a_text_is_begun(monkeypatch):
     model = dense_model()
-    expected, decoder = expected_logits(model), Decoder(model, plain=True)
+    expected = expected_logits(model)
+    decoder = Decoder(model, plain=True)
     decoder._graphs = {}
 
     def no_room(work):
         raise torch.OutOfMemoryError("tried 9 GB")
 
-    monkeypatch.setattr(decoder, "_recorded", no_room)
+    monkeypatch.setattr(decoder._recorder, "record", no_room)
     with pytest.raises(torch.OutOfMemoryError, match="no memory for the CUDA graph of"):
         try_out(decoder, expected)
 
@@ -110,7 +118,7 @@ def test_a_graph_that_does_not_fit_in_the_midst_of_a_text_is_done_without(monkey
     def no_room(work):
         raise torch.OutOfMemoryError("tried 9 GB")
 
-    monkeypatch.setattr(decoder, "_recorded", no_room)
+    monkeypatch.setattr(decoder._recorder, "record", no_room)
     assert (
         list(mistral.generate(decoder, [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=()))
         == wanted
@@ -124,14 +132,15 @@ def test_a_decoder_with_little_room_is_tried_within_it(room):
     assert decoder.lengths == [0]
 
 
-@pytest.mark.parametrize("work", ["_prefill", "_read_tokens"])
+@pytest.mark.parametrize("work", ["_read_chunk", "_read_tokens"])
 @pytest.mark.parametrize("wrong", [1.5, float("nan")])
 def test_wrong_numbers_of_a_chunk_or_of_a_step_are_told(work, wrong):
     model = dense_model()
-    expected, decoder = expected_logits(model), Decoder(model, plain=True)
-    if work == "_prefill":
-        prefill = decoder._prefill
-        decoder._prefill = lambda *arguments: prefill(*arguments) * wrong
+    expected = expected_logits(model)
+    decoder = Decoder(model, plain=True)
+    if work == "_read_chunk":
+        prefill = decoder._read_chunk
+        decoder._read_chunk = lambda *arguments: prefill(*arguments) * wrong
     else:
         read = decoder._read_tokens
         decoder._read_tokens = lambda: (read(), decoder._step.logits.mul_(wrong))

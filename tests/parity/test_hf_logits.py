@@ -5,8 +5,6 @@ import pytest
 import small
 import torch
 
-from mistral.checkpoints import hugging_face
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -84,8 +82,7 @@ def test_the_explicit_attention_gives_the_logits_of_transformers_eager(folder, m
 def test_one_key_more_in_the_window_is_seen_at_once(folder):
     # The size of the error that these tests guard against.
     _, theirs = small.load_pair(folder, torch.float32)
-    config = hugging_face.read_config(folder, sliding_window=5)
-    ours = hugging_face.load_model(folder, config, torch.device("cpu"), torch.float32)
+    ours = small.load_model(folder, torch.float32, sliding_window=5)
     tokens = small.tokens(3, 11)
     assert difference(ours(tokens), theirs(tokens, use_cache=False).logits) > 0.1
 
@@ -95,11 +92,9 @@ def test_cached_reading_agrees_with_transformers_cache(folder, chunk):
     from transformers import DynamicCache
 
     ours, theirs = small.load_pair(folder, torch.float32)
-    tokens, cache, their_cache = (
-        small.tokens(3, 42),
-        ours.new_cache(3),
-        DynamicCache(config=theirs.config),
-    )
+    tokens = small.tokens(3, 42)
+    cache = ours.new_cache(3)
+    their_cache = DynamicCache(config=theirs.config)
     for piece in tokens.split(chunk, dim=1):
         expected = theirs(piece, past_key_values=their_cache, use_cache=True).logits
         assert difference(ours(piece, cache), expected) < 2e-5
@@ -110,10 +105,7 @@ def test_recorded_logits_of_a_checkpoint_made_elsewhere():
     expected = np.load(small.DATA / "small/expected.npz")
     tokens = torch.from_numpy(expected["tokens"])
     for window, name in (("auto", "hf_logits"), (None, "hf_logits_full")):
-        config = hugging_face.read_config(small.DATA / "small", sliding_window=window)
-        ours = hugging_face.load_model(
-            small.DATA / "small", config, torch.device("cpu"), torch.float32
-        )
+        ours = small.load_model(small.DATA / "small", torch.float32, sliding_window=window)
         assert difference(ours(tokens), torch.from_numpy(expected[name])) < 2e-5
 
 
@@ -124,7 +116,8 @@ def test_bfloat16_decoding_is_as_close_to_float32_as_transformers_is(folder):
     exact, _ = small.load_pair(folder, torch.float32)
     target = exact(tokens)
     ours, theirs = small.load_pair(folder, torch.bfloat16)
-    cache, their_cache = ours.new_cache(3), DynamicCache(config=theirs.config)
+    cache = ours.new_cache(3)
+    their_cache = DynamicCache(config=theirs.config)
     mine = torch.cat([ours(t, cache) for t in tokens.split(1, dim=1)], dim=1)
     reference = [
         theirs(t, past_key_values=their_cache, use_cache=True).logits

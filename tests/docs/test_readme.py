@@ -1,8 +1,9 @@
-"""The README says what is so: its commands run, its paths exist, and CI runs the command that it
-names.
-"""
+"""The README is true: its commands run, its paths exist, CI runs the command that it names."""
 
+import html
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -28,13 +29,27 @@ def test_ci_runs_the_readmes_own_test_command():
     assert found[0].endswith('-e ".[test]" && .venv/bin/python -m pytest -n 2 --dist loadfile')
     assert 'bash -euo pipefail -c "$command"' in ci
     assert "pip install" not in ci
-    assert "ruff check ." in ci
-    assert "ruff format --check ." in ci
+    for command in ("python -m pytest -m slow -n 2", "ruff check .", "ruff format --check ."):
+        assert f"\n.venv/bin/{command}\n" in ci
+    assert "set -euo pipefail" in ci  # the first command that fails ends the script
 
 
-def test_the_first_command_runs_and_says_what_it_is():
-    script = COMMANDS[0].split("&&")[-1].strip()
-    arguments = shlex.split(script)
+def test_the_line_about_skips_counts_each_reason():
+    skip_reasons = runpy.run_path(str(small.ROOT / "tests/conftest.py"))["skip_reasons"]
+    reasons = ["Skipped: needs a CUDA GPU"] * 3 + ["Skipped: there is a GPU"]
+    reasons += ["Skipped: could not import 'llama_cpp': No module named 'llama_cpp'"]
+    assert skip_reasons(reasons, left_out=4) == [
+        "3 need a CUDA GPU",
+        "1 there is a GPU",
+        "1 needs llama_cpp",
+        "4 slow (pytest -m slow runs them)",
+    ]
+    assert skip_reasons([]) == []
+
+
+def test_the_two_commands_of_the_first_screen_install_and_run_and_say_what_it_is():
+    assert COMMANDS[0].startswith("python3 -m venv .venv && .venv/bin/pip install ")
+    arguments = shlex.split(COMMANDS[1])
     assert arguments[0] == ".venv/bin/python"
     result = subprocess.run(
         [sys.executable, *arguments[1:]], cwd=small.ROOT, capture_output=True, text=True
@@ -54,16 +69,17 @@ def test_the_commands_install_with_the_pinned_versions():
 @pytest.mark.parametrize(
     "script", sorted({m for c in COMMANDS for m in re.findall(r"scripts/\w+\.py", c)})
 )
-def test_every_option_in_the_readme_exists(script):
-    result = subprocess.run(
-        [sys.executable, script, "--help"], cwd=small.ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0
-    assert "example:" in result.stdout
+def test_every_option_in_the_readme_exists(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(small.ROOT / script), run_name="__main__")
+    assert ended.value.code in (0, None)
+    out = capsys.readouterr().out
+    assert "example:" in out
     for command in COMMANDS:
         if script in command:
             for option in re.findall(r"(?<=\s)--[\w-]+", command.split(script)[1]):
-                assert option in result.stdout
+                assert option in out
 
 
 @pytest.mark.parametrize("code", BLOCKS["python"])
@@ -113,6 +129,40 @@ def test_a_comment_that_shows_another_output_is_noticed():
         "{'city': 'Lisbon'}",
     ):
         assert not shows(output, comment)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="uses a pseudo-terminal")
+def test_the_session_in_the_picture_is_what_the_script_prints_today():
+    import record_readme
+
+    drawn = (small.ROOT / "docs/pictures/session.svg").read_text()
+    lines = [html.unescape(line) for line in re.findall(r"<text [^>]*>(.*)</text>", drawn)]
+    shown = [line.replace("\u00a0", " ") for line in lines]
+    assert shown == record_readme.record_session(), (
+        "python scripts/dev/record_readme.py draws what is printed now"
+    )
+    assert any(line.startswith("  call    convert_units(") for line in shown)
+    assert any(line.startswith("  result  ") for line in shown)
+    assert not re.search(r"<script|<image|@import|url\(|https?://(?!www\.w3\.org/2000/svg)", drawn)
+
+
+def test_the_pictures_are_shown_described_and_small():
+    shown = re.findall(r"^!\[(.+)\]\((docs/pictures/.+)\)$", README, re.M)
+    pictures = {path: words for words, path in shown}
+    files = sorted((small.ROOT / "docs/pictures").iterdir())
+    assert sorted(pictures) == [f"docs/pictures/{path.name}" for path in files]
+    assert all(len(words) > 40 for words in pictures.values())
+    assert all(path.stat().st_size < 250_000 for path in files)
+    assert (small.ROOT / "docs/pictures/look_inside.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_link_leads_somewhere():
+    headings = re.findall(r"^#+ (.*)$", README, re.M)
+    anchors = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", text)).lower() for text in headings}
+    targets = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert len(targets) > 4
+    for target in targets:
+        assert target[1:] in anchors if target.startswith("#") else (small.ROOT / target).is_file()
 
 
 def test_every_path_that_is_mentioned_exists():

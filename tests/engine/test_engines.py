@@ -25,7 +25,7 @@ def no_interpreter(monkeypatch):
 @pytest.fixture
 def no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(engines, "DRIVER", tmp_path / "none")
+    monkeypatch.setattr(engines, "_DRIVER", tmp_path / "none")
 
 
 @pytest.fixture
@@ -48,6 +48,9 @@ def model(**changes):
         num_key_value_heads=2,
     )
     return small.model(torch.float32, **(sizes | changes))
+
+
+COMPILED = types.SimpleNamespace(unpacked_kinds=())
 
 
 def refusing(message):
@@ -75,7 +78,7 @@ def test_slack_and_room_reach_the_decoder():
 def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(
     no_gpu, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(engines, "DRIVER", tmp_path)
+    monkeypatch.setattr(engines, "_DRIVER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in open_engine("auto", model())[1]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -85,19 +88,24 @@ def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(
 
 
 def test_auto_on_a_gpu_is_the_kernels(a_gpu, monkeypatch):
-    monkeypatch.setattr(engines, "_open_kernels", lambda model, sizes: sizes)
+    opened = types.SimpleNamespace(unpacked_kinds=())
+    asked = []
+    monkeypatch.setattr(
+        engines, "_open_kernels", lambda model, sizes: asked.append(sizes) or opened
+    )
     said = []
     decoder, note = open_engine("auto", model(), 3, 10, say=said.append)
     assert len(said) == 1
-    assert said[0].startswith("trying the kernels; those that this machine has not compiled yet")
-    assert decoder == dict(batch_size=3, max_tokens=10, slack=16)
+    assert said[0].startswith("trying the kernels; the first time on a machine")
+    assert decoder is opened
+    assert asked == [dict(batch_size=3, max_tokens=10, slack=16)]
     assert note == "engine: kernels (CUDA sm_90, Triton 3.6)"
 
 
 def test_auto_goes_on_to_the_next_that_works_and_says_why(a_gpu, monkeypatch):
-    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: COMPILED)
     decoder, note = open_engine("auto", model(), batch_size=17)
-    assert decoder == "compiled"
+    assert decoder is COMPILED
     assert note.startswith(
         "engine: compile (CUDA sm_90); not kernels: the kernels take at most 16 rows at once"
     )
@@ -114,7 +122,8 @@ def test_what_was_in_planes_for_another_decoder_stays_there(a_gpu, monkeypatch):
     first, other = (
         PackedLinear(torch.zeros(3, 34, dtype=torch.uint8), KINDS["q8_0"]) for _ in range(2)
     )
-    packed.model.layers[0].mlp.up_proj, packed.model.layers[0].mlp.down_proj = first, other
+    packed.model.layers[0].mlp.up_proj = first
+    packed.model.layers[0].mlp.down_proj = other
     keeper = types.SimpleNamespace(blocks=lambda: torch.ones(3, 34, dtype=torch.uint8))
     first.hand_over(keeper)
 
@@ -136,15 +145,15 @@ def test_auto_goes_on_where_memory_is_short(a_gpu, monkeypatch):
         raise mistral.NotEnoughMemory("the buffers do not fit")
 
     monkeypatch.setattr(engines, "_open_kernels", no_room)
-    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: COMPILED)
     decoder, note = open_engine("auto", model())
-    assert decoder == "compiled"
+    assert decoder is COMPILED
     assert note == "engine: compile (CUDA sm_90); not kernels: the buffers do not fit"
 
 
 def test_auto_goes_on_without_triton(a_gpu, monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: COMPILED)
     note = open_engine("auto", model())[1]
     assert (
         note
@@ -174,7 +183,7 @@ def test_auto_goes_on_where_a_compiled_step_cannot_be_recorded(a_gpu, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
-        ({}, 17, "at most 16 rows at once, not 17: use smaller batches"),
+        ({}, 17, "at most 16 rows at once, not 17: use fewer rows"),
         ({"hidden_size": 40}, 1, "hidden_size to be a multiple of 32, not 40"),
         ({"intermediate_size": 56}, 1, "intermediate_size to be a multiple of 32"),
         ({"head_dim": 8}, 1, "a head_dim of 16, 32"),
@@ -195,7 +204,7 @@ def packed():
 
 
 def test_packed_models_are_for_the_kernels_and_slow_kinds_are_told(packed, a_gpu, monkeypatch):
-    assert engines.kernels_problem(packed) is None
+    assert engines._kernels_problem(packed) is None
     decoder = types.SimpleNamespace(unpacked_kinds=["Q2_K", "Q3_K"])
     monkeypatch.setattr(engines, "_open_kernels", lambda model, sizes: decoder)
     for name in ("kernels", "auto"):
@@ -212,15 +221,15 @@ def test_other_dtypes_are_told():
 
 
 def test_the_machine_is_looked_at(a_gpu, monkeypatch):
-    assert engines.kernels_problem(model()) is None
+    assert engines._kernels_problem(model()) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0 or later, not 7.5" in engines.kernels_problem(model())
+    assert "8.0 or later, not 7.5" in engines._kernels_problem(model())
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "an AMD one" in engines.kernels_problem(model())
+    assert "an AMD one" in engines._kernels_problem(model())
     sys.modules["triton"].__version__ = "3.5.1"
-    assert "Triton 3.5.1 is too old, 3.6 is needed" in engines.kernels_problem(model())
+    assert "Triton 3.5.1 is too old, 3.6 is needed" in engines._kernels_problem(model())
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    assert "Triton is not installed" in engines.kernels_problem(model())
+    assert "Triton is not installed" in engines._kernels_problem(model())
 
 
 def test_without_a_gpu_the_kernels_are_refused(no_gpu):
@@ -254,9 +263,12 @@ def test_whatever_fails_underneath_is_one_line(a_gpu, monkeypatch):
 
 
 def test_kernels_are_tried_beside_what_the_model_gave_before_them(a_gpu, monkeypatch):
-    done, fault = [], None
+    done = []
+    fault = None
 
     class Decoder:
+        unpacked_kinds = ()
+
         def __init__(self, model, **sizes):
             done.append("made")
 
@@ -272,13 +284,13 @@ def test_kernels_are_tried_beside_what_the_model_gave_before_them(a_gpu, monkeyp
         sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder)
     )
     monkeypatch.setitem(sys.modules, "mistral_kernels.trial", trial)
-    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: "compiled")
+    monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: COMPILED)
     decoder, note = open_engine("auto", model())
     assert (type(decoder), note) == (Decoder, "engine: kernels (CUDA sm_90, Triton 3.6)")
     assert done == ["asked", "made", ("tried", "numbers")]
     fault = "their logits are 50% away"
     decoder, note = open_engine("auto", model())
-    assert decoder == "compiled"
+    assert decoder is COMPILED
     assert (
         "not kernels: the kernels do not run here: ValueError: their logits are 50% away; update"
         in note

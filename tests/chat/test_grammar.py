@@ -22,9 +22,11 @@ from mistral.chat.grammar import (
 from mistral.chat.grammar.bounded_schema import Limits, bounded_schema
 from mistral.chat.tools.json_schema import SchemaError, compile_schema, problem
 
-STOP, VOCAB_SIZE = 32000, 32032  # 32001 is a control token, 32002 and on have no token
+STOP = 32000
+VOCAB_SIZE = 32032  # 32001 is a control token, 32002 and on have no token
 SHORT = Limits(max_string=8, max_items=3, max_properties=2, max_digits=6, max_depth=2, max_indent=2)
-STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+STRING = {"type": "string"}
+INTEGER = {"type": "integer"}
 NODE = {
     "type": "object",
     "properties": {"v": INTEGER, "next": {"$ref": "#/$defs/node"}},
@@ -184,7 +186,8 @@ def walk(constraint, tokenizer, seed, budget=400, choose=random_id):
 
     Every mask is checked on the way.
     """
-    generator, ids = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    ids = []
     never = torch.ones(len(constraint.mask()), dtype=torch.bool)
     never[: tokenizer.vocab_size] = False
     never[list(tokenizer.control_ids - set(tokenizer.stop_ids))] = True
@@ -277,15 +280,14 @@ def made_up(choose, depth=2):
 
 
 def test_random_tokens_end_in_valid_json_for_made_up_schemas(tokenizer):
-    ended, refused = 0, 0
+    ended = 0
+    refused = 0
     for seed in range(40):
         choose = random.Random(seed)
         schema = {**made_up(choose), "$defs": {name: made_up(choose) for name in "ab"}}
         try:
-            validator, constraint = (
-                compile_schema(schema),
-                json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT),
-            )
+            validator = compile_schema(schema)
+            constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT)
         except (SchemaError, GrammarError):  # a circle of references; no value; or not expressed
             refused += 1
             continue
@@ -328,11 +330,9 @@ def random_value(choose, depth=3):
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_what_the_bounded_schema_allows_the_original_allows(name):
-    bounded, original = (
-        compile_schema(bounded_schema(SCHEMAS[name], SHORT)),
-        compile_schema(SCHEMAS[name]),
-    )
+def test_the_bounded_schema_allows_only_values_of_the_original(name):
+    bounded = compile_schema(bounded_schema(SCHEMAS[name], SHORT))
+    original = compile_schema(SCHEMAS[name])
     choose = random.Random(name)
     for _ in range(60):
         value = random_value(choose)
@@ -340,11 +340,11 @@ def test_what_the_bounded_schema_allows_the_original_allows(name):
 
 
 @pytest.mark.parametrize("keyword", REFUSED)
-def test_a_keyword_that_no_grammar_expresses_is_named(tokenizer, keyword):
+def test_a_keyword_that_the_grammar_cannot_express_is_named(tokenizer, keyword):
     with pytest.raises(UnsupportedSchema, match=re.escape(keyword)) as raised:
         json_constraint(tokenizer, VOCAB_SIZE, REFUSED[keyword])
     assert raised.value.keyword == keyword
-    # Where the keyword has nothing to say, it is in nobody's way
+    # For values of other types the keyword has no effect
     if keyword in (
         "uniqueItems",
         "contains",
@@ -378,13 +378,13 @@ def test_a_pattern_that_the_grammar_reads_in_another_way_is_refused(tokenizer, p
         {**NODE, "required": ["next"], "$defs": {"node": {**NODE, "required": ["next"]}}},
     ],
 )
-def test_a_schema_that_nothing_is_valid_for_is_an_error(tokenizer, schema):
+def test_a_schema_without_a_valid_value_is_an_error(tokenizer, schema):
     with pytest.raises(GrammarError, match="no value is valid") as raised:
         json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT)
     assert not isinstance(raised.value, UnsupportedSchema) and "\n" not in str(raised.value)
 
 
-def test_an_empty_reference_is_not_taken_for_any_value():
+def test_an_empty_reference_does_not_allow_every_value():
     with pytest.raises(UnsupportedSchema, match="does not begin with #/"):
         bounded_schema({"type": "object", "properties": {"a": {}, "b": {"$ref": ""}}}, Limits())
 
@@ -397,7 +397,7 @@ def test_a_malformed_schema_is_an_error(tokenizer, schema):
         json_constraint(tokenizer, VOCAB_SIZE, schema)
 
 
-def test_what_only_the_grammar_forbids_is_no_error_of_the_schema(tokenizer):
+def test_values_that_only_the_grammar_forbids_are_no_schema_error(tokenizer):
     schema = {
         "type": "object",
         "required": ["a"],
@@ -429,7 +429,7 @@ def test_large_schemas_are_compiled_in_time_or_refused(tokenizer):
 @pytest.mark.parametrize(
     "schema", [STRING, INTEGER, {"type": "number"}, {"type": "array"}, {"type": "object"}, {}]
 )
-def test_a_model_that_never_wants_to_end_comes_to_an_end(tokenizer, schema):
+def test_the_limits_end_every_answer(tokenizer, schema):
     liked = [encode(tokenizer, text)[0] for text in ('"', "9", ".", "a", ",", "[", "{", " ")]
 
     def insist(mask, generator):
@@ -560,7 +560,8 @@ def test_random_tokens_end_in_calls_of_the_tools(tokenizer, choice):
         tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"]
         for tool in TOOLS
     }
-    constraint, first = tool_constraint(tokenizer, choice), set()
+    constraint = tool_constraint(tokenizer, choice)
+    first = set()
     for seed in range(8):
         text = walk(constraint.copy(), tokenizer, seed)
         calls = [json.loads(call) for call in CALL.findall(text)]
@@ -572,7 +573,7 @@ def test_random_tokens_end_in_calls_of_the_tools(tokenizer, choice):
     assert first == {"name", "arguments"}
 
 
-def test_text_is_free_until_the_tag_and_again_behind_the_call(tokenizer):
+def test_text_is_free_before_the_tag_and_after_the_call(tokenizer):
     constraint = tool_constraint(tokenizer)
     for text in (
         "",
@@ -651,10 +652,8 @@ def test_random_tokens_end_in_a_list_of_calls(tokenizer, choice):
         tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"]
         for tool in TOOLS
     }
-    constraint, keys = (
-        call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, limits=SHORT),
-        set(),
-    )
+    constraint = call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, limits=SHORT)
+    keys = set()
     for seed in range(8):
         calls = json.loads(walk(constraint.copy(), tokenizer, seed))
         assert 1 <= len(calls) <= SHORT.max_items
@@ -693,9 +692,12 @@ def test_unusable_tools_are_errors(tokenizer):
 
 
 def test_forced_tokens_are_allowed_and_lead_to_the_same_texts(tokenizer):
-    constraint, saved = tool_constraint(tokenizer, "required"), 0
+    constraint = tool_constraint(tokenizer, "required")
+    saved = 0
     for seed in range(5):
-        generator, ids, one = torch.Generator().manual_seed(seed), [], constraint.copy()
+        generator = torch.Generator().manual_seed(seed)
+        ids = []
+        one = constraint.copy()
         while not one.is_finished:
             forced = one.forced()
             for id in forced:
@@ -720,7 +722,8 @@ def test_forced_tokens_leave_the_border_of_the_last_one_open(tokenizer):
         "required": ["name"],
     }
     constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, limits=Limits(max_indent=0))
-    forced, whole = constraint.forced(), encode(tokenizer, '{"name": "get_weather"}')
+    forced = constraint.forced()
+    whole = encode(tokenizer, '{"name": "get_weather"}')
     assert forced == whole  # nothing else can come, and nothing can follow
     # The name's quote may belong to '":', so it is not forced by itself
     constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
@@ -731,7 +734,8 @@ def test_forced_tokens_leave_the_border_of_the_last_one_open(tokenizer):
 
 def test_rollback_restores_the_masks(tokenizer):
     constraint = tool_constraint(tokenizer)
-    ids, masks = encode(tokenizer, f"Well. {PARIS}\n"), []
+    ids = encode(tokenizer, f"Well. {PARIS}\n")
+    masks = []
     for id in ids:
         masks.append(constraint.mask())
         constraint.accept(id)
@@ -742,12 +746,12 @@ def test_rollback_restores_the_masks(tokenizer):
             assert torch.equal(constraint.mask(), masks[i])
             constraint.accept(ids[i])
         assert torch.equal(constraint.mask(), end)
-    with pytest.raises(GrammarError, match="cannot forget"):
+    with pytest.raises(GrammarError, match="cannot roll back"):
         constraint.rollback(len(ids) + 1)
     assert torch.equal(constraint.mask(), end)
 
 
-def test_rollback_goes_back_behind_the_end(tokenizer):
+def test_rollback_works_after_the_end(tokenizer):
     constraint = json_constraint(tokenizer, VOCAB_SIZE, {"const": True})
     for id in encode(tokenizer, "true"):
         constraint.accept(id)
@@ -758,10 +762,11 @@ def test_rollback_goes_back_behind_the_end(tokenizer):
     assert not constraint.is_finished and not constraint.accepting and not constraint.mask()[STOP]
 
 
-def test_a_copy_goes_its_own_way(tokenizer):
+def test_a_copy_is_independent(tokenizer):
     constraint = json_constraint(tokenizer, VOCAB_SIZE, {"enum": ["ab", "ac"]})
     constraint.accept(encode(tokenizer, '"')[0])
-    before, other = constraint.mask(), constraint.copy()
+    before = constraint.mask()
+    other = constraint.copy()
     other.accept(encode(tokenizer, "ab")[0])
     assert torch.equal(constraint.mask(), before) and not torch.equal(other.mask(), before)
     other.rollback(2)
@@ -784,7 +789,7 @@ def test_characters_without_a_token_are_spelled_in_bytes(tokenizer, small_tokeni
         assert sum(len(made.token_bytes(id)) == 1 for id in ids) >= 6
         assert allows(constraint, made, text)
         assert walk(constraint, made, 0) == text
-        # Half a character does not pass for one
+        # Half a character is not one
         free = json_constraint(made, vocab_size, STRING)
         for id in ids[:-2]:
             free.accept(id)
@@ -792,10 +797,8 @@ def test_characters_without_a_token_are_spelled_in_bytes(tokenizer, small_tokeni
 
 
 def test_mistral_gguf_and_sentencepiece_vocabularies_work_alike():
-    file, folder = (
-        mistral.load(small.DATA / "gguf/q8_0.gguf", sliding_window=None)[1],
-        mistral.load(small.DATA / "small")[1],
-    )
+    file = mistral.load(small.DATA / "gguf/q8_0.gguf", sliding_window=None)[1]
+    folder = mistral.load(small.DATA / "small")[1]
     constraints = [
         json_constraint(made, 480, SCHEMAS["object"], limits=SHORT) for made in (file, folder)
     ]
@@ -835,7 +838,7 @@ def test_stop_tokens_are_the_tokenizers_unless_given(tokenizer):
     for wrong in ([], [-1], [VOCAB_SIZE]):
         with pytest.raises(GrammarError, match="stop token"):
             json_constraint(tokenizer, VOCAB_SIZE, INTEGER, stop_tokens=wrong)
-    with pytest.raises(GrammarError, match="32002 ids and the model 32000"):
+    with pytest.raises(GrammarError, match="32002 ids, but the model only 32000"):
         json_constraint(tokenizer, 32000, INTEGER)
 
 

@@ -1,4 +1,4 @@
-"""Tools: made from functions and schemas, checked against what a model writes, and run."""
+"""Tools: from functions and schemas, checked against the model's arguments, and run."""
 
 import http.server
 import json
@@ -297,7 +297,7 @@ def test_a_hint_without_json_is_named(hint):
         tool(function_of(hint))
 
 
-def test_tools_are_made_with_and_without_arguments_of_the_decorator():
+def test_the_decorator_works_with_and_without_arguments():
     bare = tool(plain)
     renamed = tool(name="other.name-1", description="Described here.")(plain)
     assert (bare.name, renamed.name, renamed.description) == (
@@ -313,7 +313,7 @@ def test_a_tool_in_the_prompt_is_its_schema():
     assert json.dumps(tool(plain).schema()) in tool_prompt([tool(plain).schema()])
 
 
-# ---- functions that make no tool
+# ---- functions that are not tools
 
 
 def no_hint(x):
@@ -383,16 +383,16 @@ def undescribed():
             "tool unknown_hint: its type hints cannot be read: name 'Nowhere' is not defined",
         ),
         (bad_choices, "the parameter x: the choices must be a JSON list"),
-        (any_number, "any_number: .x: int cannot be given by name"),
-        (by_position, "x: int cannot be given by name"),
+        (any_number, "any_number: .x: int cannot be passed by name"),
+        (by_position, "x: int cannot be passed by name"),
         (later, "an async function cannot be called"),
         (undescribed, "tool undescribed has no description: give it a docstring"),
-        (partial(plain, 1), "is not a function; see Tool.from_schema"),
+        (partial(plain, 1), "is not a function: use Tool.from_schema"),
         ("plain", "'plain' is not a function"),
         (print, "cannot be"),
     ],
 )
-def test_a_function_that_makes_no_tool_is_told_why(function, message):
+def test_a_function_without_a_schema_is_refused_with_the_reason(function, message):
     with pytest.raises(SchemaError, match=message) as error:
         tool(function)
     assert "\n" not in str(error.value)
@@ -407,11 +407,12 @@ def test_a_name_that_a_model_cannot_write_is_refused(name):
 
 
 def test_two_tools_of_one_name_are_refused():
-    one, other = tool(plain), tool(name="other")(plain)
+    one = tool(plain)
+    other = tool(name="other")(plain)
     assert tool_table([one, other]) == {"plain": one, "other": other}
     with pytest.raises(ValueError, match="two tools are named 'plain'"):
         tool_table([one, other, tool(plain)])
-    with pytest.raises(ValueError, match="is not a Tool: make one with @tool"):
+    with pytest.raises(ValueError, match="is not a Tool: create one with @tool"):
         tool_table([plain])
 
 
@@ -438,7 +439,7 @@ def of(properties, **rest):
     )
 
 
-def test_a_schema_makes_the_tool_that_it_describes():
+def test_from_schema_creates_the_described_tool():
     wrapped = {"type": "function", "function": STOCK}
     assert Tool.from_schema(STOCK).schema() == Tool.from_schema(wrapped).schema() == wrapped
     assert Tool.from_schema(STOCK, lambda symbol: [symbol])(symbol="TSLA") == ["TSLA"]
@@ -511,7 +512,7 @@ def test_a_schema_that_leads_back_to_itself_is_refused(schema):
         Tool.from_schema({"name": "f", "parameters": schema})
 
 
-def test_a_tree_is_no_endless_schema():
+def test_a_recursive_schema_is_not_endless():
     node = {
         "type": "object",
         "properties": {"value": {"type": "integer"}, "children": {"items": {"$ref": "#/$defs/n"}}},
@@ -528,7 +529,7 @@ def test_a_tree_is_no_endless_schema():
 
 @pytest.fixture
 def server():
-    """Counts the requests that it gets, and answers each with a schema that allows everything."""
+    """Counts requests, and answers each with a schema that allows everything."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -580,7 +581,7 @@ def test_a_reference_to_elsewhere_is_never_fetched(server, tmp_path):
                 }
             }
         )
-    # `dependencies` is no keyword of this draft: nothing reads it.
+    # `dependencies` is not a keyword of this draft: it is ignored.
     assert problem(compile_schema({"dependencies": {"x": {"$ref": url}}}), {"x": 1}) is None
     assert requests == []
 
@@ -606,7 +607,7 @@ def test_even_an_unchecked_reference_is_not_fetched(server, monkeypatch):
 @pytest.mark.parametrize(
     "reference", ["#/nowhere", "#/required", "#/properties", "#anchor", "http://[::1"]
 )
-def test_a_reference_to_no_schema_is_refused(reference):
+def test_a_reference_to_an_invalid_schema_is_refused(reference):
     properties = {"x": {"$ref": reference}, "type": {"type": "integer"}}
     with pytest.raises(SchemaError, match="malformed schema"):
         of(properties, required=["x"])
@@ -705,7 +706,7 @@ def test_wrong_arguments_are_named_in_one_line(arguments, message):
     assert str(error.value).startswith(message)
 
 
-def test_what_is_missing_and_what_is_too_much_is_named():
+def test_missing_and_unknown_arguments_are_named():
     stock = Tool.from_schema(STOCK)
     with pytest.raises(ArgumentError) as error:
         check_arguments(stock, {"ticker": "TSLA", "days": 0})
@@ -716,7 +717,7 @@ def test_what_is_missing_and_what_is_too_much_is_named():
     )
 
 
-def test_further_arguments_are_allowed_only_where_the_schema_says_so():
+def test_unknown_arguments_are_allowed_only_if_the_schema_says_so():
     x = {"x": {"type": "integer"}}
     check_arguments(of(x, additionalProperties=True), {"x": 1, "y": 2})
     check_arguments(of(x, additionalProperties={"type": "integer"}), {"x": 1, "y": 2})
@@ -759,7 +760,7 @@ def nested(value, levels, around):
         "deep",
     ],
 )
-def test_arguments_that_are_no_json_are_refused(value):
+def test_arguments_that_json_cannot_hold_are_refused(value):
     with pytest.raises(ArgumentError) as error:
         check_arguments(of({"x": {}}), {"x": value})
     assert len(str(error.value).encode().splitlines()) == 1
@@ -802,7 +803,7 @@ class Fund(BaseModel):
     weights: list[int] = []
 
 
-def test_a_pydantic_model_makes_a_tool_that_gets_an_instance():
+def test_the_function_of_a_pydantic_tool_gets_an_instance():
     got = []
     made = Tool.from_pydantic(Fund, got.append)
     assert (made.name, made.description) == ("Fund", "Fundamentals of a share.")
@@ -823,7 +824,7 @@ def test_a_pydantic_model_makes_a_tool_that_gets_an_instance():
             check_arguments(made, wrong)
 
 
-def test_what_only_pydantic_checks_is_a_tool_error():
+def test_an_error_of_pydantics_own_checks_is_a_tool_error():
     with pytest.raises(ToolError, match="Fund failed with ValidationError: .*since") as error:
         run_tool(Tool.from_pydantic(Fund, print), {"symbol": "TSLA", "since": "yesterday"})
     assert "\n" not in str(error.value)
@@ -834,7 +835,7 @@ def test_a_pydantic_tool_can_be_renamed_and_only_described():
     assert (made.name, made.description, made.function) == ("get_fund", "Else.", None)
 
 
-def test_a_class_without_schema_is_no_tool():
+def test_a_class_without_a_schema_is_refused():
     class Unwritable(BaseModel):
         x: type[int] = Field(default=int)
         y: Any = None
@@ -844,7 +845,7 @@ def test_a_class_without_schema_is_no_tool():
             return {"type": "objekt"}
 
     for model, message in (
-        (Host, "is not a class made from"),
+        (Host, "is not a subclass of"),
         (Fund(symbol="xx"), "is not"),
         (Unwritable, "objekt"),
     ):
@@ -937,7 +938,7 @@ RESULTS = {
 @BOTH
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_result_that_json_cannot_hold_is_a_tool_error(name, time_limit):
-    with pytest.raises(ToolError, match="^f returned what JSON cannot hold: ") as error:
+    with pytest.raises(ToolError, match="^f returned a value that JSON cannot hold: ") as error:
         run_tool(runner(RESULTS[name]), {}, time_limit)
     assert len(str(error.value).encode().splitlines()) == 1
 
@@ -1010,7 +1011,7 @@ def test_a_long_message_is_shortened():
     assert len(str(error.value)) < 400
 
 
-def test_a_tool_that_hangs_is_given_up():
+def test_a_tool_that_hangs_is_abandoned():
     free = threading.Event()
     start = time.monotonic()
     with pytest.raises(ToolError, match=r"f did not finish within 0\.05 seconds"):

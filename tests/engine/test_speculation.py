@@ -12,9 +12,10 @@ import torch
 
 import mistral
 from mistral import Decoder, Sampling, generate, generate_batch
+from mistral.engine.base import Constraint, Engine
 from mistral.engine.compiled import CompiledDecoder
 from mistral.engine.constraints import CountsForced
-from mistral.engine.speculation import LookupDecoder, find_guess
+from mistral.engine.speculation import LookupDecoder, _find_guess
 from mistral.sampling import processed_scores
 from mistral_kernels.decoder import Decoder as KernelsDecoder
 
@@ -44,7 +45,7 @@ def prompt(n, seed=0):
 
 
 def guess(text, tokens=8, max_ngram=3, min_ngram=1):
-    return find_guess(text, tokens, max_ngram, min_ngram)
+    return _find_guess(text, tokens, max_ngram, min_ngram)
 
 
 def test_a_guess_is_what_followed_the_longest_ending_where_it_occurred_last():
@@ -81,7 +82,8 @@ def test_the_text_is_that_of_plain_generation(length, window, sampling):
 
 @pytest.mark.parametrize("forces", [False, True])
 def test_right_guesses_save_forwards_and_both_counts_are_true(forces):
-    model, forwards = tiny(seed=3, sliding_window=None), []
+    model = tiny(seed=3, sliding_window=None)
+    forwards = []
     model.model.register_forward_hook(lambda *_: forwards.append(1))
     arguments = dict(max_new_tokens=60, stop_tokens=())
     plain = list(generate(model, prompt(5), GREEDY, constraint=Alternating(forces), **arguments))
@@ -107,27 +109,34 @@ def test_log_probabilities_are_those_of_plain_generation():
     )
 
 
-class Chain:
+class Chain(Engine):
     """An engine whose next token depends on the last one alone, by a table: quick, and its
     distribution is known.
     """
 
     def __init__(self, table):
-        self.table, self.ids, self.batch_size, self.slack, self.limit = table, [], 1, 8, 1000
+        self.table = table
+        self.ids = []
+        self.batch_size = 1
+        self.slack = 8
         self.config = small.config(vocab_size=len(table))
 
+    limit = 1000
     lengths = property(lambda self: [len(self.ids)])
     logits = property(lambda self: self.table[self.ids[-1:]])
 
-    def read(self, rows):
+    def prefill(self, rows):
         self.ids += rows[0]
 
-    def score(self, ids):
+    def verify(self, ids):
         self.ids += ids
         return self.table[ids]
 
     def rewind(self, n):
         del self.ids[len(self.ids) - n :]
+
+    def step(self, sampling, mask=None):
+        raise NotImplementedError  # lookup samples by itself
 
 
 RANDOM = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.4)
@@ -135,7 +144,8 @@ RANDOM = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.4)
 
 def exact_probability(table, start, continuation):
     """Of a continuation under RANDOM, by its definition."""
-    product, text = 1.0, list(start)
+    product = 1.0
+    text = list(start)
     for id in continuation:
         history = torch.tensor([text])
         scores = processed_scores(table[text[-1:]], RANDOM, history, torch.tensor([len(text)]))
@@ -145,18 +155,14 @@ def exact_probability(table, start, continuation):
 
 
 def test_sampled_texts_have_the_distribution_of_plain_sampling():
-    table, start, runs = (
-        torch.randn(4, 4, generator=torch.Generator().manual_seed(3)),
-        [0, 1, 2, 0, 1, 2, 0],
-        2000,
-    )
-    lookup, counts = (
-        LookupDecoder(Chain(table), 3),
-        dict.fromkeys(itertools.product(range(4), repeat=3), 0),
-    )
+    table = torch.randn(4, 4, generator=torch.Generator().manual_seed(3))
+    start = [0, 1, 2, 0, 1, 2, 0]
+    runs = 2000
+    lookup = LookupDecoder(Chain(table), 3)
+    counts = dict.fromkeys(itertools.product(range(4), repeat=3), 0)
     for _ in range(runs):
         lookup.rewind(lookup.lengths)
-        lookup.read([start])
+        lookup.prefill([start])
         counts[tuple(lookup.step(RANDOM).item() for _ in range(3))] += 1
     expected = {text: runs * exact_probability(table, start, text) for text in counts}
     possible = [text for text in counts if expected[text]]
@@ -170,14 +176,16 @@ def test_sampled_texts_have_the_distribution_of_plain_sampling():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
-    generator, model, text = random.Random(seed), tiny(seed), []
+    generator = random.Random(seed)
+    model = tiny(seed)
+    text = []
     lookup = LookupDecoder(Decoder(model, slack=11), 5)
     assert lookup.slack == 6
     for _ in range(40):
         action = generator.choice(["read", "step", "step", "step", "rewind"])
         if action == "read" or not text:
             new = prompt(generator.choice([0, 1, 2, 7, 80]), seed=generator.randrange(999))
-            lookup.read([new])
+            lookup.prefill([new])
             text += new
         elif action == "step":
             text += lookup.step(RICH).tolist()
@@ -187,7 +195,7 @@ def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
                 lookup.rewind(n)
                 text = text[: len(text) - n]
             except ValueError as error:
-                assert "can be taken back" in str(error)
+                assert "can be rolled back" in str(error)
         assert lookup.lengths == [len(text)]
         if text and generator.random() < 0.5:
             assert torch.allclose(lookup.logits, model(torch.tensor([text]))[:, -1], atol=1e-11)
@@ -198,7 +206,7 @@ def test_as_much_as_slack_says_can_be_taken_back_beyond_the_window():
     for seed in range(8):
         lookup = LookupDecoder(Decoder(model, slack=11), 5)
         text = prompt(30, seed)
-        lookup.read([text])
+        lookup.prefill([text])
         text += [lookup.step(Sampling(seed=seed)).item() for _ in range(seed)]
         lookup.logits  # noqa: B018  (reads a guess)
         lookup.rewind(lookup.slack)
@@ -209,14 +217,14 @@ def test_as_much_as_slack_says_can_be_taken_back_beyond_the_window():
 def test_it_goes_on_after_ctrl_c(layer):
     model = tiny()
     lookup = LookupDecoder(Decoder(model))
-    lookup.read([prompt(20)])
+    lookup.prefill([prompt(20)])
     id = lookup.step(GREEDY).item()
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     handle = model.model.layers[layer].register_forward_pre_hook(interrupt)
-    for broken_off in (lambda: lookup.logits, lambda: lookup.read([[5, 6]])):
+    for broken_off in (lambda: lookup.logits, lambda: lookup.prefill([[5, 6]])):
         with pytest.raises(KeyboardInterrupt):
             broken_off()
     handle.remove()
@@ -225,13 +233,14 @@ def test_it_goes_on_after_ctrl_c(layer):
     )
 
 
-class Alternating:
+class Alternating(Constraint):
     """A constraint to an even id, then an odd one, ...; after each pair, 3 and 4 are the only
     choice.
     """
 
     def __init__(self, forces=True):
-        self.accepted, self._forces = [], forces
+        self.accepted = []
+        self._forces = forces
 
     def mask(self):
         return torch.arange(7) % 2 == len(self.accepted) % 2
@@ -246,27 +255,29 @@ class Alternating:
 @RULES
 @pytest.mark.parametrize("forces", [False, True])
 def test_under_a_constraint_the_text_is_that_of_plain_generation_too(forces, sampling):
-    model, arguments = tiny(), dict(max_new_tokens=41, stop_tokens=())
+    model = tiny()
+    arguments = dict(max_new_tokens=41, stop_tokens=())
     if forces and sampling.no_repeat_ngram_size:
         pytest.skip("what is forced repeats itself")
     plain = list(generate(model, prompt(30), sampling, constraint=Alternating(forces), **arguments))
-    constraint, lookup = Alternating(forces), LookupDecoder(Decoder(model))
+    constraint = Alternating(forces)
+    lookup = LookupDecoder(Decoder(model))
     assert list(generate(lookup, prompt(30), sampling, constraint=constraint, **arguments)) == plain
     assert constraint.accepted == plain
 
 
 def test_ids_without_a_choice_are_read_in_one_forward_with_a_guess_or_none_if_they_were_guessed():
-    model, read = tiny(sliding_window=None), []
+    model = tiny(sliding_window=None)
+    read = []
     model.model.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][0].tolist()))
     lookup = LookupDecoder(Decoder(model, 1, 200), 4)
-    lookup.read([[1, 2, 3, 4, 5, 6, 1]])
+    lookup.prefill([[1, 2, 3, 4, 5, 6, 1]])
     assert read.pop() == [1, 2, 3, 4, 5, 6, 1] + [2, 3, 4, 5]
-    lookup.read([[2, 3]])
+    lookup.prefill([[2, 3]])
     assert read == []
-    lookup.read([[6, 1]])
-    assert read == [
-        [3] + [6, 1] + [2, 3, 6, 1]
-    ]  # 4 and 5 are taken back, and with them the logits behind 3
+    lookup.prefill([[6, 1]])
+    # 4 and 5 are taken back, and with them the logits behind 3
+    assert read == [[3] + [6, 1] + [2, 3, 6, 1]]
     assert torch.allclose(
         lookup.logits, model(torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2, 3, 6, 1]]))[:, -1], atol=1e-12
     )
@@ -288,13 +299,13 @@ def test_scores_are_the_logits_behind_each_id(window):
     model = tiny(sliding_window=window)
     decoder = Decoder(model, 1, 100)
     text = prompt(9)
-    decoder.read([text])
+    decoder.prefill([text])
     decoder.step(GREEDY)
     decoder.rewind(1)
     for n, back in ((1, 0), (3, 2), (7, 7), (2, 1), (20, 3)):
         new = prompt(n, seed=n)
         text += new
-        scored = decoder.score(new)
+        scored = decoder.verify(new)
         assert torch.allclose(scored, model(torch.tensor([text]))[0, -n:], atol=1e-11)
         assert torch.equal(decoder.logits[0], scored[-1])
         decoder.rewind(back)
@@ -331,7 +342,7 @@ def test_a_full_decoder_is_filled_to_its_last_token_and_then_refuses():
     plain = list(generate(model, prompt(5), GREEDY, max_new_tokens=25, stop_tokens=()))
     lookup = LookupDecoder(Decoder(model, max_tokens=30))
     assert list(generate(lookup, prompt(5), GREEDY, max_new_tokens=25, stop_tokens=())) == plain
-    for more in (lambda: lookup.step(GREEDY), lambda: lookup.read([[5]])):
+    for more in (lambda: lookup.step(GREEDY), lambda: lookup.prefill([[5]])):
         with pytest.raises(ValueError, match="31 tokens in a row, and the limit here is 30"):
             more()
     assert lookup.lengths == [30]
@@ -344,8 +355,8 @@ def test_wrong_calls_are_refused_and_leave_it_as_it_was():
     lookup = LookupDecoder(Decoder(tiny()))
     with pytest.raises(ValueError, match="row 0 is empty"):
         lookup.logits  # noqa: B018
-    lookup.read([[]])
-    lookup.read([prompt(5)])
+    lookup.prefill([[]])
+    lookup.prefill([prompt(5)])
     before = lookup.logits
     for rows, message in (
         ([[5], [6]], "2 rows"),
@@ -353,9 +364,9 @@ def test_wrong_calls_are_refused_and_leave_it_as_it_was():
         ([[-1]], "token id -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            lookup.read(rows)
-    for n in (-1, 6, [1, 1]):
-        with pytest.raises(ValueError, match="cannot forget"):
+            lookup.prefill(rows)
+    for n, message in ((-1, "0 or more"), (6, "cannot forget 6"), ([1, 1], "each of 1 rows")):
+        with pytest.raises(ValueError, match=message):
             lookup.rewind(n)
     assert lookup.lengths == [5]
     assert torch.equal(lookup.logits, before)
@@ -364,26 +375,21 @@ def test_wrong_calls_are_refused_and_leave_it_as_it_was():
 def test_what_cannot_look_up_says_so():
     model = tiny()
     read = Decoder(model)
-    read.read([[1, 2]])
-
-    class Old(Decoder):
-        score = property()
-
+    read.prefill([[1, 2]])
     for decoder, numbers, message in (
-        (Decoder(model, 2), {}, "one text at a time, not for 2"),
+        (Decoder(model, 2), {}, "one row, not for 2"),
         (read, {}, "holds 2 tokens already"),
         (Decoder(model, slack=7), {}, "slack=8 or more, not 7"),
-        (Old(model), {}, "has `score`, and Old has none"),
-        (Decoder(model), {"tokens": 0}, "make no sense"),
-        (Decoder(model), {"max_ngram": 0}, "make no sense"),
-        (Decoder(model), {"min_ngram": 4}, "make no sense"),
+        (Decoder(model), {"tokens": 0}, "are impossible"),
+        (Decoder(model), {"max_ngram": 0}, "are impossible"),
+        (Decoder(model), {"min_ngram": 4}, "are impossible"),
     ):
         with pytest.raises(ValueError, match=message):
             LookupDecoder(decoder, **numbers)
     with pytest.raises(ValueError, match="2 rows for a decoder of 1"):
         generate_batch(LookupDecoder(Decoder(model)), [[1], [2]], GREEDY, max_new_tokens=1)
-    with pytest.raises(ValueError, match="score takes ids"):
-        Decoder(model).score([])
+    with pytest.raises(ValueError, match="verify takes ids"):
+        Decoder(model).verify([])
 
 
 @pytest.mark.parametrize("script", ["generate", "chat", "function_calling", "json_mode"])
@@ -407,8 +413,8 @@ def test_scripts_take_it_and_report_it(script, monkeypatch, capsys):
             runpy.run_path(str(small.ROOT / small.SCRIPTS[script]), run_name="__main__")
         outputs.append(capsys.readouterr())
     assert outputs[0].out == outputs[1].out
-    assert "tokens a forward" not in outputs[0].err
-    assert re.search(r"lookup: \d\.\d tokens a forward", outputs[1].err)
+    assert "tokens a forward pass" not in outputs[0].err
+    assert re.search(r"lookup: \d\.\d tokens a forward pass", outputs[1].err)
 
 
 def iter_input(lines):

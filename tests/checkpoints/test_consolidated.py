@@ -32,7 +32,8 @@ def model():
 
 
 def write(folder, model, form="safetensors", tokenizer="tokenizer.model", **params):
-    names, state = consolidated_names(3), {}
+    names = consolidated_names(3)
+    state = {}
     for name, tensor in model.state_dict().items():
         heads = rotary_heads(name, model.config)
         state[names[name]] = (
@@ -69,7 +70,8 @@ def test_rows_are_paired_as_complex_numbers():
     from mistral.rotary import Rotary, rotate
 
     q, k = torch.randn(2, 1, 1, 7, 10, dtype=torch.float64)
-    order, positions = interleaved_rows(10, 1), torch.arange(7)[None]
+    order = interleaved_rows(10, 1)
+    positions = torch.arange(7)[None]
     angles = positions[0, :, None].double() * Rotary(10, 1e4).frequencies.double()
     turn = torch.polar(torch.ones_like(angles), angles)
 

@@ -35,7 +35,8 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, body):
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
-            repo, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
+            repo = "/".join(parts[2:4])
+            revision = parts[5] if len(parts) > 5 else "main"
             if repo not in self.repositories:
                 return self.send(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
             if revision not in ("main", COMMIT):
@@ -44,7 +45,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.send(
                 200, {}, json.dumps({"id": repo, "sha": COMMIT, "siblings": files}).encode()
             )
-        repo, name = "/".join(parts[:2]), "/".join(parts[4:])
+        repo = "/".join(parts[:2])
+        name = "/".join(parts[4:])
         data = self.repositories.get(repo, {}).get(name)
         if data is None:
             return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"")
@@ -244,7 +246,7 @@ def test_names_in_use_are_understood(files, expected):
 def test_hostile_indexes_are_refused(places, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"weight_map": places}))
     files = ["config.json", "model.safetensors.index.json", "tokenizer.model"]
-    with pytest.raises(CheckpointError, match="no weight_map of file names"):
+    with pytest.raises(CheckpointError, match="no weight_map of file names|is not a file name"):
         choose_files("a/b", files, None, lambda name: tmp_path / "index.json")
 
 

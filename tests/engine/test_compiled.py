@@ -13,7 +13,7 @@ import torch
 
 import mistral
 from mistral.engine import compiled
-from mistral.engine.compiled import CompiledDecoder, sizes, sums_are_faster
+from mistral.engine.compiled import CompiledDecoder, _sizes, _sums_are_faster
 
 GREEDY = mistral.Sampling(temperature=0.0)
 
@@ -57,7 +57,7 @@ def test_compiled_code_gives_the_references_logits_past_the_window(sums):
     model, _ = mistral.load(small.DATA / "small", device="cpu", sliding_window=8)
     decoders = CompiledDecoder(model, sums=sums), mistral.Decoder(model)
     for decoder in decoders:
-        decoder.read([small.tokens(1, 5)[0].tolist()])
+        decoder.prefill([small.tokens(1, 5)[0].tolist()])
     go_on(decoders, 30)  # the ring of 8 + 17 slots is full after 25 tokens
 
 
@@ -73,7 +73,7 @@ def test_whose_products_are_faster_is_measured(slow, faster, monkeypatch):
 
     monkeypatch.setattr(compiled.torch, "compile", lambda function, **_: product)
     monkeypatch.setattr(compiled.F, "linear", linear)
-    assert sums_are_faster(small.model()) is faster
+    assert _sums_are_faster(small.model()) is faster
 
 
 def test_without_a_compiler_no_product_is_compiled(monkeypatch):
@@ -81,17 +81,17 @@ def test_without_a_compiler_no_product_is_compiled(monkeypatch):
         raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
 
     monkeypatch.setattr(compiled.torch, "compile", lambda function, **_: fail)
-    assert not sums_are_faster(small.model())
+    assert not _sums_are_faster(small.model())
 
 
 def test_sums_replace_every_product_with_a_matrix(traced):
     CompiledDecoder(small.model(hidden_size=36))  # of a size that no other test has traced
     counts = []
     for graph in traced:
-        compiled.spell_out(graph)
+        compiled._spell_out(graph)
         targets = [node.target for node in graph.graph.nodes]
         assert torch.nn.functional.linear not in targets
-        counts.append(targets.count(compiled.summed))
+        counts.append(targets.count(compiled._summed))
     assert counts == [7, 1]  # a block's and the head's
 
 
@@ -99,25 +99,25 @@ def test_a_batch_of_unequal_rows_is_read_and_taken_back(traced):
     decoders = pair(small.model(), batch_size=3)
     ids = small.tokens(3, 20).tolist()
     for decoder in decoders:
-        decoder.read([ids[0][:3], ids[1][:17], ids[2][:1]])
+        decoder.prefill([ids[0][:3], ids[1][:17], ids[2][:1]])
     go_on(decoders, 6)
     for decoder in decoders:
         decoder.rewind([2, 0, 5])
     go_on(decoders, 12)
     for decoder in decoders:
         decoder.rewind(3)
-        decoder.read([[], ids[1][:4], [5]])
+        decoder.prefill([[], ids[1][:4], [5]])
     go_on(decoders, 12)
 
 
 def test_everything_can_be_taken_back(traced):
     decoders = pair(small.model())
     for decoder in decoders:
-        decoder.read([[7]])  # the first token of all is read by the compiled step, too
+        decoder.prefill([[7]])  # the first token of all is read by the compiled step, too
     go_on(decoders, 30)
     for decoder in decoders:
         decoder.rewind(decoder.lengths)
-        decoder.read([[9, 4]])
+        decoder.prefill([[9, 4]])
     go_on(decoders, 5)
 
 
@@ -131,26 +131,25 @@ def test_no_trace_is_left_by_compiling(traced):
 
 
 def test_a_growing_text_is_compiled_a_bounded_number_of_times(traced, monkeypatch):
-    monkeypatch.setattr("mistral.engine.compiled.SMALLEST", 4)
-    model = small.model(
-        sliding_window=None, hidden_size=44
-    )  # of a size that no other test has traced
+    monkeypatch.setattr("mistral.engine.compiled._SMALLEST", 4)
+    # of a size that no other test has traced
+    model = small.model(sliding_window=None, hidden_size=44)
     decoders = pair(model, max_tokens=30)
     assert len(traced) == 2  # the block and the head
     for decoder in decoders:
-        decoder.read([small.tokens(1, 2)[0].tolist()])
+        decoder.prefill([small.tokens(1, 2)[0].tolist()])
     go_on(decoders, 27)
-    assert sizes(30) == [4, 8, 15, 30]
+    assert _sizes(30) == [4, 8, 15, 30]
     assert len(traced) == 5  # the block once a size, the head once
     again = CompiledDecoder(model, max_tokens=30)
-    again.read([[3]])
+    again.prefill([[3]])
     again.step(GREEDY)
     assert len(traced) == 5  # a second decoder finds what the first one has compiled
 
 
 @pytest.mark.parametrize("num_slots", [1, 255, 511, 512, 4113, 32768, 10**6])
 def test_sizes_end_with_the_whole_ring_and_are_few(num_slots):
-    found = sizes(num_slots)
+    found = _sizes(num_slots)
     assert found == sorted(set(found))
     assert found[-1] == num_slots
     assert len(found) <= 6
@@ -159,7 +158,7 @@ def test_sizes_end_with_the_whole_ring_and_are_few(num_slots):
 
 def test_no_room_is_an_error_and_changes_nothing(traced):
     decoder = CompiledDecoder(small.model(sliding_window=None), max_tokens=4)
-    decoder.read([[3, 4, 5, 6]])
+    decoder.prefill([[3, 4, 5, 6]])
     logits = decoder.logits
     with pytest.raises(ValueError, match="the limit here is 4"):
         decoder.step(GREEDY)
@@ -192,7 +191,7 @@ def test_the_graph_gives_the_references_logits(batch_size):
     model = small.model(torch.float32, sliding_window=8).to("cuda")
     decoders = pair(model, batch_size=batch_size)
     for decoder in decoders:
-        decoder.read(small.tokens(batch_size, 5).tolist())
+        decoder.prefill(small.tokens(batch_size, 5).tolist())
     go_on(decoders, 30)
     for decoder in decoders:
         decoder.rewind(4)

@@ -1,4 +1,4 @@
-"""The conversation driver, with an engine that writes what a script says."""
+"""The conversation, with an engine that writes a script."""
 
 import json
 import sys
@@ -12,13 +12,14 @@ from scripted import END, TOKENIZER, Scripted, call, written
 
 import mistral
 from mistral.chat import Conversation, Tool, encode_chat, tool
-from mistral.chat.answer import Answer, in_string_of_call
-from mistral.chat.conversation import ConversationError
+from mistral.chat.answer import Answer
 from mistral.chat.events import Call, End, Error, Result, Text
 from mistral.chat.formats import chat_format
+from mistral.chat.formats.tool_calls import ToolCallStream
 from mistral.chat.grammar import GrammarError
 from mistral.chat.grammar.free_text import TextOnly
 from mistral.engine.constraints import FixedMask
+from mistral.errors import ConversationError
 
 
 @tool
@@ -103,7 +104,7 @@ def test_calls_are_run_and_their_results_read_until_there_are_none():
         ("<tool_call>\n{'name': add}\n</tool_call>", "There was an error parsing function calls"),
     ],
 )
-def test_what_goes_wrong_is_told_to_the_model_in_the_cards_words(answer, words):
+def test_errors_are_told_to_the_model_in_the_cards_words(answer, words):
     engine = Scripted(answer, "Sorry.")
     events = list(talk(engine, tools=[add, broken]).say("Go"))
     assert len([e for e in events if isinstance(e, Error)]) == 1
@@ -135,7 +136,7 @@ def test_rounds_are_limited_and_the_last_calls_are_not_run():
     assert isinstance(events[-2], Call)
 
 
-def test_calls_of_one_answer_run_together_where_asked():
+def test_parallel_runs_the_calls_of_one_answer_together():
     barrier = threading.Barrier(2, timeout=5)
 
     @tool
@@ -153,7 +154,7 @@ def test_calls_of_one_answer_run_together_where_asked():
     assert [e.content for e in events if isinstance(e, Result)] == ["a", "b"]
 
 
-def test_a_tool_that_hangs_is_given_up_and_the_conversation_goes_on():
+def test_a_conversation_continues_after_a_tool_that_hangs():
     @tool
     def hang(seconds: float) -> str:
         """Hang.
@@ -205,7 +206,7 @@ def test_an_end_that_is_spelled_ends_an_answer_with_tools_too_but_not_in_a_strin
     assert text_of(conversation.say("Sure?")) == "Yes"
 
 
-def test_a_spelled_end_under_a_grammar_is_one_unless_it_is_switched_off():
+def test_a_spelled_end_ends_an_answer_unless_switched_off():
     texts = {}
     for spelled_ends in (True, False):
         engine = Scripted(written("All done<|im_end|>\nmore", end=False) + [END], slack=40)
@@ -240,8 +241,28 @@ def test_a_spelled_end_under_a_grammar_is_one_unless_it_is_switched_off():
         ('<tool_call>{"a": "x"}</tool_call> He said "', False),
     ],
 )
-def test_where_an_answer_is_within_a_string_of_a_call(text, expected):
-    assert in_string_of_call(text + "<|im_end|>", len(text)) == expected
+def test_in_string_tells_whether_the_text_ends_in_a_string_of_a_call(text, expected):
+    whole = ToolCallStream()
+    whole.feed(text)
+    in_pieces = ToolCallStream()
+    for character in text:
+        in_pieces.feed(character)
+    assert whole.in_string == in_pieces.in_string == expected
+
+
+def test_an_answer_is_parsed_once(monkeypatch):
+    """Each spelled end must be judged by its place; none of these 800 ends the turn."""
+    fed = []
+    feed = ToolCallStream.feed
+    monkeypatch.setattr(
+        ToolCallStream, "feed", lambda self, piece: fed.append(len(piece)) or feed(self, piece)
+    )
+    text = call("add", a="x <|im_end|> <|im_start|> " * 400, b=2)
+    conversation = talk(Scripted(text, "Done", limit=30_000), tools=[add], max_new_tokens=20_000)
+    events = list(conversation.say("Go"))
+    assert [type(event) for event in events] == [Call, Error, Text, End]
+    assert conversation.messages[1]["content"] == text
+    assert sum(fed) <= 2 * len(text)
 
 
 def test_max_new_tokens_end_an_answer_and_no_call_of_it_is_run():
@@ -270,7 +291,7 @@ def test_what_was_heard_stays_when_the_listener_leaves(slack):
     )
 
 
-def test_ctrl_c_before_the_first_word_takes_the_question_back():
+def test_ctrl_c_before_the_first_word_removes_the_question():
     engine = Scripted("One", "Two", fail_after=0)
     conversation = talk(engine, system="S")
     with pytest.raises(KeyboardInterrupt):
@@ -280,7 +301,7 @@ def test_ctrl_c_before_the_first_word_takes_the_question_back():
     assert text_of(conversation.say("Again")) == "Two"
 
 
-def test_a_conversation_that_is_too_long_refuses_and_is_as_before():
+def test_a_conversation_that_becomes_too_long_is_unchanged():
     engine = Scripted("Hello", "Never", limit=60)
     conversation = talk(engine)
     list(conversation.say("Hi"))
@@ -322,7 +343,7 @@ def test_saying_something_else_ends_the_answer_before():
     assert [m["content"] for m in conversation.messages] == ["a", heard, "b", "Four"]
 
 
-def test_results_that_nobody_listened_to_are_kept_because_the_functions_ran():
+def test_results_are_kept_if_the_caller_stops_listening():
     both = call("add", a=1, b=2) + call("add", a=3, b=4)
     conversation = talk(Scripted(both, "Seven"), tools=[add], parallel=True)
     answer = conversation.say("Add")
@@ -350,7 +371,7 @@ def test_ctrl_c_while_a_long_message_is_read_does_not_break_a_conversation_that_
     list(conversation.say("Again."))
     assert conversation.messages[:-2] == before
     fresh = mistral.Decoder(model, 1)
-    fresh.read([encode_ids(conversation)])
+    fresh.prefill([encode_ids(conversation)])
     assert torch.allclose(fresh.logits, conversation.decoder.logits, atol=1e-4)
 
 
@@ -373,7 +394,7 @@ def test_reset_forgets_all_but_the_system_message():
     assert engine.ids.count(TOKENIZER.bos_id) == 1
 
 
-def test_a_saved_conversation_goes_on_where_it_was(tmp_path):
+def test_a_saved_conversation_continues(tmp_path):
     path = tmp_path / "talk.jsonl"
     engine = Scripted(call("add", a=1, b=2), "Three — 日本")
     conversation = talk(engine, tools=[add], system="S")
@@ -388,7 +409,7 @@ def test_a_saved_conversation_goes_on_where_it_was(tmp_path):
     with pytest.raises(ConversationError, match="other tools"):
         Conversation.load(path, other, TOKENIZER, grammar=False)
     with pytest.raises(
-        ConversationError, match="says what format and system it has: leave them out"
+        ConversationError, match="has a format and a system already: leave them out"
     ):
         Conversation.load(path, other, TOKENIZER, tools=[add], system="T", format="chatml")
 
@@ -396,7 +417,7 @@ def test_a_saved_conversation_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(
     "content", ["", "not json", "[1]", '{"role": "user", "content": "x"}', '{"format": "x"}\n3']
 )
-def test_a_file_that_is_no_conversation_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_conversation_is_refused(tmp_path, content):
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises((ConversationError, ValueError), match="x.jsonl|format"):
         Conversation.load(tmp_path / "x.jsonl", Scripted(), TOKENIZER)
@@ -410,19 +431,19 @@ def test_control_tokens_and_rows_without_a_token_are_never_allowed_in_text():
     assert max(allowed) <= 32001
 
 
-def test_tool_choice_none_reads_no_calls():
+def test_tool_choice_none_parses_no_calls():
     events = list(talk(Scripted(call("add", a=1, b=2)), tools=[add], tool_choice="none").say("Go"))
     assert "<tool_call>" in text_of(events)
     assert not any(isinstance(e, Call) for e in events)
 
 
-def test_arguments_that_make_no_sense_are_refused():
+def test_invalid_arguments_are_refused():
     for options, words in (
         (dict(tool_choice="sub", tools=[add]), "no tool 'sub'"),
         (dict(format="none"), "no chat format"),
         (dict(max_rounds=0), "max_rounds"),
         (dict(tool_choice="required"), "needs tools"),
-        (dict(tools=[add], format="mistral_instruct_v1"), "functions need a format of chatml"),
+        (dict(tools=[add], format="mistral_instruct_v1"), "has no functions; use one of chatml"),
     ):
         with pytest.raises(ValueError, match=words):
             talk(Scripted(), **options)
@@ -431,7 +452,8 @@ def test_arguments_that_make_no_sense_are_refused():
 @pytest.mark.parametrize("choice", ["required", "add"])
 def test_a_choice_that_demands_a_call_is_refused_without_a_grammar(choice, monkeypatch):
     with pytest.raises(
-        ConversationError, match=f"'{choice}' is a promise that only a grammar keeps.*grammar=True"
+        ConversationError,
+        match=f"only a grammar can guarantee tool_choice '{choice}'.*grammar=True",
     ):
         talk(Scripted(), tools=[add], tool_choice=choice)
     odd = Tool.from_schema(
@@ -448,7 +470,7 @@ def test_a_choice_that_demands_a_call_is_refused_without_a_grammar(choice, monke
 
 
 @pytest.mark.parametrize("choice", ["required", "add"])
-def test_a_choice_that_demands_a_call_gets_one_whatever_the_model_would_say(choice):
+def test_a_choice_that_demands_a_call_always_gets_one(choice):
     model, tokenizer = mistral.load("demo", device="cpu")
     noise = mistral.Sampling(temperature=1.5, seed=3)
     options = dict(sampling=noise, max_rounds=1, max_new_tokens=150)
@@ -459,9 +481,10 @@ def test_a_choice_that_demands_a_call_gets_one_whatever_the_model_would_say(choi
     assert {name: type(value) for name, value in first.arguments.items()} == {"a": int, "b": int}
 
 
-def test_two_conversations_on_one_decoder_are_an_error_and_not_a_mixture():
+def test_two_conversations_on_one_decoder_are_an_error():
     engine = Scripted("One", "Two", "Three")
-    first, second = talk(engine), talk(engine)
+    first = talk(engine)
+    second = talk(engine)
     list(first.say("A"))
     before = list(engine.ids)
     with pytest.raises(ConversationError, match="a decoder of its own"):
@@ -491,7 +514,7 @@ CALLS_TOKEN = V3.control_id("[TOOL_CALLS]")
 
 
 class Watched(Scripted):
-    """Keeps every mask that it was given."""
+    """Keeps every mask."""
 
     def __init__(self, *answers, **options):
         super().__init__(*answers, **options)
@@ -538,7 +561,7 @@ def test_mistrals_own_calls_are_read_and_their_results_refer_to_them(tmp_path):
         "name": "add",
         "arguments": '{"a": 1, "b": 2}',
     }
-    # The user speaks again: the tools move, and all of it is read as the format writes it.
+    # The user speaks again: the tools move, and the whole conversation is encoded again.
     assert text_of(conversation.say("Bye")) == "Bye"
     whole = encode_chat(V3, conversation.messages, tools=[add], generate=False)
     assert engine.ids == whole[: len(engine.ids)]
@@ -560,7 +583,7 @@ def test_mistrals_calls_that_cannot_be_read_are_told_to_the_model(answer):
     assert "error parsing function calls" in V3.decode(engine.reads[1])
 
 
-def test_mistrals_calls_begin_with_their_token_and_it_stands_nowhere_else():
+def test_the_call_token_is_allowed_only_at_the_beginning():
     calls = json.dumps([{"name": "add", "arguments": {"a": 1, "b": 2}}])
     engine, conversation = mistral_talk(calls, "Three", tools=[add])
     list(conversation.say("Go"))
@@ -609,7 +632,7 @@ def test_mistrals_answer_is_free_until_it_begins_with_the_calls_token():
 
 
 def test_a_promised_call_needs_the_grammar():
-    with pytest.raises(ConversationError, match="only a grammar keeps"):
+    with pytest.raises(ConversationError, match="only a grammar can guarantee"):
         mistral_talk(tools=[add], tool_choice="required")
 
 
@@ -666,7 +689,7 @@ def test_a_conversation_rolls_over_the_window_of_a_real_model():
         list(conversation.say("Tell me more."))
     assert conversation.tokens_held > 4 * model.config.sliding_window
     fresh = mistral.Decoder(model, 1)
-    fresh.read([encode_ids(conversation)])
+    fresh.prefill([encode_ids(conversation)])
     assert fresh.lengths == conversation.decoder.lengths
     assert torch.allclose(fresh.logits, conversation.decoder.logits, atol=1e-4)
 

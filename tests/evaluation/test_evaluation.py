@@ -1,4 +1,4 @@
-"""The rules of the evaluation with a scripted model, reading rows, and going on after a cut."""
+"""The rules of the evaluation with a scripted model, rows, and runs that are interrupted."""
 
 import json
 import runpy
@@ -55,10 +55,11 @@ def calls_row(*expected, tools=(WEATHER, CLOCK), prompt="Hi"):
 
 
 CHECKPOINT = small.DATA / "small"
-PARIS, ROME = call(city="Paris"), call(city="Rome")
+PARIS = call(city="Paris")
+ROME = call(city="Rome")
 
 
-# The paper's parser, case by case as it was measured
+# The paper's parser, case by case as measured
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ PARIS, ROME = call(city="Paris"), call(city="Rome")
         ("", []),
     ],
 )
-def test_the_papers_parser_reads_what_it_read_and_fails_where_it_failed(text, found):
+def test_the_papers_parser_reads_and_fails_as_it_did(text, found):
     if isinstance(found, list):
         assert paper_rules.tool_calls(text) == found
     else:
@@ -125,7 +126,7 @@ def test_the_papers_parser_reads_what_it_read_and_fails_where_it_failed(text, fo
         ({"city": "Paris", "level": 7}, None),
     ],
 )
-def test_the_papers_validator_lets_through_and_rejects_what_it_did(arguments, problem):
+def test_the_papers_validator_accepts_and_rejects_as_it_did(arguments, problem):
     verdict = paper_rules.check_call(call(**arguments), [CLOCK, WEATHER])
     assert (verdict is None) == (problem is None)
     if problem:
@@ -179,7 +180,7 @@ def test_the_papers_rules_ignore_arguments_that_were_not_expected():
 
 def test_the_papers_rules_compare_with_the_first_call_of_a_name_only():
     assert paper(written(PARIS, ROME), PARIS, ROME) == "wrong argument"
-    assert paper(written(PARIS, [1]), PARIS, PARIS) == "passed"  # nobody looks at the second
+    assert paper(written(PARIS, [1]), PARIS, PARIS) == "passed"  # the second is not compared
 
 
 @pytest.mark.parametrize(
@@ -197,11 +198,11 @@ def test_the_papers_rules_compare_with_the_first_call_of_a_name_only():
         "im_start\\" + written(PARIS),
     ],
 )
-def test_where_the_papers_program_would_crash_the_row_has_failed(answer):
+def test_a_crash_of_the_papers_program_fails_the_row(answer):
     assert paper(answer, PARIS) == "crash"
 
 
-def test_the_papers_rules_look_behind_the_last_assistant_in_the_whole_conversation():
+def test_the_papers_rules_read_the_text_after_the_last_assistant():
     assert paper("1 < 2 > assistant " + written(PARIS), PARIS) == "passed"
     assert paper(written(PARIS) + " ->assistant", PARIS) == "no call"
     assert paper(written(PARIS), PARIS, prompt="What does ->assistant mean?") == "passed"
@@ -295,7 +296,7 @@ def test_the_fixed_rules_check_arguments_by_json_schema(arguments):
     assert fixed(written(call(**arguments)), PARIS) == "schema failure"
 
 
-def test_the_fixed_rules_give_every_expected_call_one_of_its_own():
+def test_the_fixed_rules_match_every_expected_call_once():
     assert fixed(written(ROME, PARIS), PARIS, ROME) == "passed"
     assert fixed(written(PARIS, PARIS), PARIS, ROME) == "wrong argument"
     assert fixed(written(PARIS, [1]), PARIS, PARIS) == "wrong count"
@@ -318,7 +319,7 @@ def test_the_fixed_rules_count_every_argument_that_changes_something():
     )
 
 
-def test_the_fixed_rules_read_what_is_no_xml_and_what_is_cut_off():
+def test_the_fixed_rules_read_answers_that_are_not_xml_or_cut_off():
     for city in ("R&D", "<br>", "</tool_call>", "it's"):
         assert fixed("5 < 6 & " + written(call(city=city)), call(city=city)) == "passed"
     assert fixed(written(PARIS).removesuffix("</tool_call>"), PARIS) == "passed"
@@ -405,7 +406,7 @@ CALLS = {
     "system": "",
 }
 JSON = {"prompt": CALLS["prompt"], "completion": json.dumps(BOX), "schema": json.dumps(SCHEMA)}
-# As the template of commit 1c9fcb5 gives it
+# From the template of commit 1c9fcb5
 PROMPT = (
     "You are a function calling AI model. You are provided with function signatures within "
     "<tools></tools> XML tags. "
@@ -448,14 +449,14 @@ def test_the_prompt_for_json_is_the_rows_own(tmp_path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"prompt": ', "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ('{"prompt": ', "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
         ("7", "has no 'prompt'"),
         (json.dumps(JSON), "has no 'tools', and function-calling needs it"),
         (json.dumps(CALLS | {"prompt": []}), "'prompt' is not a list of messages"),
         (
             json.dumps(CALLS | {"prompt": [{"role": "user"}]}),
-            "no 'role' and 'content' that are text",
+            "needs a 'role' and a 'content' that are text",
         ),
         (
             json.dumps(CALLS | {"prompt": [{"role": "user", "content": "\ud800"}]}),
@@ -464,7 +465,7 @@ def test_the_prompt_for_json_is_the_rows_own(tmp_path):
         (json.dumps(CALLS | {"tools": [WEATHER]}), "'tools' is not a string of JSON"),
         (json.dumps(CALLS | {"tools": "{}"}), "'tools' are not a list"),
         (json.dumps(CALLS | {"tools": '[{"name": "f"}]'}), "one of its 'tools' is not of the form"),
-        (json.dumps(CALLS | {"completion": "none"}), "'completion' cannot be read as JSON"),
+        (json.dumps(CALLS | {"completion": "none"}), "'completion' is not valid JSON"),
         (json.dumps(CALLS | {"completion": '[{"name": "f"}]'}), "'completion' is not a call"),
     ],
 )
@@ -483,7 +484,7 @@ def test_json_mode_needs_a_schema_that_is_an_object(tmp_path):
         read_rows(str(file), "json-mode")
 
 
-def test_rows_that_cannot_be_had_are_one_clear_error(tmp_path, monkeypatch):
+def test_rows_that_cannot_be_read_are_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("\n")
     for source, problem in [
         (tmp_path / "empty.jsonl", "has no rows"),
@@ -520,7 +521,7 @@ def test_a_downloaded_dataset_is_read_by_its_split_for_training(tmp_path, monkey
     ]
 
 
-def test_parquet_gives_the_same_rows_as_json_lines(tmp_path):
+def test_parquet_has_the_same_rows_as_json_lines(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -548,10 +549,12 @@ def test_parquet_gives_the_same_rows_as_json_lines(tmp_path):
 
 
 class Scripted:
-    """A model that gives the texts that it was told, and remembers which rows it was asked."""
+    """Returns the given texts, and remembers which rows it was asked."""
 
     def __init__(self, texts, fails_at=None):
-        self.texts, self.fails_at, self.asked = texts, fails_at, []
+        self.texts = texts
+        self.fails_at = fails_at
+        self.asked = []
 
     def __call__(self, rows):
         if self.fails_at in [row.index for row in rows]:
@@ -602,7 +605,7 @@ def test_every_row_is_kept_with_both_verdicts_as_soon_as_it_is_done(tmp_path, ro
 
 
 @pytest.mark.parametrize("cut", [0, 1, 5, 30, 1_000_000])
-def test_a_run_that_was_cut_goes_on_where_it_was(tmp_path, rows, cut):
+def test_an_interrupted_run_continues(tmp_path, rows, cut):
     file = tmp_path / "out.jsonl"
     assert outcome(rows, Scripted(TEXTS), file) == EXPECTED
     whole = file.read_bytes()
@@ -616,7 +619,7 @@ def test_a_run_that_was_cut_goes_on_where_it_was(tmp_path, rows, cut):
     assert file.read_bytes() == whole
 
 
-def test_a_last_line_that_lacks_nothing_but_its_end_counts(tmp_path, rows):
+def test_a_last_line_without_a_newline_counts(tmp_path, rows):
     file = tmp_path / "out.jsonl"
     outcome(rows, Scripted(TEXTS), file)
     whole = file.read_bytes()
@@ -625,7 +628,7 @@ def test_a_last_line_that_lacks_nothing_but_its_end_counts(tmp_path, rows):
     assert file.read_bytes() == whole
 
 
-def test_a_batch_that_was_cut_is_asked_as_a_whole_and_keeps_what_it_had(tmp_path, rows):
+def test_an_interrupted_batch_is_asked_again_and_keeps_its_answers(tmp_path, rows):
     file = tmp_path / "out.jsonl"
     assert outcome(rows, Scripted(TEXTS), file, batch_size=2) == EXPECTED
     whole = file.read_bytes()
@@ -655,15 +658,15 @@ def test_answers_are_scored_anew_when_only_the_expected_ones_have_changed(tmp_pa
     assert (last["id"], last["fixed"]["reason"]) == (1, "passed")
 
 
-def test_answers_that_were_made_with_other_settings_are_refused(tmp_path, rows):
+def test_answers_with_other_settings_are_refused(tmp_path, rows):
     file = tmp_path / "out.jsonl"
     outcome(rows, Scripted(TEXTS), file)
     whole = file.read_bytes()
     with pytest.raises(
-        DataError, match="line 1: it was made with seed 0, not 1; name another file"
+        DataError, match="line 1: it was written with seed 0, not 1; name another file"
     ):
         outcome(rows, Scripted(TEXTS), file, settings=SETTINGS | {"seed": 1})
-    with pytest.raises(DataError, match="made with seed 0, not None"):
+    with pytest.raises(DataError, match="written with seed 0, not None"):
         outcome(rows, Scripted(TEXTS), file, settings={"window": None})
     assert file.read_bytes() == whole
 
@@ -680,7 +683,7 @@ def test_answers_that_were_made_with_other_settings_are_refused(tmp_path, rows):
         "7",
     ],
 )
-def test_a_file_that_is_none_of_ours_is_never_touched(tmp_path, rows, text):
+def test_a_file_that_is_not_of_answers_is_never_changed(tmp_path, rows, text):
     file = tmp_path / "precious.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match="name another file"):
@@ -688,14 +691,14 @@ def test_a_file_that_is_none_of_ours_is_never_touched(tmp_path, rows, text):
     assert file.read_text() == text
 
 
-def test_where_nothing_can_be_written_the_model_is_not_asked(tmp_path, rows):
+def test_the_model_is_not_asked_if_the_file_cannot_be_written(tmp_path, rows):
     ask = Scripted(TEXTS)
     with pytest.raises(OSError):
         outcome(rows, ask, tmp_path / "nowhere/out.jsonl")
     assert ask.asked == []
 
 
-def test_a_run_keeps_no_file_that_nobody_asked_for(rows):
+def test_a_run_without_a_path_writes_no_file(rows):
     assert outcome(rows, Scripted(TEXTS), None) == EXPECTED
 
 
@@ -765,7 +768,7 @@ def test_a_conversation_is_encoded_in_chatml(chat_model, monkeypatch):
         1.0,
         512,
     )
-    # The token that ends an answer is no part of it; another control token is, spelled
+    # The stop token is not part of the answer; another control token is, spelled
     assert texts == ["Hello<|im_start|>user", "Hello"]
 
 
@@ -781,14 +784,16 @@ def test_a_row_is_answered_alike_whatever_was_asked_before(chat_model):
 
 
 def test_another_engine_can_answer(chat_model):
-    rows, made = some_rows("one", "a longer one"), []
+    rows = some_rows("one", "a longer one")
+    made = []
 
     def empty_decoder(count):
         made.append(mistral.Decoder(chat_model[0], count, room, slack=0))
         return made[-1]
 
     ask = ModelAnswers(*chat_model, temperature=0, max_new_tokens=5)
-    texts, room = ask(rows), ask.check(rows)
+    texts = ask(rows)
+    room = ask.check(rows)
     ask.empty_decoder = empty_decoder
     assert ask(rows) == texts
     assert made[0].limit == room == made[0].lengths[1]
@@ -805,7 +810,7 @@ def test_a_row_that_is_too_long_is_named_before_any_is_asked(chat_model):
         ModelAnswers(chat_model[0], small.true_tokenizer(added={})).check(some_rows("short"))
 
 
-def test_settings_that_make_no_sense_are_refused_before_any_row_is_asked(chat_model):
+def test_invalid_settings_are_refused_before_any_row_is_asked(chat_model):
     for options in ({"temperature": -1}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError):
             ModelAnswers(*chat_model, **options)
@@ -829,8 +834,9 @@ def script(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("task", ["function-calling", "json-mode"])
-def test_made_up_rows_are_evaluated_and_the_same_command_goes_on(tmp_path, script, task):
-    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+def test_made_up_rows_are_evaluated_and_the_same_command_continues(tmp_path, script, task):
+    data = tmp_path / "rows.jsonl"
+    out = tmp_path / "out.jsonl"
     assert script("make_eval_rows", data, "--task", task, "--rows", 3, "--seed", 7).code == 0
     rows = read_rows(str(data), task)
     assert len(rows) == 3
@@ -860,7 +866,7 @@ def test_made_up_rows_are_evaluated_and_the_same_command_goes_on(tmp_path, scrip
     assert "paper" not in again.out.splitlines()[1]
     other = script("evaluate", *command, "--seed", 1)
     assert (other.code, other.err.splitlines()[-1].startswith("error: ")) == (1, True)
-    assert "made with seed 0, not 1" in other.err
+    assert "written with seed 0, not 1" in other.err
 
 
 def test_a_model_that_answers_rightly_passes_the_made_up_rows(tmp_path, script):
@@ -904,7 +910,7 @@ def test_made_up_rows_depend_on_the_seed_alone_and_overwrite_nothing(tmp_path, s
     assert one.read_text() == two.read_text()
 
 
-def test_the_scripts_say_in_one_line_what_is_wrong(tmp_path, script):
+def test_the_scripts_report_an_error_in_one_line(tmp_path, script):
     data = write_rows(tmp_path / "rows.jsonl", JSON)
     for arguments, problem in [
         (("json-mode", "--data", tmp_path / "none.jsonl"), "does not exist"),

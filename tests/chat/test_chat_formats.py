@@ -102,7 +102,7 @@ def tokenizer_for(name, request):
 # ChatML
 
 
-def test_chatml_gives_the_golden_ids(hermes):
+def test_chatml_encodes_to_the_golden_ids(hermes):
     ids = encode_chat(hermes, [system("You are Hermes 2."), user("Hello, who are you?")])
     golden = (
         "1 32001 1587 13 1976 460 14741 274 28705 28750 28723 32000 28705 13 32001 2188 13 "
@@ -145,7 +145,7 @@ def test_chatml_writes_calls_and_results(hermes):
     )
 
 
-def test_the_tools_stand_before_a_system_message_in_a_turn_of_their_own(hermes):
+def test_tools_have_a_turn_of_their_own_before_the_system_message(hermes):
     ids = encode_chat(hermes, [system("Be brief."), user("Hey")], tools=[WEATHER, CLOCK])
     rest = encode_chat(hermes, [system("Be brief."), user("Hey")])
     assert ids == [1, *encode_turn(hermes, "system", tool_prompt([WEATHER, CLOCK])), *rest[1:]]
@@ -167,7 +167,7 @@ def test_a_result_without_a_name_has_the_name_of_its_call(hermes):
         encode_chat(hermes, [*messages, {"role": "tool", "content": 1}])
 
 
-def test_an_error_is_said_in_words_where_the_result_would_be(hermes):
+def test_an_error_takes_the_place_of_the_result(hermes):
     messages = [
         user("Weather?"),
         calling(PARIS),
@@ -229,7 +229,7 @@ def test_hermes_tool_use_without_tools_has_no_system_turn(hermes):
         {"parameters": None},
     ],
 )
-def test_what_the_tool_use_template_cannot_describe_is_refused(hermes, function):
+def test_tools_that_the_tool_use_template_cannot_describe_are_refused(hermes, function):
     tool = {
         "name": "f",
         "description": "d",
@@ -353,7 +353,7 @@ def test_arguments_that_are_text_are_the_same_call(instruct_v3):
             "mistral_instruct_v1",
             [user("?"), calling(PARIS), result(1)],
             None,
-            r"message 1 .* has no functions",
+            r"message 1 .* has no calls",
         ),
         (
             "mistral_instruct_v3",
@@ -382,25 +382,27 @@ def test_arguments_that_are_text_are_the_same_call(instruct_v3):
         ),
     ],
 )
-def test_what_mistrals_formats_have_no_form_for_is_refused(name, messages, tools, error, request):
+def test_messages_that_mistrals_formats_cannot_express_are_refused(
+    name, messages, tools, error, request
+):
     with pytest.raises(ValueError, match=error):
         encode_chat(tokenizer_for(name, request), messages, tools=tools, format=name)
 
 
-def test_what_was_wrong_with_an_answer_is_said_by_the_user_where_no_function_was_called(
+def test_an_error_without_a_call_is_a_users_message(
     instruct_v1,
 ):
-    wrong = {"role": "tool", "name": "", "error": "That is no JSON."}
+    wrong = {"role": "tool", "name": "", "error": "That is not JSON."}
     assert encode_chat(instruct_v1, [user("?"), assistant("!"), wrong]) == encode_chat(
-        instruct_v1, [user("?"), assistant("!"), user("That is no JSON.")]
+        instruct_v1, [user("?"), assistant("!"), user("That is not JSON.")]
     )
     format = FORMATS["mistral_instruct_v1"]
-    assert format.go_on(instruct_v1, [wrong]) == format.go_on(
-        instruct_v1, [user("That is no JSON.")]
+    assert format.extend(instruct_v1, [wrong]) == format.extend(
+        instruct_v1, [user("That is not JSON.")]
     )
 
 
-# Going on
+# Extending
 
 
 def content_ids(name, tokenizer, message):
@@ -416,19 +418,19 @@ def content_ids(name, tokenizer, message):
         function = call["function"]
         style = "tool_use" if name == "hermes_tool_use" else "json"
         text += write_call(function["name"], function["arguments"], style)
-    return tokenizer.encode(text, bos=False, prefix_space=FORMATS[name].reply_begins_text)
+    return tokenizer.encode(text, bos=False, prefix_space=FORMATS[name].strip_leading_space)
 
 
-def went_on(name, tokenizer, rounds, tools):
-    """At each round: whether going on gave what encoding it all gives, and whether the format said
-    that it would.
-    """
-    format, history, ids = FORMATS[name], [], []
+def extended(name, tokenizer, rounds, tools):
+    """For each round: whether `extend` returned the ids of `begin`, and what `can_extend` said."""
+    format = FORMATS[name]
+    history = []
+    ids = []
     for before, reply, new in rounds:
         history = history + before
         ids = ids or format.begin(tokenizer, history, tools)
-        ids = ids + content_ids(name, tokenizer, reply) + format.go_on(tokenizer, new)
-        promised = format.can_go_on(history, new, tools)
+        ids = ids + content_ids(name, tokenizer, reply) + format.extend(tokenizer, new)
+        promised = format.can_extend(history, new, tools)
         history = [*history, reply, *new]
         whole = format.begin(tokenizer, history, tools)
         yield ids == whole, promised
@@ -437,14 +439,12 @@ def went_on(name, tokenizer, rounds, tools):
 
 @pytest.mark.parametrize("before", [[], [system("Be brief.")]])
 @pytest.mark.parametrize("name", ["chatml", "hermes_tool_use", "mistral_instruct_v3"])
-def test_going_on_gives_the_ids_of_the_whole_conversation_exactly_where_a_format_says_so(
-    name, before, request
-):
+def test_can_extend_tells_whether_extend_equals_begin(name, before, request):
     tokenizer = tokenizer_for(name, request)
     first, *others = ROUNDS
     rounds = [(before + first[0], *first[1:]), *others]
     for tools in (None, [WEATHER, CLOCK]):
-        outcome = list(went_on(name, tokenizer, rounds, tools))
+        outcome = list(extended(name, tokenizer, rounds, tools))
         assert all(same == promised for same, promised in outcome)
         stable = [same for same, _ in outcome]
         if name == "chatml":
@@ -456,31 +456,32 @@ def test_going_on_gives_the_ids_of_the_whole_conversation_exactly_where_a_format
 
 
 @pytest.mark.parametrize("before", [[], [system("Be brief.")]])
-def test_mistral_instruct_v1_can_always_go_on(instruct_v1, before):
+def test_mistral_instruct_v1_can_always_extend(instruct_v1, before):
     rounds = [
         ([*before, user("One")], assistant("Two"), [user("Three")]),
         ([], assistant("Four"), [user(""), user("5")]),
     ]
-    assert list(went_on("mistral_instruct_v1", instruct_v1, rounds, None)) == [
+    assert list(extended("mistral_instruct_v1", instruct_v1, rounds, None)) == [
         (True, True),
         (True, True),
     ]
 
 
 @pytest.mark.parametrize("name", ["mistral_instruct_v1", "mistral_instruct_v3"])
-def test_a_new_system_message_cannot_be_put_behind_the_rest_in_mistrals_formats(name, request):
-    tokenizer, format = tokenizer_for(name, request), FORMATS[name]
+def test_mistrals_formats_cannot_extend_with_a_system_message(name, request):
+    tokenizer = tokenizer_for(name, request)
+    format = FORMATS[name]
     new = [system("Be brief."), user("!")]
-    assert not format.can_go_on([user("?")], new)
+    assert not format.can_extend([user("?")], new)
     with pytest.raises(ValueError, match=r"message 0 \(system\)"):
-        format.go_on(tokenizer, new)
+        format.extend(tokenizer, new)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_reply_is_decoded_to_what_was_written(name, request):
     tokenizer = tokenizer_for(name, request)
     for text in ("Hello", " Hello", "\nHello", "{}"):
-        stream = tokenizer.stream(start=FORMATS[name].reply_begins_text)
+        stream = tokenizer.stream(strip_leading_space=FORMATS[name].strip_leading_space)
         ids = content_ids(name, tokenizer, assistant(text))
         assert "".join(map(stream.feed, ids)) + stream.finish() == text
 
@@ -529,13 +530,13 @@ def test_text_that_spells_control_tokens_stays_text_in_every_role(name, request)
         ([user([])], r"message 0 \(user\): the content has parts other than"),
         (
             [user([{"type": "image_url", "image_url": "x"}])],
-            r"parts other than \{.*\}, and only text can be written$",
+            r"parts other than \{.*\}, and this model reads only text$",
         ),
         ([user("a\ud800")], r"message 0 \(user\) is not valid Unicode: '\\ud800' at character 1"),
         ([user([{"type": "text", "text": "\udfff"}])], r"message 0 \(user\) is not valid Unicode"),
         (
             [user("a"), result("b")],
-            r"message 1 \(tool\) is a function's result, and no assistant's",
+            r"message 1 \(tool\) is a function's result, but no assistant's",
         ),
         (
             [user("a"), assistant("b"), {"role": "tool", "name": "f"}],
@@ -543,12 +544,15 @@ def test_text_that_spells_control_tokens_stays_text_in_every_role(name, request)
         ),
         (
             [user("a"), assistant("b"), result(math.nan)],
-            r"message 2 \(tool\) holds what JSON cannot",
+            r"message 2 \(tool\) has a value that JSON cannot hold",
         ),
-        ([user("a"), assistant("b"), result({1, 2})], r"message 2 \(tool\) holds what JSON cannot"),
+        (
+            [user("a"), assistant("b"), result({1, 2})],
+            r"message 2 \(tool\) has a value that JSON cannot hold",
+        ),
         (
             [user("a"), assistant("b"), result({"a": "\ud800"})],
-            r"message 2 \(tool\) holds what JSON cannot",
+            r"message 2 \(tool\) has a value that JSON cannot hold",
         ),
         ([user("a"), assistant("b"), result("b", name=3)], r"message 2 \(tool\): name is int"),
         (
@@ -582,7 +586,7 @@ def test_text_that_spells_control_tokens_stays_text_in_every_role(name, request)
         ),
         (
             [user("a"), calling(("1", "f", {"a": math.inf}))],
-            "tool call 0: the arguments hold what JSON cannot",
+            "tool call 0: the arguments have a value that JSON cannot hold",
         ),
         (
             [user("a"), calling(("1", "f", '{"a": NaN}'))],
@@ -605,8 +609,8 @@ def test_malformed_messages_are_one_clear_error(name, messages, error, request):
         (["now"], "tool 0 is str"),
         ([CLOCK, {"description": "x"}], "tool 1 has no name"),
         ([CLOCK, CLOCK], "two tools are named 'now'"),
-        ([{**WEATHER, "description": "\ud800"}], "tool 0 holds what JSON cannot"),
-        ([{**WEATHER, "parameters": {"x": math.nan}}], "tool 0 holds what JSON cannot"),
+        ([{**WEATHER, "description": "\ud800"}], "tool 0 has a value that JSON cannot hold"),
+        ([{**WEATHER, "parameters": {"x": math.nan}}], "tool 0 has a value that JSON cannot hold"),
         ([{**WEATHER, "parameters": [1]}], r"tool 0 \(get_weather\): the parameters"),
         (
             [{**WEATHER, "parameters": {"properties": [1]}}],
@@ -632,9 +636,9 @@ def test_the_format_is_chosen_by_the_checkpoints_tokens(hermes, instruct_v1, ins
     assert chat_format(hermes) is FORMATS["chatml"]
 
 
-def test_a_format_that_the_tokenizer_has_no_tokens_for_is_a_clear_error(hermes, instruct_v1):
+def test_a_format_without_its_control_tokens_is_a_clear_error(hermes, instruct_v1):
     with pytest.raises(
-        ValueError, match="there is no chat format 'llama'; there are chatml, hermes_tool_use"
+        ValueError, match="there is no chat format 'llama'; choose one of chatml, hermes_tool_use"
     ):
         encode_chat(hermes, [user("Hi")], format="llama")
     with pytest.raises(ValueError, match="not made for ChatML"):
@@ -654,7 +658,7 @@ def test_the_tokens_that_end_a_turn(hermes, instruct_v1, instruct_v3):
     assert FORMATS["mistral_instruct_v3"].stop_ids(instruct_v3) == (2,)
 
 
-# What the model is shown of calls and results
+# Calls and results as the model sees them
 
 
 def test_a_result_that_json_cannot_hold_is_refused():
@@ -673,7 +677,7 @@ def test_a_call_is_written_alike_from_a_dict_and_from_text(style):
     assert write_call("f", '{"a": 1}', style) == write_call("f", {"a": 1}, style)
 
 
-def test_a_tool_style_that_there_is_not_is_refused():
+def test_an_unknown_tool_style_is_refused():
     for write in (lambda: tool_prompt([WEATHER], "yaml"), lambda: write_call("f", {}, "yaml")):
-        with pytest.raises(ValueError, match="no tool prompt 'yaml'; there are json, card"):
+        with pytest.raises(ValueError, match="no tool prompt 'yaml'; choose one of json, card"):
             write()

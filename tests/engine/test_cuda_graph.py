@@ -135,11 +135,9 @@ def test_what_a_failed_recording_made_is_gone_with_its_error(a_device, monkeypat
 
 @pytest.mark.gpu
 def test_after_a_failed_recording_a_gpu_draws_and_records_as_before():
-    recorder, x, before = (
-        Recorder(torch.device("cuda", 0)),
-        torch.ones(3, device="cuda"),
-        torch.cuda.current_stream(),
-    )
+    recorder = Recorder(torch.device("cuda", 0))
+    x = torch.ones(3, device="cuda")
+    before = torch.cuda.current_stream()
     with pytest.raises(RuntimeError):
         recorder.record(lambda: x.sum().item())
     assert torch.cuda.current_stream() == before

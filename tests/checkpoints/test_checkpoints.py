@@ -57,7 +57,8 @@ def shard(folder, parts=3):
 
 
 def assert_same_weights(model, other):
-    mine, theirs = model.state_dict(), other.state_dict()
+    mine = model.state_dict()
+    theirs = other.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -130,10 +131,7 @@ def test_a_tied_matrix_is_one_parameter_after_loading(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     shutil.copyfile(SMALL / "tokenizer.model", tmp_path / "tokenizer.model")
     edit_json(tmp_path / "config.json", vocab_size=101)
-    from mistral.checkpoints import hugging_face
-
-    config = hugging_face.read_config(tmp_path)
-    model = hugging_face.load_model(tmp_path, config, torch.device("cpu"), None)
+    model = small.load_model(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     edit_tensors(
         tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1})
@@ -141,7 +139,7 @@ def test_a_tied_matrix_is_one_parameter_after_loading(tmp_path):
     with pytest.raises(
         mistral.CheckpointError, match="tie_word_embeddings is true, but lm_head.weight differs"
     ):
-        hugging_face.load_model(tmp_path, config, torch.device("cpu"), None)
+        small.load_model(tmp_path)
 
 
 def test_stored_rotary_frequencies_are_ignored(folder):
@@ -248,7 +246,7 @@ DAMAGE = {
                 weight_map={"model.norm.weight": "../x.safetensors"},
             ),
         ),
-        "is no file name",
+        "is not a file name",
     ),
     "an index without a map": (
         lambda f: (shard(f), edit_json(f / "model.safetensors.index.json", weight_map=[])),
@@ -286,8 +284,8 @@ def test_a_gpu_that_is_not_there_is_named():
         mistral.load(SMALL, device="cuda")
 
 
-def test_a_file_that_is_no_gguf_is_said():
-    with pytest.raises(mistral.CheckpointError, match="is no GGUF file: it begins with"):
+def test_a_file_that_is_not_a_gguf_is_said():
+    with pytest.raises(mistral.CheckpointError, match="is not a GGUF file: it begins with"):
         mistral.load(SMALL / "config.json")
 
 
@@ -298,7 +296,7 @@ def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
         (1_000_000, "0.00 billion weights would fit"),
         (3_000_000, r"in bfloat16 \(2.72 MB\)"),
     ):
-        monkeypatch.setattr(memory, "available_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "_available_memory", lambda device, free=free: free)
         with pytest.raises(
             mistral.NotEnoughMemory, match=f"in float32 needs 5.44 MB on cpu, .* free; .*{advice}"
         ):
@@ -315,7 +313,8 @@ def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
     ],
 )
 def test_mutated_files_give_a_model_or_a_checkpoint_error(folder, name):
-    original, generator = (SMALL / name).read_bytes(), random.Random(name)
+    original = (SMALL / name).read_bytes()
+    generator = random.Random(name)
     header = min(len(original), 3000)  # where safetensors keeps its names and shapes
     for _ in range(60):
         data = bytearray(original)

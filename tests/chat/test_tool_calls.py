@@ -8,9 +8,9 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from mistral.chat.events import Call, Error, Text
-from mistral.chat.formats.call_objects import call_of, untagged_calls
+from mistral.chat.formats.call_objects import call_of
 from mistral.chat.formats.literals import MAX_DEPTH, MAX_NUMBER, read_literals
-from mistral.chat.formats.tool_calls import Reply, ToolCall, ToolCallStream, parse_tool_calls
+from mistral.chat.formats.tool_calls import Reply, ToolCallStream, parse_tool_calls
 
 F = '{"name": "f", "arguments": {"x": 1}}'
 G = "{'arguments': {'y': None}, 'name': 'g'}"
@@ -27,9 +27,9 @@ def with_argument(written):
     return block(f'{{"name": "f", "arguments": {{"x": {written}}}}}')
 
 
-def call(text, **options):
+def call(text):
     """Name and arguments of the one call in a text that has nothing else."""
-    reply = parse_tool_calls(text, **options)
+    reply = parse_tool_calls(text)
     assert reply.text == "" and not reply.errors
     [one] = reply.calls
     return one.name, one.arguments
@@ -41,17 +41,17 @@ def argument(written):
     return arguments["x"]
 
 
-def error(text, **options):
+def error(text):
     """The message of the one error in a text that has nothing else."""
-    reply = parse_tool_calls(text, **options)
+    reply = parse_tool_calls(text)
     assert reply.text == "" and not reply.calls
     [one] = reply.errors
     assert text[slice(*one.span)] == one.source
     return one.message
 
 
-def streamed(pieces, lenient=False):
-    stream = ToolCallStream(lenient=lenient)
+def streamed(pieces):
+    stream = ToolCallStream()
     return Reply.of([event for piece in pieces for event in stream.feed(piece)] + stream.finish())
 
 
@@ -138,32 +138,30 @@ def random_texts(count, seed=0):
     ]
 
 
-@pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_reply_is_the_same_however_the_text_was_cut(text, lenient):
-    whole = parse_tool_calls(text, lenient=lenient)
+def test_a_reply_is_the_same_however_the_text_was_cut(text):
+    whole = parse_tool_calls(text)
     generator = random.Random(0)
-    assert streamed(text, lenient) == whole
+    assert streamed(text) == whole
     for size in (2, 3, 5):
-        assert streamed([text[i : i + size] for i in range(0, len(text), size)], lenient) == whole
+        assert streamed([text[i : i + size] for i in range(0, len(text), size)]) == whole
     for place in range(len(text) + 1):
-        assert streamed(cut(text, [place]), lenient) == whole
+        assert streamed(cut(text, [place])) == whole
     for _ in range(50):
         places = generator.choices(range(len(text) + 1), k=generator.randrange(2, 12))
-        assert streamed(cut(text, places), lenient) == whole
+        assert streamed(cut(text, places)) == whole
 
 
-@pytest.mark.parametrize("lenient", [False, True])
-def test_random_texts_never_raise_and_are_read_the_same_however_they_were_cut(lenient):
+def test_random_texts_never_raise_and_are_read_the_same_however_they_were_cut():
     generator = random.Random(1)
     for text in random_texts(600):
-        whole = parse_tool_calls(text, lenient=lenient)
-        assert streamed(text, lenient) == whole
-        assert streamed(cut(text, generator.choices(range(len(text) + 1), k=4)), lenient) == whole
+        whole = parse_tool_calls(text)
+        assert streamed(text) == whole
+        assert streamed(cut(text, generator.choices(range(len(text) + 1), k=4))) == whole
 
 
 def test_text_and_spans_make_up_the_whole_text():
-    """The rule of whitespace, written a second time: from the spans instead of from the stream."""
+    """The rule of whitespace, implemented again: from the spans instead of from the stream."""
     for text in TEXTS + random_texts(600, seed=2):
         reply = parse_tool_calls(text)
         found = sorted(reply.calls + reply.errors, key=lambda one: one.span)
@@ -182,7 +180,9 @@ def test_text_and_spans_make_up_the_whole_text():
 def test_what_is_written_is_read():
     generator = random.Random(3)
     for _ in range(300):
-        prose, calls, text = [], [], ""
+        prose = []
+        calls = []
+        text = ""
         for _ in range(generator.randrange(4)):
             prose += [generator.choice(["", "Some text.", "a < b it's {", "日本 </tool_call>"])]
             calls += [
@@ -276,7 +276,7 @@ def test_text_goes_through_at_once_and_whitespace_with_what_follows_it():
     assert stream.finish() == []
 
 
-def test_the_beginning_of_a_tag_is_held_back_and_released_when_it_is_none():
+def test_text_that_may_begin_a_tag_is_held_back_until_it_cannot():
     stream = ToolCallStream()
     assert stream.feed("a <") == [Text("a")]
     assert stream.feed("tool") == []
@@ -287,9 +287,10 @@ def test_the_beginning_of_a_tag_is_held_back_and_released_when_it_is_none():
     assert stream.finish() == [Text("<tool")]
 
 
-def test_a_call_is_told_as_soon_as_its_tag_is_closed():
+def test_a_call_is_returned_as_soon_as_its_tag_is_closed():
     stream = ToolCallStream()
-    first, second = f"Wait.\n{block(F)}", block(G)
+    first = f"Wait.\n{block(F)}"
+    second = block(G)
     assert stream.feed(first[:-1]) == [Text("Wait.")]
     assert stream.feed(">") == [Call("f", {"x": 1}, (6, len(first)))]
     span = len(first) + 1, len(first) + 1 + len(second)
@@ -300,17 +301,16 @@ def test_a_call_is_told_as_soon_as_its_tag_is_closed():
 def test_a_stream_is_for_one_answer():
     stream = ToolCallStream()
     stream.finish()
-    with pytest.raises(ValueError, match="of its own"):
+    with pytest.raises(ValueError, match="for each answer"):
         stream.feed("more")
 
 
-def test_an_answer_whose_beginning_was_given_to_the_model_goes_on():
+def test_a_prefilled_beginning_of_an_answer_is_part_of_it():
     assert names(streamed(["<tool_call>\n", '{"na', 'me": "f"}', "</tool_call>"])) == ["f"]
     assert streamed(["Sure, ", "<tool", "_call>", F]).text == "Sure,"
 
 
 def test_events_cannot_be_changed():
-    assert ToolCall is Call
     with pytest.raises(FrozenInstanceError):
         Call("f", {}).name = "g"
     assert (Error("wrong").span, Error("wrong").source) == (None, "")
@@ -339,7 +339,6 @@ def test_events_cannot_be_changed():
         ("", "<tool_call>[\"\",',\",','", "", 1, 50_000),
         ("", '<tool_call>{"name": "f"}</tool_call>', "", 100_000, 100_000),
         ("<tool_call>{}</tool_call>", "\n", "", 1, 50_000),
-        ("```json", " ", "{}", 1, 50_000),
     ],
 )
 def test_the_time_is_linear_in_the_text(first, repeated, last, piece, length):
@@ -347,7 +346,7 @@ def test_the_time_is_linear_in_the_text(first, repeated, last, piece, length):
         text = first + repeated * (length // len(repeated)) + last
         pieces = [text[i : i + piece] for i in range(0, len(text), piece)]
         begin = time.process_time()
-        streamed(pieces, lenient=True)
+        streamed(pieces)
         return time.process_time() - begin
 
     # Ten times the text: ten times as long, or a hundred times if it were quadratic
@@ -355,7 +354,7 @@ def test_the_time_is_linear_in_the_text(first, repeated, last, piece, length):
     assert long < 30 * max(short, 0.005)
 
 
-# What is read
+# Valid blocks
 
 
 def test_the_card_s_example():
@@ -450,7 +449,7 @@ def test_every_string_is_read_in_json_and_in_python(string):
     assert argument(repr(string)) == string
 
 
-def test_line_breaks_in_strings_may_stand_as_they_are():
+def test_line_breaks_in_strings_need_no_escape():
     assert argument('"a\nb\r\n\tc"') == argument("'a\nb\r\n\tc'") == "a\nb\r\n\tc"
     assert argument(json.dumps(STRINGS[-1]).replace("\\n", "\n")) == STRINGS[-1]
 
@@ -533,7 +532,7 @@ def test_a_damaged_literal_raises_value_error_or_can_be_written_as_json():
     assert survived > 500
 
 
-# What is not
+# Invalid blocks
 
 
 @pytest.mark.parametrize(
@@ -565,7 +564,7 @@ def test_a_damaged_literal_raises_value_error_or_can_be_written_as_json():
         ("```json\n{}\n```", "expected a value"),
     ],
 )
-def test_a_block_that_is_no_call_is_one_error(inside, message):
+def test_a_block_that_is_not_a_call_is_one_error(inside, message):
     text = block(inside)
     assert message in error(text)
     reply = parse_tool_calls(f"a {text} b {block(G)}")
@@ -630,51 +629,18 @@ def test_a_broken_block_ends_at_the_first_tag_in_it():
     ]
 
 
-def test_a_block_that_is_read_but_is_no_call_ends_behind_its_strings():
+def test_a_readable_block_that_is_not_a_call_ends_after_its_strings():
     assert 'no "name"' in error(block('{"arguments": {"html": "</tool_call>"}}'))
 
 
 def test_megabytes_of_anything_are_read():
     for text in ("x" * 10**6, " " * 10**6, "<" * 10**6, "{" * 10**6):
-        assert parse_tool_calls(text, lenient=True).text == text
+        assert parse_tool_calls(text).text == text
     assert "not closed" in error("<tool_call>{'" + "</tool_call" * 10**5)
     assert argument(f'"{"x" * 10**6}"') == "x" * 10**6
 
 
-# Lenient, and what strict leaves alone
-
-UNTAGGED = [
-    F,
-    f"\n{F}\n",
-    f"[{F}]",
-    F.replace("arguments", "parameters"),
-    f"```json\n{F}\n```",
-    f"```\n  {F}\n```",
-    f"```xml\n{F}\n```",
-    f"```xml\n<response>\n  {F}\n</response>\n```",
-    f"```json\n\n  <function_call> {F} </function_call> \n\n```  ",
-    f"```xml\n<tool_call>{F}</tool_call>\n```",
-    *(
-        f"<{tag}>\n{F}\n</{tag}>"
-        for tag in ("function_call", "tool", "tools", "response", "json", "xml", "JSON")
-    ),
-    '<function=f>{"x": 1}</function>',
-    '<function name="f">\n{"x": 1}\n</function>',
-]
-
-
-@pytest.mark.parametrize("text", UNTAGGED)
-def test_a_message_that_is_a_call_in_other_tags_is_one_only_if_lenient(text):
-    assert call(text, lenient=True) == ("f", {"x": 1})
-    [one] = parse_tool_calls(text, lenient=True).calls
-    assert text[slice(*one.span)] == text.strip()
-    strict = parse_tool_calls(text)
-    assert not strict.errors
-    assert (
-        strict.text == text and not strict.calls
-        if "<tool_call>" not in text
-        else names(strict) == ["f"]
-    )
+# Untagged JSON
 
 
 @pytest.mark.parametrize(
@@ -682,62 +648,34 @@ def test_a_message_that_is_a_call_in_other_tags_is_one_only_if_lenient(text):
     [
         "{}",
         "[]",
-        "```json\n{}\n```",
+        F,
+        f"\n{F}\n",
+        f"[{F}]",
+        f"[{F}, 5]",
+        f"```json\n{F}\n```",
+        f"<function_call>\n{F}\n</function_call>",
+        '<function=f>{"x": 1}</function>',
         '{"name": "Ada", "born": 1815}',
-        '{"name": 5, "arguments": {}}',
-        '{"name": "f", "arguments": 5}',
         f"This is not a tool call: {F}",
         f"{F} as I said",
-        f"[{F}, 5]",
         F[:-3],
-        "<function=f>",
-        "<function=f></function>",
-        "<json>",
-        "<p>text</p>",
-        "```python\nprint(1)\n```",
         "```",
         "[oops",
         "{hello world}",
     ],
 )
-def test_what_only_looks_like_a_call_stays_text_even_if_lenient(text):
-    for lenient in (False, True):
-        assert parse_tool_calls(text, lenient=lenient) == Reply(text, [], [])
+def test_a_call_without_its_tag_is_text(text):
+    assert parse_tool_calls(text) == Reply(text, [], [])
 
 
-def test_lenient_reads_lists_and_several_objects_in_a_block():
+def test_only_the_tag_and_the_keys_of_a_call_count():
+    assert names(parse_tool_calls(f"```xml\n{block(F)}\n```")) == ["f"]
+    assert call(block('{"name": "f", "parameters": {"x": 1}}')) == ("f", {}), "a key like any other"
     for inside in (f"[{F}, {G}]", f"{F}\n{G}", f"{F}, {G}", f"[{F}]\n[{G}]", f"({F}, {G})"):
-        reply = parse_tool_calls(f"a {block(inside)} b", lenient=True)
-        assert names(reply) == ["f", "g"] and reply.text == "a\nb" and not reply.errors
-        assert [one.span for one in reply.calls] == [(2, 2 + len(block(inside)))] * 2
         assert not parse_tool_calls(block(inside)).calls
-    assert "empty list" in error(block("[]"), lenient=True)
-    reply = parse_tool_calls(block(f'[{F}, 5, {{"name": 1}}]'), lenient=True)
-    assert names(reply) == ["f"] and len(reply.errors) == 2
 
 
-def test_lenient_reads_parameters_as_arguments():
-    text = block('{"name": "f", "parameters": {"x": 1}}')
-    assert call(text, lenient=True) == ("f", {"x": 1})
-    assert call(text) == ("f", {}), "a key like any other"
-    assert call(block('{"name": "f", "arguments": {}, "parameters": {"x": 1}}'), lenient=True) == (
-        "f",
-        {},
-    )
-
-
-def test_lenient_streams_what_cannot_be_an_untagged_call():
-    stream = ToolCallStream(lenient=True)
-    assert stream.feed("\n") + stream.feed("<tool") == []
-    assert stream.feed(f"_call>{F}</tool_call>") == [Call("f", {"x": 1}, (1, 60))]
-    assert ToolCallStream(lenient=True).feed("Hello") == [Text("Hello")]
-    stream = ToolCallStream(lenient=True)
-    assert stream.feed("{") + stream.feed(" not") + stream.feed(" JSON") == []
-    assert stream.finish() == [Text("{ not JSON")]
-
-
-def test_call_objects_have_doors_of_their_own():
+def test_call_of_reads_arguments_in_a_string():
     assert call_of({"name": "f", "arguments": '{"x": 1}'}) == ("f", {"x": 1})
-    assert untagged_calls(f"[{F}]") == [("f", {"x": 1})] and untagged_calls("{}") == []
     with pytest.raises(ValueError, match="an object with"):
         call_of([])

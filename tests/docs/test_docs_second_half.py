@@ -37,16 +37,16 @@ def test_temperature_removes_nothing_and_every_other_warper_removes_tokens():
     )
     for name, probabilities in figure["warped"].items():
         assert (min(probabilities) > 0) == name.startswith("temperature"), name
-    sharp, flat = figure["warped"]["temperature 0.5"], figure["warped"]["temperature 1.5"]
+    sharp = figure["warped"]["temperature 0.5"]
+    flat = figure["warped"]["temperature 1.5"]
     assert sharp[0] > figure["plain"][0] > flat[0]
 
 
 def test_the_grammar_leaves_no_choice_at_a_key_and_hundreds_in_a_string():
     figure = data("grammar_mask")
     allowed = dict(zip(figure["tokens"], figure["allowed"]))
-    assert (
-        figure["allowed"][0] <= 3
-    )  # the brace: alone, with white space, or with the quote of the first key
+    # the brace: alone, with white space, or with the quote of the first key
+    assert figure["allowed"][0] <= 3
     assert figure["allowed"][-1] == 1
     assert figure["tokens"][0].startswith("{") and figure["tokens"][-1] == "<|im_end|>"
     assert max(allowed.values()) > 200
@@ -71,9 +71,8 @@ def test_a_tolerance_fits_between_rounding_and_mistakes_in_float32_and_not_in_bf
 def test_the_bytes_of_a_7b_are_those_of_its_config():
     from decode_bytes import FINER, SEVEN_B, matrix_bytes
 
-    read = (
-        SEVEN_B.num_parameters - SEVEN_B.vocab_size * SEVEN_B.hidden_size
-    )  # not the embedding, ...
+    # not the embedding, ...
+    read = SEVEN_B.num_parameters - SEVEN_B.vocab_size * SEVEN_B.hidden_size
     read -= (2 * SEVEN_B.num_hidden_layers + 1) * SEVEN_B.hidden_size  # ... and not the norms
     assert sum(matrix_bytes("BF16").values()) == 2 * read
     assert sum(matrix_bytes("Q8_0").values()) == read * 34 / 32

@@ -45,7 +45,7 @@ def test_a_wrong_answer_is_shown_with_its_error_and_corrected():
     text = TOKENIZER.decode(engine.ids, control=True)
     assert '{"age": "old"}<|im_end|>\n<|im_start|>tool\n<tool_response>\n' in text
     assert "Json schema validation failed" in text
-    assert "the answer is no JSON" in text
+    assert "the answer is not valid JSON" in text
     assert len(engine.reads[1]) < len(engine.reads[0])  # only what is new is read
 
 
@@ -68,11 +68,13 @@ def test_the_first_token_of_json_may_have_the_leading_space_of_a_format_that_beg
         V3.encode("{", bos=False, prefix_space=space)[:1] for space in (True, False)
     )
     assert with_space != without
-    for begins_text in (True, False):
-        constraint = json_constraint(V3, V3.vocab_size, SCHEMA, begins_text=begins_text)
+    for strip_leading_space in (True, False):
+        constraint = json_constraint(
+            V3, V3.vocab_size, SCHEMA, strip_leading_space=strip_leading_space
+        )
         mask = constraint.mask()
-        assert (mask[with_space].item(), mask[without].item()) == (begins_text, True)
-    constraint = json_constraint(V3, V3.vocab_size, SCHEMA, begins_text=True)
+        assert (mask[with_space].item(), mask[without].item()) == (strip_leading_space, True)
+    constraint = json_constraint(V3, V3.vocab_size, SCHEMA, strip_leading_space=True)
     for id in V3.encode('{"name": "Ada"}', bos=False):
         assert constraint.mask()[id]
         constraint.accept(id)
@@ -112,12 +114,12 @@ def test_a_pydantic_model_without_a_schema_is_refused():
         ask("{}", schema=Greeter)
 
 
-def test_what_is_no_schema_is_refused(tmp_path):
+def test_an_invalid_schema_is_refused(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     for schema, words in (
         ({"type": "strin"}, "strin"),
         (3, "int"),
-        (tmp_path / "bad.json", "no JSON"),
+        (tmp_path / "bad.json", "not valid JSON"),
         (tmp_path / "none.json", "cannot be read"),
         (int, "pydantic"),
     ):
@@ -127,7 +129,7 @@ def test_what_is_no_schema_is_refused(tmp_path):
         read_schema("[1]")
 
 
-def test_an_engine_that_was_used_before_begins_anew():
+def test_an_engine_is_emptied_first():
     engine = Scripted('{"name": "A"}', '{"name": "B"}')
     assert generate_json(engine, TOKENIZER, "A", SCHEMA, grammar=False) == {"name": "A"}
     assert generate_json(engine, TOKENIZER, "B", SCHEMA, grammar=False) == {"name": "B"}
@@ -149,7 +151,7 @@ def test_under_a_grammar_the_demo_answers_validly_even_at_a_high_temperature():
         assert isinstance(value["name"], str)
 
 
-def test_a_schema_that_no_grammar_expresses_is_only_checked_and_that_is_said():
+def test_a_schema_without_a_grammar_warns_and_is_only_checked():
     model, tokenizer = mistral.load("demo", device="cpu")
     schema = {
         "type": "object",

@@ -30,7 +30,8 @@ def awkward_rows():
     rows = torch.randn(24, 256) * 0.02
     rows[0] = 0
     rows[1, 8] = 1e-7  # a scale that float16 rounds to nothing
-    rows[2, ::2], rows[2, 1::2] = 0.5, -0.5  # two that are equally large, with different signs
+    rows[2, ::2] = 0.5
+    rows[2, 1::2] = -0.5  # two that are equally large, with different signs
     rows[3] = torch.randint(-254, 255, (256,)) / 2  # halves
     rows[4] = torch.arange(256) * 30.0
     return rows
@@ -63,7 +64,8 @@ def test_the_model_is_that_of_a_packed_gguf(tmp_path):
     theirs, _ = load(tmp_path / "m.gguf", packed=True)
     ours, tokenizer = load(SMALL, quantize="q8_0")
     assert tokenizer.vocab_size == original[1].vocab_size
-    state, expected = ours.state_dict(), theirs.state_dict()
+    state = ours.state_dict()
+    expected = theirs.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
     tokens = small.tokens(1, 9)
@@ -95,7 +97,8 @@ def consolidated_copy(folder):
     from mistral.checkpoints.names import consolidated_names, interleaved_rows, rotary_heads
 
     config = load(SMALL)[0].config
-    names, tensors = consolidated_names(config.num_hidden_layers), {}
+    names = consolidated_names(config.num_hidden_layers)
+    tensors = {}
     for name, tensor in load_file(SMALL / "model.safetensors").items():
         heads = rotary_heads(name, config)
         tensors[names[name]] = (
@@ -122,13 +125,10 @@ def test_every_form_that_holds_numbers_gives_the_same_blocks(tmp_path):
 
 
 def test_a_tied_output_has_eight_bits_and_no_bytes_of_its_own(tmp_path):
-    from mistral.checkpoints import hugging_face
-
     small.save_hf(
         tmp_path, tie_word_embeddings=True, hidden_size=64, intermediate_size=96, head_dim=16
     )
-    config = hugging_face.read_config(tmp_path)
-    model = hugging_face.load_model(tmp_path, config, CPU, None, "q4_0")
+    model = small.load_model(tmp_path, quantize="q4_0")
     assert model.model.embed_tokens.kind.name == "Q8_0"
     assert isinstance(model.lm_head, TiedOutput)
     assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
@@ -140,17 +140,15 @@ def test_what_cannot_be_rounded_is_refused_in_one_line(tmp_path):
         load(SMALL, quantize="q4_k")
     with pytest.raises(
         ValueError,
-        match=r"q8_0.gguf is quantised \(model.embed_tokens.weight is Q8_0\): keep it .* packed",
+        match=r"q8_0.gguf is quantised \(lm_head.weight is Q8_0\): keep it .* packed",
     ):
         load(small.DATA / "gguf/q8_0.gguf", quantize="q4_0")
     small.save_hf(tmp_path)  # rows of 40
     shutil.copyfile(SMALL / "tokenizer.model", tmp_path / "tokenizer.model")
-    from mistral.checkpoints import hugging_face
-
     with pytest.raises(
         ValueError, match="stores blocks of 32 weights, and .* has rows of 40: leave out quantize"
     ):
-        hugging_face.load_model(tmp_path, hugging_face.read_config(tmp_path), CPU, None, "q8_0")
+        small.load_model(tmp_path, quantize="q8_0")
     tensors = load_file(SMALL / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = torch.inf
     broken = shutil.copytree(SMALL, tmp_path / "broken")
@@ -165,7 +163,8 @@ def test_a_packed_model_is_written_as_it_is(tmp_path):
     model, tokenizer = load(SMALL, quantize="q4_0")
     gguf_export.export(model, tokenizer, tmp_path / "m.gguf", None)
     again, _ = load(tmp_path / "m.gguf", packed=True)
-    state, wanted = again.state_dict(), model.state_dict()
+    state = again.state_dict()
+    wanted = model.state_dict()
     assert state.keys() == wanted.keys()
     assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     with pytest.raises(ValueError, match="the type must be one of"):

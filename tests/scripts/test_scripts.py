@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import small
+from demo import talk, training
 
 import mistral
 import mistral_kernels
@@ -46,9 +47,7 @@ def run_here(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def hermes(tmp_path_factory):
-    """Random weights with the true tokenizer of Mistral, padded to 32,032 rows as Hermes-2-Pro
-    is.
-    """
+    """Random weights, Mistral's true tokenizer, padded to 32,032 rows as Hermes-2-Pro is."""
     folder = tmp_path_factory.mktemp("hermes") / "checkpoint"
     made = run(
         "random_checkpoint", folder, "--tokenizer", small.TRUE_TOKENIZERS / "tokenizer.model.v1"
@@ -61,7 +60,7 @@ def test_generate_lets_an_engine_run_ahead_of_what_it_prints(hermes, monkeypatch
     events = []
 
     class Ahead(mistral.Decoder):
-        ahead = 2
+        steps_in_flight = 2
 
         def step(self, sampling, mask=None):
             events.append("step")
@@ -92,7 +91,8 @@ def test_generate_streams_text_and_reports_on_stderr(hermes):
         "--temperature",
         1,
     )
-    first, again = run("generate", *arguments), run("generate", *arguments)
+    first = run("generate", *arguments)
+    again = run("generate", *arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout
     assert len(first.stdout) > 20
@@ -115,11 +115,11 @@ def test_generate_takes_a_real_chat_prompt_from_a_pipe_far_past_the_window(herme
     assert int(result.stderr.split("prompt ")[1].split(" tokens")[0].replace(",", "")) > 2 * 128
 
 
-def test_generate_obeys_its_flags(hermes):
+def test_generate_obeys_its_flags(hermes, run_here):
     base = (hermes, "--prompt", "Hello there", "--max-new-tokens", 30, "--temperature", 0)
-    free = run("generate", *base).stdout
+    _, free, _ = run_here("generate", *base)
     stop = free[10:14]
-    stopped = run("generate", *base, "--stop", stop).stdout
+    _, stopped, _ = run_here("generate", *base, "--stop", stop)
     assert stopped == free[: free.index(stop)] + "\n"
     flags = (
         "--top-k",
@@ -145,20 +145,21 @@ def test_generate_obeys_its_flags(hermes):
         "--window",
         "none",
     )
-    result = run("generate", hermes, "--prompt", "Hello there", "--max-new-tokens", 10, *flags)
-    assert result.returncode == 0, result.stderr
+    more = ("--prompt", "Hello there", "--max-new-tokens", 10)
+    code, _, err = run_here("generate", hermes, *more, *flags)
+    assert code == 0, err
 
 
-def test_compare_hf_finds_no_difference_and_exits_with_0(hermes):
+def test_compare_hf_finds_no_difference_and_exits_with_0(hermes, run_here):
     for arguments in (
         (hermes, "--dtype", "bfloat16"),
         (SMALL, "--tokens", 40),
         (SMALL, "--window", "none"),
     ):
-        result = run("compare_hf", *arguments)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "bit-identical" in result.stdout
-    assert "layer 1" in result.stdout
+        code, out, err = run_here("compare_hf", *arguments)
+        assert code == 0, out + err
+        assert "bit-identical" in out
+    assert "layer 1" in out
 
 
 def test_compare_hf_finds_a_difference_and_exits_with_1(tmp_path):
@@ -210,25 +211,26 @@ def test_the_fuzzing_script_runs(run_here):
     assert (code, "0 of the cases ended in another error" in out) == (0, True)
 
 
-def test_inspect_checkpoint_tells_the_facts(hermes):
-    result = run("inspect_checkpoint", hermes)
-    assert result.returncode == 0, result.stderr
+def test_inspect_checkpoint_tells_the_facts(hermes, run_here):
+    code, out, err = run_here("inspect_checkpoint", hermes)
+    assert code == 0, err
     for fact in (
         "sliding_window           128",
         "model.layers.*.self_attn.q_proj.weight",
         "32000 <|im_end|>",
         "bfloat16",
     ):
-        assert fact in result.stdout
-    assert "32,002 ids for 32,032 rows" in result.stdout
-    assert "model.layers.3.mlp.up_proj.weight" in run("inspect_checkpoint", hermes, "--all").stdout
+        assert fact in out
+    assert "32,002 ids for 32,032 rows" in out
+    _, out, _ = run_here("inspect_checkpoint", hermes, "--all")
+    assert "model.layers.3.mlp.up_proj.weight" in out
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         ("generate", ("no/such/folder", "--prompt", "hi"), "no/such/folder does not exist"),
-        ("generate", (__file__, "--prompt", "hi"), "is no GGUF file"),
+        ("generate", (__file__, "--prompt", "hi"), "is not a GGUF file"),
         ("generate", (SMALL, "--prompt", ""), "the prompt is empty"),
         (
             "generate",
@@ -466,7 +468,7 @@ def test_the_word_counter_reads_no_file_outside_of_the_folder(tmp_path, monkeypa
     for path, words in (
         ("none.txt", "no file"),
         (".", "no file"),
-        ("image.png", "no text in UTF-8"),
+        ("image.png", "not a text in UTF-8"),
         ("a\0", "null"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -511,33 +513,52 @@ def test_json_mode_prints_json_that_follows_the_schema(run_here, tmp_path):
     assert isinstance(json.loads(out)["n"], int)
 
 
-def test_made_up_schemas_are_answered_validly_by_the_demo_and_by_noise(run_here):
-    code, out, err = run_here(
-        "stress_grammar", "--schemas", 24, "--batch-size", 12, "--max-new-tokens", 300
-    )
+@pytest.mark.parametrize(
+    ("schemas", "max_new_tokens", "least"),
+    [(3, 80, 1), pytest.param(24, 300, 12, marks=pytest.mark.slow)],
+)
+def test_made_up_schemas_are_answered_validly_by_the_demo_and_by_noise(
+    schemas, max_new_tokens, least, run_here
+):
+    options = ("--batch-size", 12, "--max-new-tokens", max_new_tokens)
+    code, out, err = run_here("stress_grammar", "--schemas", schemas, *options)
     assert code == 0, out + err
     for line in out.splitlines():
         counts = json.loads(line.split(": ", 1)[1].split(", mean")[0])
         assert counts["hung"] == counts["invalid"] == 0
-        assert counts["valid"] >= 12
+        assert counts["valid"] >= least
 
 
-def test_training_the_demo_goes_on_where_it_stopped(run_here, tmp_path):
+@pytest.fixture(params=["short", pytest.param("long", marks=pytest.mark.slow)])
+def length(request):
+    """Whether a test of the demo's scripts runs in its short form or in its long one."""
+    return request.param
+
+
+def test_training_the_demo_goes_on_where_it_stopped(length, run_here, tmp_path, monkeypatch):
+    if length == "short":
+        tokenizer = mistral.load("demo", device="cpu")[1]
+        monkeypatch.setattr(training, "train_tokenizer", lambda seed: tokenizer)
+        monkeypatch.setattr(training, "BATCH_TOKENS", 256)
     assert run_here("train_demo", tmp_path, "--steps", 1)[0] == 0
     code, _, err = run_here("train_demo", tmp_path, "--steps", 2)
     assert code == 0, err
-    assert "going on at step 1" in err
+    assert "continues at step 1" in err
     model, _ = mistral.load(tmp_path / "demo.gguf", device="cpu")
     assert model.config.sliding_window == 1024
     code, _, err = run_here("train_demo", tmp_path, "--steps", 3, "--seed", 1)
     assert (code, "was begun with --seed 0" in err) == (1, True)
 
 
-def test_the_demo_is_measured_and_its_page_written(run_here, tmp_path):
+def test_the_demo_is_measured_and_its_page_written(length, run_here, tmp_path, monkeypatch):
+    requests = 2
+    if length == "short":
+        requests = 1
+        monkeypatch.setattr(talk, "TALK", talk.TALK[:2])
     page = tmp_path / "demo.md"
-    code, out, err = run_here("measure_demo", "--requests", 2, "--page", page)
+    code, out, err = run_here("measure_demo", "--requests", requests, "--page", page)
     assert code == 0, err
-    assert "| calls, all of the above | 6 |" in out
+    assert f"| calls, all of the above | {3 * requests} |" in out
     assert "engine: eager: " in err or "engine: kernels" in err
     assert page.read_text().startswith("# The demo")
 
@@ -553,9 +574,9 @@ def test_the_demo_is_measured_and_its_page_written(run_here, tmp_path):
             ("--tool-choice", "required", "--no-grammar", "--prompt", "x"),
             "needs grammar=True",
         ),
-        ("json_mode", ("--schema", "README.md", "--prompt", "x"), "is no JSON"),
+        ("json_mode", ("--schema", "README.md", "--prompt", "x"), "is not valid JSON"),
         ("json_mode", ("--schema", "/nowhere.json", "--prompt", "x"), "cannot be read"),
-        ("chat", ("--load", "README.md"), "README.md, line 1, is no JSON"),
+        ("chat", ("--load", "README.md"), "README.md, line 1, is not valid JSON"),
         ("train_demo", ("/tmp/never", "--steps", 0), "--steps must be 1 or more"),
         ("stress_grammar", ("--schemas", 0), "must be 1 or more"),
         ("measure_demo", ("--requests", 0), "must be 1 or more"),

@@ -1,6 +1,4 @@
-"""Looking inside a running model: what the recorder sees is what the model does, and the page shows
-that.
-"""
+"""Looking inside: the recorder sees what the model does, and the page shows it."""
 
 import base64
 import json
@@ -24,7 +22,8 @@ from mistral.tracing import Recorder, Stopwatch, logit_lens
 LAYERS, HEADS, WINDOW = (
     small.SIZES[name] for name in ("num_hidden_layers", "num_attention_heads", "sliding_window")
 )
-PROMPT, NEW = small.tokens(11).tolist(), 6
+PROMPT = small.tokens(11).tolist()
+NEW = 6
 
 
 def record(model, prompt=PROMPT, new=NEW):
@@ -41,7 +40,9 @@ def explicit_attention(model, ids):
     model(torch.tensor([ids]))
     for hook in hooks:
         hook.remove()
-    T, H, G = len(ids), model.config.head_dim, HEADS // model.config.num_key_value_heads
+    T = len(ids)
+    H = model.config.head_dim
+    G = HEADS // model.config.num_key_value_heads
     weights = torch.zeros(LAYERS, HEADS, T, T, dtype=torch.float64)
     for i, (x, rotary) in enumerate(found):
         attention = model.model.layers[i].self_attn
@@ -65,7 +66,8 @@ def hooks_of(model):
 
 @pytest.mark.parametrize("watcher", [Recorder, Stopwatch])
 def test_watching_changes_no_bit_and_leaves_nothing_behind(watcher):
-    model, tokens = small.model(torch.float32), small.tokens(1, 11)
+    model = small.model(torch.float32)
+    tokens = small.tokens(1, 11)
 
     def logits():
         cache = model.new_cache(1)
@@ -111,20 +113,22 @@ def test_recorded_attention_is_explicit_attention_far_past_the_window():
 
 
 def test_recorded_keys_are_those_in_the_cache():
-    model, ids = small.model(), small.tokens(1, 11)
+    model = small.model()
+    ids = small.tokens(1, 11)
     cache = model.new_cache(1)
     with Recorder(model) as trace:
         for part in ids.split(3, dim=1):
             model(part, cache)
     for layer in range(LAYERS):
         keys = torch.cat([step.keys[layer] for step in trace.steps], dim=2)
-        kept = cache.slot_positions[0, : cache.num_slots]
+        kept = cache.slot_positions[0]
         assert sorted(kept.tolist()) == [7, 8, 9, 10]
         torch.testing.assert_close(cache.keys[layer][:, :, : cache.num_slots], keys[:, :, kept])
 
 
 def test_hidden_states_lead_from_the_embedding_to_the_logits():
-    model, ids = small.model(), small.tokens(1, 11)
+    model = small.model()
+    ids = small.tokens(1, 11)
     with Recorder(model) as trace:
         logits = model(ids)
     residual = trace.residual()
@@ -135,7 +139,7 @@ def test_hidden_states_lead_from_the_embedding_to_the_logits():
     attention = model.model.layers[1].self_attn(
         model.model.layers[1].input_layernorm(x[None]),
         model.model.rotary(torch.arange(11)[None], x.dtype),
-        mistral.cache.self_mask(torch.arange(11)[None], WINDOW),
+        mistral.cache.chunk_mask(torch.arange(11)[None], WINDOW),
         None,
     )
     torch.testing.assert_close(added[1], attention[0].float().norm(dim=-1))
@@ -178,14 +182,14 @@ def test_a_recorder_follows_one_text_alone():
             model(small.tokens(1, 5), model.new_cache(1), [3])
         model(small.tokens(1, 5))
         with pytest.raises(
-            ValueError, match="it has seen 5 tokens, and this forward begins behind 0"
+            ValueError, match="it has read 5 tokens, and this forward pass begins at position 0"
         ):
             model(small.tokens(1, 5))
 
 
 def test_a_text_too_long_to_record_is_refused_before_it_is_read(monkeypatch):
     model = small.model()
-    monkeypatch.setattr(tracing, "ATTENTION_LIMIT", 2 * LAYERS * HEADS * 8**2)
+    monkeypatch.setattr(tracing, "_ATTENTION_LIMIT", 2 * LAYERS * HEADS * 8**2)
     with (
         Recorder(model) as trace,
         pytest.raises(ValueError, match="at most 8 tokens of this model"),
@@ -218,9 +222,8 @@ def test_the_lens_ends_in_what_the_model_predicts():
     assert (lens.following[:, -1] == 0).all()
     early = model.lm_head(model.model.norm(model.model.embed_tokens(torch.tensor(trace.tokens))))
     assert torch.equal(lens.ids[0, :, 0], early.argmax(dim=-1))
-    assert (
-        trace.tokens[11:] == lens.ids[-1, 10:-1, 0].tolist()
-    )  # greedy: the most probable one came
+    # greedy: the most probable one came
+    assert trace.tokens[11:] == lens.ids[-1, 10:-1, 0].tolist()
 
 
 def test_the_lens_of_a_long_text_is_put_together_in_order():
@@ -279,7 +282,8 @@ def data_of(page):
 def test_the_page_holds_what_the_model_does(dtype):
     model = small.model(dtype)
     page, trace = make_page(model, tokenizer_of())
-    data, T = data_of(page), 17
+    data = data_of(page)
+    T = 17
     assert (data["prompt"], data["tokens"], data["slots"], data["least"]) == (
         11,
         trace.tokens,
@@ -364,7 +368,9 @@ def test_hostile_tokens_cannot_leave_their_place():
 
 def test_tokens_are_made_visible():
     tokenizer = tokenizer_of(["<|im_end|>"])
-    newline, lone_byte, unknown = 13, 3 + 0xE2, 40000
+    newline = 13
+    lone_byte = 3 + 0xE2
+    unknown = 40000
     shown = [
         look_inside.token_text(tokenizer, id) for id in (1, newline, lone_byte, 32000, unknown)
     ]
@@ -494,9 +500,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def opened(chromium, tmp_path):
-    """Opens a page, wide or narrow; checks at the end that nothing was complained about or asked of
-    the network.
-    """
+    """Opens a page, wide or narrow; at the end, no complaint and no request may have occurred."""
     chromium.complaints.clear()
     chromium.requests.clear()
 
@@ -520,7 +524,8 @@ def shown(page, expression):
 def test_a_click_on_a_token_moves_every_panel(opened):
     model = small.model()
     html, trace = make_page(model, tokenizer_of())
-    data, page = data_of(html), opened(html)
+    data = data_of(html)
+    page = opened(html)
     assert page.evaluate("document.body.dataset.shown") == "10 0 0"  # the end of the prompt
     page.click("#strip [data-position='13']")
     page.wait("document.body.dataset.shown === '13 0 0'")

@@ -53,9 +53,8 @@ def test_it_is_a_small_mistral_that_every_block_type_fits(demo):
     assert replace(model.config, rms_norm_eps=1e-5) == training.CONFIG  # a GGUF has 32 bits of it
     packed, _ = mistral.load("demo", device="cpu", packed=True)
     assert packed.model.layers[0].mlp.up_proj.kind.name == "Q8_0"
-    assert (
-        tokenizer.vocab_size < model.config.vocab_size
-    )  # rows without a token, as in Hermes-2-Pro
+    # rows without a token, as in Hermes-2-Pro
+    assert tokenizer.vocab_size < model.config.vocab_size
 
 
 def test_its_tokenizer_has_mistrals_settings_and_chatmls_tokens(demo):
@@ -65,9 +64,8 @@ def test_its_tokenizer_has_mistrals_settings_and_chatmls_tokens(demo):
     assert tokenizer.adds_space
     for text in ("two  spaces", "1234", "naïve Ж 🪟", " leading", "a\n\nb\t"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert (
-        len(tokenizer.encode("12345", bos=False)) == 6
-    )  # a piece for each digit, and the space before them
+    # a piece for each digit, and the space before them
+    assert len(tokenizer.encode("12345", bos=False)) == 6
 
 
 def test_demo_means_the_bundled_file_and_a_path_a_folder_of_that_name(tmp_path, monkeypatch):
@@ -135,7 +133,8 @@ def test_it_calls_the_scripts_tools(demo, text, name, arguments):
 
 def test_it_calls_functions_that_it_never_saw(demo):
     model, tokenizer = demo
-    random, right = Random(7), 0
+    random = Random(7)
+    right = 0
     for _ in range(20):
         tools, text, expected = unseen_request(random, num_tools=1)
         ids = encode_chat(tokenizer, [{"role": "user", "content": text}], tools=tools)
@@ -150,7 +149,8 @@ def test_it_calls_functions_that_it_never_saw(demo):
 
 
 def test_it_answers_in_json(demo):
-    random, exact = Random(7), 0
+    random = Random(7)
+    exact = 0
     for _ in range(10):
         schema, text, wanted = record(random, held_out=True)
         try:
@@ -273,7 +273,8 @@ def test_attention_in_blocks_is_attention_rounded_to_bfloat16(T, window):
     )
     ago = torch.arange(T)[:, None] - torch.arange(T)
     mask = None if window is None else ((ago >= 0) & (ago < window))[None, None]
-    wanted, given = attend_explicit(q, k, v, mask), attend_in_blocks(q, k, v, mask)
+    wanted = attend_explicit(q, k, v, mask)
+    given = attend_in_blocks(q, k, v, mask)
     assert (given - wanted).norm() < 0.01 * wanted.norm()
     above = torch.randn_like(wanted)
     for a, b in zip(
@@ -294,9 +295,8 @@ def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(bfloat16,
     other = training.Trainer(tokenizer, 32, torch.device("cpu"), bfloat16=bfloat16)
     other.tokenizer = None
     other.load_state_dict(trainer.state_dict())
-    assert (
-        other.tokenizer.vocabulary() == tokenizer.vocabulary()
-    )  # a training keeps the one that it began with
+    # a training keeps the one that it began with
+    assert other.tokenizer.vocabulary() == tokenizer.vocabulary()
     assert [step for step, _ in other.run()] == [31, 32]
 
 
@@ -304,7 +304,9 @@ def test_a_call_costs_fewer_tokens_in_earlier_stages(demo):
     _, tokenizer = demo
     costs = []
     for stage in ("signatures", "schemas", "prompts"):
-        random, calls, tokens = Random(2), 0, 0
+        random = Random(2)
+        calls = 0
+        tokens = 0
         for _ in range(100):
             turns = tool_dialogue(random, stage)
             tokens += len(training.encode(tokenizer, turns)[0])
@@ -340,13 +342,16 @@ def test_a_signature_has_what_the_schema_says_of_names_types_choices_and_what_ma
 
 
 def test_it_learns_to_name_the_function_before_its_arguments_and_reads_calls_that_do_not():
-    random, learned, read = Random(5), 0, 0
+    random = Random(5)
+    learned = 0
+    read = 0
     for _ in range(500):
         for role, content, learn in dialogue(random):
             if role == "assistant" and "<tool_call>" in content:
                 assert not learn or content.count('<tool_call>\n{"name": ') == content.count(
                     "<tool_call>"
                 )
-                learned, read = learned + learn, read + ('{"arguments": ' in content)
+                learned = learned + learn
+                read = read + ('{"arguments": ' in content)
     assert learned > 200
     assert read > 10

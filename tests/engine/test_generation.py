@@ -8,7 +8,8 @@ import mistral
 from mistral import Decoder, Sampling, generate, generate_batch, generate_naive, generate_text
 from mistral.chat import Conversation, tool
 from mistral.checkpoints.hugging_face import save
-from mistral.engine.constraints import FixedMask
+from mistral.engine.base import IDLE, Constraint, Engine
+from mistral.engine.constraints import AnyToken, FixedMask, KnownTokens
 
 GREEDY = Sampling(temperature=0.0)
 RICH = Sampling(
@@ -35,7 +36,8 @@ def test_the_cached_loop_equals_the_naive_one_far_beyond_the_window(length, wind
 
 def test_a_generated_text_scores_as_its_own_log_probabilities():
     # The re-scoring test of mistral-src: generate with the cache, then read everything in one pass.
-    model, start = small.model(), prompt(7)
+    model = small.model()
+    start = prompt(7)
     tokens = list(
         generate(model, start, Sampling(seed=1), max_new_tokens=40, stop_tokens=(), logprobs=True)
     )
@@ -46,10 +48,11 @@ def test_a_generated_text_scores_as_its_own_log_probabilities():
 
 
 def test_a_prompt_is_read_in_chunks_of_the_window():
-    model, chunks = small.model(), []
+    model = small.model()
+    chunks = []
     model.model.register_forward_pre_hook(lambda _, inputs: chunks.append(inputs[0].shape[1]))
     decoder = Decoder(model)
-    decoder.read([prompt(11)])
+    decoder.prefill([prompt(11)])
     assert chunks == [4, 4, 3]
     assert torch.allclose(decoder.logits, model(torch.tensor([prompt(11)]))[:, -1], atol=1e-12)
 
@@ -86,7 +89,8 @@ def test_a_ragged_batch_gives_each_prompts_own_continuation(window):
 
 
 def test_batch_log_probabilities_belong_to_their_rows():
-    model, prompts = small.model(), [prompt(n, seed=n) for n in (2, 7)]
+    model = small.model()
+    prompts = [prompt(n, seed=n) for n in (2, 7)]
     alone = [
         list(generate(model, p, GREEDY, max_new_tokens=9, stop_tokens=(), logprobs=True))
         for p in prompts
@@ -124,15 +128,17 @@ def test_no_seed_means_pytorchs_generator():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
-    generator, model = random.Random(seed), small.model(seed=seed)
-    decoder, rows = Decoder(model, 3, slack=5), [[], [], []]
+    generator = random.Random(seed)
+    model = small.model(seed=seed)
+    decoder = Decoder(model, 3, slack=5)
+    rows = [[], [], []]
     for _ in range(40):
         action = generator.choice(["read", "step", "rewind", "logits"])
         if action == "read" or not all(rows):
             news = [
                 prompt(generator.choice([0, 1, 2, 7]), seed=generator.randrange(999)) for _ in rows
             ]
-            decoder.read(news)
+            decoder.prefill(news)
             rows = [row + new for row, new in zip(rows, news)]
         elif action == "step":
             sampling = Sampling(seed=seed, repetition_penalty=1.3, no_repeat_ngram_size=2)
@@ -142,7 +148,7 @@ def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
             try:
                 decoder.rewind(counts)
             except ValueError as error:
-                assert "can be taken back" in str(error)
+                assert "can be rolled back" in str(error)
                 counts = [0, 0, 0]
             rows = [row[: len(row) - n] for row, n in zip(rows, counts)]
         if all(rows) and generator.random() < 0.6:
@@ -163,11 +169,11 @@ def test_a_negative_slack_is_refused(slack):
 def test_everything_can_be_taken_back_and_begun_anew():
     model = small.model()
     decoder = Decoder(model, max_tokens=50)
-    decoder.read([prompt(4)])
+    decoder.prefill([prompt(4)])
     decoder.rewind(4)
     with pytest.raises(ValueError, match="row 0 is empty"):
         decoder.step(GREEDY)
-    decoder.read([prompt(3, seed=2)])
+    decoder.prefill([prompt(3, seed=2)])
     assert torch.allclose(
         decoder.logits, model(torch.tensor([prompt(3, seed=2)]))[:, -1], atol=1e-12
     )
@@ -176,7 +182,7 @@ def test_everything_can_be_taken_back_and_begun_anew():
 @pytest.fixture
 def a_decoder():
     decoder = Decoder(small.model(), 2)
-    decoder.read([prompt(5), prompt(2)])
+    decoder.prefill([prompt(5), prompt(2)])
     return decoder
 
 
@@ -189,7 +195,7 @@ def test_a_step_never_waits_for_the_device(a_decoder, no_host_reads):
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_never_waits():
     decoder = Decoder(small.model(torch.float32).cuda(), 2)
-    decoder.read([prompt(5), prompt(2)])
+    decoder.prefill([prompt(5), prompt(2)])
     decoder.step(RICH)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -210,7 +216,8 @@ def test_a_gpu_gives_the_greedy_text_of_the_cpu():
 
 
 def test_an_id_is_there_before_the_forward_behind_it():
-    model, forwards = small.model(), []
+    model = small.model()
+    forwards = []
     model.model.register_forward_hook(lambda *_: forwards.append(1))
     ids = generate(model, prompt(3), GREEDY, max_new_tokens=3, stop_tokens=())
     for expected in (1, 2, 3):
@@ -224,21 +231,21 @@ def test_an_id_is_there_before_the_forward_behind_it():
 def test_a_decoder_goes_on_after_ctrl_c(layer):
     model = small.model()
     decoder = Decoder(model)
-    decoder.read([prompt(3)])
+    decoder.prefill([prompt(3)])
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     handle = model.model.layers[layer].register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        decoder.read([[5, 6, 7]])
+        decoder.prefill([[5, 6, 7]])
     handle.remove()
     assert torch.allclose(
         decoder.logits, model(torch.tensor([prompt(3) + [5, 6, 7]]))[:, -1], atol=1e-12
     )
 
 
-class OnlyEven:
+class OnlyEven(Constraint):
     def __init__(self):
         self.accepted = []
 
@@ -247,6 +254,24 @@ class OnlyEven:
 
     def accept(self, id):
         self.accepted.append(id)
+
+
+def test_an_object_with_mask_and_accept_is_a_constraint():
+    class Only:
+        def __init__(self, id):
+            self.allowed = torch.arange(101) == id
+            self.seen = []
+            self.mask = lambda: self.allowed
+            self.accept = self.seen.append
+
+    only = Only(8)
+    options = dict(max_new_tokens=3, stop_tokens=())
+    assert list(generate(small.model(), prompt(3), GREEDY, constraint=only, **options)) == [8] * 3
+    assert only.seen == [8] * 3
+    two = generate_batch(
+        small.model(), [[5], [6]], GREEDY, constraints=[Only(9), OnlyEven()], **options
+    )
+    assert two[0] == [9] * 3
 
 
 def test_a_constraint_is_asked_and_told():
@@ -288,21 +313,21 @@ def test_a_constraint_and_a_penalty_that_leave_nothing_are_an_error():
     sampling = Sampling(no_repeat_ngram_size=1, temperature=0.0)
     ids = generate(small.model(), prompt(3), sampling, max_new_tokens=3, constraint=constraint)
     assert next(ids) == 8
-    with pytest.raises(ValueError, match="nothing is left to choose from in row 0"):
+    with pytest.raises(ValueError, match="row 0: constraint and penalties forbid every token"):
         next(ids)
 
 
 def test_logits_that_are_no_numbers_are_an_error():
     model = small.model()
     model.model.norm.weight[3] = float("nan")
-    with pytest.raises(ValueError, match="not numbers"):
+    with pytest.raises(ValueError, match="row 0: the logits are NaN"):
         list(generate(model, prompt(3), GREEDY, max_new_tokens=3))
 
 
 def test_a_constraint_that_allows_nothing_is_an_error():
     constraint = OnlyEven()
     constraint.mask = lambda: torch.zeros(101, dtype=torch.bool)
-    with pytest.raises(ValueError, match="nothing is left to choose from in row 0"):
+    with pytest.raises(ValueError, match="row 0: constraint and penalties forbid every token"):
         list(generate(small.model(), prompt(3), GREEDY, max_new_tokens=3, constraint=constraint))
 
 
@@ -340,10 +365,10 @@ def test_no_new_tokens_is_an_empty_text():
 def test_a_full_decoder_refuses_and_stays_as_it_was():
     model = small.model(sliding_window=None)
     decoder = Decoder(model, max_tokens=6)
-    decoder.read([prompt(5)])
+    decoder.prefill([prompt(5)])
     before = decoder.logits.clone()
     with pytest.raises(ValueError, match="7 tokens in a row, and the limit here is 6"):
-        decoder.read([[5, 6]])
+        decoder.prefill([[5, 6]])
     assert torch.equal(decoder.logits, before)
     decoder.step(GREEDY)
     with pytest.raises(ValueError, match="limit here is 6"):
@@ -353,7 +378,7 @@ def test_a_full_decoder_refuses_and_stays_as_it_was():
 def test_a_decoder_refuses_another_number_of_rows():
     decoder = Decoder(small.model(), 2)
     with pytest.raises(ValueError, match="1 rows for a decoder of 2"):
-        decoder.read([[5]])
+        decoder.prefill([[5]])
     with pytest.raises(ValueError, match="one count"):
         decoder.rewind([1])
 
@@ -480,7 +505,7 @@ def test_a_stop_string_may_be_a_control_token(with_true_tokenizer):
 def test_text_goes_on_inside_a_word(with_true_tokenizer):
     model, tokenizer = with_true_tokenizer
     decoder = Decoder(model)
-    decoder.read([tokenizer.encode("Hel")])
+    decoder.prefill([tokenizer.encode("Hel")])
     list(
         generate_text(
             decoder, tokenizer, "lo", GREEDY, max_new_tokens=0, bos=False, prefix_space=False
@@ -514,11 +539,13 @@ def test_control_tokens_in_a_prompt_are_text_unless_asked(with_true_tokenizer):
         handle.remove()
 
 
-class Half:
+class Half(Constraint):
     """A constraint that leaves no choice for every second pair of ids, and says so."""
 
     def __init__(self, forced):
-        self.accepted, self.asked, self._forced = [], 0, forced
+        self.accepted = []
+        self.asked = 0
+        self._forced = forced
 
     def mask(self):
         self.asked += 1
@@ -534,8 +561,8 @@ def test_ids_without_a_choice_are_appended_together_without_asking_the_model(mon
     model = small.model(sliding_window=8)
     reads = []
     decoder = mistral.Decoder(model)
-    read = decoder.read
-    monkeypatch.setattr(decoder, "read", lambda rows: (reads.append(rows[0]), read(rows)))
+    read = decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda rows: (reads.append(rows[0]), read(rows)))
     constraint = Half([7, 9])
     options = dict(max_new_tokens=11, stop_tokens=())
     ids = list(
@@ -574,9 +601,8 @@ def test_a_conversation_saves_no_more_tokens_than_it_writes():
 
     options = dict(tools=[clock], tool_choice="required", max_rounds=1, max_new_tokens=2)
     conversation = Conversation(*mistral.load("demo", device="cpu"), **options)
-    list(
-        conversation.say("What time is it?")
-    )  # a call begins with more ids than two about which there is no choice
+    # a call begins with more ids than two about which there is no choice
+    list(conversation.say("What time is it?"))
     assert (conversation.tokens_written, conversation.tokens_saved) == (2, 2)
 
 
@@ -592,7 +618,7 @@ def test_a_row_without_a_token_is_not_taken_even_if_a_constraint_leaves_only_it(
 ):
     constraint = Half([7, 32031])
     constraint.mask = lambda: torch.arange(32032) == (32031 if len(constraint.accepted) == 3 else 5)
-    with pytest.raises(ValueError, match="nothing is left to choose from"):
+    with pytest.raises(ValueError, match="forbid every token"):
         pieces_of(with_true_tokenizer, constraint=constraint)
     assert constraint.accepted == [5, 5, 7]
 
@@ -622,7 +648,7 @@ def test_text_may_be_given_as_ids():
 class Ahead(Decoder):
     """The reference engine, as one that lets `generate` start two steps before it looks at ids."""
 
-    ahead = 2
+    steps_in_flight = 2
     broken = None  # the ids of its fourth step
 
     def __init__(self, *arguments, **options):
@@ -691,7 +717,7 @@ def test_rows_that_run_ahead_end_one_by_one():
 
 
 def test_a_step_that_runs_ahead_and_finds_nothing_is_an_error_when_it_comes_to_it():
-    for broken, message in ((-1, "not numbers"), (-2, "nothing is left to choose from")):
+    for broken, message in ((-1, "the logits are NaN"), (-2, "forbid every token")):
         engine = Ahead(small.model())
         engine.broken = broken
         made = generate(engine, prompt(5), GREEDY, max_new_tokens=20, stop_tokens=())
@@ -701,7 +727,8 @@ def test_a_step_that_runs_ahead_and_finds_nothing_is_an_error_when_it_comes_to_i
 
 
 def test_a_fixed_mask_lets_an_engine_run_ahead_and_a_grammar_does_not():
-    model, counts = small.model(), []
+    model = small.model()
+    counts = []
     for constraint in (None, OnlyEven()):
         engine = Ahead(model)
         next(generate(engine, prompt(5), GREEDY, max_new_tokens=20, constraint=constraint))
@@ -721,7 +748,8 @@ class Listener(FixedMask):
 
 
 def test_constraints_are_told_the_same_ids_by_an_engine_that_runs_ahead():
-    model, prompts = small.model(), [prompt(4), prompt(7, seed=1)]
+    model = small.model()
+    prompts = [prompt(4), prompt(7, seed=1)]
     told = []
     for engine in (Decoder(model, 2), Ahead(model, 2)):
         listeners = [Listener(engine) for _ in prompts]
@@ -730,3 +758,128 @@ def test_constraints_are_told_the_same_ids_by_an_engine_that_runs_ahead():
         told.append([listener.ids for listener in listeners])
         assert told[-1] == [row[:-1] if row[-1] in range(3, 20) else row for row in rows]
     assert told[0] == told[1]
+
+
+# -- one sampling per row --
+
+OWN = [
+    Sampling(seed=5, temperature=0.8),
+    Sampling(temperature=0.0),
+    Sampling(seed=5, top_p=0.9, repetition_penalty=1.3),
+    Sampling(seed=7, top_k=5, no_repeat_ngram_size=2),
+]
+
+
+def test_a_row_with_a_sampling_of_its_own_gets_the_text_that_it_gets_alone():
+    model = small.model()
+    prompts = [prompt(n, seed=n) for n in (3, 11, 1, 7)]
+    options = dict(max_new_tokens=30, stop_tokens=range(90, 101))
+    alone = [list(generate(model, p, s, **options)) for p, s in zip(prompts, OWN)]
+    assert generate_batch(model, prompts, OWN, **options) == alone
+    backwards = generate_batch(model, prompts[::-1], OWN[::-1], **options)
+    assert backwards[::-1] == alone
+    assert len({len(row) for row in alone}) > 1  # rows end at different steps
+
+
+def test_after_a_batch_with_samplings_each_row_holds_its_prompt_and_its_text():
+    decoder = Decoder(small.model(), 4)
+    prompts = [prompt(n, seed=n) for n in (3, 11, 1, 7)]
+    texts = generate_batch(decoder, prompts, OWN, max_new_tokens=30, stop_tokens=range(90, 101))
+    assert decoder.lengths == [len(p) + len(text) for p, text in zip(prompts, texts)]
+
+
+def test_an_idle_row_keeps_its_length_and_its_next_logits():
+    model = small.model()
+    decoder = Decoder(model, 3)
+    rows = [prompt(n, seed=n) for n in (5, 2, 8)]
+    decoder.prefill(rows)
+    before = decoder.logits.clone()
+    for _ in range(3):
+        ids = decoder.step([GREEDY, None, GREEDY])
+        assert ids[1] == IDLE
+        rows[0].append(ids[0].item())
+        rows[2].append(ids[2].item())
+        for row, logits in zip(rows, decoder.logits):
+            assert torch.allclose(logits, model(torch.tensor([row]))[0, -1], atol=1e-12)
+    assert decoder.lengths == [8, 2, 11]
+    assert torch.equal(decoder.logits[1], before[1])
+
+
+def test_the_seed_of_one_row_does_not_disturb_the_others():
+    decoders = [Decoder(small.model(), 2) for _ in range(2)]
+    texts = []
+    for decoder, seeds in zip(decoders, ((1, 1, 1, 1), (1, 8, 9, 9))):
+        decoder.prefill([prompt(4), prompt(6, seed=1)])
+        steps = [decoder.step([Sampling(seed=3), Sampling(seed=seed)]).tolist() for seed in seeds]
+        texts.append([ids[0] for ids in steps])
+    assert texts[0] == texts[1]
+
+
+def test_an_emptied_row_draws_the_random_numbers_of_a_new_one():
+    decoder = Decoder(small.model(), 2)
+    samplings = [Sampling(seed=3), Sampling(seed=4)]
+    decoder.prefill([prompt(4), prompt(6, seed=1)])
+    first = [decoder.step(samplings)[1].item() for _ in range(5)]
+    decoder.rewind([0, decoder.lengths[1]])
+    decoder.prefill([[], prompt(6, seed=1)])
+    assert [decoder.step(samplings)[1].item() for _ in range(5)] == first
+
+
+def test_another_number_of_samplings_than_rows_is_an_error():
+    decoder = Decoder(small.model(), 2)
+    decoder.prefill([[5], [6]])
+    with pytest.raises(ValueError, match="3 samplings for a decoder of 2 rows"):
+        decoder.step([GREEDY] * 3)
+    with pytest.raises(ValueError, match="1 samplings for 2 prompts"):
+        generate_batch(decoder, [[5], [6]], [GREEDY], max_new_tokens=1)
+    assert decoder.lengths == [1, 1]
+
+
+def test_an_engine_that_does_not_guess_verifies_one_id_after_the_other():
+    model = small.model()
+    plain = Decoder(model)
+    decoder = Decoder(model)
+    for engine in (plain, decoder):
+        engine.prefill([prompt(6)])
+    ids = [5, 6, 7, 8]
+    assert torch.allclose(Engine.verify(plain, ids), decoder.verify(ids), atol=1e-12)
+    assert plain.lengths == decoder.lengths
+
+
+@pytest.mark.parametrize("module", ["norm", "lm_head"])
+def test_an_interrupt_after_the_layers_reads_no_token_twice(module):
+    model = small.model()
+    decoder = Decoder(model)
+    decoder.prefill([prompt(9)])
+    ids = prompt(9) + [decoder.step(GREEDY).item()]
+    called = model.lm_head if module == "lm_head" else model.model.norm
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = called.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.logits  # noqa: B018
+    handle.remove()
+    for _ in range(3):
+        assert torch.allclose(decoder.logits[0], model(torch.tensor([ids]))[0, -1], atol=1e-12)
+        ids.append(decoder.step(GREEDY).item())
+
+
+def test_an_empty_row_may_be_idle():
+    model = small.model()
+    decoder = Decoder(model, 2)
+    decoder.prefill([[], prompt(5)])
+    ids = decoder.step([None, GREEDY])
+    assert ids[0] == IDLE
+    assert decoder.lengths == [0, 6]
+    expected = model(torch.tensor([prompt(5) + [ids[1].item()]]))[0, -1]
+    assert torch.allclose(decoder.logits[1], expected, atol=1e-12)
+    with pytest.raises(ValueError, match="row 0 is empty"):
+        decoder.step([GREEDY, GREEDY])
+
+
+def test_text_without_a_constraint_keeps_steps_in_flight_in_a_padded_vocabulary():
+    decoder = Ahead(small.model())
+    assert KnownTokens(decoder, 90, AnyToken()).is_static
+    assert not KnownTokens(decoder, 90, OnlyEven()).is_static

@@ -1,6 +1,4 @@
-"""The book says what is so: its code prints what it shows, what it quotes and names exists, its
-figures are true.
-"""
+"""The book is true: its code prints what it shows, its quotations, names and figures hold."""
 
 import ast
 import importlib
@@ -52,10 +50,9 @@ def test_the_code_of_a_page_prints_what_the_page_shows(name):
 
 
 def quoted(code, source):
-    """Whether the lines of a quotation stand in a file: part by part, where it leaves lines out
-    with `...`.
-    """
-    lines, start = source.splitlines(), 0
+    """Whether the lines of a quotation are in a file, part by part; `...` leaves lines out."""
+    lines = source.splitlines()
+    start = 0
     for part in re.split(r"^ *\.\.\.\n", textwrap.dedent(code) + "\n", flags=re.M):
         wanted = textwrap.dedent(part).strip("\n").splitlines()
         for at in range(start, len(lines) - len(wanted) + 1):
@@ -177,9 +174,7 @@ def exists_in_module(name):
 
 
 def name_exists(name, page):
-    """Whether what a page calls `name` (an identifier, or several with dots) is in our code or in
-    the page's own.
-    """
+    """Whether an identifier, or several with dots, is in our code or in the page's own."""
     first, *rest = name.split(".")
     if first in ("mistral", "mistral_kernels", "torch"):
         return exists_in_module(name)
@@ -197,7 +192,7 @@ def name_exists(name, page):
 
 
 def looks_like_code(span):
-    """Whether a span is one word that only code has: f(), snake_case, CamelCase, a.b"""
+    """Whether a span is one word that only code has: f(), snake_case, CamelCase, a.b."""
     word = re.fullmatch(r"([A-Za-z_]\w*(?:\.\w+)*)(\(.*\))?", span)
     return (
         word
@@ -223,9 +218,7 @@ def test_every_path_that_a_page_mentions_exists(name):
 
 
 def options_of(script):
-    """The options that a script of ours takes, as its source and that of the modules beside it
-    spell them.
-    """
+    """The options of a script, as its source and the modules beside it spell them."""
     text = (small.ROOT / script).read_text()
     for module in re.findall(r"^(?:import|from) (\w+)", text, re.M):
         beside = (small.ROOT / script).parent / f"{module}.py"
@@ -343,9 +336,7 @@ def test_every_figure_has_a_script_a_page_and_words_for_those_who_cannot_see_it(
 
 
 def same(a, b):
-    """Whether the numbers of a figure are those of the code, up to what another machine may
-    change.
-    """
+    """Whether a figure has the values of the code, up to what another machine may change."""
     if isinstance(a, dict):
         return (
             isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)

@@ -19,9 +19,16 @@ import small
 import torch
 
 import mistral
-from mistral.checkpoints import gguf, gguf_config, gguf_export, gguf_tokenizer
-from mistral.checkpoints.gguf_header import read_header
-from mistral.checkpoints.names import half_split_rows, interleaved_rows, tensor_shapes
+from mistral.checkpoints import gguf, gguf_export, gguf_tensor
+from mistral.checkpoints.gguf_header import GgufHeader, read_header
+from mistral.checkpoints.gguf_tensor import GgufTensor
+from mistral.checkpoints.names import (
+    gguf_names,
+    half_split_rows,
+    interleaved_rows,
+    rotary_heads,
+    tensor_shapes,
+)
 from mistral.checkpoints.sentencepiece_model import write_model
 from mistral.errors import CheckpointError
 from mistral.quantization.packed import Packed
@@ -33,6 +40,19 @@ TOKENS = torch.from_numpy(EXPECTED["tokens"])
 
 def load(path, **arguments):
     return mistral.load(path, **{"device": "cpu", "sliding_window": None, **arguments})
+
+
+@pytest.fixture
+def forge(monkeypatch):
+    """A reader of q8_0.gguf with other metadata, which `mistral.load` sees, too."""
+
+    def forged(changes, file="q8_0.gguf"):
+        header = read_header(FILES / file)
+        header = GgufHeader(header.metadata | changes, header.tensors)
+        monkeypatch.setattr(gguf, "read_header", lambda path: header)
+        return gguf.GgufReader(FILES / file)
+
+    return forged
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +98,9 @@ def test_packed_weights_keep_the_bytes_of_the_file():
 def test_tensors_that_are_read_in_pieces_are_the_same(packed, monkeypatch):
     path = FILES / "q4_k_m.gguf"
     whole = load(path, packed=packed)[0].state_dict()
-    monkeypatch.setattr(gguf, "weights_at_once", lambda device: 5 * 256)
-    monkeypatch.setattr(
-        gguf, "MOVED_AT_ONCE", 5 * 256
-    )  # five rows or fewer, and the last piece is shorter
+    monkeypatch.setattr(gguf_tensor, "weights_at_once", lambda device: 5 * 256)
+    # five rows or fewer, and the last piece is shorter
+    monkeypatch.setattr(gguf_tensor, "_PACKED_AT_ONCE", 5 * 256)
     in_pieces = load(path, packed=packed)[0].state_dict()
     assert whole.keys() == in_pieces.keys()
     assert all(torch.equal(whole[name], in_pieces[name]) for name in whole)
@@ -93,15 +112,17 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path):
     header = read_header(path)
     path.write_bytes(path.read_bytes()[:-1])
     last = max(header.tensors.values(), key=lambda tensor: tensor.start)
-    for dtype in (None, torch.float32):
+    cpu = torch.device("cpu")
+    for read in (lambda: last.read_blocks(cpu), lambda: last.read(cpu, torch.float32)):
         with pytest.raises(CheckpointError, match=f"m.gguf ends inside {last.name}"):
-            gguf.read_rows(last, None, torch.device("cpu"), dtype)
+            read()
 
 
 def test_a_packed_model_generates_and_follows_a_change_of_dtype():
     model, tokenizer = load(FILES / "q4_k_m.gguf", packed=True)
     unpacked, _ = load(FILES / "q4_k_m.gguf")
-    ids, greedy = tokenizer.encode("Hello"), mistral.Sampling(temperature=0.0)
+    ids = tokenizer.encode("Hello")
+    greedy = mistral.Sampling(temperature=0.0)
     assert list(mistral.generate(model, ids, greedy, max_new_tokens=30)) == list(
         mistral.generate(unpacked, ids, greedy, max_new_tokens=30)
     )
@@ -125,11 +146,10 @@ def test_the_tokenizer_is_that_of_the_original(original):
 @pytest.mark.parametrize(
     "damage", ["none", "no kinds", "no unknown", "equal scores", "user-defined", "normal"]
 )
-def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
+def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage, forge):
     true = small.true_tokenizer()
     entries = true.vocabulary()
     pieces, scores, kinds = (list(column) for column in zip(*entries))
-    metadata = {}
     if damage == "no kinds":
         kinds = None
     elif damage == "no unknown":  # what today's converters write
@@ -140,17 +160,13 @@ def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
         kinds[32000:] = [4, 4]
     elif damage == "normal":
         kinds = [1] * len(kinds)
-    metadata |= {
-        "tokenizer.ggml.model": "llama",
+    metadata = {
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.add_space_prefix": True,
     }
-    metadata |= {"tokenizer.ggml.eos_token_id": 32000} | (
-        {} if kinds is None else {"tokenizer.ggml.token_type": kinds}
-    )
-    header = gguf.GgufHeader(metadata, {})
-    config = small.config(vocab_size=32032, eos_token_id=(32000,))
-    rebuilt = gguf_tokenizer.read_tokenizer(FILES, header, config)
+    rebuilt = forge(metadata).tokenizer((32000,))
     generator = random.Random(0)
     alphabet = [
         *" \n\t.,<|>{}\"'/_",
@@ -177,24 +193,18 @@ def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage):
     )
 
 
-def test_pieces_that_are_broken_or_empty_become_unused():
-    header = read_header(FILES / "q8_0.gguf")
-    tokens = list(header.metadata["tokenizer.ggml.tokens"])
+def test_pieces_that_are_broken_or_empty_become_unused(forge):
+    tokens = list(read_header(FILES / "q8_0.gguf").metadata["tokenizer.ggml.tokens"])
     tokens[300] = tokens[301] = "\ufffd"
     tokens[302] = ""
-    config = gguf_config.read_config(FILES, header, None)
-    rebuilt = gguf_tokenizer.read_tokenizer(
-        FILES, gguf.GgufHeader(header.metadata | {"tokenizer.ggml.tokens": tokens}, {}), config
-    )
+    reader = forge({"tokenizer.ggml.tokens": tokens})
+    rebuilt = reader.tokenizer(reader.config().eos_token_id)
     assert rebuilt.token_bytes(301) is None
     assert rebuilt.token_bytes(302) is None
     assert rebuilt.decode(rebuilt.encode("Hello world")) == "Hello world"
-    metadata = header.metadata | {
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.unknown_token_id": 302,
-    }
+    forge({"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.unknown_token_id": 302})
     with pytest.raises(mistral.CheckpointError, match="piece of the unknown token, 302, is empty"):
-        gguf_tokenizer.read_tokenizer(FILES, gguf.GgufHeader(metadata, {}), config)
+        load(FILES / "q8_0.gguf")
 
 
 HOSTILE = [
@@ -224,31 +234,32 @@ HOSTILE = [
 @pytest.mark.parametrize(
     ("key", "value"), HOSTILE, ids=[f"{key}-{i}" for i, (key, _) in enumerate(HOSTILE)]
 )
-def test_metadata_of_the_wrong_kind_is_refused(key, value, monkeypatch):
-    header = read_header(FILES / "q8_0.gguf")
-    forged = gguf.GgufHeader(header.metadata | {key: value}, header.tensors)
-    monkeypatch.setattr(gguf, "read_header", lambda path: forged)
+def test_metadata_of_the_wrong_kind_is_refused(key, value, forge):
     with pytest.raises(mistral.CheckpointError):
+        forge({key: value})
         load(FILES / "q8_0.gguf", sliding_window="auto")
 
 
 @pytest.mark.filterwarnings("ignore:.*names no sliding window")
-def test_a_bad_tokenizer_is_refused_before_a_weight_is_read(monkeypatch):
-    header = read_header(FILES / "q8_0.gguf")
-    forged = gguf.GgufHeader(header.metadata | {"tokenizer.ggml.model": "gpt2"}, header.tensors)
-    monkeypatch.setattr(gguf, "read_header", lambda path: forged)
-    monkeypatch.setattr(gguf, "load_model", lambda *_: pytest.fail("the weights were read"))
+def test_a_bad_tokenizer_is_refused_before_a_weight_is_read(forge, monkeypatch):
+    forge({"tokenizer.ggml.model": "gpt2"})
+    monkeypatch.setattr(GgufTensor, "read", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(mistral.CheckpointError, match="gpt2"):
         load(FILES / "q8_0.gguf")
 
 
-def test_a_scaling_factor_of_1_or_0_is_none(tmp_path):
-    header = read_header(FILES / "q8_0.gguf")
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(forge):
+    tokens = [*read_header(FILES / "q8_0.gguf").metadata["tokenizer.ggml.tokens"], "more"]
+    more = {"tokenizer.ggml.token_type": None, "tokenizer.ggml.scores": None}
+    forge({"tokenizer.ggml.tokens": tokens} | more)
+    with pytest.raises(mistral.CheckpointError, match="481 ids, and the model's vocabulary is 480"):
+        load(FILES / "q8_0.gguf")
+
+
+def test_a_scaling_factor_of_1_or_0_is_none(forge):
     for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
         for value in (0.0, 1.0):
-            gguf_config.read_config(
-                FILES, gguf.GgufHeader(header.metadata | {key: value}, header.tensors), None
-            )
+            forge({key: value}).config()
 
 
 def test_a_quantised_vector_is_unpacked_even_in_a_packed_model(tmp_path):
@@ -280,43 +291,53 @@ WINDOWS = [  # theta, positions, window key, what is decided
 
 
 @pytest.mark.parametrize(("theta", "positions", "named", "expected"), WINDOWS)
-def test_the_window_is_told_by_a_rule_that_says_what_it_decided(theta, positions, named, expected):
-    header = read_header(FILES / "q8_0.gguf")
-    metadata = header.metadata | {"llama.rope.freq_base": theta, "llama.context_length": positions}
+def test_the_window_is_told_by_a_rule_that_says_what_it_decided(
+    theta, positions, named, expected, forge
+):
+    metadata = {"llama.rope.freq_base": theta, "llama.context_length": positions}
     if named is not None:
         metadata["llama.attention.sliding_window"] = named
-    header = gguf.GgufHeader(metadata, header.tensors)
+    forge(metadata)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert gguf_config.read_config(FILES / "q8_0.gguf", header).sliding_window == expected
+        model, _ = load(FILES / "q8_0.gguf", sliding_window="auto")
+        assert model.config.sliding_window == expected
         assert len(caught) == (named is None)
     if named is None:
         said = "attending to everything" if expected is None else "v0.1's window of 4,096"
         assert said in str(caught[0].message)
-    assert (
-        gguf_config.read_config(FILES / "q8_0.gguf", header, sliding_window=7).sliding_window == 7
-    )
+        assert caught[0].filename == __file__  # the caller's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(FILES / "q8_0.gguf", sliding_window=7)[0].config.sliding_window == 7
 
 
-def rewrite(source, target, drop=(), change=(), tensors=lambda name: True, replace=None, **split):
-    """A copy by gguf-py with other metadata and some of the tensors."""
+def rewrite(
+    source,
+    target,
+    drop=(),
+    change=(),
+    tensors=lambda name: True,
+    replace=None,
+    kind=gguf_py.GGMLQuantizationType.Q8_0,
+    **split,
+):
+    """A copy by gguf-py with other metadata and some of the tensors; replaced ones have `kind`."""
     reader = gguf_py.GGUFReader(source)
     writer = gguf_py.GGUFWriter(target, "llama", **split)
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture" or key in drop:
             continue
-        kind = field.types[0]
-        writer.add_key_value(
-            key,
-            dict(change).get(key, field.contents()),
-            kind,
-            field.types[-1] if len(field.types) > 1 else None,
-        )
+        sub_type = field.types[-1] if len(field.types) > 1 else None
+        value = dict(change).get(key, field.contents())
+        writer.add_key_value(key, value, field.types[0], sub_type)
     for tensor in reader.tensors:
         if tensors(tensor.name):
             data = (replace or {}).get(tensor.name)
-            kind = tensor.tensor_type if data is None else gguf_py.GGMLQuantizationType.Q8_0
-            writer.add_tensor(tensor.name, tensor.data if data is None else data, raw_dtype=kind)
+            if data is None:
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            else:
+                writer.add_tensor(tensor.name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -350,7 +371,7 @@ def test_a_later_part_with_forged_metadata_is_refused(tmp_path, monkeypatch):
     def forged(path):
         header = read_header(path)
         number = header.metadata["split.no"] if path == first else np.array([1, 1])
-        return gguf.GgufHeader(header.metadata | {"split.no": number}, header.tensors)
+        return GgufHeader(header.metadata | {"split.no": number}, header.tensors)
 
     monkeypatch.setattr(gguf, "read_header", forged)
     with pytest.raises(mistral.CheckpointError, match="split.no must be a whole number"):
@@ -371,6 +392,36 @@ def test_an_absent_output_matrix_means_the_embedding(tmp_path):
             assert torch.allclose(
                 model.double().lm_head(hidden.double()).float(), hidden @ weight.T, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "IQ3_XXS", "TQ1_0"])  # blocks of 32, 64, 256
+def test_types_that_gguf_py_unpacks_are_loaded(name, packed, tmp_path):
+    kind = gguf_py.GGMLQuantizationType[name]
+    weights, size = gguf_py.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(0)
+    stored = {}
+    for tensor in gguf_py.GGUFReader(FILES / "q8_0.gguf").tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            columns, rows = (int(n) for n in tensor.shape)
+            # Bytes below 64 are small finite scales in all of these types.
+            stored[tensor.name] = generator.integers(0, 64, (rows, columns // weights * size), "u1")
+    rewrite(FILES / "q8_0.gguf", tmp_path / "m.gguf", replace=stored, kind=kind)
+    model, _ = load(tmp_path / "m.gguf", packed=packed)
+    state = model.state_dict()
+    for ours, theirs in gguf_names(2).items():
+        if theirs not in stored:
+            continue
+        heads = rotary_heads(ours, model.config)
+        rows = stored[theirs]
+        if heads is not None:
+            rows = rows[half_split_rows(len(rows), heads).numpy()]
+        if packed:
+            assert np.array_equal(state[ours.removesuffix("weight") + "blocks"].numpy(), rows)
+        else:
+            assert np.array_equal(state[ours].numpy(), gguf_py.dequantize(rows, kind))
+    with torch.no_grad():
+        assert model(TOKENS).shape == (*TOKENS.shape, 480)
 
 
 DEFAULTED = (
@@ -415,12 +466,12 @@ def test_metadata_that_contradicts_itself_is_refused(damage, message, tmp_path):
 RAW = (FILES / "q8_0.gguf").read_bytes()
 BROKEN = [
     (b"", "cannot be read"),
-    (b"GGML" + RAW[4:], "is no GGUF file"),
+    (b"GGML" + RAW[4:], "is not a GGUF file"),
     (RAW[:4] + struct.pack(">I", 3) + RAW[8:], "big-endian"),
     (RAW[:4] + struct.pack("<I", 1) + RAW[8:], "version 1"),
     (RAW[: len(RAW) // 2], "is not complete"),
-    (RAW[:40], "where|ends inside"),
-    (RAW[:8] + b"\xff" * 16 + RAW[24:], "speaks of 18,446,744,073,709,551,615 things"),
+    (RAW[:40], "bytes remain|ends inside"),
+    (RAW[:8] + b"\xff" * 16 + RAW[24:], "declares 18,446,744,073,709,551,615 entries"),
 ]
 
 
@@ -434,7 +485,8 @@ def test_broken_headers_are_refused(data, message, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*names no sliding window")
 @pytest.mark.parametrize("seed", range(8))
 def test_mutated_files_give_a_model_or_a_checkpoint_error(seed, tmp_path):
-    generator, path = random.Random(seed), tmp_path / "m.gguf"
+    generator = random.Random(seed)
+    path = tmp_path / "m.gguf"
     start = time.perf_counter()
     for _ in range(50):
         data = bytearray(RAW)
@@ -508,7 +560,8 @@ def test_exports_that_cannot_be_are_refused(original, tmp_path):
 
 
 def test_row_orders_are_each_others_inverse():
-    ours, theirs = half_split_rows(24, 4), interleaved_rows(24, 4)
+    ours = half_split_rows(24, 4)
+    theirs = interleaved_rows(24, 4)
     assert torch.equal(ours[theirs], torch.arange(24))
     assert half_split_rows(6, 1).tolist() == [0, 2, 4, 1, 3, 5]
 
@@ -536,23 +589,21 @@ print((kilobytes("VmHWM") - before) / size)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_loading_takes_little_more_memory_than_stays(original, tmp_path):
-    sizes = dict(
-        vocab_size=4000, hidden_size=1024, intermediate_size=3584, num_hidden_layers=20, head_dim=64
+@pytest.mark.parametrize("layers", [8, pytest.param(20, marks=pytest.mark.slow)])
+def test_loading_takes_little_more_memory_than_stays(layers, original, tmp_path):
+    config = small.config(  # 117 or 281 million weights
+        vocab_size=4000,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
     )
-    config = small.config(**sizes, num_attention_heads=16, num_key_value_heads=4)
-    gguf_export.export(
-        mistral.Mistral(config), original[1], tmp_path / "m.gguf", "Q8_0"
-    )  # 281 million weights
+    gguf_export.export(mistral.Mistral(config), original[1], tmp_path / "m.gguf", "Q8_0")
     for packed in (True, False):
-        command = [
-            sys.executable,
-            "-c",
-            MEASURE,
-            tmp_path / "m.gguf",
-            FILES / "q8_0.gguf",
-            str(packed),
-        ]
+        files = [tmp_path / "m.gguf", FILES / "q8_0.gguf"]
+        command = [sys.executable, "-c", MEASURE, *files, str(packed)]
         ratio = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         assert 0.9 < ratio < 1.15
 
@@ -560,9 +611,8 @@ def test_loading_takes_little_more_memory_than_stays(original, tmp_path):
 def test_packed_is_for_gguf_files(original, tmp_path):
     with pytest.raises(ValueError, match="packed=True is for quantised GGUF"):
         mistral.load(small.DATA / "small", packed=True)
-    gguf_export.export(
-        *original, tmp_path / "m.gguf", "F32"
-    )  # has no blocks: there is nothing to unpack
+    # has no blocks: there is nothing to unpack
+    gguf_export.export(*original, tmp_path / "m.gguf", "F32")
     assert not any(
         isinstance(module, Packed) for module in load(tmp_path / "m.gguf", packed=True)[0].modules()
     )

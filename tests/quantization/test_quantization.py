@@ -1,6 +1,4 @@
-"""Unpacking ggml's blocks: gguf-py's numbers to the bit, on random bytes and on blocks that
-llama.cpp made.
-"""
+"""Unpacking ggml's blocks: gguf-py's values to the bit, on random and on llama.cpp's blocks."""
 
 import gguf
 import numpy as np
@@ -33,7 +31,8 @@ def assert_same_bits(ours, theirs):
 @pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"F64"}))
 def test_random_bytes_give_gguf_pys_bits(name):
     # Random scales include infinities, nans and subnormal numbers.
-    kind, generator = BY_NAME[name], np.random.default_rng(0)
+    kind = BY_NAME[name]
+    generator = np.random.default_rng(0)
     data = generator.integers(0, 256, (3, 7, 11 * kind.block_bytes), dtype=np.uint8)
     assert_same_bits(dequantize(torch.from_numpy(data), kind), reference(data, kind))
 
@@ -46,24 +45,20 @@ def test_genuine_blocks_give_gguf_pys_bits(name):
     assert weights.isfinite().all()
 
 
-def test_the_types_that_mistral_files_hold_are_our_own():
-    ours = {
-        "F32",
-        "F16",
-        "BF16",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-    }
+def test_the_types_that_mistral_files_hold_are_unpacked_here():
+    names = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS"
+    ours = set(names.split())
     assert set(FUNCTIONS) == ours | {"F64"}
     assert ours - {"F32"} <= set(GENUINE.files)
+
+
+@pytest.mark.parametrize("name", sorted(set(BY_NAME) - set(FUNCTIONS)))
+def test_a_packed_embedding_of_a_type_that_gguf_py_unpacks(name):
+    kind = BY_NAME[name]
+    blocks = np.random.default_rng(0).integers(0, 256, (7, kind.block_bytes), dtype=np.uint8)
+    embedding = PackedEmbedding(torch.from_numpy(blocks), kind, torch.float32)
+    tokens = torch.tensor([[0, 6], [1, 0]])
+    assert_same_bits(embedding(tokens), reference(blocks, kind)[tokens])
 
 
 def test_block_sizes_are_ggufs():
@@ -73,7 +68,10 @@ def test_block_sizes_are_ggufs():
 
 
 def test_unpack_is_the_drawing_in_its_docstring():
-    a, b, c, d = 1, 2, 3, 4
+    a = 1
+    b = 2
+    c = 3
+    d = 4
     assert unpack(torch.tensor([[b << 4 | a, d << 4 | c]], dtype=torch.uint8), 4, 2).tolist() == [
         [a, c, b, d]
     ]
@@ -81,9 +79,8 @@ def test_unpack_is_the_drawing_in_its_docstring():
 
 
 def test_one_q4_0_block_by_hand():
-    block = torch.tensor(
-        [[0x00, 0x38, *([0x90] * 16)]], dtype=torch.uint8
-    )  # d = 0.5; low nibbles 0, high ones 9
+    # d = 0.5; low nibbles 0, high ones 9
+    block = torch.tensor([[0x00, 0x38, *([0x90] * 16)]], dtype=torch.uint8)
     assert dequantize(block, BY_NAME["Q4_0"]).tolist() == [[-4.0] * 16 + [0.5] * 16]
 
 
@@ -109,9 +106,8 @@ def test_packed_layers_are_layers_with_the_unpacked_weights(name, dtype, monkeyp
     x = torch.randn(2, 3, 512, dtype=dtype)
     wanted = F.linear(x, weight)
     error = (PackedLinear(blocks, kind)(x) - wanted).abs().max() / wanted.abs().max()
-    assert error < (
-        1e-2 if dtype.itemsize == 2 else 1e-6
-    )  # other pieces may be summed in another order
+    # other pieces may be summed in another order
+    assert error < (1e-2 if dtype.itemsize == 2 else 1e-6)
     tokens = torch.tensor([[0, 12, 3], [3, 3, 1]])
     embedding = PackedEmbedding(blocks, kind, torch.float32).to(dtype)
     assert torch.equal(embedding(tokens), weight[tokens])
@@ -132,5 +128,6 @@ def test_an_id_outside_a_packed_table_is_an_error_as_in_a_plain_one(id):
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_a_gpu_gives_the_same_bits(name):
     data = torch.randint(0, 256, (64, 4 * BY_NAME[name].block_bytes), dtype=torch.uint8)
-    ours, theirs = dequantize(data.cuda(), BY_NAME[name]).cpu(), dequantize(data, BY_NAME[name])
+    ours = dequantize(data.cuda(), BY_NAME[name]).cpu()
+    theirs = dequantize(data, BY_NAME[name])
     assert ((ours == theirs) | (ours.isnan() & theirs.isnan())).all()
