@@ -1,22 +1,18 @@
-"""Run the code of the book's pages and rewrite the output that stands below it. Nothing else on a
-page changes.
+"""Run the code of the book's pages and rewrite the output below it. Nothing else on a page changes.
 
-    python docs/refresh.py [PAGE ...]          (default: every page; another demo gives another
-                                               output)
+    python docs/refresh.py [PAGE ...]      (default: every page; another demo prints other output)
 
-How a page is written, and what tests/test_docs.py checks:
+How a page is written, and what tests/docs/test_docs.py and tests/docs/test_prompt.py check:
 
-    ```python title="mistral/mlp.py"    a quotation: its lines stand in that file, indented as you
-                                        like.
+    ```python title="mistral/mlp.py"    a quotation: its lines are in that file, at any indentation.
                                         A line `...` stands for lines that are left out.
     ```python                           runs. The blocks of a page are one program, in order, in a
-                                        fresh interpreter as far as the page can tell: it imports
-                                        and seeds what it needs.
+                                        fresh interpreter: the page imports and seeds what it needs.
+                                        Each can be pasted into Python's prompt: an indented block
+                                        ends with an empty line and has none inside.
     ```bash                             commands: the scripts and their options exist
     ```text                             right below a block of python or bash: exactly what it
-                                        prints.
-                                        (So a block of bash runs if one follows; one of python
-                                        always does.)
+                                        prints. (A block of bash runs only if one follows.)
 
 Every other block, and a ```text anywhere else, is shown and not run. Fences begin at the left
 margin.
@@ -46,8 +42,8 @@ class Block:
 
     kind: str  # python, bash, text, ...
     title: str | None  # the file that it quotes
-    first: int  # index of the line with the opening fence ...
-    last: int  # ... and with the closing one
+    first: int  # index of the line with the opening fence
+    last: int  # index of the line with the closing fence
     code: str
 
 
@@ -56,7 +52,9 @@ def blocks(page: str) -> list[Block]:
 
     ValueError for a fence that is not closed or that no rule covers.
     """
-    lines, found, opening = page.splitlines(), [], None
+    lines = page.splitlines()
+    found = []
+    opening = None  # index of a fence that is not closed yet
     for i, line in enumerate(lines):
         if not line.lstrip().startswith("```"):
             continue
@@ -74,9 +72,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def output_of(block: Block, page: str) -> Block | None:
-    """The block that shows what `block` prints: a ```text with nothing but blank lines between
-    them.
-    """
+    """The block that shows what `block` prints: a ```text with only blank lines between them."""
     lines = page.splitlines()
     for other in blocks(page):
         if other.first > block.last:
@@ -88,9 +84,8 @@ def output_of(block: Block, page: str) -> Block | None:
 def run_python(page: str, name: str = "page.md") -> dict[Block, str]:
     """What each block of python on a page prints."""
     code = [block for block in blocks(page) if block.kind == "python" and not block.title]
-    program = [""] * len(
-        page.splitlines()
-    )  # each line at its place, so that an error names the page's line
+    # Each line is at its place, so that an error names the page's line.
+    program = [""] * len(page.splitlines())
     for block in code:
         program[block.first] = f"print({MARK!r})"
         program[block.first + 1 : block.last] = block.code.splitlines()
@@ -124,9 +119,7 @@ def run_bash(page: str) -> dict[Block, str]:
 
 
 def tidy(output: str) -> str:
-    """Output without blanks at the ends of lines and without blank lines at its end, as a page
-    shows it.
-    """
+    """Output as a page shows it: no blanks at the ends of lines, no blank lines at its end."""
     return "\n".join(line.rstrip() for line in output.splitlines()).rstrip()
 
 

@@ -22,7 +22,7 @@ def data() -> dict:
         plan = cache.plan(1)
         cache.begin(plan)
         cache.commit(plan)
-        slots = cache.slot_positions[:, : cache.num_slots]  # the last one takes pads
+        slots = cache.slot_positions
         seen = slots[0][window_mask(torch.tensor([[position]]), slots, WINDOW)[0, 0, 0]]
         steps.append({"slots": slots[0].tolist(), "sees": sorted(seen.tolist())})
     return {"steps": steps}
