@@ -1,4 +1,4 @@
-"""Write a model as a GGUF file that llama.cpp reads, through gguf-py's writer and quantisers."""
+"""Write a model as a GGUF file that llama.cpp reads, through gguf-py's writer and quantizers."""
 
 from contextlib import closing
 from pathlib import Path

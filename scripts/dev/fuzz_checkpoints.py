@@ -1,4 +1,4 @@
-"""Damage a checkpoint's files in thousands of ways: each must load or be refused by name."""
+"""Damage a checkpoint's files in many ways: each must load or be refused with a clear error."""
 
 import argparse
 import random
@@ -18,8 +18,7 @@ import common
 import mistral
 from mistral.engine.memory import format_bytes
 
-# Files that may be damaged anywhere but in the bulk of their weights, where every byte is a valid
-# number
+# Files are damaged up to here: in the bulk of their weights every byte is a valid value.
 HEADER_BYTES = 50_000
 
 
@@ -46,17 +45,15 @@ def main() -> int:
 
 
 def fuzz(source: Path, file: Path, args: argparse.Namespace) -> int:
-    """Run all cases of one file; returns how many gave neither a model nor a CheckpointError."""
+    """Run all cases of one file. Returns how many ended in neither a model nor CheckpointError."""
     outcomes: Counter[str] = Counter()
     slowest = 0.0
     original = file.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        copy = (
-            Path(shutil.copytree(source, Path(folder) / "c"))
-            if source.is_dir()
-            else Path(folder) / source.name
-        )
-        target = copy / file.name if source.is_dir() else copy
+        copy = target = Path(folder) / source.name
+        if source.is_dir():
+            shutil.copytree(source, copy)
+            target = copy / file.name
         for case in range(args.cases):
             generator = random.Random(f"{args.seed} {file.name} {case}")
             target.write_bytes(damage(original, generator))
@@ -78,7 +75,7 @@ def fuzz(source: Path, file: Path, args: argparse.Namespace) -> int:
 
 
 def damage(original: bytes, generator: random.Random) -> bytes:
-    """One of: cut off, bytes changed, bytes removed, bytes put in, a number made huge."""
+    """One of: truncated, bytes changed, bytes removed, bytes inserted, a number made huge."""
     data = bytearray(original)
     at = generator.randrange(min(len(data), HEADER_BYTES))
     match generator.randrange(5):

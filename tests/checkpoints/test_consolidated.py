@@ -107,6 +107,15 @@ def test_sizes_come_from_the_tensors_where_published_files_are_wrong(model, tmp_
     assert (loaded.config.intermediate_size, loaded.config.vocab_size) == (56, 32000)
 
 
+def test_a_stored_output_matrix_of_a_tied_model_must_be_the_embedding(model, tmp_path):
+    write(tmp_path, model, tied_embeddings=True)
+    with pytest.raises(mistral.CheckpointError, match="lm_head.weight differs from"):
+        mistral.load(tmp_path, device="cpu")
+    tied = small.model(torch.bfloat16, vocab_size=32000, tie_word_embeddings=True)
+    loaded, _ = mistral.load(write(tmp_path, tied, tied_embeddings=True), device="cpu")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
 def test_a_folder_with_both_layouts_is_read_as_hugging_faces(tmp_path):
     for file in (small.DATA / "small").iterdir():
         shutil.copyfile(file, tmp_path / file.name)
