@@ -80,7 +80,7 @@ def test_rewinding_within_the_slack_leaves_no_trace(seed):
         left = min(LONG - n for n in at)
         if left < 1:
             break
-        # What is taken back is replaced by other tokens first: nothing of them may stay behind.
+        # Other tokens are read and rolled back first: nothing of them may stay.
         wrong = min(generator.randint(0, slack), left)
         if wrong:
             model(small.tokens(2, wrong, seed=generator.randrange(10**6)), cache)

@@ -61,8 +61,7 @@ class Decoder(ReferenceDecoder):
             raise ValueError("a CUDA graph needs the kernels and a GPU")
         if pdl and on_gpu and arch_for(10 * torch.cuda.get_device_capability(model.device)[0]) < 90:
             raise ValueError(
-                "these kernels support dependent launch only on GPUs of compute capability 9.0 to "
-                "11.x"
+                "dependent launch needs a GPU of compute capability 9.0 to 11.x: leave out pdl"
             )
         graph = on_gpu and not plain if graph is None else graph
         self.steps_in_flight = min(2, slack)
@@ -97,7 +96,7 @@ class Decoder(ReferenceDecoder):
 
     @property
     def logits(self) -> Tensor:
-        """[B, V] in float32: what the next step samples from. ValueError while a row is empty."""
+        """As the reference's, in float32."""
         return super().logits.clone()
 
     @torch.inference_mode()

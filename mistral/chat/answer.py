@@ -10,7 +10,8 @@ from mistral.chat.formats.tool_calls import ToolCallStream
 from mistral.engine.base import Constraint, Engine
 from mistral.engine.constraints import CountsForced
 from mistral.engine.decoder import Decoder
-from mistral.engine.generation import generate, text_until
+from mistral.engine.generation import generate
+from mistral.engine.text import text_until
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer

@@ -82,16 +82,20 @@ class Engine(ABC):
         They are used to check a guess; `rewind` drops the wrong tokens. This default
         takes a forward pass for each id; an engine that guesses overrides it.
         """
-        if self.batch_size > 1 or not ids:
-            raise ValueError(
-                f"verify takes ids, and a decoder of one row; here are {len(ids)} and "
-                f"{self.batch_size}"
-            )
+        self._check_verify(ids)
         rows = []
         for id in ids:
             self.prefill([[id]])
             rows.append(self.logits[0].clone())
         return torch.stack(rows)
+
+    def _check_verify(self, ids: Sequence[int]) -> None:
+        """Raises ValueError for no ids, and for a decoder of several rows."""
+        if self.batch_size > 1 or not ids:
+            raise ValueError(
+                f"verify takes ids, and a decoder of one row; here are {len(ids)} and "
+                f"{self.batch_size}"
+            )
 
     def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
         """Raises ValueError for another number of rows and for ids outside the vocabulary."""

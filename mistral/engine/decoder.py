@@ -86,11 +86,7 @@ class Decoder(Engine):
         They are [T, V] in the model's dtype, and are used to check a guess; `rewind` drops the
         wrong tokens. Raises what `prefill` raises, and ValueError for several rows.
         """
-        if self.batch_size > 1 or not ids:
-            raise ValueError(
-                f"verify takes ids, and a decoder of one row; here are {len(ids)} and "
-                f"{self.batch_size}"
-            )
+        self._check_verify(ids)
         self._append_rows([ids])
         parts: list[Tensor] = []
         while counts := self._next_counts():

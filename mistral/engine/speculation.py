@@ -92,7 +92,7 @@ class LookupDecoder(Engine):
 
     @property
     def logits(self) -> Tensor:
-        """[1, V]: what the next step samples from. ValueError while the row is empty."""
+        """[1, V]: the logits that the next step samples from. ValueError while the row is empty."""
         self._catch_up()
         return self._scores[:1]
 

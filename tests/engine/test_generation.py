@@ -215,7 +215,7 @@ def test_a_gpu_gives_the_greedy_text_of_the_cpu():
     )
 
 
-def test_an_id_is_there_before_the_forward_behind_it():
+def test_an_id_is_returned_before_the_forward_pass_over_it():
     model = small.model()
     forwards = []
     model.model.register_forward_hook(lambda *_: forwards.append(1))
@@ -446,12 +446,12 @@ def test_a_stop_string_ends_the_text_wherever_the_tokens_break(with_true_tokeniz
         "".join(pieces_of(with_true_tokenizer, stop=["never seen, this", stop, stop + "x"]))
         == expected
     )
-    # A beginning of it that goes on differently is released.
+    # A beginning of it that continues differently is released.
     assert "".join(pieces_of(with_true_tokenizer, stop=[stop + "\u0000 no"])) == whole
 
 
 def test_the_stop_string_that_is_complete_first_counts_however_the_text_is_cut():
-    from mistral.engine.generation import text_until
+    from mistral.engine.text import text_until
 
     class Pieces:
         """A tokenizer whose ids are places in a list of pieces."""
@@ -574,7 +574,7 @@ def test_ids_without_a_choice_are_appended_together_without_asking_the_model(mon
     assert ids == constraint.accepted
     assert (len(ids), constraint.asked) == (11, 6)
     assert [ids[i : i + 2] for i in (2, 6)] == [[7, 9], [7, 9]]
-    # The chosen ones are what the model says behind those that were forced.
+    # The chosen ids are those of the model after the forced ones.
     for i in (0, 1, 4, 5, 8, 9):
         assert ids[i] == model(torch.tensor([[1, 5, *ids[:i]]]), last_only=True).argmax().item()
 
@@ -679,7 +679,7 @@ def test_an_engine_that_runs_ahead_gives_the_same_text_and_holds_no_more(samplin
         assert torch.allclose(engines[0].logits, engines[1].logits, atol=1e-12)
 
 
-def test_what_was_started_behind_a_stop_token_or_a_broken_off_text_is_taken_back():
+def test_steps_past_a_stop_token_or_an_interrupt_are_rolled_back():
     model = small.model()
     text = list(generate(model, prompt(5), GREEDY, max_new_tokens=30, stop_tokens=()))
     engine = Ahead(model)

@@ -276,7 +276,7 @@ def test_ids_without_a_choice_are_read_in_one_forward_with_a_guess_or_none_if_th
     lookup.prefill([[2, 3]])
     assert read == []
     lookup.prefill([[6, 1]])
-    # 4 and 5 are taken back, and with them the logits behind 3
+    # 4 and 5 are rolled back, and with them the logits after 3
     assert read == [[3] + [6, 1] + [2, 3, 6, 1]]
     assert torch.allclose(
         lookup.logits, model(torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2, 3, 6, 1]]))[:, -1], atol=1e-12
@@ -295,7 +295,7 @@ def test_forced_ids_count_as_saved_only_if_they_are_reached():
 
 
 @pytest.mark.parametrize("window", [4, None])
-def test_scores_are_the_logits_behind_each_id(window):
+def test_scores_are_the_logits_after_each_id(window):
     model = tiny(sliding_window=window)
     decoder = Decoder(model, 1, 100)
     text = prompt(9)
