@@ -1,7 +1,7 @@
 """The numbers that define one checkpoint."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
@@ -11,14 +11,59 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
     return value
 
 
+def positive_number(name: str, value: Any) -> float:
+    """`value` as a float, from 1e-30 to 1e30; ValueError with its name if not.
+
+    JSON writes some floats without a point. As an integer one above 2**63 would break arithmetic.
+    """
+    if type(value) not in (int, float) or not 1e-30 <= value <= 1e30:
+        raise ValueError(f"{name} must be a positive number (1e-30 to 1e30), not {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryScaling:
+    """How the rotary angles of a model are slowed for sequences longer than it was trained for.
+
+    Hugging Face's names and defaults; rotary.py has the formulas. Linear scaling has a factor and
+    nothing else. Raises ValueError for other values.
+    """
+
+    rope_type: Literal["linear", "yarn"]
+    factor: float  # how many times longer the sequences are
+    original_max_position_embeddings: int | None = None  # trained length; required by YaRN
+    attention_factor: float | None = None  # of cosines and sines; None: follows from the factor
+    beta_fast: float = 32.0  # pairs with more turns than this in the trained length stay as fast
+    beta_slow: float = 1.0  # pairs with fewer turns than this are slowed by the whole factor
+    mscale: float | None = None  # the two of them, if both are given, ...
+    mscale_all_dim: float | None = None  # ... decide an attention_factor that is None
+    truncate: bool = True  # round the ends of the ramp between the two to whole pairs
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "yarn"):
+            raise ValueError(f"rope_type must be linear or yarn, not {self.rope_type!r}")
+        for field in fields(self)[1:]:
+            value = getattr(self, field.name)
+            if self.rope_type == "linear" and field.name != "factor" and value != field.default:
+                raise ValueError(f"{field.name} belongs to yarn, and rope_type is linear")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be true or false, not {value!r}")
+            if field.type is float or (field.type == float | None and value is not None):
+                object.__setattr__(self, field.name, positive_number(field.name, value))
+        if self.rope_type == "yarn":
+            whole_number("original_max_position_embeddings", self.original_max_position_embeddings)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Shape and constants of one Mistral model, under Hugging Face's field names.
 
-    No field has a default: what a checkpoint leaves out follows from a rule that its reader
-    documents, or is an error. Raises ValueError for values that no Mistral can have.
+    No field of the paper's model has a default: what a checkpoint leaves out follows from a rule
+    that its reader documents, or is an error. Raises ValueError for values that no Mistral has.
     Source: Mistral 7B, table 1, https://arxiv.org/abs/2310.06825
     """
+
+    model_type = "mistral"  # Hugging Face's name of the architecture; PEFT asks for it
 
     vocab_size: int  # V: rows of the embedding; may exceed the tokens that the tokenizer knows
     hidden_size: int  # D
@@ -33,14 +78,15 @@ class Config:
     max_position_embeddings: int  # tokens of the longest sequence it was trained for
     tie_word_embeddings: bool  # True: the output matrix is the embedding
     eos_token_id: tuple[int, ...]  # generation stops at any of these
+    rope_scaling: RotaryScaling | None = None  # of models made for longer sequences later
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int or (field.type == int | None and value is not None):
                 whole_number(field.name, value)
-            elif field.type is float and not (type(value) in (int, float) and 0 < value < 1e30):
-                raise ValueError(f"{field.name} must be a positive number, not {value!r}")
+            elif field.type is float:
+                object.__setattr__(self, field.name, positive_number(field.name, value))
             elif field.type is bool and not isinstance(value, bool):
                 raise ValueError(f"{field.name} must be true or false, not {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -50,6 +96,8 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary pairs, not {self.head_dim}")
+        if self.rope_scaling is not None and self.rope_theta <= 1.0:
+            raise ValueError(f"rope_theta must be above 1 to be scaled, not {self.rope_theta}")
         for token in self.eos_token_id:
             if whole_number("eos_token_id", token, least=0) >= self.vocab_size:
                 raise ValueError(

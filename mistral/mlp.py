@@ -1,5 +1,6 @@
 """The feed-forward half of a block."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +20,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
-        # In place: allocating [B, T, F] again costs more than the arithmetic. (Autograd copies what
-        # it needs first.)
-        gate = F.silu(self.gate_proj(x), inplace=True)  # [B, T, F]
+        gate = self.gate_proj(x)  # [B, T, F]
+        if torch.is_grad_enabled() or _is_watched(self.gate_proj):
+            return self.down_proj(F.silu(gate) * self.up_proj(x))
+        # In place: allocating [B, T, F] again costs more than the arithmetic.
+        gate = F.silu(gate, inplace=True)
         return self.down_proj(gate.mul_(self.up_proj(x)))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether its output may be held elsewhere: it has a hook, or is not a plain linear layer."""
+    hooks = module._forward_hooks or nn.modules.module._global_forward_hooks
+    return bool(hooks) or type(module) is not nn.Linear or "forward" in vars(module)

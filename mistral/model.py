@@ -14,6 +14,7 @@ The modules bear the names of Hugging Face's checkpoints, so `state_dict()` has 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from mistral.attention import Attention
 from mistral.cache import LayerCache, RollingCache, chunk_mask, token_counts
 from mistral.config import Config
 from mistral.mlp import MLP
+from mistral.peft_call import tokens_of
 from mistral.rms_norm import RMSNorm
 from mistral.rotary import Rotary
 
@@ -56,7 +58,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling)
 
     def forward(
         self, tokens: Tensor, cache: RollingCache | None, lengths: Sequence[int] | None
@@ -104,10 +106,11 @@ class Mistral(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None = None,
         cache: RollingCache | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         last_only: bool = False,
+        **hugging_face: Any,
     ) -> Tensor:
         """Logits of the token after each position, in the model's dtype.
 
@@ -119,9 +122,17 @@ class Mistral(nn.Module):
         last_only  return only each row's last real position, [B, V], instead of [B, T, V]. A row
                    without a real token returns meaningless logits.
 
+        hugging_face  what PEFT's wrapper of a causal model passes, see peft_call.py
+
         Raises ValueError for arguments that are not as above or do not fit together, and if the
         cache has no room.
         """
+        if hugging_face:
+            tokens = tokens_of(hugging_face, tokens)
+        is_tensor = isinstance(tokens, Tensor)
+        if not is_tensor or tokens.dtype not in (torch.int64, torch.int32):
+            kind = tokens.dtype if is_tensor else type(tokens).__name__
+            raise ValueError(f"tokens must be an int64 tensor [B, T], not {kind}")
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens must be [B, T] with T >= 1, not {list(tokens.shape)}")
         if cache is not None and cache.batch_size != tokens.shape[0]:
@@ -138,6 +149,10 @@ class Mistral(nn.Module):
             last = torch.tensor(counts).to(x.device, non_blocking=True).sub(1).clamp(min=0)
             x = x[torch.arange(x.shape[0], device=x.device), last]  # [B, D]
         return self.lm_head(x)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT looks for it when it wraps a causal model; `mistral.generate` generates."""
+        raise NotImplementedError("call mistral.generate(model, ...), which takes PEFT's models")
 
     def new_cache(
         self, batch_size: int, max_tokens: int | None = None, slack: int = 0

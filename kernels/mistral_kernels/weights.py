@@ -54,7 +54,8 @@ class Weights(NamedTuple):
     """The weights of the whole model."""
 
     embedding: Matrix  # [V, D]
-    frequencies: Tensor  # fp32 [H/2]
+    frequencies: Tensor  # fp32 [H/2], of Rotary
+    attention_factor: float  # of Rotary
     layers: list[_LayerWeights]
     norm: _Scaled
     head: Weight  # [V, D]
@@ -76,6 +77,7 @@ class _InPlanes:
         return restore_rows(self.planes, which)
 
 
+@torch.inference_mode(False)  # else the model's parameters could not be trained any more
 @torch.no_grad()
 def weights_of(model: Mistral) -> Weights:
     """The weights of a model; Q, K and V are now stacked in one matrix, and gate and up in another.
@@ -109,6 +111,7 @@ def weights_of(model: Mistral) -> Weights:
     return Weights(
         embedding=embedding,
         frequencies=trunk.rotary.frequencies,
+        attention_factor=trunk.rotary.attention_factor,
         layers=layers,
         norm=scaled(trunk.norm),
         head=head,

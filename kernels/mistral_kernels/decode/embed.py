@@ -3,7 +3,8 @@
     residual = row of the table          fp32 [B, D]
     x, sums  = residual * norm, and partial sums of residual^2: the input of the first layer, as
                `project` writes that of the others
-    cos, sin = of position * theta^(-2i/H), fp32
+    cos, sin = of position * frequency of the pair, times the attention factor (mistral/rotary.py),
+               fp32
     slot     = position mod S, the slot of this position in the ring of S slots; S itself, which is
                never read, for an idle row (position -1)
 
@@ -49,6 +50,7 @@ def embed_reference(
     sin: Tensor,
     slots: Tensor,
     num_slots: int,
+    attention_factor: float = 1.0,
 ) -> None:
     """`embed` in plain PyTorch."""
     if isinstance(table, Planes):
@@ -58,14 +60,15 @@ def embed_reference(
     x.copy_(activation(residual * norm.float(), x.dtype))
     sums.copy_(residual.square().unflatten(-1, (-1, TILE)).sum(-1))
     angles = positions[:, None].float() * frequencies  # [B, H/2]
-    cos.copy_(angles.cos())
-    sin.copy_(angles.sin())
+    cos.copy_(angles.cos() * attention_factor)
+    sin.copy_(angles.sin() * attention_factor)
     slots.copy_((positions % num_slots).masked_fill(positions < 0, num_slots))
 
 
 @triton.jit(do_not_specialize=["num_slots"])
 def embed_kernel(
     tokens, positions, table, norm, frequencies, residual, x, sums, cos, sin, slots, num_slots,
+    attention_factor,
     D: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One CTA: BLOCK elements of one row; the row's first CTA also handles its position."""
@@ -90,8 +93,8 @@ def embed_kernel(
         i = tl.arange(0, triton.next_power_of_2(H // 2))
         pair = i < H // 2
         angle = position.to(tl.float32) * tl.load(frequencies + i, mask=pair, other=0.0)
-        tl.store(cos + b * (H // 2) + i, tl.cos(angle), mask=pair)
-        tl.store(sin + b * (H // 2) + i, tl.sin(angle), mask=pair)
+        tl.store(cos + b * (H // 2) + i, tl.cos(angle) * attention_factor, mask=pair)
+        tl.store(sin + b * (H // 2) + i, tl.sin(angle) * attention_factor, mask=pair)
         tl.store(slots + b, tl.where(position < 0, num_slots, position % num_slots))
 
 
@@ -120,19 +123,21 @@ def embed(
     sin: Tensor,
     slots: Tensor,
     num_slots: int,
+    attention_factor: float = 1.0,
 ) -> None:
     """Begin a step.
 
     tokens, positions  int64 [B]: the new tokens and their positions; -1: the row is idle
     table              [V, D]: the embedding, plain or packed
     norm               [D]: the first layer's input norm, from `scaled_norm`
-    frequencies        fp32 [H/2]: theta^(-2i/H)
+    frequencies        fp32 [H/2]: of Rotary (mistral/rotary.py)
     residual, sums     fp32 [B, D] and [B, D/16], written
     x                  [B, D] of the weights' dtype, or if the model has packed weights fp16
                        (fp32, if the model is in fp32); written
     cos, sin           fp32 [B, H/2], written
     slots              int64 [B], written
     num_slots          S of the RollingCache
+    attention_factor   of Rotary: 1 unless the angles are scaled by YaRN
 
     Raises ValueError if D is not a multiple of 32 or B is above 16, for non-contiguous tensors, and
     if no kernel can run on this device.
@@ -140,4 +145,5 @@ def embed(
     (memory,), (kind,), _ = operands(x, table)
     shape = launch(tokens.shape[0], table.shape[1], 2 * frequencies.shape[0], arch_of(x), kind)
     written = (residual, x, sums, cos, sin, slots)
-    shape.run(embed_kernel, tokens, positions, memory, norm, frequencies, *written, num_slots)
+    read = (tokens, positions, memory, norm, frequencies)
+    shape.run(embed_kernel, *read, *written, num_slots, attention_factor)

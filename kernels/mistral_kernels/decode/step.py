@@ -154,6 +154,7 @@ class DecodeStep:
         do.embed(
             tokens, positions, table, w.layers[0].input_norm.weight, w.frequencies,
             residual, x, sums, self._cos, self._sin, self._slots, cache.num_slots,
+            w.attention_factor,
         )  # fmt: skip
 
         # 2. The layers. `project` also multiplies x by the weight of the norm that comes next.
