@@ -1,122 +1,150 @@
-"""Text to token ids and back, with the sentencepiece model that a checkpoint carries.
+"""Text to token ids and back, with the vocabulary that a checkpoint carries.
 
 Control tokens (`<s>`, `</s>`, `<|im_start|>`, ...) are kept apart from text in both directions:
 text that spells one stays text unless the caller asks otherwise, and decoding omits them unless
-asked. Every stretch of text between control tokens gets a leading space of its own: the training
+asked. Tokens that were added as text (`<think>`, new words) are text.
+
+The pieces themselves are found by a library, see `mistral/pieces/`. With most tokenizers of
+Mistral every stretch of text between added tokens gets a leading space of its own: the training
 data of Mistral and Hermes were split like this (Hugging Face calls it `legacy`).
 """
 
 import codecs
-import re
+import operator
 from collections.abc import Iterable, Mapping
 
-from sentencepiece import SentencePieceProcessor
-
 from mistral.errors import CheckpointError
-
-SPACE = "\u2581"  # sentencepiece's spelling of a space inside a piece: ▁
+from mistral.pieces import (
+    AddedToken,
+    Pieces,
+    Place,
+    SentencePieces,
+    Splitter,
+    is_control_spelling,
+)
+from mistral.pieces.model_proto import CONTROL, UNKNOWN, UNUSED, USER_DEFINED
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.
 
-    model_proto  the bytes of a `tokenizer.model`
-    added        id -> text of the tokens outside of it, all of them control tokens
-    stop_ids     ids at which generation ends; the first is `eos_id`. None: the sentencepiece
-                 model's end token
-    bos_id       the begin-of-text token. None: the sentencepiece model's own
+    pieces          the trained vocabulary; bytes: those of a `tokenizer.model`
+    added           id -> the tokens that were added to it; a string is a control token
+    stop_ids        ids at which generation ends; the first is `eos_id`. None: the vocabulary's own
+                    end token
+    bos_id          the begin-of-text token. None: the vocabulary's own
+    adds_bos        whether the checkpoint wants the begin-of-text token before a text
+    chat_templates  the chat templates of the checkpoint by name; the one to use is "default"
+
+    An added token is a control token if it is special, begins or ends a text, or is spelled like
+    one (`is_control_spelling`); all others are text.
 
     Raises CheckpointError for bytes that are not a sentencepiece model, for added tokens that
-    contradict it, and for a `bos_id` that is not a control token.
+    contradict the vocabulary, and for a `bos_id` that is not a control token.
     """
 
     def __init__(
         self,
-        model_proto: bytes,
-        added: Mapping[int, str] = {},
+        pieces: bytes | Pieces,
+        added: Mapping[int, str | AddedToken] = {},
         stop_ids: Iterable[int] | None = None,
         bos_id: int | None = None,
+        *,
+        adds_bos: bool = True,
+        chat_templates: Mapping[str, str] = {},
     ):
-        # 1. The sentencepiece model.
-        self.model_proto = model_proto
-        self._pieces = SentencePieceProcessor()
-        try:
-            self._pieces.LoadFromSerializedProto(model_proto)
-            pieces = [self._pieces.IdToPiece(id) for id in range(len(self._pieces))]
-        except (RuntimeError, TypeError, UnicodeDecodeError) as error:
-            raise CheckpointError(
-                f"not a sentencepiece model ({len(model_proto)} bytes): {error}"
-            ) from error
-        if not pieces:
-            raise CheckpointError("the sentencepiece model has no pieces")
-        self.adds_space = "".join(self._pieces.encode("a", out_type=str)).startswith(SPACE)
-        # A newline is always a piece of its own, so text after one is split as if it came first.
-        self._newline = self._pieces.encode("\n")
-
-        # 2. The control tokens. The unknown token is one of them: it stands for no text, and byte
-        #    pieces leave nothing unknown.
-        _check_added(added, pieces)
-        self.added = {id: text for id, text in added.items() if id >= len(pieces)}
-        self.vocab_size = max(self.added, default=len(pieces) - 1) + 1
-        self._control: dict[int, str] = {}
-        for id, piece in enumerate(pieces):
-            if self._pieces.IsControl(id) or self._pieces.IsUnknown(id):
-                self._control[id] = piece
-        self._control |= self.added
-        self.control_ids = frozenset(self._control)
-        self._control_id = {text: id for id, text in self._control.items()}
-        longest_first = sorted(self._control_id, key=len, reverse=True)
-        any_control = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
-        self._special = re.compile(f"({any_control})")
-
-        # 3. The tokens that begin and end a text.
-        own_begin = self._pieces.bos_id() if self._pieces.bos_id() >= 0 else None
-        self.bos_id: int | None = own_begin if bos_id is None else bos_id
-        if bos_id is not None and bos_id not in self._control:
-            raise CheckpointError(f"the begin token {bos_id} is not a control token")
-        own_end = (self._pieces.eos_id(),) if self._pieces.eos_id() >= 0 else ()
+        # 1. The tokens that begin and end a text.
+        pieces = SentencePieces(pieces) if isinstance(pieces, bytes) else pieces
+        self.bos_id: int | None = pieces.bos_id if bos_id is None else bos_id
+        own_end = () if pieces.eos_id is None else (pieces.eos_id,)
         self.stop_ids = own_end if stop_ids is None else tuple(stop_ids)
         self.eos_id: int | None = self.stop_ids[0] if self.stop_ids else None
+        self.adds_bos = adds_bos
+        self.chat_templates = dict(chat_templates)
 
-        # 4. The bytes that each piece stands for.
-        self._bytes = [self._piece_bytes(id, piece) for id, piece in enumerate(pieces)]
+        # 2. The added tokens: control tokens and words.
+        listed = {
+            id: AddedToken(token) if isinstance(token, str) else token
+            for id, token in added.items()
+        }
+        _check_added(listed, pieces)
+        self.words: dict[int, AddedToken] = dict(pieces.words)
+        controls = {id: AddedToken(text) for id, text in pieces.control.items()}
+        for id, token in listed.items():
+            marked = token.special or id == self.bos_id or id in self.stop_ids
+            if marked or id in controls or is_control_spelling(token.text):
+                controls[id] = token
+                self.words.pop(id, None)
+            else:
+                self.words[id] = token
+        self.added_tokens = controls | self.words
+        self.added = {id: token.text for id, token in listed.items() if id >= pieces.size}
+        self.vocab_size = max(pieces.size, max(self.added, default=-1) + 1)
+        self.control_ids = frozenset(controls)
+        self._control = {id: token.text for id, token in controls.items()}
+        self._control_id = {text: id for id, text in self._control.items()}
+        if bos_id is not None and bos_id not in controls:
+            raise CheckpointError(f"the begin token {bos_id} is not a control token")
+
+        # 3. The pieces, and how to split a text at the added tokens that are searched for.
+        self.pieces = pieces.without(self.control_ids)
+        self._splitters = {
+            True: self._splitters_for(self.added_tokens),
+            False: self._splitters_for(self.words),
+        }
+        self._space_follows = self._tokens_before_a_space()
 
     def encode(
         self, text: str, bos: bool = True, special: bool = False, prefix_space: bool = True
     ) -> list[int]:
         """Ids of `text`.
 
-        bos           begin with exactly one begin-of-text token: if `special` finds it at the
-                      beginning of the text, no other is added
+        bos           begin with exactly one begin-of-text token, if the checkpoint wants one
+                      (`adds_bos`): if `special` finds it at the beginning of the text, no other is
+                      added
         special       parse control tokens that are spelled in the text. False: they stay text, and
                       no text can produce a control id
-        prefix_space  give each stretch of text the leading space that words have inside a sentence.
-                      False: the text continues other text
+        prefix_space  give each stretch of text the leading space that words have inside a sentence,
+                      as the vocabulary wants it. False: the text continues other text
 
-        Raises ValueError for text that is not valid Unicode, and for `bos` if the model has no such
-        token.
+        Raises ValueError for text that is not valid Unicode or that the vocabulary cannot spell,
+        and for `bos` if the checkpoint wants a begin token and has none.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"a str is needed, not {type(text).__name__}")
         text.encode("utf-8")  # a lone surrogate: UnicodeEncodeError, which is a ValueError
+        bos = bos and self.adds_bos
         if bos and self.bos_id is None:
             raise ValueError("this tokenizer has no begin-of-text token; encode with bos=False")
         ids = [self.bos_id] if bos else []
-        # Split at the control tokens, the odd parts are the control tokens themselves.
-        for i, part in enumerate(self._special.split(text) if special else [text]):
-            if i % 2:
-                ids.append(self._control_id[part])
-            elif part and prefix_space:
-                ids += self._pieces.encode(part)
-            elif part:
-                ids += self._pieces.encode("\n" + part)[len(self._newline) :]
+        place = Place.START if prefix_space else Place.INSIDE
+        raw, normalized = self._splitters[special]
+        for id, part in raw.split(text):
+            if id is None:
+                ids += self._encode_part(part, place, normalized)
+            else:
+                ids.append(id)
+                if prefix_space or id in self.words:
+                    place = Place.AFTER_TOKEN
         return ids[1:] if bos and ids[1:2] == [self.bos_id] else ids
+
+    def encode_after_control(self, text: str) -> list[int]:
+        """Ids of a text that follows a control token, as `encode` with `special` splits it there.
+
+        The text itself has no control tokens. Raises ValueError as `encode` does.
+        """
+        prefix_space = Place.AFTER_TOKEN in self.pieces.space_at
+        return self.encode(text, bos=False, prefix_space=prefix_space)
 
     def decode(self, ids: Iterable[int], control: bool = False) -> str:
         """Text of `ids`; the inverse of `encode`, for text without U+2581.
 
         Control tokens are omitted, or spelled if `control` is set. Bytes that are not valid UTF-8
         become U+FFFD, one for each longest run that could have begun a character, as Unicode
-        recommends.
+        recommends. Raises ValueError for anything but whole numbers.
         """
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise ValueError(f"ids are needed, not {ids!r}")
         stream = TextStream(self, strip_leading_space=True, control=control)
         return "".join([stream.feed(id) for id in ids] + [stream.finish()])
 
@@ -130,7 +158,13 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes | None:
         """The UTF-8 bytes of a token, perhaps part of a character; None if it has no text."""
-        return self._bytes[id] if 0 <= id < len(self._bytes) else None
+        if id in self.control_ids:
+            return None
+        if word := self.words.get(id):
+            if word.normalized:
+                return self.pieces.text_bytes(self.pieces.normalize(word.text, Place.START))
+            return word.text.encode("utf-8")
+        return self.pieces.token_bytes(id)
 
     def control_text(self, id: int) -> str | None:
         """The spelling of a control token; None for every other id."""
@@ -140,39 +174,73 @@ class Tokenizer:
         """The id of the control token with this spelling; None if there is none."""
         return self._control_id.get(text)
 
+    @property
+    def adds_space(self) -> bool:
+        """Whether a text gets a leading space that is not part of it."""
+        return Place.START in self.pieces.space_at
+
+    @property
+    def model_proto(self) -> bytes:
+        """The bytes of the sentencepiece model. ValueError if the vocabulary is another one."""
+        if not isinstance(self.pieces, SentencePieces):
+            raise ValueError("this tokenizer was not made of a sentencepiece model")
+        return self.pieces.model_proto
+
     def vocabulary(self) -> list[tuple[str, float, int]]:
         """Text, score and type of every id, the type numbered as in sentencepiece and GGUF.
 
-        1 ordinary, 2 unknown, 3 control, 5 unused, 6 byte. (4 is user-defined, which the library
-        calls ordinary.) Added tokens are control tokens; an id between them without a token is
-        unused, as [PAD<id>].
+        1 ordinary, 2 unknown, 3 control, 4 text that was added, 5 unused, 6 byte. An id without a
+        token is unused, as [PAD<id>].
         """
-        pieces = self._pieces
-        types = {2: pieces.IsUnknown, 3: pieces.IsControl, 5: pieces.IsUnused, 6: pieces.IsByte}
-        entries = []
-        for id in range(len(pieces)):
-            type = next((number for number, holds in types.items() if holds(id)), 1)
-            entries.append((pieces.IdToPiece(id), pieces.GetScore(id), type))
-        for id in range(len(pieces), self.vocab_size):
-            if id in self.added:
-                entries.append((self.added[id], -1000.0, 3))
-            else:
-                entries.append((f"[PAD{id}]", -1000.0, 5))
+        entries = self.pieces.entries()
+        for id in range(len(entries), self.vocab_size):
+            entries.append((f"[PAD{id}]", -1000.0, UNUSED))
+        for id, token in self.added_tokens.items():
+            _, score, type = entries[id]
+            if type != UNKNOWN:
+                entries[id] = (token.text, score, USER_DEFINED if id in self.words else CONTROL)
         return entries
 
-    def _piece_bytes(self, id: int, piece: str) -> bytes | None:
-        if id in self._control or self._pieces.IsUnused(id):
-            return None
-        if self._pieces.IsByte(id):
-            return bytes([int(piece[3:-1], 16)])  # <0x0A>
-        return piece.replace(SPACE, " ").encode("utf-8")
+    def _splitters_for(self, tokens: Mapping[int, AddedToken]) -> tuple[Splitter, Splitter]:
+        """What splits a text at these tokens: the text as it is, and then its normalized parts."""
+        raw = {id: token for id, token in tokens.items() if not token.normalized}
+        normalized = {id: token for id, token in tokens.items() if token.normalized}
+        spelled = {
+            id: self.pieces.normalize(token.text, Place.START) for id, token in normalized.items()
+        }
+        return Splitter(raw), Splitter(normalized, spelled)
 
-    def _begins_with_space(self, id: int) -> bool:
-        return (
-            self.adds_space
-            and (self.token_bytes(id) or b"").startswith(b" ")
-            and not self._pieces.IsByte(id)
+    def _encode_part(self, text: str, place: Place, normalized: Splitter) -> list[int]:
+        """Ids of text between the added tokens that are searched for in the text as it is."""
+        if not normalized:
+            return self.pieces.encode(text, place)
+        ids = []
+        for id, part in normalized.split(self.pieces.normalize(text, place)):
+            if id is None:
+                ids += self.pieces.encode_normalized(part, place)
+            else:
+                ids.append(id)
+                place = Place.AFTER_TOKEN
+        return ids
+
+    def _tokens_before_a_space(self) -> frozenset[int]:
+        """The added tokens after which text gets a leading space that is not part of it."""
+        if Place.AFTER_TOKEN not in self.pieces.space_at:
+            return frozenset()
+        # A normalizer adds the space before normalized tokens are found, a pre-tokenizer after it.
+        from_normalizer = self.pieces.normalize("a", Place.AFTER_TOKEN) != "a"
+        return frozenset(
+            id
+            for id, token in self.added_tokens.items()
+            if not (from_normalizer and token.normalized)
         )
+
+    def _without_added_space(self, id: int, text: bytes) -> bytes:
+        """The bytes of the first token of a text, without the space that `encode` has added."""
+        is_raw_word = id in self.words and not self.words[id].normalized
+        if is_raw_word or self.pieces.is_byte(id):
+            return text
+        return text.removeprefix(b" ")
 
 
 class TextStream:
@@ -180,22 +248,28 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, strip_leading_space: bool, control: bool):
         self._tokenizer = tokenizer
-        self._at_start = strip_leading_space
+        self._at_start = strip_leading_space and tokenizer.adds_space
         self._control = control
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, id: int) -> str:
         """The text that one more id makes final; often "" inside a character of several bytes."""
-        piece = self._tokenizer.token_bytes(id)
+        tokenizer = self._tokenizer
+        try:
+            id = operator.index(id)  # of numpy and of PyTorch, too
+        except TypeError:
+            raise ValueError(f"an id is a whole number, not {id!r}") from None
+        piece = tokenizer.token_bytes(id)
         if piece is None:  # a control token, or an id without a token: the text before it has ended
             text = self.finish()
-            self._at_start = id in self._tokenizer.control_ids
+            is_begin = id == tokenizer.bos_id
+            self._at_start = id in tokenizer._space_follows or (is_begin and self._at_start)
             if self._control:
-                text += self._tokenizer.control_text(id) or ""
+                text += tokenizer.control_text(id) or ""
             return text
-        if self._at_start and self._tokenizer._begins_with_space(id):
-            piece = piece[1:]
-        self._at_start = False
+        if self._at_start:
+            piece = tokenizer._without_added_space(id, piece)
+        self._at_start = id in tokenizer._space_follows
         return self._utf8.decode(piece)
 
     def finish(self) -> str:
@@ -205,13 +279,16 @@ class TextStream:
         return text
 
 
-def _check_added(added: Mapping[int, str], pieces: list[str]) -> None:
+def _check_added(added: Mapping[int, AddedToken], pieces: Pieces) -> None:
     """Raises CheckpointError for two ids of one text, and for ids that are another piece's."""
-    if len(set(added.values())) < len(added):
-        twice = next(text for text in added.values() if list(added.values()).count(text) > 1)
-        raise CheckpointError(f"added token {twice!r} has two ids")
-    for id, text in added.items():
+    ids: dict[str, int] = {}
+    for id, token in added.items():
+        text = token.text
         if not text or id < 0:
             raise CheckpointError(f"added token {id} ({text!r}) needs text and an id of 0 or more")
-        if id < len(pieces) and pieces[id] != text:
-            raise CheckpointError(f"added token {text!r} claims id {id}, which is {pieces[id]!r}")
+        if ids.setdefault(text, id) != id:
+            raise CheckpointError(f"added token {text!r} has two ids")
+        if id < pieces.size and pieces.spelling(id) not in (text, None):
+            raise CheckpointError(
+                f"added token {text!r} claims id {id}, which is {pieces.spelling(id)!r}"
+            )
