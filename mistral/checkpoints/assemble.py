@@ -1,17 +1,16 @@
 """The steps of loading that every layout shares: checks, memory, and assembling the model."""
 
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mistral.checkpoints.foreign import what_else
 from mistral.checkpoints.names import EMBEDDING, OUTPUT, tensor_shapes
-from mistral.checkpoints.reader import Reader, StoredTensor, blaming, dtype_name
+from mistral.checkpoints.reader import Reader, StoredTensor, blaming
 from mistral.config import Config
-from mistral.engine.memory import format_bytes, require_memory
-from mistral.errors import CheckpointError
+from mistral.errors import CheckpointError, one_line
 from mistral.model import Mistral
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import PackedEmbedding, PackedLinear, TiedOutput
@@ -23,7 +22,9 @@ def match_tensors(reader: Reader, config: Config) -> dict[str, StoredTensor]:
 
     Raises CheckpointError, with names and both shapes, if they are not those of the config.
     """
-    found = reader.tensors()
+    found = {name: t for name, t in reader.tensors().items() if not reader.ignores(name)}
+    if described := what_else(found, reader.layer_prefix):
+        raise CheckpointError(f"{reader.path}: {described}")
     in_layers = [name for name in found if name.startswith(reader.layer_prefix)]
     layers = len({name.removeprefix(reader.layer_prefix).split(".")[0] for name in in_layers})
     # First, since the next steps take time for each layer: a forged number could be huge.
@@ -42,8 +43,8 @@ def match_tensors(reader: Reader, config: Config) -> dict[str, StoredTensor]:
         elif tensor is not None and tensor.shape != shape:
             both = f"{list(tensor.shape)} in the file and {list(shape)} by the config"
             problems.append(f"{theirs[name]} is {both}")
-    unknown = sorted(name for name in found if name not in ours and not reader.ignores(name))
-    problems += [f"{name} is not part of a Mistral" for name in unknown]
+    unknown = sorted(name for name in found if name not in ours)
+    problems += [f"{one_line(name, 100)} is not part of a Mistral" for name in unknown]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{reader.path}: {'; '.join(problems[:3])}{more}")
@@ -72,29 +73,9 @@ def rounded_types(
         if columns % kind.block_weights:
             raise ValueError(
                 f"{source}: {kind.name} stores blocks of {kind.block_weights} weights, and "
-                f"{tensor} has rows of {columns}: leave out quantize"
+                f'{tensor} has rows of {columns}: leave out quantize="{name}"'
             )
     return kinds
-
-
-def require_room(
-    source: Path,
-    stored: Mapping[str, StoredTensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    kinds: Mapping[str, GgmlType],
-) -> None:
-    """Raises NotEnoughMemory, which tells what would fit, if the weights do not fit on the device.
-
-    kinds  types of the tensors that are packed; all others are in `dtype`
-    """
-    num_parameters = sum(prod(tensor.shape) for tensor in stored.values())
-    size = num_parameters * dtype.itemsize
-    for name, kind in kinds.items():
-        weights = prod(stored[name].shape)
-        size += weights // kind.block_weights * kind.block_bytes - weights * dtype.itemsize
-    what = f"{source.resolve().stem} in {dtype_name(dtype)}"
-    require_memory(size, device, what, lambda free: _what_fits(num_parameters, free))
 
 
 def check_tied_output(
@@ -152,14 +133,3 @@ class Parts:
             # One parameter again, not two that share memory.
             model.lm_head.weight = embedding.weight
         return model.to(self._device)  # moves what is not a weight: the rotary frequencies
-
-
-def _what_fits(num_parameters: int, free: int) -> str:
-    for dtype in (torch.float32, torch.bfloat16):
-        size = num_parameters * dtype.itemsize
-        if size <= free:
-            return f"in {dtype_name(dtype)} ({format_bytes(size)}) it would fit"
-    return (
-        f"at 2 bytes a weight {free // 2 / 1e9:.2f} billion weights would fit, and it has "
-        f"{num_parameters / 1e9:.2f}"
-    )

@@ -5,20 +5,19 @@ https://github.com/mistralai/mistral-inference
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from mistral.checkpoints.foreign import require_plain
 from mistral.checkpoints.names import consolidated_names
-from mistral.checkpoints.reader import MappedTensor, Reader, StoredTensor, blaming
+from mistral.checkpoints.pickle_files import pickled_tensors
+from mistral.checkpoints.reader import Reader, StoredTensor, blaming
 from mistral.checkpoints.safetensors_files import tensors_in
 from mistral.config import Config, whole_number
-from mistral.errors import CheckpointError
+from mistral.errors import CheckpointError, one_line
 from mistral.files import read_json
 from mistral.tokenizer import Tokenizer
+from mistral.unreadable import is_there
 
 _SAFETENSORS = "consolidated.safetensors"
 _PICKLE = "consolidated.00.pth"
@@ -36,7 +35,9 @@ class ConsolidatedReader(Reader):
 
     def __init__(self, folder: Path):
         self.path = folder
-        self._tensors = _read_tensors(folder)
+        found = _read_tensors(folder)
+        self._tensors = {name: t for name, t in found.items() if not self.ignores(name)}
+        require_plain(self._tensors, method=None)
 
     def config(self) -> Config:
         """params.json as a Config.
@@ -51,12 +52,12 @@ class ConsolidatedReader(Reader):
         with blaming(path):
             return _config(params, self._tensors)
 
-    def tokenizer(self, stop_ids: tuple[int, ...]) -> Tokenizer:
+    def tokenizer(self, config: Config) -> Tokenizer:
         """tokenizer.model, or .model.v1 to .model.v3 as newer checkpoints name it."""
         for path in (self.path / name for name in _TOKENIZERS):
-            if path.is_file():
+            if is_there(path):
                 with blaming(path):
-                    return Tokenizer(path.read_bytes(), stop_ids=stop_ids or None)
+                    return Tokenizer(path.read_bytes(), stop_ids=config.eos_token_id or None)
         raise CheckpointError(f"{self.path} has no tokenizer.model")
 
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -70,54 +71,13 @@ class ConsolidatedReader(Reader):
         return name.startswith("rope.")
 
 
-@dataclass(frozen=True, eq=False)
-class _PickledTensor(MappedTensor):
-    """A tensor of a pickle, whose data is mapped into memory."""
-
-    path: Path
-    name: str
-    data: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.data.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.data.nbytes
-
-    def mapped(self) -> Tensor:
-        return self.data
-
-
 def _read_tensors(folder: Path) -> Mapping[str, StoredTensor]:
-    if (folder / _SAFETENSORS).is_file():
+    if is_there(folder / _SAFETENSORS):
         return tensors_in(folder / _SAFETENSORS)
     path = folder / _PICKLE
-    if not path.is_file():
+    if not is_there(path):
         raise CheckpointError(f"{folder} has params.json, but neither {_SAFETENSORS} nor {_PICKLE}")
-    try:
-        # weights_only: tensors and nothing else, so that no code in the file can run.
-        # mmap: the data is read when it is used.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a forged pickle can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or holds more than tensors ({reason})") from error
-    if not isinstance(tensors, dict) or not all(map(_is_plain, tensors, tensors.values())):
-        raise CheckpointError(f"{path} is not a dictionary of floating-point tensors")
-    return {name: _PickledTensor(path, name, tensor) for name, tensor in tensors.items()}
-
-
-def _is_plain(name: Any, tensor: Any) -> bool:
-    """Whether an entry is a name and a dense floating-point tensor on the CPU."""
-    if not isinstance(name, str) or not isinstance(tensor, Tensor):
-        return False
-    dense = tensor.layout == torch.strided
-    return tensor.is_floating_point() and dense and tensor.device.type == "cpu"
+    return pickled_tensors(path)
 
 
 def _config(params: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> Config:
@@ -127,11 +87,11 @@ def _config(params: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> Conf
     if gate is None or embedding is None or len(gate.shape) != 2 or len(embedding.shape) != 2:
         raise ValueError(
             "the weights in the same folder have no layers.0.feed_forward.w1.weight or "
-            "tok_embeddings.weight"
+            f"tok_embeddings.weight (the first is {one_line(next(iter(tensors), 'none'), 100)})"
         )
     for key in _OTHER_MODELS:
         if params.get(key) is not None:
-            raise ValueError(f"{key} is not supported; no Mistral-7B has it")
+            raise ValueError(f"{key} is not supported in this layout; no Mistral-7B has it")
     dim = whole_number("dim", params.get("dim"))
     heads = whole_number("n_heads", params.get("n_heads"))
     window = _window(params)

@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: config, tokenizer and weights in one file or in a split set."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,18 @@ from mistral.config import Config
 from mistral.errors import CheckpointError
 from mistral.quantization.dequantize import dequantize
 from mistral.tokenizer import Tokenizer
+from mistral.unreadable import is_there
+
+# Keys that describe one file or its quantization, not the model
+_OF_THE_FILE = ("general.size_label", "general.type", "quantize.", "split.")
+# Files without a model, by general.type or general.architecture
+_OTHER_TYPES = {
+    "adapter": "a LoRA adapter, not a model: merge it into its base model (llama-export-lora)",
+    "imatrix": "an importance matrix for quantizing, not a model: name the model's GGUF",
+    "mmproj": "a projector of images (mmproj), not a model: name the model's GGUF",
+    "clip": "a projector of images (mmproj), not a model: name the model's GGUF",
+    "controlvector": "a control vector, not a model: name the model's GGUF",
+}
 
 
 class GgufReader(Reader):
@@ -26,6 +38,8 @@ class GgufReader(Reader):
     def __init__(self, path: Path):
         self.path = path
         self.header = _read_files(path)
+        with blaming(path):
+            _require_model(self.header)
         for kind, name in {t.kind: t.name for t in self.header.tensors.values()}.items():
             with blaming(f"{path}: {name}"):
                 dequantize(torch.zeros(1, kind.block_bytes, dtype=torch.uint8), kind)
@@ -42,22 +56,46 @@ class GgufReader(Reader):
         decided = "attending to everything"
         if window is not None:
             decided = f"taking v0.1's window of {window:,}"
+        scaled = "" if config.rope_scaling is None else "scaled angles, "
         return (
-            f"{self.path.name} names no sliding window; with rotary base {config.rope_theta:,.0f} "
-            f"and {config.max_position_embeddings:,} positions {decided} "
+            f"{self.label()} names no sliding window; with {scaled}rotary base "
+            f"{config.rope_theta:,.0f} and {config.max_position_embeddings:,} positions {decided} "
             "(sliding_window=... overrides)"
         )
 
-    def tokenizer(self, stop_ids: tuple[int, ...]) -> Tokenizer:
+    def tokenizer(self, config: Config) -> Tokenizer:
         """The tokenizer rebuilt from the vocabulary in the metadata."""
         with blaming(self.path):
-            return read_tokenizer(self.header.metadata, stop_ids)
+            return read_tokenizer(self.header.metadata, config)
+
+    def model_name(self) -> str | None:
+        """general.name"""
+        name = self.header.metadata.get("general.name")
+        return name if isinstance(name, str) and name.strip() else None
+
+    def not_exported(self, written: Collection[str]) -> list[str]:
+        lost = self.header.metadata.keys() - set(written)
+        return sorted(key for key in lost if not key.startswith(_OF_THE_FILE))
 
     def tensors(self) -> Mapping[str, StoredTensor]:
         return self.header.tensors
 
     def names(self, num_layers: int) -> dict[str, str]:
         return gguf_names(num_layers)
+
+
+def _require_model(header: GgufHeader) -> None:
+    """ValueError for a file with something else."""
+    for key in ("general.type", "general.architecture"):
+        value = header.metadata.get(key)
+        if isinstance(value, str) and value in _OTHER_TYPES:
+            raise ValueError(f"it is {_OTHER_TYPES[value]}")
+    if any(name.endswith(".lora_a") for name in header.tensors):  # before there was general.type
+        raise ValueError(f"it is {_OTHER_TYPES['adapter']}")
+    if not header.tensors:
+        raise ValueError(
+            "it has a vocabulary and no weights (llama.cpp's --vocab-only): name the model's GGUF"
+        )
 
 
 def _read_files(path: Path) -> GgufHeader:
@@ -80,8 +118,10 @@ def _read_files(path: Path) -> GgufHeader:
     tensors = dict(header.tensors)
     for i in range(2, count + 1):
         part = path.with_name(f"{named[1]}-{i:05d}-of-{named[3]}.gguf")
-        if not part.is_file():
-            raise CheckpointError(f"{part} is missing: the split set has {count} files")
+        if not is_there(part):
+            raise CheckpointError(
+                f"{part} is missing: the split set has {count} files; download it into this folder"
+            )
         more, _, number = _read_part(part)
         if number != i - 1 or tensors.keys() & more.tensors.keys():
             raise CheckpointError(f"{part} does not belong to the split set of {path.name}")

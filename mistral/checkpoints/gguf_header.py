@@ -23,6 +23,7 @@ from mistral.checkpoints.gguf_tensor import GgufTensor
 from mistral.config import whole_number
 from mistral.errors import CheckpointError
 from mistral.quantization.ggml_types import GgmlType, ggml_type
+from mistral.unreadable import unfinished, unreadable
 
 # The types of numbers, in the letters that struct and numpy share
 _NUMBERS = {
@@ -85,10 +86,10 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data).header()
+    except CheckpointError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise unreadable(path, error) from error
 
 
 class _Reader:
@@ -102,7 +103,10 @@ class _Reader:
         magic = self.take(4)
         version = self.number("<I")
         if magic != b"GGUF":
-            raise CheckpointError(f"{self.path} is not a GGUF file: it begins with {magic!r}")
+            reason = ValueError(
+                f"it is not a GGUF file: it begins with {magic!r}; download it again"
+            )
+            raise unreadable(self.path, reason)
         if version & 0xFFFF == 0:
             raise CheckpointError(
                 f"{self.path} is a big-endian GGUF file; only little-endian ones are read"
@@ -202,6 +206,5 @@ class _Reader:
         return self.data[self.at - length : self.at]
 
     def bad(self, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} {what} (at byte {self.at:,}); it is damaged, download it again"
-        )
+        remedy = unfinished(self.path) or "it is damaged, download it again"
+        return CheckpointError(f"{self.path} {what} (at byte {self.at:,}); {remedy}")

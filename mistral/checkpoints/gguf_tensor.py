@@ -14,6 +14,7 @@ from mistral.errors import CheckpointError
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import weights_at_once
+from mistral.unreadable import unreadable
 
 # Types that are plain values
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,6 +106,6 @@ class GgufTensor(StoredTensor):
                 file.seek(self.start + first * self.row_bytes)
                 size = file.readinto(into.numpy())
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+            raise unreadable(self.path, error) from error
         if size != into.numel():
             raise CheckpointError(f"{self.path} ends inside {self.name}: it is not complete")

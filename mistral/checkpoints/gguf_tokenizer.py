@@ -1,49 +1,77 @@
-"""The tokenizer of a GGUF file: a sentencepiece model rebuilt from its vocabulary."""
+"""The tokenizer of a GGUF file, rebuilt from its vocabulary.
+
+`llama` is a sentencepiece model. `gpt2` is a byte-level vocabulary, which becomes the content of a
+tokenizer.json.
+"""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mistral.checkpoints.chat_templates import gguf_templates
 from mistral.checkpoints.gguf_header import array, whole
-from mistral.checkpoints.sentencepiece_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    write_model,
-)
-from mistral.tokenizer import SPACE, Tokenizer
+from mistral.checkpoints.pre_tokenizers import BYTES, PRE_TOKENIZERS, begin_template, json_steps
+from mistral.checkpoints.sentencepiece_model import write_model
+from mistral.config import Config
+from mistral.errors import one_line
+from mistral.pieces import SPACE, AddedToken, JsonPieces, is_control_spelling
+from mistral.pieces.model_proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from mistral.tokenizer import Tokenizer
 
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+_READ = ("llama", "gpt2")
 
 
-def read_tokenizer(metadata: Mapping[str, Any], stop_ids: tuple[int, ...]) -> Tokenizer:
+def read_tokenizer(metadata: Mapping[str, Any], config: Config) -> Tokenizer:
     """The tokenizer rebuilt from the vocabulary in the metadata. ValueError if that is bad.
 
-    llama.cpp's own defaults replace ids that are left out: 1 begins a sequence, 0 is the unknown
-    token.
+    llama.cpp's own defaults replace ids that are left out: in a sentencepiece vocabulary 1 begins a
+    sequence, 0 is the unknown token. Warns of tokens for which the model has no row.
     """
     model = metadata.get("tokenizer.ggml.model")
-    pieces = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(model, str) or model != "llama":
-        raise ValueError(f"tokenizer model {model!r}; Mistral-7B's is 'llama' (sentencepiece)")
-    strings = isinstance(pieces, list) and all(isinstance(piece, str) for piece in pieces)
-    if not strings or not pieces:
-        raise ValueError("tokenizer.ggml.tokens is not a list of strings")
-    bos = whole(metadata, "tokenizer.ggml.bos_token_id", 1)
-    unknown = whole(metadata, "tokenizer.ggml.unknown_token_id", 0)
-    if max(bos, unknown) >= len(pieces):
+    if not isinstance(model, str) or model not in _READ:
         raise ValueError(
-            f"the begin token {bos} or the unknown token {unknown} is not one of {len(pieces)} ids"
+            f"tokenizer model {model!r}; Mistral-7B's is 'llama' (sentencepiece), and 'gpt2' "
+            "(byte-level) is read, too"
         )
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    strings = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
+    if not strings or not tokens:
+        raise ValueError("tokenizer.ggml.tokens is not a list of strings")
+    is_llama = model == "llama"
+    bos = whole(metadata, "tokenizer.ggml.bos_token_id", 1 if is_llama else None)
+    unknown = whole(metadata, "tokenizer.ggml.unknown_token_id", 0 if is_llama else None)
 
-    stored = array(metadata, "tokenizer.ggml.token_type", len(pieces))
-    pieces, kinds = _repair_kinds(pieces, stored, unknown, {bos, *stop_ids})
+    kinds = array(metadata, "tokenizer.ggml.token_type", len(tokens))
+    size = _count_with_rows(tokens, kinds, config.vocab_size)
+    if max(bos or 0, unknown or 0) >= size:
+        raise ValueError(
+            f"the begin token {bos} or the unknown token {unknown} is not one of {size} ids"
+        )
+    scores = array(metadata, "tokenizer.ggml.scores", len(tokens)) if is_llama else None
+    tokens = tokens[:size]
+    kinds = None if kinds is None else kinds[:size]
+    if is_llama:
+        scores = None if scores is None else scores[:size]
+        return _sentencepiece(metadata, tokens, kinds, scores, bos, unknown, config.eos_token_id)
+    return _byte_level(metadata, tokens, kinds, bos, config.eos_token_id)
+
+
+def _sentencepiece(  # noqa: PLR0913
+    metadata: Mapping[str, Any],
+    tokens: list[str],
+    stored: list[float] | None,
+    scores: list[float] | None,
+    bos: int,
+    unknown: int,
+    stop_ids: tuple[int, ...],
+) -> Tokenizer:
+    pieces, kinds = _repair_kinds(tokens, stored, unknown, {bos, *stop_ids})
     size = _count_ordinary(pieces, kinds)
     if unknown >= size:
         raise ValueError(f"the unknown token {unknown} comes after the {size} ordinary ones")
-    scores = _repair_scores(pieces, kinds, array(metadata, "tokenizer.ggml.scores", len(pieces)))
+    scores = _repair_scores(pieces, kinds, scores)
     proto = write_model(
         pieces[:size],
         scores[:size],
@@ -52,8 +80,108 @@ def read_tokenizer(metadata: Mapping[str, Any], stop_ids: tuple[int, ...]) -> To
         eos_id=stop_ids[0] if stop_ids[0] < size else None,
         dummy_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True) is not False,
     )
-    added = {i: pieces[i] for i in range(size, len(pieces)) if kinds[i] != UNUSED}
-    return Tokenizer(proto, added, stop_ids, bos)
+    added = {
+        id: AddedToken(pieces[id], special=kinds[id] == CONTROL)
+        for id in range(size, len(pieces))
+        if kinds[id] != UNUSED
+    }
+    return Tokenizer(
+        proto,
+        added,
+        stop_ids,
+        bos,
+        adds_bos=_adds_bos(metadata, True),
+        chat_templates=gguf_templates(metadata),
+    )
+
+
+def _byte_level(
+    metadata: Mapping[str, Any],
+    tokens: list[str],
+    stored: list[float] | None,
+    bos: int | None,
+    stop_ids: tuple[int, ...],
+) -> Tokenizer:
+    # 1. How text is split, and the merges.
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"tokenizer.ggml.pre is {one_line(repr(name), 60)}; byte-level (gpt2) vocabularies are "
+            f"read with {', '.join(PRE_TOKENIZERS)}"
+        )
+    pre_tokenizer = PRE_TOKENIZERS[name]
+    adds_bos = _adds_bos(metadata, pre_tokenizer.adds_bos and bos is not None)
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise ValueError("the tokenizer model is 'gpt2', and tokenizer.ggml.merges is not a list")
+
+    # 2. The tokens: control tokens and words are searched for before the text is split.
+    kinds = [NORMAL] * len(tokens) if stored is None else [int(kind) for kind in stored]
+    vocab: dict[str, int] = {}
+    added: dict[int, AddedToken] = {}
+    for id, (token, kind) in enumerate(zip(tokens, kinds)):
+        if kind == UNUSED or not token or token in vocab:
+            continue
+        vocab[token] = id
+        is_added = kind in (CONTROL, UNKNOWN, USER_DEFINED) or is_control_spelling(token)
+        if is_added or id == bos or id in stop_ids:
+            added[id] = AddedToken(token, special=kind != USER_DEFINED)
+
+    # 3. The content of a tokenizer.json.
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": id, "content": token.text} | token.flags() for id, token in added.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": json_steps(pre_tokenizer),
+        "post_processor": begin_template(tokens[bos], bos) if adds_bos else None,
+        "decoder": BYTES,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre_tokenizer.ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
+    return Tokenizer(
+        JsonPieces(content),
+        added,
+        stop_ids,
+        bos,
+        adds_bos=adds_bos,
+        chat_templates=gguf_templates(metadata),
+    )
+
+
+def _adds_bos(metadata: Mapping[str, Any], default: bool) -> bool:
+    stated = metadata.get("tokenizer.ggml.add_bos_token", default)
+    if not isinstance(stated, bool):
+        raise ValueError(f"tokenizer.ggml.add_bos_token must be true or false, not {stated!r}")
+    return stated
+
+
+def _count_with_rows(tokens: Sequence[str], kinds: Sequence[float] | None, rows: int) -> int:
+    """How many tokens the tokenizer has: added ones at the end need a row of the model."""
+    size = len(tokens)
+    while kinds and size > rows and kinds[size - 1] in (CONTROL, USER_DEFINED, UNUSED):
+        size -= 1
+    named = [f"{tokens[id]} ({id})" for id in range(size, len(tokens)) if kinds[id] != UNUSED]
+    if named:
+        warnings.warn(
+            f"the model has {rows} rows and none for the added tokens {one_line(', '.join(named))} "
+            "in tokenizer.ggml.tokens; they are not used",
+            stacklevel=4,
+        )
+    return size
 
 
 def _repair_kinds(

