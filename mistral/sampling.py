@@ -16,11 +16,10 @@ from torch import Tensor
 
 NEVER = -math.inf
 
-# A step may return these for a row instead of an id. An engine with steps in flight must return the
-# first two itself, because its logits are not checked on the host.
-NO_NUMBERS = -1  # the logits are NaN
-NOTHING_LEFT = -2  # mask and penalties allow no id
-IDLE = -3  # the row is idle: its sampling is None
+# A step returns these for a row instead of an id.
+NO_NUMBERS = -1  # the chosen score is not finite: the logits are NaN or infinite
+NOTHING_LEFT = -2  # every score is -inf: mask, penalties and logits leave no id
+IDLE = -3  # the row is idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        numbers = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
+        for name in numbers:
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(is_number, name, "a number", value)
         # A division by a smaller number would overflow.
         sane = self.temperature == 0 or 1e-5 <= self.temperature < math.inf
         _require(sane, "temperature", "0 (greedy) or 0.00001 or more", self.temperature)
@@ -61,11 +65,10 @@ class Sampling:
         _require(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1", self.typical_p)
         sane = 1e-5 <= self.repetition_penalty <= 1e5
         _require(sane, "repetition_penalty", "between 0.00001 and 100000", self.repetition_penalty)
-        counts = dict(top_k=self.top_k, no_repeat_ngram_size=self.no_repeat_ngram_size)
-        for name, value in counts.items():
-            valid = isinstance(value, int) and value >= 0
-            _require(valid, name, "a whole number of 0 or more", value)
-        valid_seed = self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**64)
+        for name in ("top_k", "no_repeat_ngram_size"):
+            value = getattr(self, name)
+            _require(_is_whole(value) and value >= 0, name, "a whole number of 0 or more", value)
+        valid_seed = self.seed is None or (_is_whole(self.seed) and 0 <= self.seed < 2**64)
         _require(valid_seed, "seed", "a whole number from 0 to 2**64 - 1", self.seed)
 
 
@@ -77,7 +80,7 @@ def next_ids(
     mask: Tensor | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One id a row: int64 [B] on the logits' device. Never synchronizes.
+    """One id a row, NO_NUMBERS or NOTHING_LEFT: int64 [B] on the logits' device.
 
     logits     [B, V], any float dtype
     history    int64 [B, n]: each row's ids so far, from the left; -1 after them
@@ -85,15 +88,24 @@ def next_ids(
     mask       bool [B, V] or [V]: True for an id that is allowed
     generator  of the logits' device; None: the global one
 
-    The result is undefined if no id is allowed or the logits are NaN; `generate` checks both.
+    Never synchronizes: whether there was a choice is part of the result.
     """
     scores = processed_scores(logits, sampling, history, lengths, mask)
     if sampling.temperature == 0:
-        return scores.argmax(dim=-1)
+        best, ids = scores.max(dim=-1)
+        return _checked(ids, best.isfinite(), best)
     # argmax(p / e) with e ~ Exp(1) is a draw from p. torch.multinomial does the same with the same
     # random numbers, but its checks would synchronize.
     exponential = torch.empty_like(scores).exponential_(1, generator=generator)
-    return (scores.softmax(dim=-1) / exponential).argmax(dim=-1)
+    p = scores.softmax(dim=-1)  # NaN in the whole row if a score is NaN or +inf, or all are -inf
+    ids = (p / exponential).argmax(dim=-1)
+    return _checked(ids, p[:, 0].isfinite(), scores.amax(dim=-1))
+
+
+def _checked(ids: Tensor, are_chosen: Tensor, best: Tensor) -> Tensor:
+    """ids [B], with the reason for the rows in which nothing was chosen; `best`: highest scores."""
+    reason = torch.where(best == NEVER, NOTHING_LEFT, NO_NUMBERS)
+    return torch.where(are_chosen, ids, reason)
 
 
 def processed_scores(
@@ -229,14 +241,23 @@ def sample_rows(
     lengths: Sequence[int],
     mask: Tensor | None,
     random: RandomNumbers,
+    counts: Sequence[int],
 ) -> Tensor:
-    """`next_ids` with one Sampling for all rows, or one per row: IDLE for a row without one."""
+    """`next_ids` with one Sampling for all rows, or one per row: int64 [B].
+
+    counts  0 for a row that is idle, which gets IDLE. If the rows share a Sampling, it still draws
+            its share of the random numbers.
+    """
     if isinstance(sampling, Sampling):
         generator = random.generator(sampling.seed)
-        return next_ids(logits, sampling, history, lengths, mask, generator)
+        ids = next_ids(logits, sampling, history, lengths, mask, generator)
+        if all(counts):
+            return ids
+        takes_part = torch.tensor(counts).to(ids.device, non_blocking=True) > 0
+        return torch.where(takes_part, ids, IDLE)
     ids = torch.full((len(logits),), IDLE, device=logits.device)
-    for b, own in enumerate(sampling):
-        if own is not None:
+    for b, (own, count) in enumerate(zip(sampling, counts)):
+        if count:
             row = slice(b, b + 1)
             own_mask = mask[row] if mask is not None and mask.dim() == 2 else mask
             generator = random.generator(own.seed, b)
@@ -249,6 +270,10 @@ def _marked(scores: Tensor, ids: Tensor) -> Tensor:
     B, V = scores.shape
     marked = torch.zeros(B, V + 1, dtype=torch.bool, device=scores.device)
     return marked.scatter_(1, torch.where(ids < 0, V, ids), True)[:, :V]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(holds: bool, name: str, must: str, value: object) -> None:

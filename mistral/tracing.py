@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from mistral.attention import Attention, attend_explicit
 from mistral.cache import RollingCache, window_mask
 from mistral.config import Config
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 from mistral.model import Mistral
 from mistral.rotary import rotate
 

@@ -1,13 +1,17 @@
 """The fast engine: `mistral.Decoder` with CUDA graphs for a token and for short chunks."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from mistral.engine.attached import refuse_attachments
 from mistral.engine.base import IDLE
 from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder as ReferenceDecoder
+from mistral.engine.decoder import computes
+from mistral.engine.given import only_model
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral_kernels.decode.matvec import MAX_BATCH
@@ -17,6 +21,8 @@ from mistral_kernels.portable import arch_for
 from mistral_kernels.prefill.chunk import read_chunk, run_chunk
 from mistral_kernels.sample.sampler import Sampler
 from mistral_kernels.weights import unpacked_kinds
+
+_NAME = "the kernels"
 
 
 class Decoder(ReferenceDecoder):
@@ -41,7 +47,8 @@ class Decoder(ReferenceDecoder):
     The host knows every length (`RollingCache`); a CUDA graph reads them from the device, where
     `_positions` is their copy. A replayed step advances the copy itself.
 
-    Raises ValueError if the kernels cannot run the model or the batch.
+    Raises ValueError if the kernels cannot run the model or the batch, and for what is attached to
+    the model (hooks, adapters, biases), which they would leave out.
     """
 
     def __init__(
@@ -55,6 +62,8 @@ class Decoder(ReferenceDecoder):
         plain: bool = False,
         pdl: bool = False,
     ):
+        model = only_model(model)
+        refuse_attachments(model, _NAME)
         super().__init__(model, batch_size, max_tokens, slack=slack)
         on_gpu = model.device.type == "cuda"
         if graph and (plain or not on_gpu):
@@ -86,6 +95,20 @@ class Decoder(ReferenceDecoder):
         self._placed: list[int] | None = None  # the lengths in `_positions`; None: unknown
         self._sampled = False  # True: `_step.tokens` are the ids that the cache reads next
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self._recorder)] = Recorder(self.model.device)
+        memo[id(self._graphs)] = None if self._graphs is None else {}  # graphs hold addresses
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> None:
+        raise TypeError("the kernels' decoder cannot be pickled; a mistral.Decoder can")
+
+    def _shared(self) -> list[object]:
+        return [self.model, self._step.weights]
+
+    def _check_attached(self) -> None:
+        refuse_attachments(self.model, _NAME)
+
     @property
     def unpacked_kinds(self) -> list[str]:
         """The types of packed matrices that no kernel multiplies.
@@ -97,21 +120,31 @@ class Decoder(ReferenceDecoder):
     @property
     def logits(self) -> Tensor:
         """As the reference's, in float32."""
-        return super().logits.clone()
+        return super().logits
 
-    @torch.inference_mode()
+    @computes
     def step(
-        self, sampling: Sampling | Sequence[Sampling | None], mask: Tensor | None = None
+        self,
+        sampling: Sampling | Sequence[Sampling | None],
+        mask: Tensor | None = None,
+        active: Sequence[bool] | None = None,
     ) -> Tensor:
         """As the reference's."""
-        # 1. Settings that the sampling kernel does not have are the reference's business.
+        # 1. Unsupported settings: fall back to the reference's sampling.
         each = [sampling] if isinstance(sampling, Sampling) else sampling
-        if not all(self._sampler.supports(own) for own in each if own is not None):
+        supported = [self._sampler.supports(own) for own in each if own is not None]
+        if not all(supported):
+            if any(supported):
+                raise ValueError(
+                    "the kernels cannot mix rows with typical_p or no_repeat_ngram_size and rows "
+                    "without, whose random numbers would change: use the eager engine"
+                )
             self._sampled = False
             self._sampler.forget()
-            return super().step(sampling, mask)
-        counts = self._step_counts(sampling)
-        self._sampler.prepare(sampling, mask, self._history)
+            return super().step(sampling, mask, active)
+        self._check_model()
+        counts = self._step_counts(sampling, mask, active)
+        self._sampler.prepare(sampling, mask, self._history, counts)
         # 2. Read the ids that were sampled last, and sample. An interrupt leaves the flags down.
         sampled = self._sampled
         self._sampled = False
@@ -143,7 +176,7 @@ class Decoder(ReferenceDecoder):
         else:
             self._run("sample for some rows", self._choose_for_some)
 
-    @torch.inference_mode()
+    @computes
     def rewind(self, n: int | Sequence[int]) -> None:
         """As the reference's."""
         self._sampled = False
@@ -159,14 +192,14 @@ class Decoder(ReferenceDecoder):
         self.rewind(self.lengths)
         self._sampler.restart()
 
-    @torch.inference_mode()
+    @computes
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         """As the reference's."""
         self._sampled = False
         self._sampler.forget()
         super().prefill(rows)
 
-    @torch.inference_mode()
+    @computes
     def verify(self, ids: Sequence[int]) -> Tensor:
         """As the reference's."""
         self._sampled = False

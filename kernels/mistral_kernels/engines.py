@@ -46,8 +46,7 @@ def open_engine(
     other name is that engine, or a ValueError that says why it cannot run. Raises NotEnoughMemory
     if the cache does not fit.
     """
-    if name not in ENGINES:
-        raise ValueError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
+    _check_name(name)
     sizes = dict(batch_size=batch_size, max_tokens=max_tokens, slack=slack)
     if name == "eager":
         return Decoder(model, **sizes), "engine: eager"
@@ -59,8 +58,31 @@ def open_engine(
         decoder = _open_kernels(model, sizes)
         return decoder, f"engine: kernels ({_kernels_place(model)}){_slow_part(decoder)}"
     if model.device.type != "cuda":
-        return Decoder(model, **sizes), f"engine: eager: {_no_gpu(model)}"
+        return Decoder(model, **sizes), f"engine: eager: {_no_gpu(model.device)}"
     return _open_fastest(model, sizes)
+
+
+def check_engine(
+    name: str, device: torch.device, *, packed: bool = False, batch_size: int = 1
+) -> None:
+    """ValueError for an engine that cannot run on `device`, whatever the model's sizes are.
+
+    It needs no model: call it before weights are loaded, which may take minutes.
+
+    packed  whether the model will have packed weights
+    """
+    _check_name(name)
+    if name == "compile" and packed:
+        from mistral.engine.compiled import NO_PACKED
+
+        raise ValueError(NO_PACKED)
+    if name == "kernels" and (problem := _machine_problem(device, batch_size)):
+        raise ValueError(problem)
+
+
+def _check_name(name: str) -> None:
+    if name not in ENGINES:
+        raise ValueError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
 
 
 def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
@@ -88,11 +110,16 @@ def _kernels_problem(model: Mistral, batch_size: int = 1) -> str | None:
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         dtype = str(model.dtype).removeprefix("torch.")
         return f"the kernels know no {dtype}: load the checkpoint in bfloat16"
+    return _shape_problem(model) or _machine_problem(model.device, batch_size)
+
+
+def _machine_problem(device: torch.device, batch_size: int) -> str | None:
+    """What no model changes: the number of rows, Triton, the GPU."""
     if batch_size > _MOST_ROWS:
         return (
             f"the kernels take at most {_MOST_ROWS} rows at once, not {batch_size}: use fewer rows"
         )
-    return _shape_problem(model) or _triton_problem() or _gpu_problem(model)
+    return _triton_problem() or _gpu_problem(device)
 
 
 def _shape_problem(model: Mistral) -> str | None:
@@ -127,14 +154,14 @@ def _triton_problem() -> str | None:
     return None
 
 
-def _gpu_problem(model: Mistral) -> str | None:
-    if model.device.type != "cuda":
+def _gpu_problem(device: torch.device) -> str | None:
+    if device.type != "cuda":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None  # Triton's interpreter runs them on a CPU, slowly
-        return f"the kernels need an NVIDIA GPU: {_no_gpu(model)}"
+        return f"the kernels need an NVIDIA GPU: {_no_gpu(device)}"
     if torch.version.cuda is None:
         return "the kernels need an NVIDIA GPU, and this is an AMD one"
-    capability = torch.cuda.get_device_capability(model.device)
+    capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST_GPU:
         return "the kernels need compute capability {}.{} or later, not {}.{}".format(
             *_OLDEST_GPU, *capability
@@ -142,10 +169,10 @@ def _gpu_problem(model: Mistral) -> str | None:
     return None
 
 
-def _no_gpu(model: Mistral) -> str:
-    """Why the model is not on a GPU."""
+def _no_gpu(device: torch.device) -> str:
+    """Why the model on `device` is not on a GPU."""
     if torch.cuda.is_available():
-        return f"the model is on {model.device}"
+        return f"the model is on {device}"
     if not _DRIVER.exists():
         return "no GPU"
     if torch.version.cuda is None:

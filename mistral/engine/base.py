@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mistral.config import Config
+from mistral.engine.ids import token_ids
 from mistral.sampling import IDLE, NO_NUMBERS, NOTHING_LEFT, Sampling
 
 __all__ = ["IDLE", "NOTHING_LEFT", "NO_NUMBERS", "Constraint", "Engine"]
@@ -61,12 +62,19 @@ class Engine(ABC):
 
     @abstractmethod
     def step(
-        self, sampling: Sampling | Sequence[Sampling | None], mask: Tensor | None = None
+        self,
+        sampling: Sampling | Sequence[Sampling | None],
+        mask: Tensor | None = None,
+        active: Sequence[bool] | None = None,
     ) -> Tensor:
         """Sample an id for each row and append it: int64 [B] on the device.
 
-        sampling  one for all rows, or one per row; None: the row is idle and keeps its length
+        sampling  one for all rows, or one per row; None: the row is idle
         mask      bool [B, V] or [V]: True for an id that is allowed
+        active    False for another row that is idle; None: all are active
+
+        An idle row keeps its length, and IDLE is its id. If a row has no choice, its id is
+        NO_NUMBERS or NOTHING_LEFT, and it must be rewound by one.
         """
 
     @abstractmethod
@@ -82,30 +90,56 @@ class Engine(ABC):
         They are used to check a guess; `rewind` drops the wrong tokens. This default
         takes a forward pass for each id; an engine that guesses overrides it.
         """
-        self._check_verify(ids)
+        ids = self._to_verify(ids)
         rows = []
         for id in ids:
             self.prefill([[id]])
             rows.append(self.logits[0].clone())
         return torch.stack(rows)
 
-    def _check_verify(self, ids: Sequence[int]) -> None:
-        """Raises ValueError for no ids, and for a decoder of several rows."""
-        if self.batch_size > 1 or not ids:
+    def _to_verify(self, ids: Sequence[int]) -> list[int]:
+        """The ids, checked. Raises ValueError for none, and for a decoder of several rows."""
+        checked = token_ids(ids)
+        if self.batch_size > 1 or not checked:
             raise ValueError(
-                f"verify takes ids, and a decoder of one row; here are {len(ids)} and "
+                f"verify takes ids, and a decoder of one row; here are {len(checked)} and "
                 f"{self.batch_size}"
             )
+        return checked
 
-    def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
-        """Raises ValueError for another number of rows and for ids outside the vocabulary."""
-        if len(rows) != self.batch_size:
-            raise ValueError(f"{len(rows)} rows for a decoder of {self.batch_size}")
-        for id in set().union(*rows):
-            if not 0 <= id < self.config.vocab_size:
-                raise ValueError(
-                    f"token id {id} lies outside the vocabulary of {self.config.vocab_size}"
-                )
+    def _step_counts(
+        self,
+        sampling: Sampling | Sequence[Sampling | None],
+        mask: Tensor | None,
+        active: Sequence[bool] | None,
+    ) -> list[int]:
+        """How many ids a step appends to each row: 1, or 0 if the row is idle. Checks all of it."""
+        counts = [1] * self.batch_size
+        if not isinstance(sampling, Sampling):
+            counts = [int(own is not None) for own in sampling]
+        if len(counts) != self.batch_size or len(active or counts) != self.batch_size:
+            given = len(counts if active is None else active)
+            raise ValueError(f"{given} samplings for a decoder of {self.batch_size} rows")
+        self._check_mask(mask)
+        if active is not None:
+            counts = [count * bool(takes_part) for count, takes_part in zip(counts, active)]
+        for b, (count, length) in enumerate(zip(counts, self.lengths)):
+            if count and not length:
+                raise ValueError(f"row {b} is empty: prefill a prompt first")
+        self._check_room(counts)
+        return counts
+
+    def _check_mask(self, mask: Tensor | None) -> None:
+        """Raises ValueError for a mask that is not bool [V] or [B, V]."""
+        if mask is None:
+            return
+        V = self.config.vocab_size
+        is_bool = isinstance(mask, Tensor) and mask.dtype == torch.bool
+        if not is_bool or mask.shape not in ((V,), (self.batch_size, V)):
+            shape = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(
+                f"the mask must be bool [{V}] or [{self.batch_size}, {V}], not {shape[:60]}"
+            )
 
     def _check_room(self, counts: Sequence[int]) -> None:
         """Raises ValueError if counts[b] more ids do not fit into row b."""

@@ -22,14 +22,17 @@ decoder for one row is created, and the faster one is taken.
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mistral.cache import held_positions, window_mask
+from mistral.engine.attached import refuse_attachments, refuse_hooks
 from mistral.engine.cuda_graph import Recorder
-from mistral.engine.decoder import Decoder
+from mistral.engine.decoder import Decoder, computes
+from mistral.engine.given import only_model
 from mistral.model import Block, Mistral
 from mistral.quantization.packed import Packed
 from mistral.rms_norm import RMSNorm
@@ -37,7 +40,9 @@ from mistral.rms_norm import RMSNorm
 _SMALLEST = 256  # halving never makes a size of fewer slots
 _MOST_SIZES = 6
 _TIMED_BYTES = 2**28  # of matrices to time on: more than a processor keeps in its caches
-_REMEDY = "use the eager engine, mistral.Decoder (--engine eager)"
+_NAME = "the compiled engine"
+_REMEDY = "use the eager engine, mistral.Decoder"
+NO_PACKED = f"packed weights cannot be compiled: {_REMEDY}, or load the checkpoint unpacked"
 
 
 class CompiledDecoder(Decoder):
@@ -49,7 +54,8 @@ class CompiledDecoder(Decoder):
 
     The compiler runs when the decoder is created, for a few seconds (what it compiled before is
     found again), and when a sequence grows into the next size. Raises ValueError for packed
-    weights, and if the compiler is missing or fails.
+    weights, for forward hooks, which compiled code leaves out, and if the compiler is missing or
+    fails.
     """
 
     backend: str | Callable = "inductor"  # of torch.compile
@@ -63,13 +69,14 @@ class CompiledDecoder(Decoder):
         slack: int = 16,
         sums: bool | None = None,
     ):
+        model = only_model(model)
         if any(isinstance(module, Packed) for module in model.modules()):
-            raise ValueError(
-                f"packed weights cannot be compiled: {_REMEDY}, or load the checkpoint unpacked"
-            )
+            raise ValueError(NO_PACKED)
+        refuse_hooks(model, _NAME)
         super().__init__(model, batch_size, max_tokens, slack=slack)
         self._sizes = _sizes(self._cache.num_slots)
-        self._steps: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._compiled: set[int] = set()  # the sizes whose step has run
+        self._graphs: dict[int, _Graph] = {}  # on a GPU, by size
         self._recorder = Recorder(model.device)
         # By reading, not measured: this lets the GPU's compiler write matrix-vector products itself
         # and tune them.
@@ -101,11 +108,35 @@ class CompiledDecoder(Decoder):
         self._lengths_and_peaks.copy_(state, non_blocking=True)
         used = max(growth.peaks)
         size = next((size for size in self._sizes if size >= used), self._sizes[-1])
-        if size not in self._steps:
+        if size not in self._compiled:
             self._prepare(size)
-        logits = self._steps[size](tokens)
+        logits = self._run_step(tokens, size)
         cache.commit(growth)
         return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self._graphs)] = {}  # graphs hold addresses: the copy records its own
+        memo[id(self._recorder)] = Recorder(self.model.device)
+        if self._graphs:
+            memo[id(self._compiled)] = set()
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> None:
+        raise TypeError("a compiled decoder cannot be pickled; a mistral.Decoder can")
+
+    def _check_attached(self) -> None:
+        if self._graphs:  # they would replay what was attached when they were recorded
+            refuse_attachments(self.model, _NAME)
+        refuse_hooks(self.model, _NAME)
+
+    def _run_step(self, tokens: Tensor, size: int) -> Tensor:
+        """`_one_token`, by its graph if there is one."""
+        if size not in self._graphs:
+            return self._one_token(tokens, size)
+        recorded = self._graphs[size]
+        recorded.tokens.copy_(tokens)
+        recorded.graph.replay()
+        return recorded.logits.clone()
 
     def _one_token(self, tokens: Tensor, size: int) -> Tensor:
         """`Mistral.forward` for tokens [B, 1], attending to the first `size` slots: logits [B, V].
@@ -125,6 +156,7 @@ class CompiledDecoder(Decoder):
             x = self._run_block(block, x, cos, sin, mask, keys, values, rows, slots)
         return self._run_head(trunk.norm, self.model.lm_head, x)
 
+    @computes
     def _prepare(self, size: int) -> None:
         """Compile the step for this many slots, and on a GPU record it.
 
@@ -145,21 +177,19 @@ class CompiledDecoder(Decoder):
             raise ValueError(
                 f"torch.compile failed: {_reason(error)}; it needs {needs}. Or {_REMEDY}"
             ) from error
-        self._steps[size] = lambda tokens: self._one_token(tokens, size)
+        self._compiled.add(size)
         if tokens.is_cuda:
-            self._steps[size] = self._record(tokens, size)
+            made: list[Tensor] = []
+            graph = self._recorder.record(lambda: made.append(self._one_token(tokens, size)))
+            self._graphs[size] = _Graph(graph, tokens, made[0])
 
-    def _record(self, tokens: Tensor, size: int) -> Callable[[Tensor], Tensor]:
-        """The compiled step as a CUDA graph that reads its ids from `tokens`."""
-        made: list[Tensor] = []
-        graph = self._recorder.record(lambda: made.append(self._one_token(tokens, size)))
 
-        def replay(new: Tensor) -> Tensor:
-            tokens.copy_(new)
-            graph.replay()
-            return made[0].clone()
+class _Graph(NamedTuple):
+    """A step as a CUDA graph."""
 
-        return replay
+    graph: torch.cuda.CUDAGraph
+    tokens: Tensor  # [B, 1]: what it reads
+    logits: Tensor  # [B, V]: what it writes
 
 
 def _sizes(num_slots: int) -> list[int]:

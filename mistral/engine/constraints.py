@@ -50,7 +50,10 @@ class KnownTokens(FixedMask):
         """bool [V] on the engine's device."""
         known = super().mask()
         inner = self._inner.mask()
-        return known if inner is None else known & inner.to(known.device, non_blocking=True)
+        if inner is None:
+            return known
+        require_mask(inner, len(known))
+        return known & inner.to(known.device, non_blocking=True)
 
     def accept(self, id: int) -> None:
         """Pass the id on."""
@@ -96,6 +99,13 @@ class CountsForced(Constraint):
         return ids
 
 
+def require_mask(mask: Tensor, V: int) -> None:
+    """Raises ValueError for a constraint's mask that is not bool [V]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (V,):
+        shape = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)[:40]
+        raise ValueError(f"a constraint's mask must be bool [{V}], not {shape}")
+
+
 def stack_masks(
     constraints: Sequence[Constraint], running: Sequence[bool], logits: Tensor
 ) -> Tensor | None:
@@ -108,6 +118,9 @@ def stack_masks(
     ]
     if all(mask is None for mask in masks):
         return None
+    for mask in masks:
+        if mask is not None:
+            require_mask(mask, logits.shape[-1])
     everything = torch.ones(logits.shape[-1], dtype=torch.bool)
     rows = [everything if mask is None else mask for mask in masks]
     return torch.stack([row.to(logits.device, non_blocking=True) for row in rows])

@@ -1,6 +1,10 @@
 """The reference engine: a model with its rolling cache."""
 
-from collections.abc import Sequence
+import copy
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +12,38 @@ from torch import Tensor
 
 from mistral.cache import rewind_counts
 from mistral.engine.base import Engine
+from mistral.engine.given import only_model
+from mistral.engine.ids import check_rows
 from mistral.engine.memory import checked_cache
 from mistral.model import Mistral
 from mistral.sampling import RandomNumbers, Sampling, sample_rows
 
 _LONGEST_CHUNK = 2048  # longer chunks take memory and are no faster
+
+
+def computes(method: Callable) -> Callable:
+    """Decorates a decoder's method that runs the model: no gradients and no autocast in it.
+
+    So it computes the same wherever it is called. ValueError if another thread is inside one.
+    """
+
+    @functools.wraps(method)
+    @torch.inference_mode()
+    def run(self: "Decoder", *args: Any, **kwargs: Any) -> Any:
+        outer = self._thread
+        if outer not in (None, threading.get_ident()):
+            raise ValueError("another thread is using this decoder: give each thread its own")
+        device = self.model.device.type
+        try:
+            self._thread = threading.get_ident()
+            if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+                return method(self, *args, **kwargs)
+            with torch.autocast(device, enabled=False):
+                return method(self, *args, **kwargs)
+        finally:
+            self._thread = outer
+
+    return run
 
 
 class Decoder(Engine):
@@ -25,12 +56,18 @@ class Decoder(Engine):
     at the latest by the next step. So ids are available early, and the last step of a text costs no
     forward pass.
 
+    `copy.deepcopy` returns an independent decoder of the same model, whose weights are shared: to
+    answer several times after one prompt, prefill it once, and let each answer have a copy. Copy
+    between two texts: within one, an engine may hold ids that were not yielded yet.
+
     Raises ValueError for impossible sizes, NotEnoughMemory if the cache does not fit.
     """
 
     def __init__(
         self, model: Mistral, batch_size: int = 1, max_tokens: int | None = None, *, slack: int = 16
     ):
+        model = only_model(model)
+        self._thread: int | None = None  # that is inside a method that computes
         self.model = model
         self.config = model.config
         self.batch_size = batch_size
@@ -47,16 +84,32 @@ class Decoder(Engine):
         self._random = RandomNumbers(model.device)
         self._chunk = min(self.config.sliding_window or _LONGEST_CHUNK, _LONGEST_CHUNK)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """An independent decoder that shares the model's weights."""
+        memo |= {id(shared): shared for shared in self._shared()}
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        copied.holder = None
+        copied._thread = None
+        return copied
+
+    def _shared(self) -> list[object]:
+        """What a copy has in common with the original."""
+        return [self.model]
+
     @property
     def logits(self) -> Tensor:
-        """[B, V] in the model's dtype: the logits that the next step samples from.
+        """[B, V] in the model's dtype: a copy of the logits that the next step samples from.
 
-        Those of an empty row are meaningless. Raises ValueError while every row is empty.
+        To change what is sampled, pass `step` a mask. Those of an empty row are meaningless.
+        Raises ValueError while every row is empty.
         """
         if not any(self._lengths):
             raise ValueError("row 0 is empty: prefill a prompt first")
         self._catch_up()
-        return self._logits
+        return self._logits.clone()
 
     @property
     def lengths(self) -> list[int]:
@@ -69,7 +122,7 @@ class Decoder(Engine):
         most = self.config.max_position_embeddings
         return most if self._cache.wraps else min(most, self._cache.num_slots)
 
-    @torch.inference_mode()
+    @computes
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         """Append ids to each row (ragged; a row may be empty).
 
@@ -79,14 +132,14 @@ class Decoder(Engine):
         self._append_rows(rows)
         self._catch_up()
 
-    @torch.inference_mode()
+    @computes
     def verify(self, ids: Sequence[int]) -> Tensor:
         """`prefill` for one row that also returns the logits after each of the ids.
 
         They are [T, V] in the model's dtype, and are used to check a guess; `rewind` drops the
         wrong tokens. Raises what `prefill` raises, and ValueError for several rows.
         """
-        self._check_verify(ids)
+        ids = self._to_verify(ids)
         self._append_rows([ids])
         parts: list[Tensor] = []
         while counts := self._next_counts():
@@ -94,25 +147,32 @@ class Decoder(Engine):
             self._keep_logits(counts, parts[-1][-1:])
         return torch.cat(parts)[-len(ids) :]
 
-    @torch.inference_mode()
+    @computes
     def step(
-        self, sampling: Sampling | Sequence[Sampling | None], mask: Tensor | None = None
+        self,
+        sampling: Sampling | Sequence[Sampling | None],
+        mask: Tensor | None = None,
+        active: Sequence[bool] | None = None,
     ) -> Tensor:
         """Sample an id for each row and append it: int64 [B] on the device, IDLE for an idle row.
 
         sampling  one for all rows, or one per row; None: the row is idle and keeps its length.
                   See `RandomNumbers` for what this means for seeds.
         mask      bool [B, V] or [V]: True for an id that is allowed
+        active    False for another row that is idle
 
         Never synchronizes. Raises ValueError while a row is empty and if there is no more room.
         """
-        counts = self._step_counts(sampling)
+        self._check_model()
+        counts = self._step_counts(sampling, mask, active)
         self._catch_up()
-        ids = sample_rows(self._logits, sampling, self._history, self._lengths, mask, self._random)
+        ids = sample_rows(
+            self._logits, sampling, self._history, self._lengths, mask, self._random, counts
+        )
         self._append(ids[:, None], counts)
         return ids
 
-    @torch.inference_mode()
+    @computes
     def rewind(self, n: int | Sequence[int]) -> None:
         """Forget the last n tokens of every row (or n[b] of row b).
 
@@ -145,18 +205,17 @@ class Decoder(Engine):
             self._stale[b] |= kept[b] < cached[b]
             self._history[b, self._lengths[b] :] = -1
 
-    def _step_counts(self, sampling: Sampling | Sequence[Sampling | None]) -> list[int]:
-        """How many ids a step appends to each row: 1, or 0 if the row is idle. Checks the room."""
-        counts = [1] * self.batch_size
-        if not isinstance(sampling, Sampling):
-            counts = [int(own is not None) for own in sampling]
-        if len(counts) != self.batch_size:
-            raise ValueError(f"{len(counts)} samplings for a decoder of {self.batch_size} rows")
-        for b, (count, length) in enumerate(zip(counts, self._lengths)):
-            if count and not length:
-                raise ValueError(f"row {b} is empty: prefill a prompt first")
-        self._check_room(counts)
-        return counts
+    def _check_model(self) -> None:
+        """Raises ValueError if the model was converted or moved after the decoder was created."""
+        cache = self._cache.keys[0]
+        if (cache.dtype, cache.device) != (self.model.dtype, self.model.device):
+            raise ValueError(
+                f"the decoder was created for {cache.dtype} on {cache.device}, and the model is "
+                f"now {self.model.dtype} on {self.model.device}: create a new decoder"
+            )
+
+    def _check_attached(self) -> None:
+        """Raises ValueError if something is attached to the model that the engine leaves out."""
 
     def _restart(self, b: int) -> None:
         """Row b is empty: another sequence may begin, and with it the row's own random numbers."""
@@ -164,11 +223,13 @@ class Decoder(Engine):
 
     def _append_rows(self, rows: Sequence[Sequence[int]]) -> None:
         """`_append` for lists of ids from outside."""
-        self._check_ids(rows)
+        self._check_model()
+        self._check_attached()
+        rows = check_rows(rows, self.batch_size, self.config.vocab_size)
         counts = [len(row) for row in rows]
         self._check_room(counts)
         if longest := max(counts):
-            padded = [list(row) + [-1] * (longest - len(row)) for row in rows]
+            padded = [row + [-1] * (longest - len(row)) for row in rows]
             ids = torch.tensor(padded).to(self.model.device, non_blocking=True)  # [B, T]
             self._append(ids, counts)
 
@@ -198,11 +259,11 @@ class Decoder(Engine):
         real = offsets < count
         return torch.where(real, first + offsets, self._history.shape[1] - 1), real
 
+    @computes
     def _catch_up(self) -> None:
         """Prefill the ids that the cache lacks, chunk by chunk."""
-        with torch.inference_mode():
-            while counts := self._next_counts():
-                self._keep_logits(counts, self._forward(self._pending_ids(counts), counts))
+        while counts := self._next_counts():
+            self._keep_logits(counts, self._forward(self._pending_ids(counts), counts))
 
     def _next_counts(self) -> list[int] | None:
         """How many ids of each row the next forward pass reads; None: there are none left."""

@@ -2,8 +2,10 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import NamedTuple
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +13,15 @@ from torch import Tensor
 from mistral.engine.base import NO_NUMBERS, NOTHING_LEFT, Constraint, Engine
 from mistral.engine.constraints import stack_masks
 from mistral.engine.decoder import Decoder
+from mistral.engine.given import model_or_engine, only_model
+from mistral.engine.ids import stop_ids, token_ids
 from mistral.model import Mistral
 from mistral.sampling import RandomNumbers, Sampling, next_ids
+
+Item = TypeVar("Item")
+# "stop": a stop token. "stop_string": one of `stop`. "length": max_new_tokens. "full": the decoder
+# has no more room.
+Reason = Literal["stop", "stop_string", "length", "full"]
 
 
 class Token(NamedTuple):
@@ -20,6 +29,40 @@ class Token(NamedTuple):
 
     id: int
     logprob: float
+
+
+class Generated(Iterator[Item]):
+    """An iterator over what is generated, as it is chosen.
+
+    reasons  why each row ended; None until then
+    """
+
+    def __init__(self, steps: Iterator[Item], reasons: list[Reason | None]):
+        self._steps = steps
+        self.reasons = reasons
+
+    def __next__(self) -> Item:
+        return next(self._steps)
+
+    def close(self) -> None:
+        """End it here; the decoder keeps what was yielded, and rolls back steps in flight."""
+        self._steps.close()
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why the only row ended; None until then."""
+        return self.reasons[0]
+
+
+class Rows(list, Generic[Item]):
+    """What `generate_batch` returns: a list with an entry per row, and why each row ended.
+
+    reasons  a `Reason` per row
+    """
+
+    def __init__(self, rows: Iterable[Item], reasons: Sequence[Reason]):
+        super().__init__(rows)
+        self.reasons = list(reasons)
 
 
 @torch.inference_mode()
@@ -31,21 +74,24 @@ def generate_naive(
     max_new_tokens: int,
     stop_tokens: Sequence[int] | None = None,
 ) -> Iterator[int]:
-    """Generation with nothing clever: every step reads the whole sequence again.
+    """Generation without a cache: every step computes the whole sequence again.
 
     The loop to learn from. `generate` yields the same tokens with a fraction of the work, and a
-    test holds the two together. Arguments and result are those of `generate`; raises ValueError for
+    test compares the two. Arguments and result are those of `generate`; raises ValueError for
     an empty prompt.
     """
-    stop_tokens = model.config.eos_token_id if stop_tokens is None else stop_tokens
+    model = only_model(model)
+    _check_sampling(sampling)
+    stop = stop_ids(stop_tokens, model.config.eos_token_id)
     generator = RandomNumbers(model.device).generator(sampling.seed)
-    ids = torch.tensor([list(prompt_ids)], device=model.device)  # [1, T]
+    ids = torch.tensor([token_ids(prompt_ids)], device=model.device)  # [1, T]
     for _ in range(max_new_tokens):
         logits = model(ids, last_only=True)  # [1, V]
         new = next_ids(logits, sampling, ids, [ids.shape[1]], None, generator)  # [1]
+        _check_choice(new.tolist())
         ids = torch.cat((ids, new[:, None]), dim=1)
         yield new.item()
-        if new.item() in stop_tokens:
+        if new.item() in stop:
             return
 
 
@@ -58,12 +104,15 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     constraint: Constraint | None = None,
     logprobs: bool = False,
-) -> Iterator[int] | Iterator[Token]:
+) -> Generated[int] | Generated[Token]:
     """Continue one prompt; yields each id as it is chosen, the stop token included.
+
+    The iterator's `reason` says why it ended.
 
     model_or_decoder  a decoder continues after what it has read already, and keeps what is
                       generated. A `speculation.LookupDecoder` produces several tokens from one
                       forward pass when a sequence repeats itself.
+    prompt_ids        whole numbers of any type, [T] or [1, T]
     stop_tokens       None: the checkpoint's; (): none
     constraint        a mask for every step, one host synchronization a token: a `Constraint`, or an
                       object with its `mask` and `accept`
@@ -71,15 +120,36 @@ def generate(
 
     Raises ValueError for an empty prompt and for more tokens than there is room for: with a model
     at the call, with a decoder when the room is used up. Also raises ValueError for ids outside the
-    vocabulary, if the constraint and the penalties together allow no id, and if the logits are NaN
-    (float16 overflows in some fine-tunes); NotEnoughMemory if a model's cache does not fit.
+    vocabulary, if constraint and penalties together allow no id, and if the best score is NaN or
+    infinite (float16 overflows in some fine-tunes); the decoder then holds what was yielded.
+    NotEnoughMemory if a model's cache does not fit.
     """
+    prompt = token_ids(prompt_ids)
+    _check_sampling(sampling)
     constraints = None if constraint is None else [Constraint.of(constraint)]
-    decoder = decoder_for(model_or_decoder, [prompt_ids], max_new_tokens)
-    rows = _steps(
-        decoder, [prompt_ids], sampling, max_new_tokens, stop_tokens, constraints, logprobs
+    decoder = decoder_for(model_or_decoder, [prompt], max_new_tokens)
+    reasons: list[Reason | None] = [None]
+    loop = Loop(
+        decoder=decoder,
+        prompts=[prompt],
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop_ids(stop_tokens, decoder.config.eos_token_id),
+        constraints=constraints,
+        logprobs=logprobs,
+        reasons=reasons,
     )
-    return (row[0] for row in rows)
+    return Generated(_only_row(loop), reasons)
+
+
+def _only_row(loop: "Loop") -> Iterator:
+    """The steps of one row. Raises ValueError if the decoder is full before the text has ended."""
+    with closing(loop.steps()) as steps:
+        for step in steps:
+            yield step[0]
+    if loop.reasons[0] == "full":
+        limit = loop.decoder.limit
+        raise ValueError(f"{limit + 1} tokens in a row, and the limit here is {limit}")
 
 
 def generate_batch(
@@ -91,7 +161,7 @@ def generate_batch(
     stop_tokens: Sequence[int] | None = None,
     constraints: Sequence[Constraint] | None = None,
     logprobs: bool = False,
-) -> list[list[int]] | list[list[Token]]:
+) -> Rows[list[int]] | Rows[list[Token]]:
     """Continue several prompts of any lengths at once; each row ends at its own stop token.
 
     sampling     one for all rows: random numbers as in Hugging Face's `generate`, where a row's
@@ -100,33 +170,68 @@ def generate_batch(
     constraints  one per row. Their `forced` is not asked: rows are forced at different steps, and a
                  step is one forward pass for all of them.
 
-    The stop token is included. The other arguments and errors are those of `generate`.
+    Returns a list of ids per row, the stop token included, with the `reasons` for which the rows
+    ended. Afterwards each row of a decoder holds its prompt and what is returned for it. A row that
+    fills the decoder ends; the others continue. The other arguments and errors are those of
+    `generate`. Padded batches: `mistral.unpadded` returns their rows.
     """
+    rows: list[list] = [[] for _ in prompts]
+    loop = batch_loop(
+        model_or_decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs
+    )
+    for step in loop.steps():
+        for row, token in zip(rows, step):
+            if token is not None:
+                row.append(token)
+    return Rows(rows, loop.reasons)
+
+
+def batch_loop(
+    model_or_decoder: Mistral | Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] | None,
+    constraints: Sequence[Constraint] | None,
+    logprobs: bool = False,
+) -> "Loop":
+    """The loop of `generate_batch`, which has its arguments and errors."""
+    if isinstance(prompts, (str, bytes)):
+        raise ValueError("the prompts are text, and lists of ids are needed: encode each of them")
     if constraints is not None and len(constraints) != len(prompts):
         raise ValueError(f"{len(constraints)} constraints for {len(prompts)} prompts")
+    for own in [sampling] if isinstance(sampling, Sampling) else sampling:
+        _check_sampling(own)
     if not isinstance(sampling, Sampling) and len(sampling) != len(prompts):
         raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts")
     if constraints is not None:
         constraints = list(map(Constraint.of, constraints))
+    prompts = [token_ids(prompt, f"prompt {b}") for b, prompt in enumerate(prompts)]
     decoder = decoder_for(model_or_decoder, prompts, max_new_tokens)
-    rows: list[list] = [[] for _ in prompts]
-    for step in _steps(
-        decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs
-    ):
-        for row, token in zip(rows, step):
-            if token is not None:
-                row.append(token)
-    return rows
+    return Loop(
+        decoder=decoder,
+        prompts=prompts,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop_ids(stop_tokens, decoder.config.eos_token_id),
+        constraints=constraints,
+        logprobs=logprobs,
+        reasons=[None] * len(prompts),
+    )
 
 
 def decoder_for(
     model_or_decoder: Mistral | Engine, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> Engine:
     """The decoder itself, or a new one with just enough room. Raises what the callers document."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
+    if not whole or max_new_tokens < 0:
+        raise ValueError(
+            f"max_new_tokens must be a whole number, 0 or more, not {max_new_tokens!r}"
+        )
     if not prompts:
         raise ValueError("there is no prompt")
+    model_or_decoder = model_or_engine(model_or_decoder)
     if not isinstance(model_or_decoder, Mistral):
         return model_or_decoder
     if not all(map(len, prompts)):
@@ -139,165 +244,153 @@ def decoder_for(
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones make "
             f"{longest + max_new_tokens}, and the checkpoint was made for {limit} "
-            "(max_position_embeddings): shorten the prompt or lower max_new_tokens"
+            "(max_position_embeddings): shorten the prompt or lower max_new_tokens. To go beyond "
+            "what it was trained for, replace that number in model.config (dataclasses.replace)"
         )
     return Decoder(model_or_decoder, len(prompts), longest + max_new_tokens, slack=0)
 
 
-def _steps(
-    decoder: Engine,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling | Sequence[Sampling],
-    max_new_tokens: int,
-    stop_tokens: Sequence[int] | None,
-    constraints: Sequence[Constraint] | None,
-    logprobs: bool,
-) -> Iterator[list]:
-    """Yields one list a step: each row's id (or Token), None for a row that has ended.
+@dataclass
+class Loop:
+    """Steps an engine until every row has ended.
 
-    The arguments are those of `generate_batch`.
+    constraints  one per row; None: every id is allowed
+    logprobs     steps yield Tokens instead of ids
+    reasons      why each row ended; None: it continues
     """
-    stop = frozenset(decoder.config.eos_token_id if stop_tokens is None else stop_tokens)
-    decoder.prefill(prompts)
-    is_static = all(constraint.is_static for constraint in constraints or ())
-    if decoder.steps_in_flight and is_static and not logprobs:
-        yield from _steps_in_flight(decoder, sampling, max_new_tokens, stop, constraints)
-        return
-    running = [True] * len(prompts)
-    may_force = len(prompts) == 1 and constraints and not logprobs
-    left = max_new_tokens
-    while left > 0 and any(running):
-        if may_force and (forced := constraints[0].forced()[:left]):
-            decoder.prefill([forced])  # together with the last id: one forward pass for all of them
-            for id in forced:
-                constraints[0].accept(id)
-                yield [id]
-            left -= len(forced)
-            continue
-        ids, tokens = _step(decoder, sampling, constraints, running, logprobs)
-        yielded = [token if alive else None for token, alive in zip(tokens, running)]
-        running = [alive and id not in stop for id, alive in zip(ids, running)]
-        _accept(constraints, ids, running)
-        yield yielded
-        left -= 1
 
+    decoder: Engine
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling | Sequence[Sampling]
+    max_new_tokens: int
+    stop: frozenset[int]
+    constraints: Sequence[Constraint] | None
+    logprobs: bool
+    reasons: list[Reason | None]
 
-def _step(
-    decoder: Engine,
-    sampling: Sampling | Sequence[Sampling],
-    constraints: Sequence[Constraint] | None,
-    running: Sequence[bool],
-    logprobs: bool,
-) -> tuple[list[int], list]:
-    """One step of every row, read back: (ids, ids or Tokens)."""
-    logits = decoder.logits  # [B, V]
-    mask = None if constraints is None else stack_masks(constraints, running, logits)
-    log_p = logits.float().log_softmax(dim=-1) if logprobs else None  # [B, V]
-    broken = logits.isnan().any(dim=-1)  # [B]
-    ids = decoder.step(_of_running(sampling, running), mask)  # [B]
-    ids_or_0 = ids.clamp(min=0)[:, None]  # [B, 1]
-    forbidden = torch.zeros_like(broken) if mask is None else ~mask.gather(1, ids_or_0)[:, 0]
-    # One synchronization for everything that the host must know.
-    chosen, *wrong = torch.stack((ids, broken.long(), forbidden.long())).tolist()
-    _check_step(*wrong, running)
-    if log_p is None:
-        return chosen, chosen
-    return chosen, list(map(Token, chosen, log_p.gather(1, ids_or_0)[:, 0].tolist()))
+    def steps(self) -> Iterator[list]:
+        """Yields one list a step: each row's id (or Token), None for a row that took no part."""
+        self.decoder.prefill(self.prompts)
+        self._starts = self.decoder.lengths
+        self._chosen = [0] * len(self.prompts)  # how many ids each row got
+        is_static = all(constraint.is_static for constraint in self.constraints or ())
+        run = self._single_steps
+        if self.decoder.steps_in_flight and is_static and not self.logprobs:
+            run = self._steps_in_flight
+        try:
+            yield from run()
+        except BaseException:
+            # An interrupt may have cost the cache what the rewind needs; the next call says so.
+            with suppress(ValueError):
+                self._roll_back()
+            raise
+        self._roll_back()
+        for b, reason in enumerate(self.reasons):
+            if reason is None:
+                has_all = self._chosen[b] == self.max_new_tokens
+                self.reasons[b] = "length" if has_all else "full"
 
+    def _single_steps(self) -> Iterator[list]:
+        """`steps`, each read back before the next."""
+        may_force = len(self.reasons) == 1 and self.constraints and not self.logprobs
+        left = self.max_new_tokens
+        while left > 0 and any(active := self._active_rows()):
+            room = min(left, self.decoder.limit - self.decoder.lengths[0])
+            if may_force and (forced := self._forced(room)):
+                # Together with the last id: one forward pass for all of them.
+                self.decoder.prefill([forced])
+                for id in forced:
+                    self._take([id], active)
+                    yield [id]
+                left -= len(forced)
+                continue
+            ids, tokens = self._step(active)
+            yielded = [token if takes_part else None for token, takes_part in zip(tokens, active)]
+            self._take(ids, active)
+            yield yielded
+            left -= 1
 
-def _steps_in_flight(
-    decoder: Engine,
-    sampling: Sampling | Sequence[Sampling],
-    max_new_tokens: int,
-    stop: frozenset[int],
-    constraints: Sequence[Constraint] | None,
-) -> Iterator[list]:
-    """`_steps` when no step needs the ids of the previous one on the host.
+    def _step(self, active: Sequence[bool]) -> tuple[list[int], list]:
+        """One step of the active rows, read back: (ids, ids or Tokens)."""
+        logits = self.decoder.logits  # [B, V]
+        mask = None
+        if self.constraints is not None:
+            mask = stack_masks(self.constraints, active, logits)
+        log_p = logits.float().log_softmax(dim=-1) if self.logprobs else None  # [B, V]
+        ids = self._launch(mask, active)  # [B]
+        chosen = ids.tolist()
+        _check_choice(chosen)
+        if log_p is None:
+            return chosen, chosen
+        logprobs = log_p.gather(1, ids.clamp(min=0)[:, None])[:, 0]
+        return chosen, list(map(Token, chosen, logprobs.tolist()))
 
-    Keeps up to `decoder.steps_in_flight` steps in flight, so that the GPU never waits for the host.
-    Steps launched past a stop token are rolled back at the end. (Rows that share a Sampling step
-    until the last of them ends, and keep those ids.)
-    """
-    running = [True] * decoder.batch_size
-    surplus = [0] * decoder.batch_size  # ids of a row beyond its end
-    mask = None if constraints is None else stack_masks(constraints, running, decoder.logits)
-    in_flight: deque[tuple[IdsInFlight, list[bool]]] = deque()  # with the rows that take part
-    try:
-        for left in range(max_new_tokens, 0, -1):
+    def _forced(self, room: int) -> list[int]:
+        """The ids that the only constraint forces, up to `room` and to the first stop token."""
+        forced = self.constraints[0].forced()[:room]
+        return list(takewhile(lambda id: id not in self.stop, forced))
+
+    def _steps_in_flight(self) -> Iterator[list]:
+        """`steps` when no step needs the ids of the previous one on the host.
+
+        Keeps up to `decoder.steps_in_flight` steps in flight, so that the GPU never waits for the
+        host. Steps launched past a stop token are rolled back at the end.
+        """
+        mask = None
+        if self.constraints is not None:
+            everything = [True] * len(self.reasons)
+            mask = stack_masks(self.constraints, everything, self.decoder.logits)
+        in_flight: deque[tuple[IdsInFlight, list[bool]]] = deque()  # with the rows that take part
+        for left in range(self.max_new_tokens, 0, -1):
             # 1. Launch.
-            while len(in_flight) < min(decoder.steps_in_flight + 1, left):
-                own = _of_running(sampling, running)
-                active = _active_rows(own, decoder.batch_size)
-                if in_flight and not _has_room(decoder, active):
-                    break  # a later step, for which there is no room, raises the error
-                in_flight.append((IdsInFlight(decoder.step(own, mask)), active))
+            while len(in_flight) < min(self.decoder.steps_in_flight + 1, left):
+                if not any(active := self._active_rows()):
+                    break
+                in_flight.append((IdsInFlight(self._launch(mask, active)), active))
+            if not in_flight:
+                break
             # 2. Read the oldest step back.
             arriving, active = in_flight.popleft()
             chosen = arriving.ids()
-            no_numbers = [id == NO_NUMBERS for id in chosen]
-            nothing_left = [id == NOTHING_LEFT for id in chosen]
-            _check_step(no_numbers, nothing_left, running)
+            active = [a and reason is None for a, reason in zip(active, self.reasons)]
+            _check_choice([id if a else 0 for id, a in zip(chosen, active)])
             # 3. Yield.
-            ids = [id if alive else None for id, alive in zip(chosen, running)]
-            if not isinstance(sampling, Sampling):
-                ended = [took_part and not alive for took_part, alive in zip(active, running)]
-                surplus = [n + int(late) for n, late in zip(surplus, ended)]
-            running = [alive and id not in stop for id, alive in zip(chosen, running)]
-            _accept(constraints, chosen, running)
-            yield ids
-            if not any(running):
+            self._take(chosen, active)
+            yield [id if takes_part else None for id, takes_part in zip(chosen, active)]
+            if None not in self.reasons:
                 break
-    except BaseException:
-        # An interrupt may have cost the cache what the rewind needs; the next call says so.
-        with suppress(ValueError):
-            _roll_back(decoder, surplus, in_flight)
-        raise
-    else:
-        _roll_back(decoder, surplus, in_flight)
 
+    def _active_rows(self) -> list[bool]:
+        """Which rows take part in the next step: those that continue and have room."""
+        limit = self.decoder.limit
+        return [
+            reason is None and length < limit
+            for reason, length in zip(self.reasons, self.decoder.lengths)
+        ]
 
-def _active_rows(sampling: Sampling | Sequence[Sampling | None], batch_size: int) -> list[bool]:
-    """Which rows take part in a step."""
-    if isinstance(sampling, Sampling):
-        return [True] * batch_size
-    return [own is not None for own in sampling]
+    def _launch(self, mask: Tensor | None, active: Sequence[bool]) -> Tensor:
+        """A step of the active rows: ids int64 [B] on the device."""
+        if all(active):
+            return self.decoder.step(self.sampling, mask)
+        return self.decoder.step(self.sampling, mask, active)
 
+    def _take(self, chosen: Sequence[int], active: Sequence[bool]) -> None:
+        """Count the ids of the active rows, end rows at stop tokens, and tell the constraints."""
+        for b, (id, takes_part) in enumerate(zip(chosen, active)):
+            if not takes_part:
+                continue
+            if id in self.stop:
+                self.reasons[b] = "stop"
+            elif self.constraints is not None:
+                self.constraints[b].accept(id)
+            self._chosen[b] += 1
 
-def _has_room(decoder: Engine, active: Sequence[bool]) -> bool:
-    """Whether one more id fits into every row that takes part."""
-    lengths = [length for length, takes_part in zip(decoder.lengths, active) if takes_part]
-    return max(lengths, default=0) < decoder.limit
-
-
-def _roll_back(
-    decoder: Engine, surplus: list[int], in_flight: Iterable[tuple["IdsInFlight", list[bool]]]
-) -> None:
-    """Forget the ids of each row beyond its end, and those of the steps in flight."""
-    counts = list(surplus)
-    for _, active in in_flight:
-        counts = [n + int(takes_part) for n, takes_part in zip(counts, active)]
-    decoder.rewind(counts)
-
-
-def _of_running(
-    sampling: Sampling | Sequence[Sampling], running: Sequence[bool]
-) -> Sampling | list[Sampling | None]:
-    """The sampling of a step: rows with a sampling of their own are idle once they have ended.
-
-    With one Sampling for all, rows that have ended still take part: they share the random numbers.
-    """
-    if isinstance(sampling, Sampling):
-        return sampling
-    return [own if alive else None for own, alive in zip(sampling, running)]
-
-
-def _accept(
-    constraints: Sequence[Constraint] | None, chosen: Sequence[int], running: Sequence[bool]
-) -> None:
-    """Tell the ids to the constraints of the rows that continue."""
-    for constraint, id, alive in zip(constraints or (), chosen, running):
-        if alive:
-            constraint.accept(id)
+    def _roll_back(self) -> None:
+        """Forget the ids that were not taken: those beyond a row's end, and of steps in flight."""
+        taken = [start + chosen for start, chosen in zip(self._starts, self._chosen)]
+        surplus = [held - length for held, length in zip(self.decoder.lengths, taken)]
+        if any(surplus):
+            self.decoder.rewind(surplus)
 
 
 class IdsInFlight:
@@ -317,14 +410,20 @@ class IdsInFlight:
         return self._ids.tolist()
 
 
-def _check_step(broken: Sequence[int], forbidden: Sequence[int], running: Sequence[bool]) -> None:
-    for b, alive in enumerate(running):
-        if alive and broken[b]:
+def _check_sampling(sampling: Sampling) -> None:
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a mistral.Sampling, not {sampling!r}")
+
+
+def _check_choice(ids: Sequence[int]) -> None:
+    """Raises ValueError if a row had no choice, see `Engine.step`."""
+    for b, id in enumerate(ids):
+        if id == NO_NUMBERS:
             raise ValueError(
-                f"row {b}: the logits are NaN (float16 overflows in some fine-tunes); load the "
-                "model in bfloat16 or float32"
+                f"row {b}: the logits are NaN or infinite (float16 overflows in some fine-tunes); "
+                "load the model in bfloat16 or float32"
             )
-        if alive and forbidden[b]:
+        if id == NOTHING_LEFT:
             raise ValueError(
                 f"row {b}: constraint and penalties forbid every token, so none can be chosen"
             )

@@ -8,6 +8,7 @@ import torch
 
 from mistral.cache import RollingCache, cache_slots
 from mistral.errors import NotEnoughMemory
+from mistral.files import format_bytes
 from mistral.model import Mistral
 
 
@@ -46,6 +47,12 @@ def _container_memory() -> int | None:
         return None
 
 
+def has_room(needed: int, device: torch.device) -> bool:
+    """Whether `needed` bytes are free on `device`; True if that is unknown."""
+    free = _available_memory(device)
+    return free is None or needed <= free
+
+
 def require_memory(
     needed: int, device: torch.device, what: str, fits: Callable[[int], str]
 ) -> None:
@@ -79,12 +86,3 @@ def checked_cache(
         what = f"a key/value cache of {slots} positions for {rows}"
         require_memory(batch_size * row_bytes, model.device, what, fits)
     return model.new_cache(batch_size, max_tokens, slack)
-
-
-def format_bytes(count: float) -> str:
-    """4367704064 -> '4.37 GB'; decimal units, as disks and download pages count."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from mistral.cache import rewind_counts
 from mistral.engine.base import IDLE, Engine
+from mistral.engine.ids import check_rows
 from mistral.sampling import RandomNumbers, Sampling, sample_rows
 
 _LONGEST_CHUNK = 64  # more new ids are a prompt: no guess, whose logits would cost too much
@@ -94,7 +95,7 @@ class LookupDecoder(Engine):
     def logits(self) -> Tensor:
         """[1, V]: the logits that the next step samples from. ValueError while the row is empty."""
         self._catch_up()
-        return self._scores[:1]
+        return self._scores[:1].clone()
 
     @property
     def lengths(self) -> list[int]:
@@ -119,31 +120,34 @@ class LookupDecoder(Engine):
 
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         """Append ids to the row: a prompt, or ids that a grammar leaves no choice about."""
-        self._check_ids(rows)
-        self._check_room([len(rows[0])])
-        if rows[0]:
-            self._append(rows[0])
+        (ids,) = check_rows(rows, 1, self.config.vocab_size)
+        self._check_room([len(ids)])
+        if ids:
+            self._append(ids)
             self._catch_up()
 
     @torch.inference_mode()
     def step(
-        self, sampling: Sampling | Sequence[Sampling | None], mask: Tensor | None = None
+        self,
+        sampling: Sampling | Sequence[Sampling | None],
+        mask: Tensor | None = None,
+        active: Sequence[bool] | None = None,
     ) -> Tensor:
         """Sample an id and append it: int64 [1] on the device."""
-        each = [sampling] if isinstance(sampling, Sampling) else sampling
-        if len(each) != 1:
-            raise ValueError(f"{len(each)} samplings for a decoder of 1 rows")
-        own = each[0]
+        counts = self._step_counts(sampling, mask, active)
         logits = self.logits
-        if own is None:
+        if not any(counts):
             return torch.full((1,), IDLE, device=logits.device)
-        self._check_room([1])
+        own = sampling if isinstance(sampling, Sampling) else sampling[0]
         self._random = self._random or RandomNumbers(logits.device)
         remembers = own.repetition_penalty != 1 or own.no_repeat_ngram_size
         history = torch.tensor([list(map(ord, self._text)) if remembers else []], dtype=torch.int64)
         history = history.to(logits.device, non_blocking=True)
-        ids = sample_rows(logits, own, history, [history.shape[1]], mask, self._random)
-        self._append(ids.tolist())
+        lengths = [history.shape[1]]
+        ids = sample_rows(logits, own, history, lengths, mask, self._random, counts)
+        chosen = ids.item()
+        # Without a choice the id is negative; 0 takes its place until the row is rewound.
+        self._append([max(chosen, 0)])
         return ids
 
     def rewind(self, n: int | Sequence[int]) -> None:

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 from mistral.engine.base import Constraint, Engine
 from mistral.engine.constraints import AnyToken, KnownTokens
-from mistral.engine.generation import decoder_for, generate
+from mistral.engine.generation import Generated, Loop, Rows, batch_loop
+from mistral.engine.given import require_tokenizer
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -25,7 +27,7 @@ def generate_text(  # noqa: PLR0913
     prefix_space: bool = True,
     special: bool = False,
     strip_leading_space: bool = False,
-) -> Iterator[str]:
+) -> Generated[str]:
     """Continue `text` (or the ids of a prompt); yields the new text in pieces, each final.
 
     stop          strings at which the text ends, wherever the tokens' borders fall; they are not
@@ -37,29 +39,144 @@ def generate_text(  # noqa: PLR0913
     strip_leading_space  drop the leading space of the first new token: the answer is a text of its
                   own and does not continue `text`, as in Mistral's own chat formats
 
-    Ids are taken as they are: `bos`, `prefix_space` and `special` do not apply to them. The other
+    The iterator's `reason` says why the text ended; a decoder without room ends it as "full". Ids
+    are taken as they are: `bos`, `prefix_space` and `special` do not apply to them. The other
     arguments and errors are those of `generate`. A decoder holds every token that was generated,
     those that spell the stop string included.
     """
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")
-    stop_tokens = model_or_decoder.config.eos_token_id if stop_tokens is None else stop_tokens
-    control = {tokenizer.control_id(s) for s in stop} - {None}
+    require_tokenizer(tokenizer)
     if isinstance(text, str):
         text = tokenizer.encode(text, bos=bos, special=special, prefix_space=prefix_space)
-    decoder = decoder_for(model_or_decoder, [text], max_new_tokens)
-    if tokenizer.vocab_size < decoder.config.vocab_size:
-        inner = AnyToken() if constraint is None else Constraint.of(constraint)
-        constraint = KnownTokens(decoder, tokenizer.vocab_size, inner)
-    ids = generate(
-        decoder,
-        text,
+    loop = _text_loop(
+        model_or_decoder,
+        tokenizer,
+        [text],
+        sampling,
+        max_new_tokens,
+        stop,
+        stop_tokens,
+        constraints=None if constraint is None else [constraint],
+    )
+    reader = UntilStop(tokenizer, stop, strip_leading_space)
+    return Generated((piece for _, piece in _pieces(loop, [reader])), loop.reasons)
+
+
+def generate_batch_text(  # noqa: PLR0913
+    model_or_decoder: Mistral | Engine,
+    tokenizer: Tokenizer,
+    texts: Sequence[str | Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
+    constraints: Sequence[Constraint] | None = None,
+    bos: bool = True,
+    special: bool = False,
+    strip_leading_space: bool = False,
+) -> Rows[str]:
+    """Continue several texts (or the ids of prompts) at once; returns the new text of each.
+
+    The result's `reasons` say why each text ended. The arguments and errors are those of
+    `generate_text` and `generate_batch`. To stream the texts: `stream_batch_text`.
+    """
+    texts_and_reasons = stream_batch_text(
+        model_or_decoder,
+        tokenizer,
+        texts,
         sampling,
         max_new_tokens=max_new_tokens,
-        stop_tokens=(*stop_tokens, *control),
-        constraint=constraint,
+        stop=stop,
+        stop_tokens=stop_tokens,
+        constraints=constraints,
+        bos=bos,
+        special=special,
+        strip_leading_space=strip_leading_space,
     )
-    return text_until(ids, tokenizer, stop, strip_leading_space)
+    whole = ["" for _ in texts]
+    for row, piece in texts_and_reasons:
+        whole[row] += piece
+    return Rows(whole, texts_and_reasons.reasons)
+
+
+def stream_batch_text(  # noqa: PLR0913
+    model_or_decoder: Mistral | Engine,
+    tokenizer: Tokenizer,
+    texts: Sequence[str | Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    stop_tokens: Sequence[int] | None = None,
+    constraints: Sequence[Constraint] | None = None,
+    bos: bool = True,
+    special: bool = False,
+    strip_leading_space: bool = False,
+) -> Generated[tuple[int, str]]:
+    """`generate_batch_text` as it comes: yields (row, piece of its new text)."""
+    require_tokenizer(tokenizer)
+    if isinstance(texts, str):
+        raise ValueError("texts takes a list of texts, not one text")
+    prompts = [
+        tokenizer.encode(text, bos=bos, special=special) if isinstance(text, str) else text
+        for text in texts
+    ]
+    loop = _text_loop(
+        model_or_decoder,
+        tokenizer,
+        prompts,
+        sampling,
+        max_new_tokens,
+        stop,
+        stop_tokens,
+        constraints,
+    )
+    readers = [UntilStop(tokenizer, stop, strip_leading_space) for _ in prompts]
+    return Generated(_pieces(loop, readers), loop.reasons)
+
+
+def _text_loop(
+    model_or_decoder: Mistral | Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    stop_tokens: Sequence[int] | None,
+    constraints: Sequence[Constraint] | None,
+) -> Loop:
+    """The loop over ids, which ends at control tokens in `stop`, and draws no id without a token.
+
+    Raises ValueError for stop strings that are not a list of non-empty strings.
+    """
+    strings = not isinstance(stop, str) and isinstance(stop, Sequence)
+    if not strings or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")
+    loop = batch_loop(model_or_decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints)
+    loop.stop |= {tokenizer.control_id(s) for s in stop} - {None}
+    if tokenizer.vocab_size < loop.decoder.config.vocab_size:
+        inner = loop.constraints or [AnyToken() for _ in prompts]
+        loop.constraints = [KnownTokens(loop.decoder, tokenizer.vocab_size, one) for one in inner]
+    return loop
+
+
+def _pieces(loop: Loop, readers: Sequence["UntilStop"]) -> Iterator[tuple[int, str]]:
+    """Yields (row, piece); a row ends at a stop string, too."""
+    finished = [False] * len(readers)
+    with closing(loop.steps()) as steps:
+        for step in steps:
+            for b, (id, reader) in enumerate(zip(step, readers)):
+                if id is not None and (piece := reader.feed(id)):
+                    yield b, piece
+                if reader.has_stopped:
+                    loop.reasons[b] = "stop_string"
+                elif loop.reasons[b] is not None and not finished[b]:
+                    finished[b] = True
+                    if piece := reader.finish():
+                        yield b, piece
+    for b, reader in enumerate(readers):  # that ended because of their length
+        if not finished[b] and (piece := reader.finish()):
+            yield b, piece
 
 
 def text_until(
@@ -69,34 +186,70 @@ def text_until(
     strip_leading_space: bool = False,
     is_quoted: Callable[[str, int], bool] = lambda text, at: False,
 ) -> Iterator[str]:
-    """Decode ids up to the first stop string, holding back what could be the beginning of one.
+    """Decode ids up to the first stop string; yields pieces of text. See `UntilStop`."""
+    reader = UntilStop(tokenizer, stop, strip_leading_space, is_quoted)
+    for id in ids:
+        if piece := reader.feed(id):
+            yield piece
+        if reader.has_stopped:
+            return
+    if piece := reader.finish():
+        yield piece
+
+
+class UntilStop:
+    """Ids to text up to the first stop string, holding back what could be the beginning of one.
 
     strip_leading_space  see `Tokenizer.stream`
     is_quoted            whether the stop string at a place of the text is quoted, and ends nothing
+    has_stopped          a stop string was complete; what is fed after it is not read
     """
-    stream = tokenizer.stream(strip_leading_space)
-    text = ""
-    given = 0
-    for id in ids:
-        text += stream.feed(id)
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        strip_leading_space: bool = False,
+        is_quoted: Callable[[str, int], bool] = lambda text, at: False,
+    ):
+        self.has_stopped = False
+        self._stop = stop
+        self._is_quoted = is_quoted
+        self._stream = tokenizer.stream(strip_leading_space)
+        self._text = ""
+        self._given = 0  # characters that were returned
+
+    def feed(self, id: int) -> str:
+        """The text that one more id makes final."""
+        if self.has_stopped:
+            return ""
+        self._text += self._stream.feed(id)
         # The one that ends first; of two that end together, the longer.
         places = sorted(
             (match.end(), match.start())
-            for s in stop
-            for match in re.compile(re.escape(s)).finditer(text, given)
+            for s in self._stop
+            for match in re.compile(re.escape(s)).finditer(self._text, self._given)
         )
         # Asked from left to right up to the one that counts, so that an answer can be parsed once.
-        at = next((at for _, at in places if not is_quoted(text, at)), None)
+        at = next((at for _, at in places if not self._is_quoted(self._text, at)), None)
         if at is not None:
-            if text[given:at]:
-                yield text[given:at]
-            return
+            self.has_stopped = True
+            return self._until(at)
         # How much of the text's end could be the beginning of a stop string.
         open_end = max(
-            (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0
+            (n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])),
+            default=0,
         )
-        if len(text) - open_end > given:
-            yield text[given : len(text) - open_end]
-            given = len(text) - open_end
-    if rest := text[given:] + stream.finish():
-        yield rest
+        return self._until(len(self._text) - open_end)
+
+    def finish(self) -> str:
+        """The text still held back; "" after a stop string."""
+        if self.has_stopped:
+            return ""
+        self._text += self._stream.finish()
+        return self._until(len(self._text))
+
+    def _until(self, end: int) -> str:
+        piece = self._text[self._given : end]
+        self._given = max(self._given, end)
+        return piece

@@ -99,9 +99,11 @@ def sample_reference(
         no_history = ids.new_zeros(1, 0)
         mask = allowed[b : b + 1] if masked else None
         weights = processed_scores(z[None], sampling, no_history, no_history, mask)[0]
-        # 2. Problems: a NaN before an empty row.
+        # 2. Problems: a NaN or an infinite score before an empty row.
         nothing_left = torch.where(weights.amax() == -math.inf, NOTHING_LEFT, 0)
-        problems[b] = torch.where(logits[b].isnan().any(), NO_NUMBERS, nothing_left)
+        infinite = (logits[b] == math.inf) & (allowed[b] if masked else True)
+        broken = logits[b].isnan() | infinite
+        problems[b] = torch.where(broken.any(), NO_NUMBERS, nothing_left)
         # 3. The choice: the first of the best, or a draw as in `next_ids`.
         if temperature:
             generator = torch.Generator(ids.device).manual_seed(
@@ -267,8 +269,8 @@ def sample_kernel(  # noqa: PLR0915
         # As torch divides on a GPU, so that the same scores tie.
         z = z * tl.div_rn(1.0, temperature)
 
-    # 3. Problems. A NaN counts as -infinity from here on.
-    broken = tl.max(tl.where(z == z, 0, 1)) > 0
+    # 3. Problems. From here on a NaN counts as -infinity, and +infinity as the largest number.
+    broken = tl.max(tl.where(z < float("inf"), 0, 1)) > 0
     z = tl.minimum(tl.where(z == z, z, float("-inf")), _LARGEST)
     top = tl.max(z)
     problem = tl.where(broken, _NO_NUMBERS, tl.where(top == float("-inf"), _NOTHING_LEFT, 0))
@@ -319,8 +321,8 @@ def sample(
               random stream, whether the row is active
     counts    int64 [B]: how many ids each row has drawn; incremented
     ids       int64 [B], written; in range even if there is a problem
-    problems  int64 [B], written: NO_NUMBERS if a logit is NaN (it counts as -inf), NOTHING_LEFT if
-              no id can be drawn (it is 0 then), else 0
+    problems  int64 [B], written: NO_NUMBERS if a logit is NaN, or +inf and allowed; NOTHING_LEFT
+              if no id can be drawn (it is 0 then); else 0
 
     A row that is not active keeps its seen, counts and ids, and its problem is IDLE.
 

@@ -55,6 +55,7 @@ class Sampler:
         sampling: Sampling | Sequence[Sampling | None],
         mask: Tensor | None,
         history: Tensor,
+        counts: Sequence[int] | None = None,
     ) -> None:
         """Copy to the device what has changed since the last step. Outside the graph; it does not
         synchronize.
@@ -65,6 +66,7 @@ class Sampler:
         mask      bool [B, V] or [V]: True if an id is allowed; None: all are
         history   int64 [B, n]: each row's ids, -1 if there is none. Read at the first penalty, and
                   at the first after `forget`; in between `run` adds the ids that it chooses.
+        counts    0 for another row that is idle; None: there is no other
 
         Raises ValueError for settings that the kernel does not have, and for another number of
         rows.
@@ -73,6 +75,8 @@ class Sampler:
         shared = isinstance(sampling, Sampling)
         rows = [sampling] * B if shared else list(sampling)
         require(len(rows) == B, f"{len(rows)} samplings for {B} rows")
+        if counts is not None:
+            rows = [row if count else None for row, count in zip(rows, counts)]
         active = [row for row in rows if row is not None]
         require(
             all(map(self.supports, active)),

@@ -1,0 +1,55 @@
+"""What people attach to a model: hooks, adapters, biases. Not every engine can honour it."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from mistral.attention import Attention
+from mistral.mlp import MLP
+from mistral.model import Block, Mistral, Trunk
+from mistral.quantization.packed import PackedEmbedding, PackedLinear, TiedOutput
+from mistral.rms_norm import RMSNorm
+from mistral.rotary import Rotary
+
+_OWN = {
+    *(Mistral, Trunk, Block, Attention, MLP, RMSNorm, Rotary),
+    *(nn.ModuleList, nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding, TiedOutput),
+}
+
+
+def refuse_hooks(model: Mistral, engine: str) -> None:
+    """Raises ValueError, which names the module, if a forward hook is registered in the model."""
+    _refuse(_hooks(model), engine)
+
+
+def refuse_attachments(model: Mistral, engine: str) -> None:
+    """Raises ValueError for hooks, and for modules that a Mistral of this package does not have."""
+    _refuse(_hooks(model), engine)
+    _refuse(_foreign_modules(model), engine)
+
+
+def _refuse(found: Iterator[str], engine: str) -> None:
+    if attached := next(found, None):
+        raise ValueError(
+            f"{engine} cannot honour what is attached: {attached}. Remove it (merge an adapter), "
+            "or use the eager engine, mistral.Decoder"
+        )
+
+
+def _hooks(model: Mistral) -> Iterator[str]:
+    all_modules = nn.modules.module
+    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+        yield "every module has a global forward hook"
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            yield f"{name or 'the model'} has a forward hook"
+
+
+def _foreign_modules(model: Mistral) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if type(module) not in _OWN:
+            yield f"{name or 'the model'} is a {type(module).__name__}"
+        elif "forward" in vars(module):
+            yield f"{name or 'the model'} has a forward method of its own"
+        elif isinstance(module, nn.Linear) and module.bias is not None:
+            yield f"{name} has a bias"
