@@ -25,17 +25,21 @@ class Answer:
 
     text    written so far
     ids     its tokens, without the one that ended it
+    whole   whether `ids` spell all of it: a string of `stop` may begin within a token
     reason  why it ended: "stop"; "length" after `max_new_tokens` or when the decoder is full;
             "interrupted" until then
 
     When the text has ended, the decoder holds the prompt and `ids`, and nothing more. After an
     interruption `settle` makes `ids` the tokens of `text`; the decoder may hold a few more then.
-    `spelled_ends`: whether an end of turn that is spelled as text ends the answer, as in
-    `ChatFormat`; in a string of a call it never does. Raises the errors of `mistral.generate`, and
-    ValueError for a prompt that leaves no room for an answer.
+
+    stop          strings that end the answer, and are not part of it
+    spelled_ends  whether an end of turn that is spelled as text ends the answer, as in `ChatFormat`
+
+    Neither ends it inside a call. Raises the errors of `mistral.generate`, and ValueError for a
+    prompt that leaves no room for an answer.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         decoder: Engine,
         tokenizer: Tokenizer,
@@ -45,9 +49,11 @@ class Answer:
         constraint: Constraint,
         max_new_tokens: int,
         spelled_ends: bool = True,
+        stop: Sequence[str] = (),
     ):
         self.text = ""
         self.ids: list[int] = []
+        self.whole = True
         self.reason = "interrupted"
         self.prompt_ids = prompt_ids
         self._decoder = decoder
@@ -55,7 +61,7 @@ class Answer:
         self._stop_tokens = chat.stop_ids(tokenizer)
         self._constraint = CountsForced(constraint)
         self._strip_leading_space = chat.strip_leading_space
-        self._spelled = chat.spelled_ends if spelled_ends else ()
+        self._spelled = (*(chat.spelled_ends if spelled_ends else ()), *stop)
         self._call_token: int | None = None
         if chat.call_token is not None:
             self._call_token = tokenizer.control_id(chat.call_token)
@@ -64,6 +70,7 @@ class Answer:
         self._stream = ToolCallStream()
         self._parsed = 0  # characters that it was fed
         self._found: list[Event] = []  # by it, not yet yielded
+        self._calls: list[Call] = []  # in the text
         self._listed: list[Call] = []  # calls of a list
         self._start = decoder.lengths[0] + len(prompt_ids)
         if (room := decoder.limit - self._start) < 1:
@@ -92,7 +99,7 @@ class Answer:
             self.text += piece
             yield piece
         if not self._exhausted:  # a spelled end
-            self.ids = self.ids[: self._count_written()]
+            self._drop_unwritten()
             self.reason = "stop"
         elif self.ids and self.ids[-1] in self._stop_tokens:
             self.ids.pop()
@@ -115,11 +122,16 @@ class Answer:
             elif not self._is_list:
                 yield Text(piece)
         if self._call_token is None:
-            self._found += self._stream.finish()
+            self._add_found(self._stream.finish())
         elif self._is_list:
             self._found = [*read_call_list(self.text, number)]
             self._listed = [event for event in self._found if isinstance(event, Call)]
         yield from self._take_found()
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls in `message`; the listener may not have heard all of them."""
+        return self._listed or [call for call in self._calls if call.span[1] <= len(self.text)]
 
     def message(self) -> dict[str, Any]:
         """The answer as a message; a list of calls takes the place of its text."""
@@ -136,7 +148,7 @@ class Answer:
         """End the answer; if it was interrupted, reduce `ids` to the tokens of `text`."""
         self._generated.close()
         if self.reason == "interrupted":
-            self.ids = self.ids[: self._count_written()]
+            self._drop_unwritten()
 
     @property
     def _is_list(self) -> bool:
@@ -151,28 +163,36 @@ class Answer:
 
     def _is_quoted(self, text: str, at: int) -> bool:
         """Whether a place of the text lies in a string of a call; places come in their order."""
+        if self._is_list:
+            return True
         self._parse(text, at)
         return self._stream.in_string
 
     def _parse(self, text: str, end: int) -> None:
         """Feed the text up to `end` to the parser, each character once."""
-        self._found += self._stream.feed(text[self._parsed : end])
+        self._add_found(self._stream.feed(text[self._parsed : end]))
         self._parsed = max(self._parsed, end)
+
+    def _add_found(self, events: list[Event]) -> None:
+        self._found += events
+        self._calls += [event for event in events if isinstance(event, Call)]
 
     def _take_found(self) -> list[Event]:
         events = self._found
         self._found = []
         return events
 
-    def _count_written(self) -> int:
-        """How many ids spell the text; the ids after them spell the end of the turn."""
+    def _drop_unwritten(self) -> None:
+        """Reduce `ids` to those that spell the text; those after them spell the end of the turn."""
         stream = self._tokenizer.stream(self._strip_leading_space)
         length = 0
         for n, id in enumerate(self.ids):
-            if length >= len(self.text):
-                return n
+            before = length
             length += len(stream.feed(id))
-        return len(self.ids)
+            if before >= len(self.text) or length > len(self.text):
+                self.ids = self.ids[:n]
+                self.whole = before >= len(self.text)
+                return
 
 
 def one_row(model_or_decoder: Mistral | Engine, max_tokens: int | None = None) -> Engine:

@@ -31,7 +31,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """A function returned `content`."""
+    """A function returned `content`, as in JSON."""
 
     name: str
     content: Any
@@ -39,7 +39,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Error:
-    """A call failed, and the model can be told.
+    """A call failed: nothing has happened, and the model may call again.
 
     span, source  of a call that cannot be parsed: its place in the model's text, and its text
     """
@@ -50,10 +50,36 @@ class Error:
 
 
 @dataclass(frozen=True)
+class Altered:
+    """A function ran, but the model reads less than its `Result`, or another form of it."""
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A function was started, and whether it has done its work is not known.
+
+    It ran out of time. The model is told not to repeat the call.
+    """
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """The conversation was too long: it has forgotten its oldest `messages` messages."""
+
+    messages: int
+
+
+@dataclass(frozen=True)
 class End:
     """The last event; `Conversation.say` lists the reasons."""
 
     reason: str
 
 
-Event = Text | Call | Result | Error | End
+Event = Text | Call | Result | Error | Altered | Unfinished | Trimmed | End

@@ -10,9 +10,29 @@ from mistral.files import whole_file
 
 
 def write_lines(path: Path, lines: Sequence[Any]) -> None:
-    """Write values as lines of JSON, the whole file or nothing. OSError if that fails."""
+    """Write values as lines of JSON, the whole file or nothing.
+
+    ConversationError for a value that JSON cannot hold, OSError if the file cannot be written.
+    """
+    try:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConversationError(f"a message cannot be saved as JSON: {error}") from None
     with whole_file(path) as file:
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+
+
+def without_descriptions(tools: Any) -> Any:
+    """Schemas of tools without the texts for the model; a property of that name stays."""
+    if isinstance(tools, list):
+        return [without_descriptions(one) for one in tools]
+    if not isinstance(tools, dict):
+        return tools
+    return {
+        key: without_descriptions(one)
+        for key, one in tools.items()
+        if key != "description" or not isinstance(one, str)
+    }
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

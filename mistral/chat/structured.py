@@ -1,13 +1,16 @@
 """Answers in JSON that follow a schema: prompt, generate, parse, validate, retry."""
 
 import json
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mistral.chat.answer import Answer, one_row
 from mistral.chat.formats import ChatFormat, chat_format
+from mistral.chat.formats.literals import read_literals
+from mistral.chat.formats.messages import Message, check_messages
 from mistral.chat.formats.prompts import json_prompt
 from mistral.chat.grammar import UnsupportedSchema, json_constraint
 from mistral.chat.grammar.free_text import TextOnly
@@ -18,6 +21,7 @@ from mistral.chat.tools.json_schema import (
     compile_schema,
     problem,
     pydantic_schema,
+    with_integers,
 )
 from mistral.engine.base import Constraint, Engine
 from mistral.errors import MistralError, one_line
@@ -44,7 +48,7 @@ class OutOfTokens(JSONError):
 def generate_json(  # noqa: PLR0913
     model_or_decoder: Mistral | Engine,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[Message],
     schema: Schema,
     *,
     sampling: Sampling | None = None,
@@ -56,12 +60,14 @@ def generate_json(  # noqa: PLR0913
     """Answer `prompt` with JSON that is valid for `schema`; returns the parsed value.
 
     model_or_decoder  a decoder has one row; it is emptied first
+    prompt            the user's message, or a conversation that the assistant is to answer; its
+                      system message follows the schema
     schema            a JSON schema, a file with one, or a pydantic model (then an instance of it is
                       returned)
     sampling          None: greedy
-    grammar           allow nothing else (needs the extra `chat`). A schema that no grammar can
-                      express causes a warning, and the answer is then only checked.
-    max_new_tokens    of one answer
+    grammar           allow nothing else (needs the extra `chat`). A keyword that the grammar cannot
+                      express causes a warning, and is then only checked.
+    max_new_tokens    of one answer: besides the schema, nothing else bounds it
     retries           how often the model may correct an invalid answer: it is shown the answer and
                       the error
     format            a name in `mistral.chat.formats.FORMATS`; None: chosen by the checkpoint's
@@ -81,11 +87,7 @@ def generate_json(  # noqa: PLR0913
     decoder.rewind(decoder.lengths[0])
     chat = chat_format(tokenizer, format)
     constraint = _constraint(decoder, tokenizer, rules, chat, grammar)
-    messages = [
-        {"role": "system", "content": json_prompt(rules)},
-        {"role": "user", "content": prompt},
-    ]
-    ids = chat.begin(tokenizer, messages)
+    ids = chat.begin(tokenizer, _messages(prompt, json_prompt(rules)))
     sampling = sampling or Sampling(temperature=0)
     # Under a grammar, a spelled end of turn can only be in a string.
     spelled_ends = isinstance(constraint, TextOnly)
@@ -113,6 +115,21 @@ def generate_json(  # noqa: PLR0913
     raise JSONError(f"no valid answer in {attempt + 1} attempts: {wrong}", answer.text, attempt + 1)
 
 
+def _messages(prompt: str | Sequence[Message], instruction: str) -> list[Message]:
+    """The conversation, with the instruction in its system message."""
+    if isinstance(prompt, str):
+        return [{"role": "system", "content": instruction}, {"role": "user", "content": prompt}]
+    checked = check_messages(prompt)
+    if checked[-1].role == "assistant":
+        raise ValueError(
+            f"{checked[-1].where} is an answer already: end with what is to be answered"
+        )
+    if checked[0].role != "system":
+        return [{"role": "system", "content": instruction}, *prompt]
+    system = {"role": "system", "content": f"{instruction}\n\n{checked[0].content}"}
+    return [system, *prompt[1:]]
+
+
 def read_schema(schema: Schema) -> dict[str, Any]:
     """The JSON schema of a dict, a file or a pydantic model. SchemaError if it has none."""
     if isinstance(schema, type):
@@ -132,17 +149,45 @@ def read_schema(schema: Schema) -> dict[str, Any]:
 def _check(text: str, validator: Any, model_class: type | None) -> tuple[Any, str | None]:
     """The parsed answer and None, or None and the problem."""
     try:
-        value = json.loads(text)
+        value = _read_json(text)
     except (ValueError, RecursionError) as error:
         return None, f"the answer is not valid JSON: {one_line(str(error))}"
     if wrong := problem(validator, value):
         return None, wrong
+    value = with_integers(validator, value)
     if model_class is None:
         return value, None
     try:
-        return model_class.model_validate_json(text), None
+        return model_class.model_validate_json(json.dumps(value)), None
     except ValueError as error:  # by a check of the class that no schema can express
         return None, one_line(str(error))
+
+
+def _read_json(text: str) -> Any:
+    """The JSON of an answer, or what was meant as that; ValueError if there is none, or doubt.
+
+    That is JSON with Python's literals or a comma too many in it, or with text around it.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        strict = error
+    inner = re.search(r"[\[{].*[\]}]", text, re.DOTALL)
+    try:
+        values = read_literals(inner[0] if inner else text)
+    except ValueError:
+        raise strict from None
+    if len(values) > 1:
+        raise ValueError(f"there are {len(values)} values in it")
+    return values[0]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a name that occurs twice would lose a value."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"the name {twice[0]!r} occurs twice in an object")
+    return dict(pairs)
 
 
 def _constraint(

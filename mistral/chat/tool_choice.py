@@ -35,9 +35,9 @@ def call_constraints(
 ) -> dict[str, Constraint]:
     """The constraints for `choice`, "auto" and "none"; copy one for each answer.
 
-    Without a grammar, or with a schema that none can express (a warning), calls are checked after
-    they are written. Raises ConversationError then for a choice that demands a call: only a grammar
-    can guarantee one.
+    Without a grammar calls are checked after they are written; with one, what it cannot express of
+    a tool's schema (a warning). Raises ConversationError without one for a choice that demands a
+    call: only a grammar can guarantee one.
     """
     stop_tokens = chat.stop_ids(tokenizer)
     text = TextOnly(decoder, tokenizer, stop_tokens)

@@ -223,7 +223,7 @@ def _schema_problem(schema: dict[str, Any], value: Any) -> str | None:
         from referencing import Registry
     except ImportError:
         raise MistralError(
-            'jsonschema is not installed; install the extra: pip install -e ".[chat]"'
+            'jsonschema is not installed; install the extra: pip install -e ".[eval]"'
         ) from None
     try:
         validator = validators.validator_for(schema, default=Draft202012Validator)

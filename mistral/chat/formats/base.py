@@ -65,3 +65,19 @@ class ChatFormat(ABC):
     @abstractmethod
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The tokens that end the assistant's turn."""
+
+
+def begin_ids(tokenizer: Tokenizer) -> list[int]:
+    """The begin token, if a conversation begins with one.
+
+    It does if the checkpoint's chat template writes it: as `bos_token`, or spelled. Without a
+    template it does if the checkpoint wants it before every text.
+    """
+    template = tokenizer.chat_templates.get("default")
+    if template is None:
+        return tokenizer.encode("")
+    begin = None if tokenizer.bos_id is None else tokenizer.control_text(tokenizer.bos_id)
+    # <|im_start|> in a template begins a turn, even if it is the begin token as well.
+    is_spelled = begin is not None and begin != "<|im_start|>" and begin in template
+    writes_it = begin is not None and ("bos_token" in template or is_spelled)
+    return [tokenizer.bos_id] if writes_it else []

@@ -8,11 +8,15 @@ from mistral.chat.formats.literals import read_literals
 CALL_ID = re.compile("[A-Za-z0-9]{9}")  # the ids that Mistral's models were trained with
 
 
+_ALIASES = ("args", "kwargs", "parameters", "params", "input")  # that models write for arguments
+
+
 def call_of(value: Any) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a call; other keys do not matter.
+    """Name and arguments of a call; next to arguments, other keys do not matter.
 
     Arguments may be JSON in a string, which is decoded once. They are {} if there are none, or
-    only null or a blank string. Raises ValueError for anything else.
+    only null or a blank string. Raises ValueError for anything else, and if the arguments seem to
+    be under another key: a call must not lose them.
     """
     if not isinstance(value, dict):
         raise ValueError('a call is an object with "name" and "arguments"')
@@ -22,11 +26,28 @@ def call_of(value: Any) -> tuple[str, dict[str, Any]]:
     arguments = value.get("arguments")
     if isinstance(arguments, str):
         arguments = _decoded(name, arguments)
+    if not arguments and (misplaced := _misplaced(value, arguments)):
+        raise ValueError(
+            f'the call of {name!r} has no "arguments", but {", ".join(map(repr, misplaced))}: '
+            'write {"name": ..., "arguments": {...}}'
+        )
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
         raise ValueError(f'the "arguments" of {name!r} are not an object')
     return name, arguments
+
+
+def _misplaced(value: dict[str, Any], arguments: Any) -> list[str]:
+    """The keys that may hold the arguments; next to an empty object only the usual ones."""
+    keys = [key for key in value if key not in ("name", "arguments")]
+    if arguments is not None:
+        return [key for key in keys if key in _ALIASES and value[key]]
+    about_the_call = {
+        "type": value.get("type") == "function",
+        "id": isinstance(value.get("id"), str),
+    }
+    return [key for key in keys if not about_the_call.get(key)]
 
 
 def _decoded(name: str, arguments: str) -> Any:

@@ -7,7 +7,7 @@ a user, a tool or the model writes stays text.
 
 from collections.abc import Sequence
 
-from mistral.chat.formats.base import ChatFormat
+from mistral.chat.formats.base import ChatFormat, begin_ids
 from mistral.chat.formats.messages import (
     CheckedMessage,
     Message,
@@ -15,7 +15,7 @@ from mistral.chat.formats.messages import (
     check_messages,
     tool_schemas,
 )
-from mistral.chat.formats.prompts import tool_prompt, write_call, write_error, write_result
+from mistral.chat.formats.prompts import tool_prompt, write_call, write_error, write_json_result
 from mistral.tokenizer import Tokenizer
 
 
@@ -39,7 +39,7 @@ class ChatML(ChatFormat):
     ) -> list[int]:
         """Ids of a whole conversation; a system turn before it describes the tools."""
         checked = check_messages(messages)
-        ids = tokenizer.encode("")
+        ids = begin_ids(tokenizer)
         if tools:
             prompt = tool_prompt(tool_schemas(tools), self.tool_style)
             ids += encode_turn(tokenizer, "system", prompt)
@@ -76,25 +76,25 @@ class ChatML(ChatFormat):
 def encode_turn(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
     """Ids of one whole turn."""
     turn = between_control_tokens(tokenizer, f"{role}\n{content}")
-    # After a control token every text has the leading space of a word, the newline included:
-    # Hermes was trained with Hugging Face's legacy tokenizer.
-    return turn + tokenizer.encode("\n", bos=False)
+    # With the tokenizer of Hermes every text after a control token has the leading space of a word,
+    # the newline included: Hugging Face calls it legacy.
+    return turn + tokenizer.encode_after_control("\n")
 
 
 def between_control_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of text between the two control tokens of a turn."""
     start, end = _control_tokens(tokenizer)
-    return [start, *tokenizer.encode(text, bos=False), end]
+    return [start, *tokenizer.encode_after_control(text), end]
 
 
 def begin_turn(tokenizer: Tokenizer, role: str) -> list[int]:
     """Ids of the beginning of a turn, up to its content."""
-    return [_control_tokens(tokenizer)[0], *tokenizer.encode(f"{role}\n", bos=False)]
+    return [_control_tokens(tokenizer)[0], *tokenizer.encode_after_control(f"{role}\n")]
 
 
 def end_turn(tokenizer: Tokenizer) -> list[int]:
     """Ids that end a turn after its content."""
-    return [_control_tokens(tokenizer)[1], *tokenizer.encode("\n", bos=False)]
+    return [_control_tokens(tokenizer)[1], *tokenizer.encode_after_control("\n")]
 
 
 def _control_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -112,8 +112,10 @@ def _result(message: CheckedMessage) -> str:
     """A function's result, or its error, in a tag."""
     if message.error is not None:
         return write_error(message.error)
+    if message.name is None and "<tool_response>" in str(message.content):
+        return message.content  # in its tag already, as the makers' own programs send it
     if message.name is None:
         raise ValueError(
             f"{message.where} has no name, and no earlier call has its tool_call_id: name it"
         )
-    return write_result(message.name, message.result())
+    return write_json_result(message.name, message.result_json())

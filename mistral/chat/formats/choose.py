@@ -1,5 +1,7 @@
 """The chat formats by name, and the functions that encode messages with one of them."""
 
+import warnings
+import weakref
 from collections.abc import Sequence
 
 from mistral.chat.formats.base import ChatFormat
@@ -17,17 +19,53 @@ FORMATS: dict[str, ChatFormat] = {
 }
 
 
-def choose_format(tokenizer: Tokenizer) -> str:
-    """The name of the format whose control tokens the checkpoint has.
+_CHATML = ("<|im_start|>", "<|im_end|>")
+# What a chat template of another format contains
+_MARKS = {
+    "<|start_header_id|>": "Llama 3's",
+    "<<SYS>>": "Llama 2's",
+    "<start_of_turn>": "Gemma's",
+    "GPT4 Correct": "OpenChat's",
+    "<|user|>": "Zephyr's",
+    "### Instruction": "Alpaca's",
+    "USER:": "Vicuna's",
+    "<|im_start|>": "ChatML, whose control tokens the tokenizer lacks",
+}
+_WARNED: weakref.WeakSet[Tokenizer] = weakref.WeakSet()
 
-    chatml if it has `<|im_start|>` and `<|im_end|>`, mistral_instruct_v3 if it has `[INST]`,
-    otherwise mistral_instruct_v1: a base model, which has no format, looks the same as v1.
+
+def choose_format(tokenizer: Tokenizer) -> str:
+    """The name of the format of the checkpoint's chat template, or else of its control tokens.
+
+    Template: chatml if it writes `<|im_start|>` and the tokenizer has that, mistral_instruct_v3 or
+    v1 if it writes `[INST]`. A template of another format is not followed: one warning says which
+    format is used in its place.
+
+    Control tokens: chatml if the checkpoint has `<|im_start|>` and `<|im_end|>`,
+    mistral_instruct_v3 if it has `[INST]`, otherwise mistral_instruct_v1: a base model, which has
+    no format, looks the same as v1.
     """
-    if all(tokenizer.control_id(text) is not None for text in ("<|im_start|>", "<|im_end|>")):
-        return "chatml"
+    is_chatml = all(tokenizer.control_id(text) is not None for text in _CHATML)
+    instruct = "mistral_instruct_v1"
     if tokenizer.control_id("[INST]") is not None:
-        return "mistral_instruct_v3"
-    return "mistral_instruct_v1"
+        instruct = "mistral_instruct_v3"
+    by_tokens = "chatml" if is_chatml else instruct
+    template = tokenizer.chat_templates.get("default")
+    if template is None:
+        return by_tokens
+    if is_chatml and _CHATML[0] in template:
+        return "chatml"
+    if "[INST]" in template and "<<SYS>>" not in template:
+        return instruct
+    if tokenizer not in _WARNED:
+        _WARNED.add(tokenizer)
+        looks = next((what for mark, what in _MARKS.items() if mark in template), "unknown")
+        warnings.warn(
+            f"the format of the checkpoint's chat template ({looks}) is not one of "
+            f"{', '.join(FORMATS)}; {by_tokens} is used. format= (--format) chooses another",
+            stacklevel=3,
+        )
+    return by_tokens
 
 
 def chat_format(tokenizer: Tokenizer, name: str | None = None) -> ChatFormat:

@@ -47,7 +47,7 @@ class HermesToolUse(ChatML):
                 # newline after the role, too.
                 calls = "".join("\n" + _call(call) for call in message.calls)
                 ids += between_control_tokens(tokenizer, "assistant" + calls)
-                ids += tokenizer.encode("\n", bos=False)
+                ids += tokenizer.encode_after_control("\n")
         return ids
 
 

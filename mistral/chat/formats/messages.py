@@ -7,25 +7,42 @@
 
 A content may also be a list of parts, {"type": "text", "text": ...} each: paragraphs, as in
 mistral-common. Instead of a content a tool's message may have an "error": text for the model.
+
+The variants that OpenAI's clients send are read, too: their message objects (pydantic models), the
+role developer (system), an answer without content, ids of any form, a call whose arguments were cut
+off (they stay text), and the function_call and the role function of 2023.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mistral.chat.formats.prompts import to_json
 from mistral.chat.tools import Tool, wrapped
 from mistral.chat.tools.json_schema import as_json
 
 Message = Mapping[str, Any]
 Tools = Sequence[Tool | Mapping[str, Any]]  # each a Tool or a schema of one
 _ROLES = ("system", "user", "assistant", "tool")
+_OLD_ROLES = {"developer": "system", "function": "tool"}
+_TEXT_PARTS = {  # type -> key
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}
 PARAGRAPH = "\n\n"
+_ESCAPES = re.compile(r"(?:\\u[0-9a-fA-F]{4})+|\\.")
 
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A call in an assistant's message; its arguments may be a JSON object as text."""
+    """A call in an assistant's message.
+
+    arguments  an object, or JSON as text: an object or, if a call was cut off, a string
+    """
 
     name: str
     arguments: dict[str, Any] | str
@@ -54,6 +71,15 @@ class CheckedMessage:
     def result(self) -> Any:
         """A tool's result, or its error; text that is JSON becomes its value."""
         return _value(self.content) if self.error is None else self.error
+
+    def result_json(self) -> str:
+        """A tool's result as JSON. Text that is JSON stays as it is: its numbers keep all digits.
+
+        Only letters that it has as escapes are written as letters.
+        """
+        if not isinstance(self.content, str) or not _is_json(self.content):
+            return to_json(self.content)
+        return _ESCAPES.sub(_unescaped, self.content.strip())
 
 
 def check_messages(messages: Sequence[Message], *, answered: bool = False) -> list[CheckedMessage]:
@@ -117,31 +143,46 @@ def _has_name(function: Any) -> bool:
     return isinstance(name, str) and name != ""
 
 
+def as_mapping(message: Any) -> Any:
+    """A message object of a client as a dict; any other value as it is."""
+    dump = getattr(message, "model_dump", None)  # pydantic's; the library need not be installed
+    return dump() if callable(dump) and not isinstance(message, Mapping) else message
+
+
 def _check(i: int, message: Any) -> CheckedMessage:
+    message = as_mapping(message)
     if not isinstance(message, Mapping):
         raise ValueError(
             f"message {i} is {type(message).__name__}, not a mapping with a role and a content"
         )
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"message {i} has the role {role!r}, not one of {', '.join(_ROLES)}")
+    given = message.get("role")
+    role = _OLD_ROLES.get(given, given) if isinstance(given, str) else None
+    if role not in _ROLES:
+        raise ValueError(f"message {i} has the role {given!r}, not one of {', '.join(_ROLES)}")
     where = f"message {i} ({role})"
     calls = message.get("tool_calls")
-    if calls and role != "assistant":
+    if (calls or message.get("function_call")) and role != "assistant":
         raise ValueError(f"{where} has tool_calls; only an assistant's message may")
     if role == "tool":
         return _check_result(where, message)
     content = message.get("content")
-    if content is None and not calls:
+    if role == "assistant":
+        # An answer may have only calls, a refusal, or nothing (only reasoning).
+        content = message.get("refusal") or "" if content in (None, []) else content
+        called = None if calls is None else _calls(where, calls)
+        if message.get("function_call"):
+            called = (*(called or ()), _old_call(where, message["function_call"]))
+        return CheckedMessage(where, role, _text(where, content), called)
+    if content is None:
         raise ValueError(f"{where} has no content")
-    text = "" if content is None else _text(where, content)
-    has_calls = role == "assistant" and calls is not None
-    return CheckedMessage(where, role, text, _calls(where, calls) if has_calls else None)
+    return CheckedMessage(where, role, _text(where, content))
 
 
 def _check_result(where: str, message: Message) -> CheckedMessage:
     name = _optional_text(where, message, "name")
     call_id = _optional_text(where, message, "tool_call_id")
+    if message["role"] == "function" and call_id is None:
+        call_id = name  # see `_old_call`
     if message.get("error") is not None:
         error = _text(where, message["error"])
         return CheckedMessage(where, "tool", content=None, name=name, call_id=call_id, error=error)
@@ -160,12 +201,13 @@ def _check_result(where: str, message: Message) -> CheckedMessage:
 
 def _text(where: str, content: Any) -> str:
     if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
+        content = [as_mapping(part) for part in content]
         if not _is_parts(content):
             raise ValueError(
                 f'{where}: the content has parts other than {{"type": "text", "text": ...}}, '
                 "and this model reads only text"
             )
-        content = PARAGRAPH.join(part["text"] for part in content if part["text"])
+        content = PARAGRAPH.join(filter(None, map(_part_text, content)))
     if not isinstance(content, str):
         raise ValueError(f"{where}: the content is {type(content).__name__}, not text")
     try:
@@ -179,11 +221,16 @@ def _text(where: str, content: Any) -> str:
 
 
 def _is_parts(content: Any) -> bool:
-    def is_text(part: Any) -> bool:
-        is_part = isinstance(part, Mapping) and part.get("type") == "text"
-        return is_part and isinstance(part.get("text"), str)
+    is_list = isinstance(content, list) and bool(content)
+    return is_list and all(isinstance(_part_text(part), str) for part in content)
 
-    return isinstance(content, list) and bool(content) and all(map(is_text, content))
+
+def _part_text(part: Any) -> Any:
+    """The text of a part; None for a part of another kind."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        return None
+    return part.get(_TEXT_PARTS[kind])
 
 
 def _optional_text(where: str, message: Message, key: str) -> str | None:
@@ -200,34 +247,57 @@ def _calls(where: str, calls: Any) -> tuple[FunctionCall, ...]:
 
 
 def _call(where: str, call: Any) -> FunctionCall:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
+    call = as_mapping(call)
+    function = as_mapping(call.get("function", call)) if isinstance(call, Mapping) else None
     if not _has_name(function):
         raise ValueError(f'{where} is not {{"function": {{"name": ..., "arguments": ...}}}}')
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        # OpenAI's servers write "" if there are none
-        arguments = _text(where, arguments) if arguments.strip() else "{}"
-    value = _value(arguments)
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: the arguments are not a JSON object, as a dict or as text")
-    try:
-        value = as_json(dict(value))
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: the arguments have a value that JSON cannot hold: {error}"
-        ) from None
     return FunctionCall(
         name=_text(where, function["name"]),
-        arguments=arguments if isinstance(arguments, str) else value,
+        arguments=_arguments(where, function.get("arguments")),
         id=_optional_text(where, call, "id"),
     )
 
 
+def _old_call(where: str, call: Any) -> FunctionCall:
+    """OpenAI's form of 2023, without ids: a result belongs to the last call of its function."""
+    made = _call(f"{where}: function_call", call)
+    return replace(made, id=made.name)
+
+
+def _arguments(where: str, arguments: Any) -> dict[str, Any] | str:
+    """The arguments; as text they stay text, and a string in JSON if they are not an object."""
+    if arguments is None:
+        return {}
+    if isinstance(arguments, str):
+        # OpenAI's servers write "" if there are none
+        arguments = _text(where, arguments) if arguments.strip() else "{}"
+        return arguments if isinstance(_value(arguments), dict) else to_json(arguments)
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{where}: the arguments are not a JSON object, as a dict or as text")
+    try:
+        return as_json(dict(arguments))
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: the arguments have a value that JSON cannot hold: {error}"
+        ) from None
+
+
 def _value(content: Any) -> Any:
     """The value of text that is JSON; text that only Python accepts (NaN, too deep) stays text."""
-    if isinstance(content, str):
-        try:
-            return as_json(json.loads(content))
-        except (ValueError, RecursionError):
-            return content
-    return content
+    return as_json(json.loads(content)) if _is_json(content) else content
+
+
+def _is_json(content: Any) -> bool:
+    try:
+        as_json(json.loads(content))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _unescaped(escape: re.Match[str]) -> str:
+    """The letters of JSON's escapes; those that JSON or a terminal needs stay escapes."""
+    if not escape[0].startswith("\\u"):
+        return escape[0]
+    letters = json.loads(f'"{escape[0]}"')
+    return letters if letters.isprintable() and not set(letters) & set('"\\<') else escape[0]

@@ -13,14 +13,16 @@ Source: https://github.com/mistralai/mistral-common, InstructTokenizerV1 and V3 
 InstructRequestNormalizer.
 """
 
+import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 from itertools import groupby
 from typing import Any
 
-from mistral.chat.formats.base import ChatFormat
+from mistral.chat.formats.base import ChatFormat, begin_ids
 from mistral.chat.formats.call_objects import CALL_ID
 from mistral.chat.formats.messages import (
     PARAGRAPH,
@@ -70,7 +72,7 @@ class _MistralInstruct(ChatFormat):
             raise ValueError(f"{turns[-1].where} is the last one: there is nothing to answer")
         tool_ids = self._encode_tools(tokenizer, tool_schemas(tools or ()))
         carrier = self._carrier([i for i, turn in enumerate(turns) if turn.role == "user"])
-        ids = tokenizer.encode("")
+        ids = begin_ids(tokenizer)
         for i, turn in enumerate(turns):
             if i == carrier:
                 ids += tool_ids
@@ -168,19 +170,15 @@ class MistralInstructV3(_MistralInstruct):
             return _bracketed(tokenizer, "INST", turn.content)
         if turn.role == "tool":
             # mistral-common, too, writes an empty result as an empty object
-            content = {} if turn.content == "" else turn.result()
-            result = {"content": content, "call_id": _call_id(turn)}
-            return _bracketed(tokenizer, "TOOL_RESULTS", to_json(result))
-        end = _control_id(tokenizer, "</s>")
-        if not turn.calls:  # mistral-common, too, drops spaces at the end
-            return [*tokenizer.encode(turn.content.rstrip(" "), bos=False), end]
-        if turn.content:
-            raise ValueError(
-                f"{turn.where} has text and calls; "
-                "the format mistral_instruct_v3 allows one of them"
-            )
-        calls = to_json([_call(turn.where, call) for call in turn.calls])
-        return [_control_id(tokenizer, self.call_token), *tokenizer.encode(calls, bos=False), end]
+            content = "{}" if turn.content == "" else _result_json(turn)
+            result = f'{{"content": {content}, "call_id": {to_json(_call_id(turn))}}}'
+            return _bracketed(tokenizer, "TOOL_RESULTS", result)
+        # mistral-common, too, drops spaces at the end
+        ids = tokenizer.encode(turn.content.rstrip(" "), bos=False)
+        if turn.calls:  # next to text they are not mistral-common's, which refuses that
+            calls = f"[{', '.join(map(_call_json, turn.calls))}]"
+            ids += [_control_id(tokenizer, self.call_token), *tokenizer.encode(calls, bos=False)]
+        return [*ids, _control_id(tokenizer, "</s>")]
 
 
 def _system_and_turns(messages: Sequence[CheckedMessage]) -> tuple[str, list[CheckedMessage]]:
@@ -206,10 +204,26 @@ def _by_the_user(message: CheckedMessage) -> CheckedMessage:
     return replace(message, role="user", content=message.error) if nameless else message
 
 
-def _call(where: str, call: FunctionCall) -> dict[str, Any]:
-    arguments = json.loads(call.arguments) if isinstance(call.arguments, str) else call.arguments
-    written = {"name": call.name, "arguments": arguments}
-    return written if call.id is None else written | {"id": _checked_id(where, call.id)}
+def _call_json(call: FunctionCall) -> str:
+    arguments = call.arguments
+    arguments = _on_one_line(arguments) if isinstance(arguments, str) else to_json(arguments)
+    id = "" if call.id is None else f', "id": {to_json(_short_id(call.id))}'
+    return f'{{"name": {to_json(call.name)}, "arguments": {arguments}{id}}}'
+
+
+def _result_json(turn: CheckedMessage) -> str:
+    return to_json(turn.error) if turn.error is not None else _on_one_line(turn.result_json())
+
+
+def _on_one_line(text: str) -> str:
+    """JSON as mistral-common writes it, unless that would lose digits: then as it is."""
+
+    def exact(written: str) -> Any:
+        return json.loads(written, parse_float=Decimal)
+
+    written = to_json(json.loads(text))
+    is_number = isinstance(exact(text), Decimal)
+    return text if is_number or exact(written) != exact(text) else written
 
 
 def _call_id(turn: CheckedMessage) -> str:
@@ -217,16 +231,12 @@ def _call_id(turn: CheckedMessage) -> str:
         raise ValueError(
             f"{turn.where} has no tool_call_id, which the format mistral_instruct_v3 needs"
         )
-    return _checked_id(turn.where, turn.call_id)
+    return _short_id(turn.call_id)
 
 
-def _checked_id(where: str, id: str) -> str:
-    if not CALL_ID.fullmatch(id):
-        raise ValueError(
-            f"{where}: in Mistral's format a call's id is 9 letters a-z A-Z or digits, unlike "
-            f"{id!r}"
-        )
-    return id
+def _short_id(id: str) -> str:
+    """The id, if it has nine letters or digits, as Mistral's models expect; or nine for it."""
+    return id if CALL_ID.fullmatch(id) else hashlib.sha256(id.encode()).hexdigest()[:9]
 
 
 def _bracketed(tokenizer: Tokenizer, name: str, text: str) -> list[int]:

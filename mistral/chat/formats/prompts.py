@@ -57,15 +57,20 @@ def tool_prompt(tools: Sequence[Mapping[str, Any]], style: str = "json") -> str:
            eval_2024_07  that of the same evaluation in July 2024
            tool_use      that of the chat template `tool_use`, its oddities included
 
-    Raises ValueError for an unknown style, and for tools that the style cannot describe.
+    Except for tool_use, which is to the byte that of its template, nothing in a tool can close the
+    tag around the tools: `</tools` becomes `<\\/tools`. Raises ValueError for an unknown style, and
+    for tools that the style cannot describe.
     """
     _check_style(style)
     return _TOOL_PROMPTS[style]([wrapped(tool) for tool in tools])
 
 
 def json_prompt(schema: Mapping[str, Any] | str) -> str:
-    """The system prompt for an answer in JSON; a schema that is text is inserted unchanged."""
-    text = schema if isinstance(schema, str) else to_json(schema)
+    """The system prompt for an answer in JSON; a schema may be JSON as text.
+
+    Nothing in it can close its tag: `</schema` becomes `<\\/schema`, which is the same JSON string.
+    """
+    text = _kept_inside("schema", schema if isinstance(schema, str) else to_json(schema))
     return (
         "You are a helpful assistant that answers in JSON. "
         f"Here's the json schema you must adhere to:\n<schema>\n{text}\n</schema>"
@@ -90,11 +95,16 @@ def write_call(name: str, arguments: Mapping[str, Any] | str, style: str = "json
 
 
 def write_result(name: str, content: Any) -> str:
-    """A function's result for the model: JSON, in a tag that nothing inside can close.
+    """A function's result for the model: JSON, in a tag that nothing inside can close."""
+    return write_json_result(name, to_json(content))
 
-    `</` becomes `<\\/`, which is the same JSON string.
+
+def write_json_result(name: str, content: str) -> str:
+    """The same for a result that is JSON as text, which stays as it is.
+
+    But `</` becomes `<\\/`, which is the same JSON string.
     """
-    result = to_json({"name": name, "content": content}).replace("</", "<\\/")
+    result = f'{{"name": {to_json(name)}, "content": {content}}}'.replace("</", "<\\/")
     return f"<tool_response>\n{result}\n</tool_response>\n"
 
 
@@ -102,6 +112,11 @@ def write_error(text: str) -> str:
     """A call's error in the place of its result: text, in a tag that nothing inside can close."""
     text = text.replace("</tool_response", "<\\/tool_response")
     return f"<tool_response>\n{text}\n</tool_response>\n"
+
+
+def _kept_inside(tag: str, text: str) -> str:
+    """Text that cannot close the tag around it; JSON stays the same JSON."""
+    return text.replace(f"</{tag}", f"<\\/{tag}")
 
 
 def _check_style(style: str) -> None:
@@ -129,15 +144,17 @@ def _eval(tools: list[dict]) -> str:
 
 
 def _eval_2024_07(tools: list[dict]) -> str:
+    listed = _kept_inside("tools", to_json(tools))
     form = '{"name": <function-name>, "arguments": <args-dict>}'
     return (
-        f"{_WHO} {_SIGNATURES}\n{_USE}\n{_HERE}\n<tools>\n{to_json(tools)}\n</tools>\n"
+        f"{_WHO} {_SIGNATURES}\n{_USE}\n{_HERE}\n<tools>\n{listed}\n</tools>\n"
         f"{_SCHEMA}\n<schema>\n{_CALL_SCHEMA!r}\n</schema>\n"
         f"{_ANSWER}\n<tool_call>\n{form}\n</tool_call>"
     )
 
 
 def _one_line(tools: str, schema: str, form: str) -> str:
+    tools = _kept_inside("tools", tools)
     return (
         f"{_WHO} {_SIGNATURES} {_USE} {_HERE} <tools> {tools} </tools> {_SCHEMA} {schema} "
         f"{_ANSWER}\n<tool_call>\n{form}\n</tool_call>"

@@ -5,7 +5,7 @@ from mistral.chat.grammar.constraints import (
     json_constraint,
     tool_call_constraint,
 )
-from mistral.chat.grammar.schema_options import GrammarError, UnsupportedSchema
+from mistral.chat.grammar.token_masks import GrammarError, UnsupportedSchema
 
 __all__ = [
     "GrammarError",

@@ -1,18 +1,23 @@
 """The grammars of JSON and of calls, as constraints for `mistral.generate`."""
 
+import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mistral.chat.formats.call_objects import CALL_ID
-from mistral.chat.grammar.bounded_schema import Limits, bounded_schema
-from mistral.chat.grammar.schema_options import GrammarError, UnsupportedSchema
-from mistral.chat.grammar.token_masks import GrammarConstraint, grammar_constraint
+from mistral.chat.grammar.schema_options import SchemaOptions
+from mistral.chat.grammar.schema_rules import MAX_RULES, SchemaRules, terminals
+from mistral.chat.grammar.token_masks import (
+    GrammarConstraint,
+    GrammarError,
+    UnsupportedSchema,
+    grammar_constraint,
+)
 from mistral.chat.tools import wrapped
-from mistral.chat.tools.json_schema import SchemaError
+from mistral.chat.tools.json_schema import SchemaError, as_json, compile_schema
 from mistral.tokenizer import Tokenizer
-
-_LIMITS = Limits()
 
 # The tag is plain text for these models: several tokens, which the model may cut anywhere.
 _TOOL_GRAMMAR = r"""
@@ -21,7 +26,6 @@ call: "<tool_call>" rest
 text_call: text_and_tag rest
 text_and_tag[lazy]: ANY "<tool_call>"
 rest: "\n" json "\n</tool_call>"
-json: %json {schema}
 ANY: /(?s:.*)/
 TEXT: ANY & ~/(?s:.*)<tool_call>(?s:.*)/
 """
@@ -36,25 +40,29 @@ def json_constraint(
     vocab_size: int,
     schema: Mapping[str, Any],
     *,
-    limits: Limits = _LIMITS,
+    one_line: bool = False,
     stop_tokens: Sequence[int] | None = None,
     strip_leading_space: bool = False,
 ) -> GrammarConstraint:
     """A constraint to JSON that is valid for `schema`, with nothing before or after it.
 
+    The schema is the only bound of an answer. A keyword that the grammar cannot express is dropped
+    with a warning: validate the answer, which is always right.
+
     vocab_size           the model's, which may be larger than the tokenizer's
-    limits               for values that the schema leaves unbounded
+    one_line             the spaces of json.dumps, and no others; False: also none, or lines
     stop_tokens          None: the tokenizer's
     strip_leading_space  the first token may have a leading space that is not part of the text: see
                          `ChatFormat`
 
-    Raises SchemaError for a malformed schema, UnsupportedSchema (a GrammarError) for one that the
-    grammar cannot express, GrammarError for one that no value is valid for, and if the extra `chat`
-    is not installed.
+    Raises SchemaError for a malformed schema, UnsupportedSchema (a GrammarError) for one that is
+    too large, GrammarError for one that no value is valid for, and if the extra `chat` is not
+    installed.
     """
+    start, rules, dropped = _rules(_written(schema), "v")
+    _warn(dropped)
     space = '" "? ' if strip_leading_space else ""
-    schema_json = _json_for_grammar(bounded_schema(schema, limits), limits)
-    grammar = f"start: {space}json\njson: %json {schema_json}"
+    grammar = f"start: {space}{start}\n{terminals(one_line)}\n" + "\n".join(rules)
     return grammar_constraint(grammar, tokenizer, vocab_size, stop_tokens)
 
 
@@ -64,18 +72,18 @@ def tool_call_constraint(
     tools: Sequence[Mapping[str, Any]],
     *,
     choice: str = "auto",
-    limits: Limits = _LIMITS,
+    one_line: bool = False,
     stop_tokens: Sequence[int] | None = None,
 ) -> GrammarConstraint:
     """A constraint to calls of these tools in Hermes-2-Pro's form.
 
-    That is `<tool_call>`, a line of JSON with "name" and "arguments" in either order,
-    `</tool_call>`.
+    That is `<tool_call>`, JSON with "name" and "arguments" in either order, `</tool_call>`. A tool
+    whose schema is too large may have any arguments, with a warning; the others keep theirs.
 
     tools   {"type": "function", "function": {"name", "description", "parameters"}} each, or the
             inner object alone
     choice  auto      any text, but a call after each `<tool_call>`
-            required  only calls, from one to limits.max_items
+            required  only calls, one or more
             none      any text without `<tool_call>`
             a name    like required, of this tool only
 
@@ -84,12 +92,13 @@ def tool_call_constraint(
     """
     if choice == "none":
         return grammar_constraint(_TEXT_GRAMMAR, tokenizer, vocab_size, stop_tokens)
-    call = _call_schema(_chosen(tools, choice), limits)
-    start = "text_call* TEXT"
-    if choice != "auto":
-        start = f'call ("\\n"? call){{0,{max(limits.max_items, 1) - 1}}}'
-    grammar = _TOOL_GRAMMAR.format(start=start, schema=_json_for_grammar(call, limits))
-    return grammar_constraint(grammar, tokenizer, vocab_size, stop_tokens)
+    start = "text_call* TEXT" if choice == "auto" else 'call ("\\n"? call)*'
+    return _calls_constraint(
+        _chosen(tools, choice),
+        _TOOL_GRAMMAR.replace("{start}", start) + terminals(one_line),
+        {},
+        (tokenizer, vocab_size, stop_tokens),
+    )
 
 
 def call_list_constraint(
@@ -98,13 +107,12 @@ def call_list_constraint(
     tools: Sequence[Mapping[str, Any]],
     *,
     choice: str = "auto",
-    limits: Limits = _LIMITS,
+    one_line: bool = False,
     stop_tokens: Sequence[int] | None = None,
 ) -> GrammarConstraint:
     """A constraint to the list of calls that Mistral's models write after `[TOOL_CALLS]`.
 
-    It is JSON, from one to limits.max_items calls, each with an optional "id" of nine letters or
-    digits.
+    It is JSON, one call or more, each with an optional "id" of nine letters or digits.
 
     choice  auto, required  calls of any of the tools
             a name          of this tool only
@@ -112,12 +120,11 @@ def call_list_constraint(
     The other arguments and errors are those of `tool_call_constraint`.
     """
     id = {"type": "string", "pattern": f"^{CALL_ID.pattern}$"}
-    call = _call_schema(_chosen(tools, choice), limits, {"id": id})
-    calls = {"type": "array", "items": call, "minItems": 1, "maxItems": max(limits.max_items, 1)}
-    calls["$defs"] = call.pop("$defs")
     # The optional space is the leading space of the first token.
-    grammar = f'start: " "? json\njson: %json {_json_for_grammar(calls, limits)}'
-    return grammar_constraint(grammar, tokenizer, vocab_size, stop_tokens)
+    grammar = f'start: " "? LIST json (COMMA json)* END\n{terminals(one_line)}'
+    return _calls_constraint(
+        _chosen(tools, choice), grammar, {"id": id}, (tokenizer, vocab_size, stop_tokens)
+    )
 
 
 def _chosen(tools: Sequence[Mapping[str, Any]], choice: str) -> list[Mapping[str, Any]]:
@@ -135,52 +142,100 @@ def _chosen(tools: Sequence[Mapping[str, Any]], choice: str) -> list[Mapping[str
     return [function for function in functions if choice in ("auto", "required", function["name"])]
 
 
-def _call_schema(
+def _calls_constraint(
     functions: Sequence[Mapping[str, Any]],
-    limits: Limits,
-    optional: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The schema of a call of any function, either key first; `optional` keys may follow."""
-    calls: dict[str, Any] = {"anyOf": [], "$defs": {}}
+    grammar: str,
+    optional: Mapping[str, Any],
+    options: tuple[Tokenizer, int, Sequence[int] | None],
+) -> GrammarConstraint:
+    """`grammar` with a rule `json` for a call; too large tools lose their schemas."""
+    calls = []
+    open_tools: list[str] = []
     for i, function in enumerate(functions):
-        arguments = _arguments_schema(function, limits, f"{i}_")
-        calls["$defs"] |= arguments.pop("$defs")
-        call = {"arguments": arguments, "name": {"const": function["name"]}}
-        for keys in (("arguments", "name"), ("name", "arguments")):
-            properties = {key: call[key] for key in keys} | dict(optional or {})
-            calls["anyOf"].append(
-                {
-                    "type": "object",
-                    "properties": properties,
-                    "required": list(keys),
-                    "additionalProperties": False,
-                }
-            )
-    return calls
+        any_object = sum(len(call[1]) for call in calls) > MAX_RULES
+        calls.append(_call(function, optional, f"c{i}_", any_object))
+        open_tools += [function["name"]] * any_object
+    while True:
+        starts = " | ".join(call[0] for call in calls)
+        rules = "\n".join(dict.fromkeys(line for call in calls for line in call[1]))
+        try:
+            constraint = grammar_constraint(f"{grammar}\njson: {starts}\n{rules}", *options)
+            break
+        except UnsupportedSchema:
+            closed = [i for i in range(len(calls)) if functions[i]["name"] not in open_tools]
+            if not closed:
+                raise
+            closed.sort(key=lambda i: sum(map(len, calls[i][1])), reverse=True)
+            for i in closed[: max(len(closed) // 2, 1)]:  # try again without the largest ones
+                calls[i] = _call(functions[i], optional, f"c{i}_", any_object=True)
+                open_tools.append(functions[i]["name"])
+    for call, function in zip(calls, functions):
+        _warn(call[2], f"tool {function['name']!r}: ")
+    if open_tools:
+        some = ", ".join(open_tools[:3]) + ", ..." * (len(open_tools) > 3)
+        warnings.warn(
+            f"the grammar of all tools is too large: the arguments of {len(open_tools)} of them "
+            f"are checked only after they are written ({some})",
+            stacklevel=4,
+        )
+    return constraint
 
 
-def _arguments_schema(
-    function: Mapping[str, Any], limits: Limits, definitions: str
-) -> dict[str, Any]:
-    """The bounded schema of a function's arguments; names in `$defs` begin with `definitions`."""
-    parameters = dict(function.get("parameters") or {})
+def _call(
+    function: Mapping[str, Any],
+    optional: Mapping[str, Any],
+    prefix: str,
+    any_object: bool = False,
+) -> tuple[str, list[str], dict[str, str]]:
+    """The start, the rules, and the dropped keywords of the calls of one function."""
+    parameters = {} if any_object else dict(function.get("parameters") or {})
     if parameters.setdefault("type", "object") != "object":
         raise GrammarError(f"tool {function['name']!r}: its parameters must be of the type object")
-    if not parameters.keys() & {"$ref", "allOf", "anyOf", "oneOf", "additionalProperties"}:
-        parameters.setdefault("properties", {})  # a schema without any has no parameters
+    # Models invent arguments: as in `check_arguments`, there are no others.
+    if not any_object and {"additionalProperties", "unevaluatedProperties"}.isdisjoint(parameters):
+        parameters["unevaluatedProperties"] = False
+    around = {"name": {"const": function["name"]}, **optional}
     try:
-        return bounded_schema(parameters, limits, definitions)
+        return _rules(_written(parameters), prefix, json.dumps(around))
     except UnsupportedSchema as error:
-        reason = f"{error.reason} (tool {function['name']!r})"
-        raise UnsupportedSchema(error.keyword, reason) from None
+        start, rules, _ = _call(function, optional, prefix, any_object=True)
+        return start, rules, {error.keyword: error.reason}
     except (GrammarError, SchemaError) as error:
         raise type(error)(f"tool {function['name']!r}: {error}") from None
 
 
-def _json_for_grammar(schema: dict[str, Any], limits: Limits) -> str:
-    """The schema with llguidance's own options: by default its whitespace is unbounded."""
-    if limits.max_indent:
-        options = {"whitespace_pattern": f" |\\n {{0,{limits.max_indent}}}"}
-    else:
-        options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return json.dumps({**schema, "x-guidance": options})
+def _written(schema: Any) -> str:
+    if not isinstance(schema, Mapping):
+        raise SchemaError(f"a schema is a JSON object, not {type(schema).__name__}")
+    try:
+        return json.dumps(as_json(dict(schema)))
+    except ValueError as error:
+        raise SchemaError(f"malformed schema: {error}") from None
+
+
+@functools.lru_cache(512)
+def _rules(schema: str, prefix: str, around: str = "") -> tuple[str, list[str], dict[str, str]]:
+    """The first rule, all rules, and the dropped keywords of a schema in JSON.
+
+    around  other properties of the object whose "arguments" the schema is for
+    """
+    options = SchemaOptions(compile_schema(json.loads(schema)))
+    rules = SchemaRules(options, prefix)
+    whole: Any = options.root
+    if around:
+        properties = {"arguments": whole, **json.loads(around)}
+        whole = {"type": "object", "properties": properties, "required": ["arguments", "name"]}
+        whole["additionalProperties"] = False
+    try:
+        start = rules.rule(whole)
+        return start, rules.written(start), options.dropped
+    except RecursionError:
+        raise UnsupportedSchema("$ref", "the schema is nested too deeply") from None
+
+
+def _warn(dropped: Mapping[str, str], where: str = "") -> None:
+    for keyword, reason in dropped.items():
+        warnings.warn(
+            f"{where}the grammar leaves {keyword!r} to the check of what is written: {reason}",
+            stacklevel=5,
+        )

@@ -15,12 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral.chat.grammar.schema_options import GrammarError, UnsupportedSchema
 from mistral.engine.base import Constraint
-from mistral.errors import one_line
+from mistral.errors import MistralError, one_line
 from mistral.tokenizer import Tokenizer
 
+_KEPT = 32  # compiled grammars of one vocabulary
 _BITS = torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32)
+
+
+class GrammarError(MistralError, ValueError):
+    """A grammar cannot be built, or it does not allow a token."""
+
+
+class UnsupportedSchema(GrammarError):
+    """A schema that no grammar can express, because of `keyword`: validate answers instead."""
+
+    def __init__(self, keyword: str, reason: str):
+        super().__init__(f"the grammar cannot express {keyword!r}: {reason}")
+        self.keyword = keyword
+        self.reason = reason
 
 
 class GrammarConstraint(Constraint):
@@ -122,24 +135,42 @@ def grammar_constraint(
     vocab_size   the model's, which may be larger than the tokenizer's
     stop_tokens  None: the tokenizer's
 
-    Raises UnsupportedSchema for a JSON schema in it that llguidance cannot express, GrammarError
-    for one that no value is valid for, and if the extra `chat` is not installed.
+    A grammar is compiled once: the last ones are kept with the tokenizer. Raises UnsupportedSchema
+    for a grammar that is too large, GrammarError if the extra `chat` is not installed.
     """
     llguidance = _llguidance()
     stop = tokenizer.stop_ids if stop_tokens is None else tuple(stop_tokens)
     vocabulary = _vocabulary(llguidance, tokenizer, vocab_size, stop)
-    limits = llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=20_000)
-    matcher = llguidance.LLMatcher(vocabulary.for_matchers, grammar, log_level=0, limits=limits)
-    matcher.compute_bitmask()  # a grammar that is too large fails here, not in the midst of a text
-    if matcher.is_error():
-        error = matcher.get_error().rpartition("failed to compile JSON schema: ")[2]
-        error = one_line(re.split(r"\n *\d+ \| ", error)[0])  # without the whole grammar after it
-        if "nsatisfiable" in error:
-            raise GrammarError(f"no value is valid for the schema within the limits: {error}")
-        causes = {"regex": "pattern", "lookaround": "pattern", "maxProperties": "minProperties"}
-        keyword = next((causes[hint] for hint in causes if hint in error), "schema")
-        raise UnsupportedSchema(keyword, error)
-    return GrammarConstraint(matcher, vocabulary, tokenizer)
+    matchers = vocabulary.matchers
+    if grammar not in matchers:
+        matcher = llguidance.LLMatcher(
+            vocabulary.for_matchers, grammar, log_level=0, limits=_limits(llguidance)
+        )
+        matcher.compute_bitmask()  # a too large grammar fails here, not in the midst of a text
+        if matcher.is_error():
+            raise UnsupportedSchema("schema", _cause(matcher.get_error()))
+        matchers[grammar] = matcher
+        while len(matchers) > _KEPT:
+            del matchers[next(iter(matchers))]
+    return GrammarConstraint(matchers[grammar].deep_copy(), vocabulary, tokenizer)
+
+
+def why_refused(grammar: str) -> str | None:
+    """Why llguidance refuses a grammar, in one line; None if it does not."""
+    llguidance = _llguidance()
+    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
+        grammar, limits=_limits(llguidance)
+    )
+    return _cause(messages[0]) if failed else None
+
+
+def _limits(llguidance: Any) -> Any:
+    return llguidance.LLParserLimits(verbose_errors=False, max_items_in_row=20_000)
+
+
+def _cause(error: str) -> str:
+    error = error.rpartition("failed to compile JSON schema: ")[2]
+    return one_line(re.split(r"\n *\d+ \| ", error)[0])  # without the whole grammar after it
 
 
 class _Vocabulary:
@@ -154,6 +185,7 @@ class _Vocabulary:
             b"\xff<%d>" % id if piece is None else piece for id, piece in enumerate(pieces)
         ]
         self.special_token_ids = [id for id, piece in enumerate(pieces) if piece is None]
+        self.matchers: dict[str, Any] = {}  # by grammar, as they are before the first token
         self.eos_token_id = stop[0]
         self.bos_token_id = tokenizer.bos_id
         self._tokenizer = weakref.ref(tokenizer)

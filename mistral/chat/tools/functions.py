@@ -11,19 +11,18 @@
         '''
         return f"{width * height} square {unit}"
 
-A model's arguments are checked (`check_arguments`), then the function runs (`run_tool`). Nothing
-that a model writes is evaluated.
+A model's arguments are checked (`check_arguments`), then the function runs (`running.run_tool`).
+Nothing that a model writes is evaluated.
 """
 
 import functools
 import json
 import re
-import threading
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mistral.chat.tools.docstrings import function_schema
 from mistral.chat.tools.json_schema import (
     SchemaError,
     as_json,
@@ -31,18 +30,23 @@ from mistral.chat.tools.json_schema import (
     problem,
     pydantic_schema,
 )
-from mistral.errors import MistralError, one_line
+from mistral.chat.tools.signatures import ArgumentError, function_signature, validation_problem
+from mistral.errors import MistralError
 
 _CHOICES = ("auto", "none", "required")  # a tool choice is one of these, or a tool's name
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-class ArgumentError(MistralError, ValueError):
-    """Arguments that a tool's schema does not allow; the message is for the model to read."""
+_PARAMETERS = ("parameters", "inputSchema", "input_schema")  # OpenAI's key, MCP's, Anthropic's
+_WITHOUT_PARAMETERS = {"name", "description", "strict", "return"}
 
 
 class ToolError(MistralError, RuntimeError):
     """A call that failed; the message is for the model to read."""
+
+
+class StillRunning(ToolError):
+    """A function was started, and whether it has done its work is not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,8 @@ class Tool:
     parameters   JSON schema of the arguments, an object
     function     is called with the arguments as keywords; None: the tool can be described, not run
     returns      JSON schema of the result, if the model is to know it
+    convert      JSON arguments -> keywords for the function, or ArgumentError; None: the keywords
+                 are the arguments, but 3.0 is 3 if the schema says integer
 
     Raises ValueError for an invalid name and for parameters that are not a dict; ToolError when a
     tool without a function is called.
@@ -64,6 +70,7 @@ class Tool:
     parameters: dict[str, Any]
     function: Callable[..., Any] | None = None
     returns: dict[str, Any] | None = None
+    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -96,14 +103,15 @@ class Tool:
     def from_schema(
         cls, schema: Mapping[str, Any], function: Callable[..., Any] | None = None
     ) -> "Tool":
-        """A tool from {"type": "function", "function": {...}} or from the inner object.
+        """A tool from its published description, in the form of OpenAI, MCP or Anthropic.
 
-        The inner object has "name", "description", "parameters" (without them the tool takes no
-        arguments) and "return"; other keys are ignored. Raises SchemaError for a schema that is
-        malformed, endless or refers to another document, ValueError for an invalid name. Needs the
-        extra `chat`.
+        That is {"type": "function", "function": {...}} or the inner object, with "name",
+        "description", "parameters" (null: it takes no arguments) and "return"; MCP's tools have
+        "inputSchema" in place of "parameters", Anthropic's "input_schema". Other keys are ignored.
+        Raises SchemaError for a schema that is missing, malformed, endless or refers to another
+        document, ValueError for an invalid name. Needs the extra `chat`.
         """
-        inner = schema.get("function", schema) if isinstance(schema, Mapping) else None
+        inner = wrapped(schema)["function"] if isinstance(schema, Mapping) else None
         if not isinstance(inner, Mapping) or "name" not in inner:
             raise SchemaError(
                 'a tool is {"type": "function", "function": {"name", "description", "parameters"}}'
@@ -152,15 +160,26 @@ class Tool:
         parameters = pydantic_schema(model)
         documented = parameters.pop("description", "")
 
+        def instance(arguments: dict[str, Any]) -> Any:
+            return model.model_validate_json(json.dumps(arguments))
+
         def call(**arguments: Any) -> Any:
-            return function(model.model_validate_json(json.dumps(arguments)))
+            return function(instance(arguments))
+
+        def check(arguments: dict[str, Any]) -> dict[str, Any]:
+            try:
+                instance(arguments)
+            except ValueError as error:  # a check of the class that no schema can express
+                problem = validation_problem(error) if hasattr(error, "errors") else str(error)
+                raise ArgumentError(f"{inner['name']}: {problem}") from None
+            return arguments
 
         inner = {
             "name": name or model.__name__,
             "description": description or documented,
             "parameters": parameters,
         }
-        return cls.from_schema(inner, call if function else None)
+        return replace(cls.from_schema(inner, call if function else None), convert=check)
 
     @functools.cached_property
     def _validator(self) -> Any:
@@ -177,32 +196,50 @@ def tool(
     name: str | None = None,
     description: str | None = None,
 ) -> Tool | Callable[[Callable[..., Any]], Tool]:
-    """A tool from a function with type hints and a Google docstring.
-
-    A decorator, with or without arguments.
+    """A tool from a function with type hints: a decorator, with or without arguments.
 
     name         for the model; None: the function's name
     description  None: the docstring up to its first section
 
-    The schema is the same as from transformers' `get_json_schema`. The function gets arguments as
-    in JSON: a tuple is a list. Raises SchemaError, with the reason, for a function that has no
-    schema.
+    The docstring may be in Google's style, numpy's or Sphinx's. The schema has the words of
+    transformers' `get_json_schema`. The function gets values of the types that it asks for, because
+    pydantic converts the arguments. Methods, `functools.partial` and `async def` are functions,
+    too. Raises SchemaError, with the reason, for a function that has no schema. Needs the extra
+    `chat`.
     """
     if function is None:
         return functools.partial(tool, name=name, description=description)
-    schema = function_schema(function, name, description)
-    return Tool(
-        name=schema["name"],
-        description=schema["description"],
-        parameters=schema["parameters"],
-        function=function,
-        returns=schema.get("return"),
-    )
+    # The type hints of a function that was written in another may be local names.
+    local_names = sys._getframe(1).f_locals
+    signature = function_signature(function, name, description, local_names)
+    return Tool(**signature._asdict(), function=function)
 
 
 def wrapped(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool's schema as {"type": "function", "function": {...}}; it may be the inner object."""
-    return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
+    """A published tool as {"type": "function", "function": {..., "parameters": ...}}.
+
+    SchemaError for one that has a name, but no schema under a known key. Only OpenAI's own form may
+    be without one: its function takes no arguments.
+    """
+    function = tool.get("function", tool)
+    if not isinstance(function, Mapping) or "name" not in function:
+        return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
+    inner = dict(function)
+    if "function" not in tool and inner.get("type") == "function":
+        del inner["type"]  # OpenAI's Responses interface
+    keys = [key for key in _PARAMETERS if key in inner]
+    takes_none = "function" in tool and inner.keys() <= _WITHOUT_PARAMETERS
+    if not keys and not takes_none:
+        raise SchemaError(
+            f"tool {inner['name']!r} has no schema of its arguments: it is missing under "
+            f"{', '.join(_PARAMETERS)}"
+        )
+    if keys and keys[0] != "parameters":
+        inner = {key: inner[key] for key in ("name", "description", keys[0]) if key in inner}
+        inner["parameters"] = inner.pop(keys[0])
+    if "function" in tool:
+        return {**tool, "function": inner}
+    return {"type": "function", "function": inner}
 
 
 def tool_table(tools: Iterable[Tool]) -> dict[str, Tool]:
@@ -238,65 +275,13 @@ def check_arguments(tool: Tool, arguments: Any) -> None:
         )
     if wrong := problem(tool._validator, dict(arguments)):
         raise ArgumentError(f"{tool.name}: {wrong}")
+    keyword_arguments(tool, arguments)
 
 
-def run_tool(tool: Tool, arguments: Mapping[str, Any], time_limit: float | None = None) -> Any:
-    """Call the tool with checked arguments as keywords; returns its result as in JSON.
-
-    A tuple in the result is a list. The argument 3.0 is passed as 3 if the schema says integer
-    (`$ref`s are not followed for that).
-
-    time_limit  seconds. The function then runs in a thread of its own, which is abandoned when
-                time is up: Python cannot end a thread, so it runs until the function returns or
-                the process ends. None: in this thread.
-
-    Raises only ToolError and KeyboardInterrupt: for an exception in the function (SystemExit
-    included), for a result that JSON cannot hold (other objects, sets, NaN, circles), and when the
-    time is up.
-    """
-    if tool.function is None:
-        raise ToolError(f"{tool.name} has no function: it can be described, not called")
-    if time_limit is None:
-        return _call(tool, arguments)
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def work() -> None:
-        try:
-            outcome.append((_call(tool, arguments), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, name=f"tool {tool.name}", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:  # too many threads, abandoned by tools that hang
-        raise ToolError(f"{tool.name} could not be started: {error}") from error
-    thread.join(max(0, min(time_limit, threading.TIMEOUT_MAX)))
-    if not outcome:
-        raise ToolError(f"{tool.name} did not finish within {time_limit:g} seconds")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
-
-
-def _call(tool: Tool, arguments: Mapping[str, Any]) -> Any:
-    failed = "failed with"
-    try:
-        result = tool.function(**_whole_numbers(as_json(dict(arguments)), tool.parameters))
-        failed = "returned a value that JSON cannot hold:"
-        return as_json(result)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise ToolError(f"{tool.name} {failed} {_name_error(error)}") from error
-
-
-def _name_error(error: BaseException) -> str:
-    try:
-        return one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
-    except Exception:  # its own __str__ failed
-        return type(error).__name__
+def keyword_arguments(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords for the function; raises ArgumentError if a value cannot be converted."""
+    copy = as_json(dict(arguments))
+    return tool.convert(copy) if tool.convert else _whole_numbers(copy, tool.parameters)
 
 
 def _whole_numbers(value: Any, schema: Any) -> Any:
@@ -304,20 +289,20 @@ def _whole_numbers(value: Any, schema: Any) -> Any:
     if not isinstance(schema, Mapping):
         return value
     for keyword in ("allOf", "anyOf", "oneOf"):
-        for branch in schema.get(keyword, ()):
+        for branch in schema.get(keyword) or ():
             value = _whole_numbers(value, branch)
     if isinstance(value, dict):
-        named = schema.get("properties", {})
+        named = schema.get("properties") or {}
         others = schema.get("additionalProperties")
         return {key: _whole_numbers(inner, named.get(key, others)) for key, inner in value.items()}
     if isinstance(value, list):
-        first = schema.get("prefixItems", [])
+        first = schema.get("prefixItems") or []
         others = schema.get("items")
         return [
             _whole_numbers(inner, first[i] if i < len(first) else others)
             for i, inner in enumerate(value)
         ]
-    types = schema.get("type", ())
+    types = schema.get("type") or ()
     types = (types,) if isinstance(types, str) else types
     is_whole = isinstance(value, float) and value.is_integer()
     return int(value) if is_whole and "integer" in types and "number" not in types else value

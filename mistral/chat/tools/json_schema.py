@@ -1,21 +1,28 @@
 """JSON Schema: checked before it is used, and applied to JSON that a model wrote.
 
-Schemas follow Draft 2020-12 (https://json-schema.org/draft/2020-12) and may have OpenAPI's
-`nullable`: transformers writes `Optional` with it. No `$ref` is fetched from the network, as
-jsonschema by itself would do.
+The validator is jsonschema-rs (https://github.com/Stranger6667/jsonschema). `$schema` chooses the
+dialect, Draft 4 to 2020-12 (https://json-schema.org/specification); 2020-12 without it. Schemas are
+read as they are published: a keyword that is null is absent, and OpenAPI's `nullable` adds null. No
+reference is fetched, neither from the network nor from a file, and the work of a check is bounded.
 """
 
-import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
+from mistral.chat.tools.references import References, Schema, in_place, inside, parts, rewritten
 from mistral.errors import MistralError, one_line
 
 # Parsers of JSON recurse, and their limit depends on the caller's stack: this is far below it.
 _MAX_DEPTH = 64
 _TOO_DEEP = f"it is nested more than {_MAX_DEPTH} levels deep"
+MAX_STEPS = 1_000_000  # of one check: a part of the schema applied to a part of the value
+_MAX_CHAIN = 500  # parts of a schema that apply to the same value because of each other
+_MAX_DEPTH_OF_PARTS = 1000  # references followed
+_SHOWN = 3  # problems of a value that are told
+_CLOSED = ("additionalProperties", "unevaluatedProperties")
 
 
 class SchemaError(MistralError, ValueError):
@@ -49,29 +56,54 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def compile_schema(schema: Mapping[str, Any]) -> Any:
-    """A jsonschema validator, for `problem`.
+@dataclass(frozen=True)
+class Validator:
+    """A compiled schema.
 
-    Raises SchemaError for a malformed schema, for a `$ref` to nothing or to another document
-    (nothing is fetched), and for `$ref`s in a circle; a schema may be recursive if the data is.
-    Needs the extra `chat`.
+    schema  as it is checked: without keywords that are null, and without `nullable`
+    draft   4, 6, 7, 2019 or 2020: the dialect
+    """
+
+    schema: dict[str, Any]
+    draft: int
+    _compiled: Any
+    _references: References
+
+    def is_valid(self, value: Any) -> bool:
+        """Whether a value of JSON is valid; False if the check would take too many steps."""
+        return problem(self, value) is None
+
+
+def compile_schema(schema: Mapping[str, Any]) -> Validator:
+    """A validator, for `problem`.
+
+    Raises SchemaError for a malformed schema, for a dialect that is not known, for a `$ref` to
+    nothing or to another document (nothing is fetched), and for `$ref`s in a circle; a schema may
+    be recursive if the data is. Needs the extra `chat`.
     """
     if not isinstance(schema, Mapping):
         raise SchemaError(f"a schema is a JSON object, not {type(schema).__name__}")
-    validator_class = _validator_class()  # first: its error says which extra to install
-    from referencing import Registry
-
+    library = _jsonschema_rs()
     try:
-        copy = as_json(dict(schema))
-        copy.pop("$schema", None)  # otherwise references to the root would follow that draft
-        if _names_a_draft(copy):
-            raise ValueError("a part of it has a $schema of its own: remove it")
-        if wrong := problem(_metaschema(), copy):
-            raise ValueError(wrong)
-        _check_references(copy)
+        copy = rewritten(as_json(dict(schema)), _as_published)
+        references = References(copy)
+        references.check()
+        _check_depth(copy, references)
+        # `format` is a note, as in 2020-12; only grammars keep to it.
+        compiled = library.validator_for(copy, retriever=_refuse, validate_formats=False)
+        _check_circles(copy, references)
+    except library.ValidationError as error:
+        where = "/".join(map(str, error.instance_path))
+        text = ", or ".join(dict.fromkeys(_messages(error)))
+        if "meta-schema" in text:
+            text = f"its $schema {copy.get('$schema')!r} is not a known dialect: remove it"
+        raise SchemaError(
+            one_line(f"malformed schema: {where}{': ' * bool(where)}{text}")
+        ) from None
     except (ValueError, RecursionError) as error:
         raise SchemaError(f"malformed schema: {one_line(str(error))}") from None
-    return validator_class(copy, registry=Registry())
+    dialect = re.search(r"\d+", library.validator_cls_for(copy).__name__)[0]
+    return Validator(copy, int(dialect[:4]), compiled, references)
 
 
 def pydantic_schema(model: Any) -> dict[str, Any]:
@@ -88,114 +120,197 @@ def pydantic_schema(model: Any) -> dict[str, Any]:
         raise SchemaError(f"{model.__name__} has no JSON schema: {one_line(str(error))}") from None
 
 
-def problem(validator: Any, value: Any) -> str | None:
-    """The problem of a value, in one line for a model; None if it is valid."""
-    from jsonschema.exceptions import best_match
+def problem(validator: Validator, value: Any) -> str | None:
+    """The problem of a value, in one line for a model; None if it is valid.
 
+    A check of more than MAX_STEPS steps is not made, and that is the problem.
+    """
     try:
         value = as_json(value)
-        errors = [best_match([error]) for error in islice(validator.iter_errors(value), 3)]
-    except RecursionError:  # every `$ref` on the way uses more of the stack
-        return "it is nested too deeply"
-    except OverflowError as error:  # multipleOf with an integer beyond every float
-        return str(error)
     except ValueError as error:
         return f"not JSON: {error}"
-    return "; ".join(dict.fromkeys(map(_explain, errors))) or None
-
-
-def _explain(error: Any) -> str:
-    if error.validator in ("anyOf", "oneOf") and error.context:
-        return one_line(", or ".join(dict.fromkeys(map(_explain, error.context))))
-    where = error.json_path.removeprefix("$").removeprefix(".")
-    text = one_line(error.message)
-    about_others = error.validator in ("additionalProperties", "unevaluatedProperties")
-    if about_others and error.validator_value is False:
-        text += one_line(f"; known: {', '.join(error.schema.get('properties', ())) or 'none'}")
-    return f"{where}: {text}" if where else text
-
-
-@functools.cache
-def _validator_class() -> Any:
-    """jsonschema's for Draft 2020-12, but `nullable` makes null valid, despite other keywords."""
     try:
-        from jsonschema import Draft202012Validator, validators
+        steps = _Steps(validator).count(validator.schema, value)
+    except RecursionError:
+        return "it is nested too deeply"
+    if steps > MAX_STEPS:
+        return f"it cannot be checked: that takes more than {MAX_STEPS:,} steps"
+    if validator._compiled.is_valid(value):
+        return None
+    found: dict[str, list[str]] = {}  # problems that are alternatives, by their place
+    for error in validator._compiled.evaluate(value).errors():
+        keyword = error["schemaLocation"].rpartition("/")[2]
+        where, part = _place(value, error["instanceLocation"])
+        text = _explain(error, keyword, part, validator)
+        text = f"{where}: {text}" if where else text
+        place = where if keyword in ("type", "enum", "const") else f"{where} {text}"
+        if keyword not in _CLOSED or "alse schema" not in text:  # else told for the object
+            found.setdefault(place, []).append(text)
+        if len(found) > _SHOWN:
+            break
+    told = [", or ".join(dict.fromkeys(texts)) for texts in list(found.values())[:_SHOWN]]
+    return one_line("; ".join(told)) or "it is not valid"
+
+
+def with_integers(validator: Validator, value: Any) -> Any:
+    """A valid value with 5.0 as 5 where the schema says integer: JSON Schema has one for both."""
+    return _with_integers([validator.schema], value, validator._references)
+
+
+def _with_integers(schemas: list[Schema], value: Any, references: References) -> Any:
+    known = {id(schema): schema for schema in schemas}
+    every = list(known.values())
+    for schema in every:  # grows
+        new = {id(part): part for part in in_place(schema, references) if id(part) not in known}
+        known |= new
+        every += new.values()
+    if isinstance(value, float):
+        types = [part.get("type", ()) for part in every if isinstance(part, dict)]
+        named = {name for one in types for name in ([one] if isinstance(one, str) else one)}
+        return (
+            int(value)
+            if value.is_integer() and ("integer" in named) > ("number" in named)
+            else value
+        )
+    parts: dict[Any, list[Schema]] = {}
+    for schema in every:
+        for part, key, _ in inside(schema, value) if isinstance(schema, dict) else ():
+            parts.setdefault(key, []).append(part)
+    if isinstance(value, dict):
+        return {k: _with_integers(parts.get(k, []), v, references) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(parts.get(i, []), v, references) for i, v in enumerate(value)]
+    return value
+
+
+def _explain(error: dict[str, Any], keyword: str, value: Any, validator: Validator) -> str:
+    pointer = error["schemaLocation"].rpartition("#")[2].rpartition("/")[0]
+    try:
+        schema = validator._references.target(validator.schema, f"#{pointer}")
+    except (LookupError, ValueError):
+        schema = {}
+    text = one_line(error["error"])
+    if keyword == "enum" and isinstance(schema, dict):
+        value, listed = (json.dumps(one, ensure_ascii=False) for one in (value, schema.get("enum")))
+        return f"{one_line(value, 100)} is not one of {listed}"
+    if keyword in _CLOSED and isinstance(schema, dict):
+        text += f"; known: {', '.join(schema.get('properties', ())) or 'none'}"
+    return text
+
+
+def _place(value: Any, pointer: str) -> tuple[str, Any]:
+    """A JSON pointer as in Python, a.b[0], and the part of the value there."""
+    path = ""
+    for step in pointer.split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        path += f"[{step}]" if isinstance(value, list) else f".{step}"
+        value = value[int(step)] if isinstance(value, list) else value.get(step)
+    return path.removeprefix("."), value
+
+
+class _Steps:
+    """Counts the steps of a check without making them: equal parts of it are counted once.
+
+    The validator makes them again and again, 2^n times if each of n parts refers to the next twice.
+    """
+
+    def __init__(self, validator: Validator):
+        self._references = validator._references
+        self._known: dict[tuple[int, int], int] = {}
+
+    def count(self, schema: Schema, value: Any) -> int:
+        key = (id(schema), id(value))
+        if key not in self._known:
+            self._known[key] = 0  # `_check_circles` saw to it that there are none
+            steps = 1
+            if isinstance(schema, dict):
+                for part in in_place(schema, self._references):
+                    steps += self.count(part, value)
+                for part, _, child in inside(schema, value):
+                    steps += self.count(part, child)
+            self._known[key] = min(steps, 2 * MAX_STEPS)
+        return self._known[key]
+
+
+def _as_published(node: dict[str, Any]) -> Schema:
+    """A part of a schema without keywords that are null, and with null instead of `nullable`."""
+    node = {key: value for key, value in node.items() if value is not None or key in _MAY_BE_NULL}
+    if node.pop("nullable", None) is not True:
+        return node
+    if "$ref" in node or any(key in node for key in ("allOf", "anyOf", "oneOf", "not", "if")):
+        kept = {key: node.pop(key) for key in ("$schema", "$id", *_DEFINITIONS) if key in node}
+        return {"anyOf": [{"type": "null"}, node], **kept}
+    for key in ("type", "enum"):
+        if isinstance(node.get(key), str):
+            node[key] = [node[key]]
+    if "const" in node:
+        node["enum"] = [node.pop("const")]
+    if isinstance(node.get("type"), list) and "null" not in node["type"]:
+        node["type"] = [*node["type"], "null"]
+    if isinstance(node.get("enum"), list) and None not in node["enum"]:
+        node["enum"] = [*node["enum"], None]
+    return node
+
+
+_MAY_BE_NULL = ("const", "default")
+_DEFINITIONS = ("$defs", "definitions")
+
+
+def _check_circles(root: dict[str, Any], references: References) -> None:
+    """ValueError for parts that apply to the same value in a circle, or in too long a chain."""
+    heights: dict[int, int] = {}
+    for node in references.nodes():
+        path: list[tuple[Schema, Any]] = [(node, iter(in_place(node, references)))]
+        open_parts = {id(node)}
+        while path and id(node) not in heights:
+            part = next(path[-1][1], None)
+            if part is None:
+                done, _ = path.pop()
+                open_parts.discard(id(done))
+                parts = in_place(done, references)
+                heights[id(done)] = 1 + max((heights.get(id(one), 0) for one in parts), default=0)
+            elif id(part) in open_parts:
+                raise ValueError("a $ref leads back to itself without going into the value")
+            elif isinstance(part, dict) and id(part) not in heights:
+                open_parts.add(id(part))
+                path.append((part, iter(in_place(part, references))))
+    if max(heights.values(), default=0) > _MAX_CHAIN:
+        raise ValueError(f"more than {_MAX_CHAIN} parts of it apply to a value in a chain")
+
+
+def _check_depth(root: dict[str, Any], references: References) -> None:
+    """ValueError for references so deep in each other that libraries would exhaust the stack."""
+    seen: set[int] = set()
+    path: list[Iterator[Schema]] = [iter([root])]
+    while path:
+        node = next(path[-1], None)
+        if node is None:
+            path.pop()
+        elif isinstance(node, dict) and id(node) not in seen:
+            seen.add(id(node))
+            used = {key: value for key, value in node.items() if key not in _DEFINITIONS}
+            path.append(iter([*in_place(node, references), *parts(used)]))
+        if len(path) > _MAX_DEPTH_OF_PARTS:
+            raise ValueError(f"its parts are more than {_MAX_DEPTH_OF_PARTS:,} levels deep")
+
+
+def _messages(error: Any) -> list[str]:
+    """What is wrong, without the options that it is wrong for."""
+    options = getattr(error.kind, "context", None)
+    if not options:
+        return [error.message]
+    return [text for option in options for inner in option for text in _messages(inner)]
+
+
+def _refuse(address: str) -> Any:
+    raise ValueError(f"{address} is not fetched")
+
+
+def _jsonschema_rs() -> Any:
+    try:
+        import jsonschema_rs
     except ImportError:
         raise MistralError(
-            'jsonschema is not installed; install the extra: pip install -e ".[chat]"'
+            'jsonschema-rs is not installed; install the extra: pip install -e ".[chat]"'
         ) from None
-
-    def or_null(rule: Any) -> Any:
-        def apply(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
-            is_null = instance is None and schema.get("nullable") is True
-            return () if is_null else rule(validator, value, instance, schema)
-
-        return apply
-
-    rules = {keyword: or_null(rule) for keyword, rule in Draft202012Validator.VALIDATORS.items()}
-    return validators.extend(Draft202012Validator, rules)
-
-
-@functools.cache
-def _metaschema() -> Any:
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator(
-        Draft202012Validator.META_SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER
-    )
-
-
-def _names_a_draft(value: Any) -> bool:
-    """Whether a part has a `$schema` of its own: its rules would not be checked here."""
-    own = isinstance(value, dict) and isinstance(value.get("$schema"), str)
-    return own or any(map(_names_a_draft, _children(value)))
-
-
-def _check_references(schema: dict[str, Any]) -> None:
-    """Follow every `$ref`. ValueError for one that leads nowhere, or in a circle without an end."""
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-    from referencing.jsonschema import DRAFT202012
-
-    done: set[int] = set()
-    root = DRAFT202012.create_resource(schema)
-    waiting = [(root, Registry().resolver_with_root(root))]
-
-    def visit(resource: Any, resolver: Any, path: tuple[int, ...]) -> None:
-        node = resource.contents
-        if id(node) in path:
-            raise ValueError("a $ref leads back to itself without going into the value")
-        if id(node) in done or not isinstance(node, dict):
-            return
-        path += (id(node),)
-        for reference in (node[key] for key in ("$ref", "$dynamicRef") if key in node):
-            try:
-                found = resolver.lookup(reference)
-            except Unresolvable:
-                raise ValueError(
-                    f"its $ref {reference!r} leads nowhere in it, and nothing is fetched"
-                ) from None
-            if wrong := problem(_metaschema(), found.contents):
-                raise ValueError(f"its $ref {reference!r} leads to an invalid schema: {wrong}")
-            visit(DRAFT202012.create_resource(found.contents), found.resolver, path)
-        same_value = {id(inner) for inner in _applied_to_the_same_value(node)}
-        for inner in resource.subresources():
-            inside = resolver.in_subresource(inner)
-            if id(inner.contents) in same_value:
-                visit(inner, inside, path)
-            else:
-                waiting.append((inner, inside))
-        done.add(id(node))
-
-    while waiting:
-        visit(*waiting.pop(), ())
-
-
-def _applied_to_the_same_value(schema: dict[str, Any]) -> Iterator[Any]:
-    """The parts of a schema that apply to the value itself, not to a part of it."""
-    for keyword in ("allOf", "anyOf", "oneOf"):
-        yield from schema.get(keyword, ())
-    for keyword in ("not", "if", "then", "else"):
-        if keyword in schema:
-            yield schema[keyword]
-    yield from schema.get("dependentSchemas", {}).values()
+    return jsonschema_rs
