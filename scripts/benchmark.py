@@ -17,7 +17,7 @@ from benchmark_parts.sizes import SIZES, Case
 
 import mistral
 from mistral.checkpoints.load import choose_device
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -75,6 +75,7 @@ def arguments() -> argparse.Namespace:
         )
     if args.plot:
         report.require_matplotlib()
+        common.check_output(args.plot)
     return args
 
 

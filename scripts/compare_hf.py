@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mistral
 from mistral.checkpoints.hugging_face import save
-from mistral.checkpoints.load import local_path
+from mistral.checkpoints.paths import local_path
 from mistral.engine.memory import require_memory
 
 TEXT = (
@@ -36,7 +36,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tolerance", type=float, default=0.0, help="largest allowed difference (default: 0, none)"
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.packed or args.quantize:
+        raise ValueError(
+            "transformers has no packed weights to compare with; leave out --packed and --quantize"
+        )
+    if args.tokens is not None and args.tokens < 1:
+        raise ValueError(f"--tokens must be 1 or more, not {args.tokens}")
+    if not args.tolerance >= 0:
+        raise ValueError(f"--tolerance must be 0 or more, not {args.tolerance}")
+    common.check_text(args.prompt or None, "--prompt")
+    common.check(args)
+    return args
 
 
 def main() -> int:
@@ -46,11 +57,7 @@ def main() -> int:
     except ImportError:
         raise ValueError("transformers is not installed: pip install transformers") from None
     transformers.utils.logging.disable_progress_bar()
-    if args.packed or args.quantize:
-        raise ValueError(
-            "transformers has no packed weights to compare with; leave out --packed and --quantize"
-        )
-
+    transformers.utils.logging.set_verbosity_error()
     ours, tokenizer = common.load(args)
     tokens = tokens_to_compare(args, ours, tokenizer)
     theirs = load_theirs(local_path(args.model, args.revision), ours)
@@ -74,31 +81,65 @@ def tokens_to_compare(
 def load_theirs(path: Path, ours: mistral.Mistral) -> nn.Module:
     """The same checkpoint in transformers, with the window and dtype of ours.
 
-    transformers reads its own layout only; of another one it gets our weights, so that the forward
-    is compared and not the reading.
+    transformers reads its own layout and most GGUF files. Of another checkpoint it gets our
+    weights, so that the forward pass is compared and not the reading; a note says so.
     """
-    import transformers
-
     size = ours.config.num_parameters * ours.dtype.itemsize
     require_memory(
         size,
         ours.device,
         "the same model in transformers, beside ours,",
-        lambda _: "try --dtype bfloat16",
+        lambda _: "try dtype=torch.bfloat16",
     )
-    with tempfile.TemporaryDirectory() as folder:
-        if not (path / "config.json").exists():
-            common.note(
-                f"{path} is not in Hugging Face's layout: transformers gets the weights from us"
-            )
+    try:
+        theirs = read_by_transformers(path, ours)
+    # transformers may raise anything at a file that it does not know
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        common.note(f"transformers cannot read {path} ({reason}): it gets the weights from us")
+        with tempfile.TemporaryDirectory() as folder:
             save(ours, None, Path(folder))
-            path = Path(folder)
-        config = transformers.AutoConfig.from_pretrained(path)
-        config.sliding_window = ours.config.sliding_window
-        theirs = transformers.MistralForCausalLM.from_pretrained(
-            path, config=config, dtype=ours.dtype, attn_implementation="sdpa"
-        )
+            theirs = read_by_transformers(Path(folder), ours)
     return theirs.eval().to(ours.device)
+
+
+def read_by_transformers(path: Path, ours: mistral.Mistral) -> nn.Module:
+    """What transformers itself makes of a folder or a GGUF file. Raises whatever it raises.
+
+    A file of the architecture llama has no window there; one is added if ours has one.
+    """
+    import transformers
+
+    options = dict(dtype=ours.dtype, attn_implementation="sdpa", output_loading_info=True)
+    if path.is_file():
+        options["gguf_file"] = path.name
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        options["config"] = transformers.AutoConfig.from_pretrained(path)
+        options["config"].sliding_window = ours.config.sliding_window
+    folder = path.parent if path.is_file() else path
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    if told["missing_keys"]:  # they have random values now
+        raise ValueError(f"it does not find {sorted(told['missing_keys'])[0]}")
+    if theirs.config.model_type == "llama" and ours.config.sliding_window is not None:
+        return with_window(theirs, ours.config.sliding_window)
+    return theirs
+
+
+def with_window(llama: nn.Module, window: int) -> nn.Module:
+    """transformers' Mistral with the weights of its Llama: the same model, and a window."""
+    from transformers import MistralConfig, MistralForCausalLM
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+    fields = llama.config.to_dict()
+    for name in ("model_type", "architectures", "quantization_config", "transformers_version"):
+        fields.pop(name, None)
+    config = MistralConfig(**fields | {"sliding_window": window}, attn_implementation="sdpa")
+    with torch.device("meta"):
+        mistral_model = MistralForCausalLM(config)
+    mistral_model.load_state_dict(llama.state_dict(), assign=True)
+    mistral_model.model.rotary_emb = MistralRotaryEmbedding(config)
+    return mistral_model
 
 
 @torch.inference_mode()

@@ -50,6 +50,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--limit and --batch-size must be 1 or more")
+    mistral.Sampling(temperature=args.temperature, seed=args.seed)  # ValueError
+    if args.output:
+        common.check_output(args.output)
+    common.check(args)
     return args
 
 

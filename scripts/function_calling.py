@@ -13,9 +13,11 @@ import common
 
 from mistral.chat import Conversation, events
 from mistral.chat.formats import render_chat
-from mistral.chat.tools import Tool
+from mistral.chat.tool_choice import check_tool_choice
+from mistral.chat.tools import Tool, tool_table
 
 TOOLS = Path(__file__).with_name("example_tools.py")
+_WORDS = {events.Error: "error", events.Altered: "note", events.Unfinished: "unknown"}
 
 
 def arguments() -> argparse.Namespace:
@@ -57,12 +59,21 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.time_limit <= 0:
         raise ValueError("--time-limit must be more than 0 seconds")
+    if args.no_grammar and args.tool_choice not in ("auto", "none"):
+        raise ValueError(
+            f"only a grammar can guarantee --tool-choice {args.tool_choice}: leave out --no-grammar"
+        )
+    for prompt in args.prompt or ():
+        common.check_text(prompt, "--prompt")
+    common.check(args)
     return args
 
 
 def main() -> None:
     args = arguments()
     tools = read_tools(args.tools)
+    # Every format with tools has the same choices; whether this one has them, the vocabulary says.
+    check_tool_choice(args.tool_choice, tool_table(tools), args.format or "chatml")
     sampling = common.sampling(args)
     model, tokenizer = common.load(args)
     decoder, engine = common.open_chat_engine(args, model, args.max_tokens)
@@ -91,7 +102,7 @@ def main() -> None:
         except (ValueError, KeyboardInterrupt) as error:
             if args.prompt:
                 raise
-            common.note(f"error: {error}" if str(error) else "stopped")
+            common.note(common.problem(error) if str(error) else "stopped")
     common.note(
         f"[{conversation.tokens_read} tokens read, {conversation.tokens_written} written, "
         f"{conversation.tokens_saved} of them without asking the model]"
@@ -137,10 +148,10 @@ def show(answer) -> None:
             line = f"  call    {event.name}({json.dumps(event.arguments, ensure_ascii=False)})"
         elif isinstance(event, events.Result):
             line = f"  result  {json.dumps(event.content, ensure_ascii=False)}"
-        elif isinstance(event, events.Error):
-            line = f"  error   {event.message}"
-        else:
+        elif isinstance(event, events.End):
             line = "" if event.reason == "stop" else f"  ended   {event.reason}"
+        else:
+            line = f"  {_WORDS[type(event)]:<8}{event.message}"
         print(common.printable(line) + "\n" * bool(line), end="", flush=True)
 
 

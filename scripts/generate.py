@@ -54,6 +54,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.chat and args.special:
         raise ValueError("--chat writes the control tokens itself; leave out --special")
+    for text in args.stop:
+        common.check_text(text, "--stop")
+    common.check(args)
     return args
 
 
@@ -113,6 +116,7 @@ def prompt_text(args: argparse.Namespace) -> str:
         raise ValueError(f"standard input is not UTF-8: {error}") from None
     if not prompt:
         raise ValueError("the prompt is empty; give it at least one character to continue")
+    common.check_text(prompt, "--prompt")
     return prompt
 
 

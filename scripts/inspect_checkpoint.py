@@ -12,10 +12,10 @@ import torch
 from mistral.cache import cache_slots
 from mistral.checkpoints.assemble import match_tensors
 from mistral.checkpoints.gguf import GgufReader
-from mistral.checkpoints.load import local_path, open_reader
+from mistral.checkpoints.paths import local_path, open_reader
 from mistral.checkpoints.reader import StoredTensor, dtype_name
 from mistral.config import Config
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 from mistral.tokenizer import Tokenizer
 
 SAMPLE = 'Hello, world! {"naïve": [1, 234]}\n'
@@ -43,7 +43,7 @@ def main() -> None:
     print_tensors(tensors, args.all)
     print_memory(config, packed)
     match_tensors(reader, config)
-    print_tokenizer(reader.tokenizer(config.eos_token_id), config)
+    print_tokenizer(reader.tokenizer(config), config)
 
 
 def print_config(config: Config) -> None:

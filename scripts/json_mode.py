@@ -11,6 +11,7 @@ import common
 from mistral.chat import generate_json
 from mistral.chat.formats import FORMATS
 from mistral.chat.structured import JSONError, read_schema
+from mistral.chat.tools.json_schema import compile_schema
 
 EXAMPLE = {
     "title": "Person",
@@ -52,20 +53,24 @@ def arguments() -> argparse.Namespace:
     common.add_sampling_arguments(parser, temperature=0.0)
     common.add_engine_argument(parser)
     common.add_lookup_argument(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.retries < 0:
+        raise ValueError("--retries must be 0 or more")
+    common.check(args)
+    return args
 
 
 def main() -> int:
     args = arguments()
     schema = read_schema(args.schema or EXAMPLE)
+    compile_schema(schema)  # its errors come before the weights are read
     prompt = args.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().strip()
         prompt = prompt or (PROMPT if args.schema is None else "")
     if not prompt:
         raise ValueError('there is no prompt: name one with --prompt "some text", or pipe it in')
-    if args.retries < 0:
-        raise ValueError("--retries must be 0 or more")
+    common.check_text(prompt, "--prompt")
     sampling = common.sampling(args)
     model, tokenizer = common.load(args)
     decoder, engine = common.open_chat_engine(args, model, max_tokens=None)
@@ -84,7 +89,7 @@ def main() -> int:
             format=args.format,
         )
     except JSONError as error:
-        common.note(f"error: {common.printable(str(error))}; the last answer was:")
+        common.note(f"{common.problem(error)}; the last answer was:")
         print(common.printable(error.text))
         return 1
     finally:

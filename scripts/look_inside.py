@@ -19,8 +19,9 @@ import numpy as np
 
 import mistral
 from mistral.chat.formats import chat_format, encode_chat
+from mistral.checkpoints.labels import checkpoint_name
 from mistral.checkpoints.reader import dtype_name
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 from mistral.tracing import Recorder, Stopwatch, logit_lens, most_tokens
 
 TEMPLATES = Path(__file__).parent / "look_inside_page"
@@ -84,9 +85,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.new_tokens < 0 or not 1 <= args.top <= MOST_TOP:
         raise ValueError(f"--new-tokens must be 0 or more, and --top 1 to {MOST_TOP}")
-    if not args.text:
-        raise ValueError("the text is empty; give it at least one character")
+    common.check_text(args.text, "the text")
     check_output(args.output)
+    common.check(args)
     return args
 
 
@@ -100,7 +101,8 @@ def main() -> None:
         stop_tokens = chat_format(tokenizer).stop_ids(tokenizer)
     check_room(len(ids), args.new_tokens, model.config)
     trace, watch = record(model, ids, args.new_tokens, stop_tokens)
-    name = Path(args.model).name or args.model
+    path = Path(args.model)
+    name = checkpoint_name(path) if path.exists() else path.name
     data = page_data(model, tokenizer, trace, watch, prompt=len(ids), top=args.top, name=name)
     page = render(data, trace)
     args.output.write_text(page, encoding="utf-8")
@@ -113,8 +115,7 @@ def main() -> None:
 
 def check_output(path: Path) -> None:
     """ValueError unless the page can be written there without the loss of another file."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path.absolute().parent} is not a folder")
+    common.check_output(path)
     if path.exists() and not is_ours(path):
         raise ValueError(
             f"{path} exists and is not a page of this script; remove it or name another file"
@@ -123,8 +124,6 @@ def check_output(path: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """Whether this script wrote the file."""
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         return OURS.encode() in file.read(1000)
 

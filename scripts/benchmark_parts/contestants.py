@@ -8,6 +8,7 @@ from torch import Tensor
 
 import mistral
 import mistral_kernels
+from benchmark_parts.llama_cpp_peer import LlamaCpp
 from benchmark_parts.sizes import Case
 from mistral.engine.generation import IdsInFlight
 
@@ -109,29 +110,23 @@ class Theirs(Contestant):
         previous.ids()
 
 
-class LlamaCpp(Contestant):
-    """llama.cpp through llama-cpp-python, all layers on the GPU if it was built for one."""
+class LlamaCppContestant(Contestant):
+    """llama.cpp from the wheel xllamacpp, all layers on the GPU if it was built for one."""
 
     def __init__(self, path: str, case: Case, prompts: Tensor):
-        import llama_cpp
-
         if case.batch > 1:
-            raise ValueError("its Python interface runs one sequence at a time")
-        self.note = "on a GPU" if llama_cpp.llama_supports_gpu_offload() else "on the CPU"
-        threads = torch.get_num_threads()
+            raise ValueError("it runs one sequence at a time here")
         room = case.context + case.tokens + 2
-        sizes = dict(n_ctx=room, n_batch=512, n_threads=threads, n_threads_batch=threads)
-        self.llama = llama_cpp.Llama(path, n_gpu_layers=-1, verbose=False, **sizes)
+        self.llama = LlamaCpp(path, room, threads=torch.get_num_threads(), exact=False)
+        self.note = "on a GPU" if self.llama.on_gpu else f"on the CPU, {self.llama.vector_units}"
         self.prompt = prompts[0].tolist()
 
     def prefill(self) -> None:
         """Also samples the first id."""
         self.llama.reset()
-        self.llama.eval(self.prompt)
-        self.id = self.llama.sample(temp=0.0)
+        self.id = int(self.llama.append(self.prompt).argmax())
 
     def generate(self, n: int) -> None:
         """`n` steps."""
         for _ in range(n):
-            self.llama.eval([self.id])
-            self.id = self.llama.sample(temp=0.0)
+            self.id = int(self.llama.append([self.id]).argmax())

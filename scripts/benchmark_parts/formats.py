@@ -4,18 +4,10 @@ import torch
 from torch import Tensor, nn
 
 import mistral
-from mistral.quantization.ggml_types import GGML_TYPES, GgmlType
+from benchmark_parts import mixtures
 from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear
 
-# Name of a file's format: the kind of most matrices, and of those that llama.cpp packs finer
-FORMATS = {
-    "Q4_K_M": ("Q4_K", "Q6_K"),
-    "Q5_K_M": ("Q5_K", "Q6_K"),
-    "Q4_0": ("Q4_0", "Q6_K"),
-    "Q6_K": ("Q6_K", "Q6_K"),
-    "Q8_0": ("Q8_0", "Q8_0"),
-}
-KINDS = {kind.name: kind for kind in GGML_TYPES.values()}
+FORMATS = ("Q4_K_M", "Q5_K_M", "Q4_0", "Q6_K", "Q8_0")
 # Where a block has its float16 scales, and what they must be for weights of about 0.02
 SCALES = {
     "Q4_0": {0: 4e-3},
@@ -26,26 +18,16 @@ SCALES = {
 }
 
 
-def kind_of(name: str, layer: int, layers: int, format: str) -> GgmlType:
-    """How llama.cpp packs a matrix, by its module's name (q_proj, ...), in one of the formats.
-
-    Source: llama.cpp, `llama_tensor_get_type` (llama-quant.cpp)
-    """
-    most, finer = FORMATS[format]
-    tail = layers // 8
-    in_between = tail <= layer < 7 * layers // 8
-    more_bits = name in ("v_proj", "down_proj") and (not in_between or (layer - tail) % 3 == 2)
-    return KINDS[finer if name == "lm_head" or (more_bits and format.endswith("_M")) else most]
-
-
 def replace_matrices(model: mistral.Mistral, format: str) -> None:
     """Replace all matrices by packed layers; on `meta`, their blocks are not allocated yet."""
     layers = model.config.num_hidden_layers
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
     for name, module in list(model.named_modules()):
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         owner, _, last = name.rpartition(".")
-        kind = kind_of(last, int(name.split(".")[2]) if ".layers." in name else 0, layers, format)
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        kind = mixtures.kind_of(format, last, layer, layers, group)
         rows, columns = module.weight.shape
         if columns % kind.block_weights:
             raise ValueError(

@@ -61,14 +61,18 @@ def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
         known["threads"] = torch.get_num_threads()
     known["python"] = sys.version.split()[0]
     known["torch"] = torch.__version__
-    for name, package in (
-        ("triton", "triton"),
-        ("transformers", "transformers"),
-        ("llama_cpp", "llama-cpp-python"),
-    ):
-        if importlib.util.find_spec(name):
-            known[package] = metadata.version(package)
+    for package in ("triton", "transformers", "xllamacpp"):
+        if importlib.util.find_spec(package):
+            known[package] = version(package)
     return known | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def version(package: str) -> str:
+    """The version of an installed package, or a word that it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor_name() -> str:

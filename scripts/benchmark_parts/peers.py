@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import mistral
+from mistral.checkpoints.hugging_face_config import rotary_values
 from mistral.quantization.packed import Packed
 
 
@@ -24,7 +25,7 @@ def transformers_model(model: mistral.Mistral, sliding_window: int | None) -> to
     config = transformers.MistralConfig(
         **{name: getattr(model.config, name) for name in names.split()},
         sliding_window=sliding_window,
-        rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta},
+        **rotary_values(model.config),
         attn_implementation="sdpa",
     )
     with torch.device("meta"):

@@ -1,9 +1,10 @@
-"""Tables, and the plot of cost per token against context."""
+"""Tables, sections of pages, and the plot of cost per token against context."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 
 HEAD = (
     f"{'tokens/s':<23}{'decode':>9}{'of roof':>9}{'to hf':>7}{'medians':>9}"
@@ -54,6 +55,20 @@ def costs_of_length(results: Sequence[dict]) -> list[str]:
                 "times one at 4,096"
             )
     return lines
+
+
+def write_section(page: Path, heading: str, text: str) -> None:
+    """Replace a page's section "## heading" by a text, or append it; the rest stays."""
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    before, *sections = re.split(r"^(?=## )", old, flags=re.M)
+    new = f"## {heading}\n\n{text.strip()}\n"
+    names = [section.splitlines()[0] for section in sections]
+    if f"## {heading}" in names:
+        sections[names.index(f"## {heading}")] = new
+    else:
+        sections.append(new)
+    parts = [part.strip() for part in (before, *sections) if part.strip()]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def require_matplotlib() -> None:

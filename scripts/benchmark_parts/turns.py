@@ -14,8 +14,9 @@ from torch import Tensor
 
 import mistral
 from benchmark_parts import machine, sizes
-from benchmark_parts.contestants import Contestant, LlamaCpp, Ours, Theirs
+from benchmark_parts.contestants import Contestant, LlamaCppContestant, Ours, Theirs
 from benchmark_parts.formats import packed_bytes
+from benchmark_parts.llama_cpp_peer import library
 from benchmark_parts.peers import GGUFFile, transformers_model
 from benchmark_parts.sizes import Case
 from mistral.quantization.packed import Packed
@@ -56,9 +57,8 @@ class Field:
                 self._transformers(case), case, prompts, compiled=name.endswith("compiled")
             )
         if name == "llama.cpp":
-            import llama_cpp  # noqa: F401  (before a file is written for it)
-
-            return LlamaCpp(self._file.path, case, prompts)
+            library()  # it fails here, before a file is written for it
+            return LlamaCppContestant(self._file.path, case, prompts)
         return Ours(name, self.model if name.startswith("kernels") else self._others, case, prompts)
 
     def _transformers(self, case: Case) -> torch.nn.Module:

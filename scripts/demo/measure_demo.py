@@ -24,7 +24,7 @@ from mistral.chat.formats.prompts import json_prompt, tool_prompt
 from mistral.chat.formats.tool_calls import parse_tool_calls
 from mistral.chat.grammar import json_constraint, tool_call_constraint
 from mistral.chat.tools.json_schema import compile_schema, problem
-from mistral.checkpoints.load import DEMO
+from mistral.checkpoints.paths import DEMO
 
 MAX_NEW_TOKENS = 200
 
@@ -222,6 +222,9 @@ def main() -> None:
         raise ValueError("--page is about the demo; name no other model with it")
     if args.requests < 1 or args.batch_size < 1:
         raise ValueError("--requests and --batch-size must be 1 or more")
+    if args.page:
+        common.check_output(args.page)
+    common.check(args)
     model, tokenizer = common.load(args)
     runner = Runner(model, tokenizer, args)
 

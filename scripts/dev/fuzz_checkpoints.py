@@ -1,6 +1,7 @@
 """Damage a checkpoint's files in many ways: each must load or be refused with a clear error."""
 
 import argparse
+import json
 import random
 import resource
 import shutil
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py, demo/
 import common
 
 import mistral
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 
 # Files are damaged up to here: in the bulk of their weights every byte is a valid value.
 HEADER_BYTES = 50_000
@@ -37,7 +38,15 @@ def main() -> int:
     for source in args.model:
         files = sorted(source.iterdir()) if source.is_dir() else [source]
         for file in files:
-            if file.suffix in (".json", ".safetensors", ".model", ".gguf", ".pth"):
+            if file.suffix in (
+                ".json",
+                ".safetensors",
+                ".model",
+                ".gguf",
+                ".pth",
+                ".bin",
+                ".jinja",
+            ):
                 wrong += fuzz(source, file, args)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{wrong} of the cases ended in another error; peak memory {format_bytes(memory)}")
@@ -56,7 +65,10 @@ def fuzz(source: Path, file: Path, args: argparse.Namespace) -> int:
             target = copy / file.name
         for case in range(args.cases):
             generator = random.Random(f"{args.seed} {file.name} {case}")
-            target.write_bytes(damage(original, generator))
+            if file.suffix == ".json" and case % 2:
+                target.write_text(json.dumps(changed(json.loads(original), generator)))
+            else:
+                target.write_bytes(damage(original, generator))
             start = time.perf_counter()
             try:
                 _, tokenizer = mistral.load(
@@ -92,6 +104,31 @@ def damage(original: bytes, generator: random.Random) -> bytes:
             width = generator.choice([1, 2, 4, 8])
             data[at : at + width] = generator.choice([b"\xff", b"\x7f", b"\x00"]) * width
     return bytes(data)
+
+
+# What takes the place of a value in a JSON file
+STRANGE = [
+    *(None, True, False, 0, -1, 1, 2**31, 10**28, 0.5, 1e308, float("nan"), float("inf")),
+    *("", "a", "\ud800", "\0", "<s>", "../x", "x" * 10_000, "(a+)+$"),
+    *([], {}, [[]], [None], {"": None}, [1] * 1000, {"type": "yarn", "factor": 2.0}),
+]
+
+
+def changed(value: object, generator: random.Random) -> object:
+    """The value of a JSON file with one of its inner values replaced, doubled or removed."""
+    if isinstance(value, (dict, list)) and value and generator.random() < 0.9:
+        copy = value.copy()
+        keys = list(copy) if isinstance(copy, dict) else range(len(copy))
+        # Prefer the first and last keys: one at random is nearly always an entry of a vocabulary.
+        key = generator.choice([*keys[:5], *keys[-5:], generator.choice(keys)])
+        if generator.random() < 0.1:
+            del copy[key]
+        elif generator.random() < 0.1 and isinstance(copy, list):
+            copy.append(copy[key])
+        else:
+            copy[key] = changed(copy[key], generator)
+        return copy
+    return generator.choice(STRANGE)
 
 
 if __name__ == "__main__":

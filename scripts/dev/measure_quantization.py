@@ -2,70 +2,64 @@
 
 The distance is the mean Kullback-Leibler divergence KL(float32 || format) over all positions, in
 nats, and beside it how often both have the same most likely token. For each format there are
-several ways to multiply with it.
+several ways to multiply with it. A quantized checkpoint is unpacked first: float32 then means the
+values that its blocks have.
 """
 
 import argparse
-import ctypes
-import functools
 import json
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py, demo/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py, benchmark_parts/, demo/
 
 import common
 import torch
+from benchmark_parts import llama_cpp_peer, machine, mixtures
+from benchmark_parts.report import write_section
 from demo.dialogues import unseen_request
 from torch import Tensor
 
 import mistral
 from mistral.chat.formats import encode_chat
 from mistral.chat.formats.prompts import tool_prompt
-from mistral.checkpoints.gguf_export import export
+from mistral.checkpoints.assemble import Parts, rounded_types
 from mistral.checkpoints.load import choose_device
+from mistral.checkpoints.names import EMBEDDING
+from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import Packed
+from mistral.quantization.quantize import quantize
 
+ROOT = Path(__file__).resolve().parents[2]
 PLAIN = "bfloat16"
 ROUNDED = {"q8_0": "--quantize q8_0", "q4_0": "--quantize q4_0"}
-LLAMA_CPP = (
-    "Q8_0",
-    "Q6_K",
-    "Q5_K_M",
-    "Q5_0",
-    "Q4_K_M",
-    "IQ4_XS",
-    "IQ4_NL",
-    "Q4_0",
-    "Q3_K_M",
-    "Q2_K",
-)
 WAYS = {
     "float32": "the reference, float32",
     "bfloat16": "the reference, bfloat16",
     "kernels": "the kernels, bfloat16 (inputs of packed matrices: float16)",
 }
 
-PAGE = """# What packed formats cost
-
-Mean Kullback-Leibler divergence from the logits of {model} in float32, in nats, over {positions} positions of {texts};
-in brackets how often the most likely token is the same. Bits are those of the matrices, scales included. "llama.cpp"
-formats are the mixtures that its `llama-quantize` makes, without an importance matrix; "--quantize" is this project's
-loading.
+TEXTS = ("LICENSE", "README.md", "mistral/model.py")  # for every model but the demo
+SECTION = """{positions} positions of {texts}.
 
 {table}
 
-{ways}
+{remarks}
 
-{remark}This page was written by `python scripts/dev/measure_quantization.py {arguments}` with {versions}.
+Written by `python scripts/dev/measure_quantization.py {arguments}` with {versions}.
 """
-DEMOS_OWN = (
-    "The demo's file has 8 bits a weight already, and float32 here means those: Q8_0 loses "
-    "nothing against it.\n\n"
+UNPACKED = {
+    "demo": "The file has Q8_0 already, and float32 here means those values: Q8_0 loses nothing.",
+    "smollm2": "The file has Q4_1 already, and Q8_0 for the embedding: float32 here means those "
+    "values, not the weights as published, and the formats round them a second time.",
+}
+NARROW = (
+    "Rows of {width} weights are not whole blocks of 256. There llama.cpp replaces a type by one "
+    "with blocks of 32 (Q4_K by Q5_0, Q5_K by Q5_1, Q6_K by Q8_0, Q2_K and Q3_K by Q4_0, IQ4_XS by "
+    "IQ4_NL), so most formats have more bits here than in a 7B."
 )
 
 
@@ -81,7 +75,8 @@ class Distance(NamedTuple):
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(
-        __doc__, "python scripts/dev/measure_quantization.py --page docs/benchmarks/quantization.md"
+        __doc__,
+        "python scripts/dev/measure_quantization.py smollm2 --page docs/benchmarks/quantization.md",
     )
     parser.add_argument(
         "model", nargs="?", default="demo", help=common.MODEL + "; none: the demo of this package"
@@ -92,45 +87,47 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a name on the hub")
     parser.add_argument(
-        "--formats", nargs="+", choices=(PLAIN, *ROUNDED, *LLAMA_CPP), help="default: all"
+        "--formats", nargs="+", choices=(PLAIN, *ROUNDED, *mixtures.MOST), help="default: all"
     )
     parser.add_argument(
         "--positions", type=int, default=400, help="at least so many (default: 400)"
     )
     parser.add_argument(
-        "--text", type=Path, help="a text instead of requests for functions with their answers"
+        "--text",
+        type=Path,
+        nargs="+",
+        help="files to compare on, in equal parts (default: for the demo requests for functions "
+        f"and its answers, for others {', '.join(TEXTS)} of this project)",
     )
     parser.add_argument(
-        "--page", type=Path, help="write the results as a page of the documentation"
+        "--page", type=Path, help="write the results into the model's section of this page"
     )
     args = parser.parse_args()
     if args.positions < 1:
         raise ValueError("--positions must be 1 or more")
+    if not args.text and args.model != "demo":
+        args.text = [ROOT / name for name in TEXTS]
     return args
 
 
 def main() -> None:
     args = arguments()
     device = choose_device(args.device)
-    chosen = args.formats or (PLAIN, *ROUNDED, *LLAMA_CPP)
+    chosen = args.formats or (PLAIN, *ROUNDED, *mixtures.MOST)
     common.introduce(args.model)
     options = dict(device=device, sliding_window=args.window, revision=args.revision)
     model, tokenizer = mistral.load(args.model, dtype=torch.float32, **options)
     rows = list(texts(model, tokenizer, args))
     wanted = [logits_of(model, ids) for ids in rows]
     results: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "float32.gguf"
-        export(model, tokenizer, path, "F32")
-        window = model.config.sliding_window
-        del model
-        for name in chosen:
-            common.note(f"{name} ...")
-            results.append(measure(name, path, device, window, rows, wanted))
-            print(line(results[-1]), flush=True)
+    for name in chosen:
+        common.note(f"{name} ...")
+        results.append(measure(name, model, rows, wanted))
+        print(line(results[-1]), flush=True)
     positions = sum(map(len, rows))
     if args.page:
-        args.page.write_text(page(args, positions, results), encoding="utf-8")
+        heading = args.model if args.model in UNPACKED else Path(args.model).name
+        write_section(args.page, heading, section(args, model.config, positions, results))
         common.note(f"wrote {args.page}")
     print(json.dumps({"model": args.model, "positions": positions, "results": results}))
 
@@ -138,11 +135,13 @@ def main() -> None:
 def texts(
     model: mistral.Mistral, tokenizer: mistral.Tokenizer, args: argparse.Namespace
 ) -> Iterator[list[int]]:
-    """Sequences to compare on: requests with words that the demo never saw, and its answers."""
+    """Sequences to compare on: parts of files, or requests and the demo's answers to them."""
     left = args.positions
     random = Random(0)
     if args.text:
-        yield tokenizer.encode(args.text.read_text(encoding="utf-8"))[:left]
+        share = -(-args.positions // len(args.text))
+        for path in args.text:
+            yield tokenizer.encode(path.read_text(encoding="utf-8"))[:share]
         return
     while left > 0:
         tools, request, _ = unseen_request(random)
@@ -156,79 +155,76 @@ def texts(
         left -= len(ids)
 
 
-def measure(
-    name: str,
-    path: Path,
-    device: torch.device,
-    window: int | None,
-    rows: list[list[int]],
-    wanted: list[Tensor],
-) -> dict:
-    """One format, made of the float32 file and multiplied in each of the ways."""
-    result = {"format": name, "maker": "llama.cpp" if name in LLAMA_CPP else ROUNDED.get(name, "-")}
+def measure(name: str, model: mistral.Mistral, rows: list[list[int]], wanted: list[Tensor]) -> dict:
+    """One format, made of the float32 model and multiplied in each of the ways."""
+    maker = "llama.cpp" if name in mixtures.MOST else ROUNDED.get(name, "-")
+    result = {"format": name, "maker": maker}
     try:
-        load = loader(name, path, device, window)
+        blocks = pack(model, name)
     except (ImportError, ValueError) as error:
         return result | {"failed": f"not measured: {error}"}
     for way in WAYS:
-        if way == "kernels" and device.type != "cuda":
+        if way == "kernels" and model.device.type != "cuda":
             result[way] = "not measured: no GPU"
             continue
         if way == "float32" and name == PLAIN:
             result[way] = "-"
             continue
         try:
-            model = load(torch.float32 if way == "float32" else torch.bfloat16)
-            result["bits"] = round(bits(model), 2)
+            packed = assemble(model, blocks, torch.float32 if way == "float32" else torch.bfloat16)
+            result["bits"] = round(bits(packed), 2)
             read = one_by_one if way == "kernels" else logits_of
-            result[way] = distance(wanted, [read(model, ids) for ids in rows])
+            result[way] = distance(wanted, [read(packed, ids) for ids in rows])
         # Triton or a driver may raise anything; the other formats are still measured
         except Exception as error:
             result[way] = f"not measured: {' '.join(str(error).split())[:200]}"
     return result
 
 
-def loader(
-    name: str, path: Path, device: torch.device, window: int | None
-) -> Callable[[torch.dtype], mistral.Mistral]:
-    """How to load a format in a dtype.
+def pack(model: mistral.Mistral, name: str) -> dict[str, tuple[Tensor, GgmlType]]:
+    """The blocks of all matrices in a format, by parameter; none for bfloat16.
 
-    ImportError without llama.cpp where it is needed; ValueError if it cannot.
+    Raises ImportError without llama.cpp if it is needed; ValueError for rows that are not whole
+    blocks.
     """
-    options = dict(device=device, sliding_window=window)
-    if name in LLAMA_CPP:
-        packed = path.with_name(f"{name}.gguf")
-        quantize_by_llama_cpp(path, packed, name)
-        return lambda dtype: mistral.load(packed, packed=True, dtype=dtype, **options)[0]
-    quantize = name if name in ROUNDED else None
-    return lambda dtype: mistral.load(path, quantize=quantize, dtype=dtype, **options)[0]
+    if name == PLAIN:
+        return {}
+    weights = {name: values for name, values in model.named_parameters() if values.dim() == 2}
+    if name in ROUNDED:
+        kinds = rounded_types(Path("the model"), weights, name)
+        return {n: (quantize(weights[n], kind, model.device), kind) for n, kind in kinds.items()}
+    packed = {}
+    for parameter, values in weights.items():
+        kind = mixtures.fitting(llama_cpp_type(model.config, parameter, name), values.shape[1])
+        packed[parameter] = llama_cpp_peer.quantize(values.cpu(), kind).to(model.device), kind
+    return packed
 
 
-def quantize_by_llama_cpp(source: Path, to: Path, name: str) -> None:
-    """Write a packed file, as `llama-quantize` does. ImportError without llama-cpp-python."""
-    try:
-        import llama_cpp
-    except ImportError:
-        raise ImportError("llama-cpp-python is not installed") from None
-    silence_llama_cpp()
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
-    options.nthread = torch.get_num_threads()
-    code = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(to).encode(), ctypes.byref(options)
+def llama_cpp_type(config: mistral.Config, parameter: str, format: str) -> GgmlType:
+    """The type that `llama-quantize` gives a matrix whose rows are whole blocks."""
+    parts = parameter.split(".")  # model.layers.0.self_attn.q_proj.weight
+    layer = int(parts[2]) if "layers" in parts else 0
+    tied = config.tie_word_embeddings and parameter == EMBEDDING
+    return mixtures.kind_of(
+        format,
+        "lm_head" if tied else parts[-2],
+        layer,
+        config.num_hidden_layers,
+        config.num_attention_heads // config.num_key_value_heads,
     )
-    if code:
-        raise ValueError(f"llama.cpp could not write {name}")
 
 
-@functools.cache  # keeps the function, which llama.cpp only points to
-def silence_llama_cpp() -> Callable:
-    """It tells of every tensor otherwise."""
-    import llama_cpp
-
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    return silent
+def assemble(
+    model: mistral.Mistral, blocks: Mapping[str, tuple[Tensor, GgmlType]], dtype: torch.dtype
+) -> mistral.Mistral:
+    """The model with these blocks, and its other parameters in `dtype`."""
+    parts = Parts(model.config, model.device, dtype)
+    for name, values in model.named_parameters():
+        if name in blocks:
+            parts.add_blocks(name, *blocks[name])
+        else:
+            parts.add(name, values.to(dtype))
+    return parts.model()
 
 
 @torch.inference_mode()
@@ -280,25 +276,29 @@ def line(result: dict) -> str:
     )
 
 
-def page(args: argparse.Namespace, positions: int, results: list[dict]) -> str:
-    """The results as a page."""
+def section(
+    args: argparse.Namespace, config: mistral.Config, positions: int, results: list[dict]
+) -> str:
+    """The results as a section of the page."""
     head = [
         "| format | made by | bits | " + " | ".join(WAYS) + " |",
         "|---|---|---|" + "---|" * len(WAYS),
     ]
-    model = "the demo" if args.model == "demo" else f"`{Path(args.model).name}`"
-    written = [f"`{name}`: {meaning}." for name, meaning in WAYS.items()]
-    return PAGE.format(
-        model=model,
+    remarks = [" ".join(f"`{name}`: {meaning}." for name, meaning in WAYS.items())]
+    if args.model in UNPACKED:
+        remarks.append(UNPACKED[args.model])
+    if config.hidden_size % 256:
+        remarks.append(NARROW.format(width=config.hidden_size))
+    read = "requests for functions and the model's answers to them"
+    if args.text:
+        read = ", ".join(f"`{path.name}`" for path in args.text)
+    return SECTION.format(
         positions=positions,
-        texts=f"`{args.text.name}`"
-        if args.text
-        else "requests for functions and the model's answers to them",
+        texts=read,
         table="\n".join(head + [line(result) for result in results]),
-        ways=" ".join(written),
-        remark=DEMOS_OWN if args.model == "demo" else "",
+        remarks="\n\n".join(remarks),
         arguments=" ".join(sys.argv[1:]),
-        versions=f"torch {torch.__version__}",
+        versions=f"torch {torch.__version__}, xllamacpp {machine.version('xllamacpp')}",
     )
 
 

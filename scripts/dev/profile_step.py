@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 import mistral
 import mistral_kernels
 from mistral.checkpoints.load import choose_device
-from mistral.engine.memory import format_bytes
+from mistral.files import format_bytes
 from mistral.quantization.packed import Packed, TiedOutput
 from mistral_kernels.engines import ENGINES
 

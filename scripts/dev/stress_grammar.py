@@ -1,4 +1,7 @@
-"""Answer many made-up schemas by the demo and by random weights: valid, cut off, or hung?"""
+"""Answer many made-up schemas by the demo and by random weights: valid, cut off, or hung?
+
+Only the schema and --max-new-tokens bound an answer: many of those by random weights are cut off.
+"""
 
 import argparse
 import json
@@ -43,6 +46,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.schemas, args.batch_size, args.max_new_tokens) < 1:
         raise ValueError("--schemas, --batch-size and --max-new-tokens must be 1 or more")
+    common.check(args)
     return args
 
 
