@@ -35,6 +35,8 @@ SIZES = dict(
     tie_word_embeddings=False,
     eos_token_id=(2,),
 )
+# For the rotary pairs of heads of 10: one fast, some on the ramp, one slow.
+YARN = mistral.RotaryScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=256)
 
 
 def config(**changes) -> mistral.Config:
@@ -62,17 +64,26 @@ def true_tokenizer(**kwargs) -> mistral.Tokenizer:
     )
 
 
-def save_hf(folder: Path, dtype=torch.float32, seed=0, **changes) -> Path:
-    """A random checkpoint written by transformers itself."""
+def save_hf(
+    folder: Path, dtype=torch.float32, seed=0, family="Mistral", scaling=None, **changes
+) -> Path:
+    """A random checkpoint written by transformers itself.
+
+    family   "Mistral" or "Llama", whose config has no window
+    scaling  the rotary scaling, as transformers spells it
+    """
     import transformers
 
     sizes = {**SIZES, "initializer_range": 0.3, **changes}
     sizes["eos_token_id"] = list(sizes["eos_token_id"])
     sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    sizes["rope_parameters"] |= scaling or {}
+    if family == "Llama":
+        del sizes["sliding_window"]
+        sizes["hidden_size"] = 42  # LlamaConfig wants a multiple of the heads
     torch.manual_seed(seed)
-    transformers.MistralForCausalLM(transformers.MistralConfig(**sizes)).to(dtype).save_pretrained(
-        folder
-    )
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -90,7 +101,7 @@ def load_pair(folder: Path, dtype: torch.dtype, attention="sdpa"):
     import transformers
 
     ours = load_model(folder, dtype)
-    theirs = transformers.MistralForCausalLM.from_pretrained(
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention
     )
     return ours.requires_grad_(False), theirs.eval().requires_grad_(False)

@@ -88,7 +88,7 @@ def test_an_arrow_against_the_table_is_noticed():
     }.items():
         assert list(forbidden(line, room)), line
     for room, line in {
-        "checkpoints": "from mistral.engine.memory import format_bytes",
+        "checkpoints": "from mistral.engine.memory import has_room",
         "chat": "from mistral.chat.tools import Tool",
         "attention": "import torch\nfrom mistral.cache import LayerCache",
     }.items():

@@ -8,6 +8,7 @@ import torch
 
 from mistral.attention import attend, attend_explicit
 from mistral.cache import window_mask
+from mistral.config import RotaryScaling
 from mistral.mlp import MLP
 from mistral.rms_norm import RMSNorm
 from mistral.rotary import Rotary, rotate
@@ -83,6 +84,33 @@ def test_rotary_angles_are_float32_in_every_dtype():
     rotary = Rotary(128, 1e6)
     cos, _ = rotary(positions, torch.float32)
     assert torch.equal(rotary.to(torch.bfloat16)(positions, torch.bfloat16)[0], cos.bfloat16())
+
+
+def test_linear_scaling_is_a_division_of_the_positions():
+    scaling = RotaryScaling(rope_type="linear", factor=4.0)
+    positions = torch.arange(0, 400, 4)[None]
+    scaled = Rotary(10, 1e4, scaling)(positions, torch.float32)
+    plain = Rotary(10, 1e4)(positions // 4, torch.float32)
+    for ours, expected in zip(scaled, plain):
+        assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_yarn_slows_the_slow_pairs_and_only_them():
+    H, factor, length = 128, 16.0, 8192
+    scaling = RotaryScaling(
+        rope_type="yarn", factor=factor, original_max_position_embeddings=length
+    )
+    plain = Rotary(H, 1e4).frequencies
+    rotary = Rotary(H, 1e4, scaling)
+    slowed = plain / rotary.frequencies
+    turns = length * plain / (2 * torch.pi)  # within the trained length
+    # The ends of the ramp are rounded outwards to whole pairs.
+    assert torch.allclose(slowed[turns > 32 * 1.2], torch.tensor(1.0))
+    assert torch.allclose(slowed[turns < 1 / 1.2], torch.tensor(factor))
+    assert (slowed.diff() >= -1e-5).all()
+    assert rotary.attention_factor == pytest.approx(0.1 * math.log(16) + 1)
+    cos, sin = rotary(torch.tensor([[0, 77, 100_000]]), torch.float32)
+    assert torch.allclose((cos**2 + sin**2).sqrt(), torch.tensor(rotary.attention_factor))
 
 
 @pytest.mark.parametrize("window", [1, 4, 11, 12, None])

@@ -1,11 +1,18 @@
+import copy
 import json
 import random
 
+import numpy as np
 import pytest
 import sentencepiece
 import small
+import tokenizer_files
+import tokenizers
+import torch
 
 import mistral
+from mistral.checkpoints.sentencepiece_model import write_model
+from mistral.pieces import AddedToken
 
 HERMES = (
     "<|im_start|>system\nYou are Hermes 2.<|im_end|>\n<|im_start|>user\nHello, who are "
@@ -218,3 +225,124 @@ def test_added_tokens_that_contradict_the_model_are_refused(added):
 def test_text_that_is_not_unicode_is_refused(tokenizer):
     with pytest.raises(ValueError, match="surrogates"):
         tokenizer.encode("\udcff")
+
+
+WORDS = {
+    32002: AddedToken("<think>", special=False),
+    32003: AddedToken("capital", special=False, normalized=True),
+    32004: AddedToken("<tool_call>", special=False),
+}
+
+
+@pytest.fixture(scope="module")
+def with_words():
+    added = {32000: "<|im_end|>", 32001: AddedToken("<|im_start|>", special=False)}
+    return small.true_tokenizer(added=added | WORDS, stop_ids=[32000])
+
+
+def test_added_tokens_that_are_text_are_text(with_words):
+    assert with_words.control_ids == {0, 1, 2, 32000, 32001}
+    assert with_words.encode("<think> a", bos=False) == [32002, 28705, 264]
+    assert with_words.encode("the capital gain", bos=False) == [272, 32003, 8356]
+    assert with_words.encode("thecapital", bos=False) == small.true_tokenizer().encode(
+        "thecapital", bos=False
+    )
+    assert with_words.token_bytes(32002) == b"<think>"
+    assert with_words.token_bytes(32003) == b" capital"
+    assert with_words.token_bytes(32001) is None
+    for text in (*TEXTS, "<think>a</think> <think>", "capital capital <tool_call>\n{}"):
+        ids = with_words.encode(text, bos=False)
+        assert with_words.decode(ids) == text
+        assert not with_words.control_ids & set(ids)
+        ids = with_words.encode(text, bos=False, special=True)
+        assert with_words.decode(ids, control=True) == text
+
+
+def test_words_are_found_as_in_a_legacy_tokenizer_json(with_words):
+    pieces = [with_words.pieces.spelling(id) for id in range(32000)]
+    vocab = {piece: id for id, piece in enumerate(pieces)}
+    merges = sorted(
+        (-entry[1], entry[0][:at], entry[0][at:])
+        for entry in with_words.vocabulary()[259:32000]
+        for at in range(1, len(entry[0]))
+        if entry[0][:at] in vocab and entry[0][at:] in vocab
+    )
+    content = copy.deepcopy(tokenizer_files.content("legacy", words=False))
+    content["model"] |= {"vocab": vocab, "merges": [list(merge[1:]) for merge in merges]}
+    content["added_tokens"] = [
+        {"id": id, "content": token.text} | token.flags()
+        for id, token in sorted(with_words.added_tokens.items())
+    ]
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    for text in tokenizer_files.texts():
+        theirs = library.encode(text, add_special_tokens=False).ids
+        assert with_words.encode(text, bos=False, special=True) == theirs, text
+
+
+def test_the_vocabulary_names_words_and_control_tokens(with_words):
+    types = {id: type for id, (_, _, type) in enumerate(with_words.vocabulary()) if id >= 32000}
+    assert types == {32000: 3, 32001: 3, 32002: 4, 32003: 4, 32004: 4}
+    assert with_words.vocabulary()[32002][0] == "<think>"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_control"),
+    [
+        *((text, True) for text in ("<|im_start|>", "<s>", "</s>", "<unk>", "<pad>", "<pad2>")),
+        *((text, True) for text in ("[INST]", "[/INST]", "[TOOL_CALLS]", "[control_8]")),
+        *((text, False) for text in ("<think>", "[x]", "<tool_call>", "capital", "<b>", "[inst]")),
+    ],
+)
+def test_a_control_token_is_known_by_its_spelling(text, is_control):
+    made = small.true_tokenizer(added={32000: AddedToken(text, special=False)})
+    known = text in ("<s>", "</s>", "<unk>")  # ids 0 to 2 are, too
+    assert (32000 in made.control_ids) == is_control
+    assert known or (32000 in made.words) != is_control
+
+
+def test_user_defined_pieces_inside_the_model_are_added_tokens():
+    entries = small.true_tokenizer(added={}).vocabulary()
+    pieces, scores, kinds = (list(column) for column in zip(*entries))
+    pieces[300:302] = ["[INST]", "<think>"]
+    kinds[300:302] = [4, 4]
+    proto = write_model(pieces, scores, kinds, bos_id=1, eos_id=2)
+    made = mistral.Tokenizer(proto)
+    assert made.control_id("[INST]") == 300
+    assert 300 not in made.encode("hi [INST] x", bos=False)
+    assert 300 in made.encode("hi [INST] x", bos=False, special=True)
+    assert made.decode(made.encode("hi [INST] <think>x")) == "hi [INST] <think>x"
+    assert made.encode("<think>", bos=False) == [301]
+    assert {301: 4, 300: 3}.items() <= dict(
+        enumerate(kind for _, _, kind in made.vocabulary())
+    ).items()
+
+
+def test_the_begin_token_is_added_if_the_checkpoint_wants_it():
+    made = mistral.Tokenizer(
+        (small.TRUE_TOKENIZERS / "tokenizer.model.v1").read_bytes(), adds_bos=False
+    )
+    assert made.encode("Hello") == made.encode("Hello", bos=False)
+    assert made.encode("<s>Hello", special=True)[0] == 1
+    assert made.bos_id == 1
+
+
+def test_text_after_a_control_token(tokenizer):
+    assert tokenizer.encode_after_control("user\n") == [2188, 13]
+    for form in tokenizer_files.FORMS:
+        made = tokenizer_files.tokenizer(form)
+        start = made.control_id("<|im_start|>")
+        for text in ("user\nhi", " user", "<think> capital", "\n"):
+            expected = made.encode(f"<|im_start|>{text}", bos=False, special=True)
+            assert [start, *made.encode_after_control(text)] == expected
+
+
+def test_ids_of_every_integer_type_are_decoded_and_other_things_refused():
+    tokenizer = small.true_tokenizer()
+    ids = tokenizer.encode("Hello 日本", bos=True)
+    assert tokenizer.decode(torch.tensor(ids)) == tokenizer.decode(np.array(ids)) == "Hello 日本"
+    for given in ("abc", 5, None, [1.0], ["a"]):
+        with pytest.raises(ValueError, match="needed|whole number"):
+            tokenizer.decode(given)
+    for given in (None, b"abc", 5, ["a"]):
+        with pytest.raises(ValueError, match="a str is needed"):
+            tokenizer.encode(given)

@@ -5,19 +5,30 @@ mistral-common.
 import functools
 import json
 import math
+import re
 from random import Random
 
 import pytest
 import small
+import tokenizer_files
+import transformers
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from pydantic import BaseModel
 
 import mistral
 from mistral.chat.formats import FORMATS, chat_format, choose_format, encode_chat, render_chat
 from mistral.chat.formats.chatml import begin_turn, encode_turn, end_turn
 from mistral.chat.formats.messages import check_messages
-from mistral.chat.formats.prompts import tool_prompt, write_call, write_error, write_result
+from mistral.chat.formats.prompts import (
+    json_prompt,
+    tool_prompt,
+    write_call,
+    write_error,
+    write_result,
+)
 from mistral.chat.tools import Tool
+from mistral.checkpoints.hugging_face_tokenizer import read_tokenizer
 
 HERMES_CASES = json.loads((small.DATA / "hermes_tool_use.json").read_text(encoding="utf-8"))
 WEATHER = {
@@ -151,6 +162,17 @@ def test_tools_have_a_turn_of_their_own_before_the_system_message(hermes):
     assert ids == [1, *encode_turn(hermes, "system", tool_prompt([WEATHER, CLOCK])), *rest[1:]]
 
 
+@pytest.mark.parametrize("key", ["inputSchema", "input_schema"])
+def test_tools_of_mcp_and_anthropic_are_described_like_openais(hermes, instruct_v3, key):
+    published = {"name": "get_weather", "title": "W", "description": WEATHER["description"]}
+    published |= {key: WEATHER["parameters"], "annotations": {"readOnlyHint": True}}
+    flat = {"type": "function", **WEATHER}  # OpenAI's Responses interface
+    for tokenizer in (hermes, instruct_v3):
+        expected = encode_chat(tokenizer, [user("Hey")], tools=[WEATHER])
+        for tools in ([published], [flat], [Tool.from_schema(published)]):
+            assert encode_chat(tokenizer, [user("Hey")], tools=tools) == expected
+
+
 def test_a_tool_object_is_described_like_its_schema(hermes):
     tools = [Tool.from_schema(WEATHER)]
     assert encode_chat(hermes, [user("Hey")], tools=tools) == encode_chat(
@@ -194,6 +216,179 @@ def test_parts_of_text_are_paragraphs(hermes):
 def test_a_result_that_only_looks_like_json_stays_text(content):
     [_, _, one] = check_messages([user("?"), calling(PARIS), result(content)])
     assert one.result() == content
+
+
+# What OpenAI's clients send
+
+OPENAI_ID = "call_Ab12Cd34Ef56Gh78Ij90"
+ROME = (OPENAI_ID, "get_weather", '{"city": "Rome"}')
+SUNNY = {"role": "tool", "tool_call_id": OPENAI_ID, "content": "sunny"}
+PLAIN = [user("Weather?"), calling(ROME), SUNNY]
+
+
+@pytest.mark.parametrize(
+    ("messages", "same_as"),
+    [
+        (
+            [{"role": "developer", "content": "Be brief."}, user("?")],
+            [system("Be brief."), user("?")],
+        ),
+        ([user("?"), assistant(None), user("?")], [user("?"), assistant(""), user("?")]),
+        ([user("?"), assistant([]), user("?")], [user("?"), assistant(""), user("?")]),
+        (
+            [user("?"), {"role": "assistant", "content": None, "refusal": "No."}, user("?")],
+            [user("?"), assistant("No."), user("?")],
+        ),
+        (
+            [user("?"), assistant([{"type": "refusal", "refusal": "No."}]), user("?")],
+            [user("?"), assistant("No."), user("?")],
+        ),
+        (
+            [user("?"), {**assistant(None), "tool_calls": []}, user("?")],
+            [user("?"), assistant(""), user("?")],
+        ),
+        ([user([{"type": "input_text", "text": "?"}])], [user("?")]),
+        (
+            [user("?"), assistant([{"type": "output_text", "text": "!"}]), user("?")],
+            [user("?"), assistant("!"), user("?")],
+        ),
+        ([PLAIN[0], {**PLAIN[1], "content": []}, SUNNY], PLAIN),
+        ([PLAIN[0], PLAIN[1] | dict(refusal=None, audio=None, function_call=None), SUNNY], PLAIN),
+        (
+            [user("?"), calling((OPENAI_ID, "now", None)), SUNNY],
+            [user("?"), calling((OPENAI_ID, "now", {})), SUNNY],
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["chatml", "mistral_instruct_v3"])
+def test_variants_of_a_message_are_the_same_message(name, messages, same_as, request):
+    tokenizer = tokenizer_for(name, request)
+    assert encode_chat(tokenizer, messages) == encode_chat(tokenizer, same_as)
+
+
+@pytest.mark.parametrize("name", ["chatml", "mistral_instruct_v3"])
+def test_a_function_call_of_2023_is_a_call(name, request):
+    tokenizer = tokenizer_for(name, request)
+    old = [
+        user("Weather?"),
+        {**assistant(None), "function_call": {"name": ROME[1], "arguments": ROME[2]}},
+        {"role": "function", "name": ROME[1], "content": "sunny"},
+    ]
+    new = [PLAIN[0], calling((ROME[1], *ROME[1:])), {**SUNNY, "tool_call_id": ROME[1]}]
+    assert encode_chat(tokenizer, old) == encode_chat(tokenizer, new)
+    assert '{"city": "Rome"}' in render_chat(tokenizer, old)
+
+
+def test_message_objects_are_read(hermes):
+    class Function(BaseModel):
+        name: str
+        arguments: str
+
+    class ToolCall(BaseModel):
+        id: str
+        function: Function
+        type: str = "function"
+
+    class Answer(BaseModel):
+        role: str = "assistant"
+        content: str | None = None
+        refusal: str | None = None
+        tool_calls: list[ToolCall] | None = None
+
+    called = ToolCall(id=ROME[0], function=Function(name=ROME[1], arguments=ROME[2]))
+    expected = encode_chat(hermes, PLAIN)
+    assert encode_chat(hermes, [PLAIN[0], Answer(tool_calls=[called]), SUNNY]) == expected
+    assert encode_chat(hermes, [PLAIN[0], {**PLAIN[1], "tool_calls": [called]}, SUNNY]) == expected
+    assert encode_chat(hermes, [PLAIN[0], Answer(content="Hi"), user("?")]) == encode_chat(
+        hermes, [PLAIN[0], assistant("Hi"), user("?")]
+    )
+
+
+def test_ids_of_any_form_become_mistrals(instruct_v3):
+    text = render_chat(instruct_v3, PLAIN)
+    [called, answered] = re.findall(r'"(?:id|call_id)": "(\w+)"', text)
+    assert called == answered and re.fullmatch("[A-Za-z0-9]{9}", called)
+    ids = [f"call_{i}" for i in range(1000)]
+    calls = calling(*((id, "now", {}) for id in ids))
+    text = render_chat(instruct_v3, [user("?"), calls, {**SUNNY, "tool_call_id": ids[0]}])
+    assert len(set(re.findall(r'"id": "(\w{9})"', text))) == 1000
+
+
+def test_text_next_to_calls_is_kept_in_mistrals_format(instruct_v3):
+    messages = [user("?"), {**calling(PARIS), "content": "Let me see."}, result(1)]
+    assert "Let me see.[TOOL_CALLS][{" in render_chat(instruct_v3, messages).replace(" [", "[")
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Ro', "[1]", "{'a': 1}", '{"a": NaN}'])
+@pytest.mark.parametrize("name", ["chatml", "hermes_tool_use", "mistral_instruct_v3"])
+def test_arguments_that_were_cut_off_stay_text(name, arguments, request):
+    tokenizer = tokenizer_for(name, request)
+    messages = [user("?"), calling((OPENAI_ID, "f", arguments)), SUNNY, user("?")]
+    assert f'"arguments": {json.dumps(arguments)}' in render_chat(tokenizer, messages, format=name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["3.10", "1e5", "12345678901234567890.10", "-0.0", '{"version": "3", "amount": 1.10}'],
+)
+@pytest.mark.parametrize("name", ["chatml", "hermes_tool_use"])
+def test_a_result_that_is_json_keeps_its_digits(hermes, name, content):
+    messages = [*PLAIN[:2], {**SUNNY, "content": content}]
+    assert content in render_chat(hermes, messages, format=name)
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        ("3.10", "3.10"),
+        ("12345678901234567890.10", "12345678901234567890.10"),
+        ('{"n": 12345678901234567890.10}', '{"n": 12345678901234567890.10}'),
+        ('{"n":  1.10}', '{"n": 1.1}'),  # as mistral-common
+    ],
+)
+def test_a_result_loses_no_digits_in_mistrals_format(instruct_v3, content, written):
+    messages = [*PLAIN[:2], {**SUNNY, "content": content}]
+    assert f'{{"content": {written}, "call_id"' in render_chat(instruct_v3, messages)
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        (r'{"a": "Z\u00fcrich \ud83d\ude00"}', '{"a": "Zürich \U0001f600"}'),
+        (r'["\u0000 \u0022 \u005c \n \\u00e9"]', r'["\u0000 \u0022 \u005c \n \\u00e9"]'),
+        (r'["\u003c/tool_response>"]', r'["\u003c/tool_response>"]'),
+        ('["</tool_response>"]', r'["<\/tool_response>"]'),
+    ],
+)
+def test_the_escapes_of_a_result_that_is_json(hermes, content, written):
+    text = render_chat(hermes, [*PLAIN[:2], {**SUNNY, "content": content}])
+    assert f'"content": {written}}}\n</tool_response>' in text
+    assert json.loads(written) == json.loads(content)
+
+
+def test_a_result_in_its_tag_is_taken_verbatim(hermes):
+    said = "Agent iteration 1\n<tool_response>\n{'a': \"é\"}\n</tool_response>\n"
+    text = render_chat(hermes, [user("?"), assistant("!"), {"role": "tool", "content": said}])
+    assert f"<|im_start|>tool\n{said}<|im_end|>" in text
+    named = {"role": "tool", "name": "f", "content": said}
+    assert said not in render_chat(hermes, [user("?"), assistant("!"), named])
+
+
+@pytest.mark.parametrize("style", ["json", "card", "eval", "eval_2024_07"])
+def test_a_description_cannot_close_the_tag_of_the_tools(style):
+    prompt = tool_prompt([{**WEATHER, "description": "a </tools> b </schema>"}], style)
+    around = tool_prompt([WEATHER], style)
+    assert prompt.count("</tools>") == around.count("</tools>")
+    assert "a <" in prompt and "b </schema>" in prompt
+
+
+def test_a_schema_cannot_close_its_tag():
+    schema = {"type": "string", "description": "a </schema> b"}
+    for given in (schema, json.dumps(schema)):
+        prompt = json_prompt(given)
+        assert prompt.count("</schema>") == 1
+        inside = prompt.split("<schema>\n")[1].removesuffix("\n</schema>")
+        assert json.loads(inside) == schema
 
 
 # Hermes' template
@@ -367,19 +562,6 @@ def test_arguments_that_are_text_are_the_same_call(instruct_v3):
             None,
             "no tool_call_id",
         ),
-        (
-            "mistral_instruct_v3",
-            [user("?"), calling(PARIS), result(1, "call_1")],
-            None,
-            "9 letters",
-        ),
-        ("mistral_instruct_v3", [user("?"), calling(("1", "f", {})), result(1)], None, "9 letters"),
-        (
-            "mistral_instruct_v3",
-            [user("?"), {**calling(PARIS), "content": "text"}, result(1)],
-            None,
-            r"message 1 \(assistant\) has text and calls",
-        ),
     ],
 )
 def test_messages_that_mistrals_formats_cannot_express_are_refused(
@@ -524,7 +706,7 @@ def test_text_that_spells_control_tokens_stays_text_in_every_role(name, request)
         ([{"content": "b"}], "message 0 has the role None"),
         ([{"role": ["user"], "content": "b"}], r"message 0 has the role \['user'\]"),
         ([{"role": "user"}], r"message 0 \(user\) has no content"),
-        ([user("a"), assistant(None)], r"message 1 \(assistant\) has no content"),
+        ([user(None)], r"message 0 \(user\) has no content"),
         ([user(3)], r"message 0 \(user\): the content is int, not text"),
         ([user(b"a")], r"message 0 \(user\): the content is bytes, not text"),
         ([user([])], r"message 0 \(user\): the content has parts other than"),
@@ -573,24 +755,17 @@ def test_text_that_spells_control_tokens_stays_text_in_every_role(name, request)
             "tool call 0 is not",
         ),
         (
-            [user("a"), calling(("1", "f", None))],
-            "tool call 0: the arguments are not a JSON object",
-        ),
-        (
-            [user("a"), calling(("1", "f", "[1]"))],
-            "tool call 0: the arguments are not a JSON object",
-        ),
-        (
-            [user("a"), calling(PARIS, ("1", "f", "{'a': 1}"))],
+            [user("a"), calling(PARIS, ("1", "f", [1]))],
             "tool call 1: the arguments are not a JSON object",
         ),
         (
+            [user("a"), {"role": "assistant", "content": None, "function_call": {"name": ""}}],
+            "function_call is not",
+        ),
+        ([{**user("a"), "function_call": {"name": "f"}}], r"message 0 \(user\) has tool_calls"),
+        (
             [user("a"), calling(("1", "f", {"a": math.inf}))],
             "tool call 0: the arguments have a value that JSON cannot hold",
-        ),
-        (
-            [user("a"), calling(("1", "f", '{"a": NaN}'))],
-            "tool call 0: the arguments are not a JSON object",
         ),
         ([user("a"), calling(("1", "f\ud800", {}))], "tool call 0 is not valid Unicode"),
     ],
@@ -608,6 +783,7 @@ def test_malformed_messages_are_one_clear_error(name, messages, error, request):
     [
         (["now"], "tool 0 is str"),
         ([CLOCK, {"description": "x"}], "tool 1 has no name"),
+        ([{"name": "now"}], "tool 'now' has no schema of its arguments"),
         ([CLOCK, CLOCK], "two tools are named 'now'"),
         ([{**WEATHER, "description": "\ud800"}], "tool 0 has a value that JSON cannot hold"),
         ([{**WEATHER, "parameters": {"x": math.nan}}], "tool 0 has a value that JSON cannot hold"),
@@ -681,3 +857,79 @@ def test_an_unknown_tool_style_is_refused():
     for write in (lambda: tool_prompt([WEATHER], "yaml"), lambda: write_call("f", {}, "yaml")):
         with pytest.raises(ValueError, match="no tool prompt 'yaml'; choose one of json, card"):
             write()
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("form", tokenizer_files.FORMS)
+def test_chatml_is_what_transformers_makes_of_the_template(form, begins, tmp_path):
+    template = "{{ bos_token }}" * begins + CHATML
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_files.content_with_begin(form)))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    settings |= {"chat_template": template, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    config = small.config(vocab_size=800, eos_token_id=(700,))
+    ours = read_tokenizer(tmp_path, config)
+    messages = [
+        system("You are terse."),
+        user(" What is <think> the capital?\n"),
+        assistant("日本 😀  x"),
+        user("ok"),
+    ]
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = theirs.encode(rendered, add_special_tokens=False)
+    assert choose_format(ours) == "chatml"
+    assert encode_chat(ours, messages) == expected
+
+
+def with_template(template, *tokens):
+    added = {32000 + i: token for i, token in enumerate(tokens)}
+    proto = (small.TRUE_TOKENIZERS / "tokenizer.model.v1").read_bytes()
+    return mistral.Tokenizer(proto, added, chat_templates={"default": template})
+
+
+def test_the_template_decides_about_the_format():
+    turns = ("<|im_end|>", "<|im_start|>")
+    assert choose_format(with_template(CHATML, *turns)) == "chatml"
+    assert choose_format(with_template("[INST] x [/INST]", *turns)) == "mistral_instruct_v1"
+    both = ("[INST]", "[/INST]")
+    assert choose_format(with_template("[INST] x [/INST]", *both)) == "mistral_instruct_v3"
+
+
+@pytest.mark.parametrize(
+    ("template", "looks", "used"),
+    [
+        ("<|user|>\n{{ m }}</s>", "Zephyr's", "chatml"),
+        ("<|start_header_id|>user", "Llama 3's", "chatml"),
+        ("### Instruction:\n", "Alpaca's", "chatml"),
+        ("[INST] <<SYS>>", "Llama 2's", "chatml"),
+        ("something else", "unknown", "chatml"),
+        (CHATML, "ChatML, whose control tokens the tokenizer lacks", "mistral_instruct_v1"),
+    ],
+)
+def test_a_template_of_another_format_is_named_once(template, looks, used):
+    tokens = ("<|im_end|>", "<|im_start|>") if used == "chatml" else ()
+    made = with_template(template, *tokens)
+    with pytest.warns(UserWarning, match=f"{looks}.*{used} is used. format=") as said:
+        assert choose_format(made) == used
+        assert choose_format(made) == used
+    assert len(said) == 1
+
+
+def test_the_template_decides_about_the_begin_token():
+    turns = ("<|im_end|>", "<|im_start|>")
+    hello = [user("hi")]
+    assert encode_chat(with_template(CHATML, *turns), hello)[0] == 32001
+    assert encode_chat(with_template("{{ bos_token }}" + CHATML, *turns), hello)[:2] == [1, 32001]
+    assert encode_chat(with_template("<s>" + CHATML, *turns), hello)[:2] == [1, 32001]
+    proto = (small.TRUE_TOKENIZERS / "tokenizer.model.v1").read_bytes()
+    added = {32000: turns[0], 32001: turns[1]}
+    for adds_bos in (True, False):
+        made = mistral.Tokenizer(proto, added, adds_bos=adds_bos)
+        assert (encode_chat(made, hello)[0] == 1) == adds_bos

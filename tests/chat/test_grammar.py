@@ -1,16 +1,21 @@
 import gc
+import itertools
 import json
 import random
 import re
 import sys
+import time
+import warnings
 import weakref
 
+import jsonschema
 import pytest
 import small
 import torch
 
 import mistral
 from mistral.chat.formats.prompts import write_call
+from mistral.chat.formats.tool_calls import parse_tool_calls
 from mistral.chat.grammar import (
     GrammarError,
     UnsupportedSchema,
@@ -19,12 +24,10 @@ from mistral.chat.grammar import (
     token_masks,
     tool_call_constraint,
 )
-from mistral.chat.grammar.bounded_schema import Limits, bounded_schema
 from mistral.chat.tools.json_schema import SchemaError, compile_schema, problem
 
 STOP = 32000
 VOCAB_SIZE = 32032  # 32001 is a control token, 32002 and on have no token
-SHORT = Limits(max_string=8, max_items=3, max_properties=2, max_digits=6, max_depth=2, max_indent=2)
 STRING = {"type": "string"}
 INTEGER = {"type": "integer"}
 NODE = {
@@ -64,6 +67,7 @@ SCHEMAS = {
         "maxProperties": 1,
     },
     "array": {"type": "array", "items": INTEGER, "minItems": 1},
+    "one item": {"type": "array", "items": INTEGER, "maxItems": 1},
     "tuple": {"type": "array", "prefixItems": [INTEGER, STRING], "items": False, "minItems": 2},
     "tuple that goes on": {"type": "array", "prefixItems": [STRING], "items": INTEGER},
     "enum": {"enum": [1, "a", None, 2.5, {"a": [True]}, "日本", -0.0, 1e-7]},
@@ -142,27 +146,85 @@ SCHEMAS = {
         "x-guidance": {"item_separator": ";"},
     },
 }
-REFUSED = {
-    "uniqueItems": {"type": "array", "uniqueItems": True},
-    "contains": {"type": "array", "contains": INTEGER},
-    "unevaluatedItems": {"type": "array", "unevaluatedItems": False},
-    "unevaluatedProperties": {"type": "object", "unevaluatedProperties": False},
-    "propertyNames": {"type": "object", "propertyNames": {"maxLength": 3}},
-    "dependentRequired": {"type": "object", "dependentRequired": {"a": ["b"]}},
-    "dependentSchemas": {"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}},
-    "patternProperties": {"type": "object", "patternProperties": {"^x": INTEGER}},
-    "minProperties": {"type": "object", "minProperties": 2},
-    "if": {"type": "integer", "if": {"minimum": 5}, "then": {"maximum": 7}},
-    "not": {"type": "integer", "not": {"minimum": 5}},
-    "oneOf": {"oneOf": [INTEGER, {"type": "number"}]},
-    "multipleOf": {"type": "number", "multipleOf": 0.01},
-    "minimum": {"type": "integer", "minimum": 10**15},
-    "maximum": {"type": "number", "maximum": -1e20},
-    "enum": {"enum": [1e300]},
-    "$dynamicRef": {"$dynamicRef": "#a", "$defs": {"a": {"$dynamicAnchor": "a"}}},
-    "$ref": {"$ref": "#a", "$defs": {"a": {"$anchor": "a"}}},
-    "$id": {"properties": {"a": {"$id": "http://x/y"}}},
-    "anyOf": {"allOf": [{"anyOf": [{"const": i} for i in range(99)]}] * 2},
+# Their grammars allow more, or other spellings: `format` is a note for the validator
+WIDER = ("oneOf told apart by what is required",)
+FORMATS = ("date", "time", "address")
+# Only the validator can check these; the values are one that is valid, and one that is not.
+DROPPED = {
+    "uniqueItems": ({"type": "array", "uniqueItems": True}, [1, 2], [1, 1]),
+    "contains": ({"type": "array", "contains": INTEGER}, ["a", 1], ["a"]),
+    "unevaluatedItems": (
+        {"type": "array", "prefixItems": [INTEGER], "unevaluatedItems": False},
+        [1],
+        [1, 2],
+    ),
+    "dependentRequired": (
+        {"type": "object", "dependentRequired": {"a": ["b"]}},
+        {"a": 1, "b": 1},
+        {"a": 1},
+    ),
+    "dependentSchemas": (
+        {"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}},
+        {"a": 1, "b": 1},
+        {"a": 1},
+    ),
+    "if": ({"type": "integer", "if": {"minimum": 5}, "then": {"maximum": 7}}, 7, 8),
+    "not": ({"type": "integer", "not": {"minimum": 5}}, 4, 5),
+    "oneOf": ({"oneOf": [INTEGER, {"type": "number"}]}, 1.5, 1),
+    "$dynamicRef": (
+        {"$dynamicRef": "#a", "$defs": {"a": {"$dynamicAnchor": "a", "type": "string"}}},
+        "a",
+        1,
+    ),
+    "anyOf": (
+        {
+            "type": "string",
+            "allOf": [
+                {"anyOf": [{"minLength": i} for i in range(2, 22)]},
+                {"anyOf": [{"maxLength": i} for i in range(20)]},
+            ],
+        },
+        "abc",
+        "a" * 30,
+    ),
+    "pattern": ({"type": "string", "pattern": "(?=a)ab"}, "ab", "b"),
+}
+# What earlier grammars could not express
+EXPRESSED = {
+    "propertyNames": (
+        {"type": "object", "propertyNames": {"maxLength": 3}},
+        {"abc": 1},
+        {"abcd": 1},
+    ),
+    "names of an enum": (
+        {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": INTEGER},
+        {"b": 1, "a": 2},
+        {"c": 1},
+    ),
+    "patternProperties": (
+        {"type": "object", "patternProperties": {"^x": INTEGER}, "additionalProperties": False},
+        {"x1": 1},
+        {"x1": "a"},
+    ),
+    "minProperties": ({"type": "object", "minProperties": 2}, {"a": 1, "b": 1}, {"a": 1}),
+    "maxProperties beside names": (
+        {"type": "object", "properties": {"a": INTEGER}, "maxProperties": 2},
+        {"b": 1, "a": 1},
+        {"b": 1, "a": 1, "c": 1},
+    ),
+    "multipleOf": ({"type": "number", "multipleOf": 0.01}, 19.99, 19.999),
+    "minimum": ({"type": "integer", "minimum": 10**15}, 10**15, 10**15 - 1),
+    "a large minimum": ({"type": "integer", "minimum": 2**53 + 1}, 2**53 + 1, 2**53),
+    "maximum": ({"type": "number", "maximum": -1e20}, -1e20, -1e19),
+    "enum": ({"enum": [1e300]}, 1e300, 1e299),
+    "an anchor": ({"$ref": "#a", "$defs": {"a": {"$anchor": "a", **STRING}}}, "x", 1),
+    "$id": ({"properties": {"a": {"$id": "http://x/y", **INTEGER}}}, {"a": 1}, {"a": "x"}),
+    "not {}": ({"anyOf": [{"not": {}}, STRING]}, "x", 1),
+    "names of any text": (
+        {"type": "object", "propertyNames": STRING, "additionalProperties": STRING},
+        {"a b": "x"},
+        {"a": 1},
+    ),
 }
 
 
@@ -181,23 +243,51 @@ def random_id(mask, generator):
     return allowed[torch.randint(len(allowed), (), generator=generator)].item()
 
 
-def walk(constraint, tokenizer, seed, budget=400, choose=random_id):
+ENDS = ['"', "z", "}", "]", "\n</", '"}', "}}", "0", "1", "-", ".", "null", "a", ":", ",", "{", "["]
+
+
+def words_of(schema):
+    """The names of properties in a schema, as JSON without its quotes."""
+    if isinstance(schema, dict):
+        names = [name for name in schema.get("properties", {}) if isinstance(name, str)]
+        names += [name for name in schema.get("required", []) if isinstance(name, str)]
+        return [*names, *(word for inner in schema.values() for word in words_of(inner))]
+    return (
+        [word for inner in schema for word in words_of(inner)] if isinstance(schema, list) else []
+    )
+
+
+def walk(constraint, tokenizer, seed, budget=600, choose=random_id, words=()):
     """The text of tokens drawn evenly from the masks, up to the stop token.
 
-    Every mask is checked on the way.
+    Nothing but the end of a text bounds it: after a while tokens that end something are preferred,
+    and at the beginning of strings `words`. Every mask is checked on the way.
     """
     generator = torch.Generator().manual_seed(seed)
+    written = [json.dumps(word, ensure_ascii=False)[1:-1].encode() for word in words]
+    byte_id = {tokenizer.token_bytes(id): id for id in range(min(1100, tokenizer.vocab_size))}
+    ends = [*tokenizer.stop_ids, *(encode(tokenizer, text)[0] for text in ENDS)]
     ids = []
+    wanted = []
     never = torch.ones(len(constraint.mask()), dtype=torch.bool)
     never[: tokenizer.vocab_size] = False
     never[list(tokenizer.control_ids - set(tokenizer.stop_ids))] = True
-    for _ in range(budget):
+    for step in range(budget):
         mask = constraint.mask()
         assert not (mask & never).any()
         assert mask[list(tokenizer.stop_ids)].tolist() == [constraint.accepting] * len(
             tokenizer.stop_ids
         )
         id = choose(mask, generator)
+        hurry = torch.rand((), generator=generator) < 0.85
+        if step > 60 and choose is random_id and (wanted or hurry):
+            if written and not wanted and text_of(tokenizer, ids[-1:], "replace").endswith('"'):
+                wanted = [byte_id[b"%c" % byte] for byte in written[step % len(written)]]
+            id = next((end for end in ends if end < len(mask) and mask[end]), id)
+            if wanted and mask[wanted[0]]:
+                id = wanted.pop(0)
+            else:
+                wanted = []
         if id in tokenizer.stop_ids:
             return text_of(tokenizer, ids)
         constraint.accept(id)
@@ -205,8 +295,8 @@ def walk(constraint, tokenizer, seed, budget=400, choose=random_id):
     raise AssertionError(f"no end: {text_of(tokenizer, ids)!r}")
 
 
-def text_of(tokenizer, ids):
-    return b"".join(map(tokenizer.token_bytes, ids)).decode()
+def text_of(tokenizer, ids, errors="strict"):
+    return b"".join(map(tokenizer.token_bytes, ids)).decode(errors=errors)
 
 
 def encode(tokenizer, text):
@@ -224,9 +314,9 @@ def allows(constraint, tokenizer, text, ids=None):
     return constraint.accepting
 
 
-def allows_json(tokenizer, schema, value, limits=SHORT):
+def allows_json(tokenizer, schema, value):
     return allows(
-        json_constraint(tokenizer, VOCAB_SIZE, schema, limits=limits),
+        json_constraint(tokenizer, VOCAB_SIZE, schema),
         tokenizer,
         json.dumps(value, ensure_ascii=False),
     )
@@ -235,12 +325,13 @@ def allows_json(tokenizer, schema, value, limits=SHORT):
 # --- JSON
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves 'oneOf' to")
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_random_tokens_end_in_valid_json(tokenizer, name):
-    constraint = json_constraint(tokenizer, VOCAB_SIZE, SCHEMAS[name], limits=SHORT)
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, SCHEMAS[name])
     validator = compile_schema(SCHEMAS[name])
     for seed in range(2):
-        text = walk(constraint.copy(), tokenizer, seed)
+        text = walk(constraint.copy(), tokenizer, seed, words=words_of(SCHEMAS[name]))
         assert problem(validator, json.loads(text)) is None, text
 
 
@@ -287,11 +378,11 @@ def test_random_tokens_end_in_valid_json_for_made_up_schemas(tokenizer):
         schema = {**made_up(choose), "$defs": {name: made_up(choose) for name in "ab"}}
         try:
             validator = compile_schema(schema)
-            constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT)
+            constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
         except (SchemaError, GrammarError):  # a circle of references; no value; or not expressed
             refused += 1
             continue
-        text = walk(constraint, tokenizer, seed)
+        text = walk(constraint, tokenizer, seed, words=words_of(schema))
         assert problem(validator, json.loads(text)) is None, (text, schema)
         ended += 1
     assert ended > 20 > refused
@@ -329,39 +420,57 @@ def random_value(choose, depth=3):
     }
 
 
+@pytest.mark.filterwarnings("ignore:.*leaves 'oneOf' to")
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_the_bounded_schema_allows_only_values_of_the_original(name):
-    bounded = compile_schema(bounded_schema(SCHEMAS[name], SHORT))
+def test_the_grammar_allows_a_value_if_and_only_if_it_is_valid(tokenizer, name):
     original = compile_schema(SCHEMAS[name])
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, SCHEMAS[name])
     choose = random.Random(name)
     for _ in range(60):
         value = random_value(choose)
-        assert original.is_valid(value) or not bounded.is_valid(value), value
+        allowed = allows(constraint, tokenizer, json.dumps(value, ensure_ascii=False))
+        if name not in WIDER:
+            assert allowed <= original.is_valid(value), value
+        if name not in FORMATS:
+            assert allowed >= original.is_valid(value), value
 
 
-@pytest.mark.parametrize("keyword", REFUSED)
-def test_a_keyword_that_the_grammar_cannot_express_is_named(tokenizer, keyword):
-    with pytest.raises(UnsupportedSchema, match=re.escape(keyword)) as raised:
-        json_constraint(tokenizer, VOCAB_SIZE, REFUSED[keyword])
-    assert raised.value.keyword == keyword
+@pytest.mark.parametrize("keyword", DROPPED)
+def test_a_keyword_that_the_grammar_cannot_express_is_dropped_and_named_once(tokenizer, keyword):
+    schema, valid, invalid = DROPPED[keyword]
+    twice = {"type": "array", "items": {"anyOf": [schema, {**schema, "title": "b"}]}}
+    twice["$defs"] = schema.get("$defs", {})
+    with pytest.warns(UserWarning, match=f"leaves '{re.escape(keyword)}' to") as warned:
+        constraint = json_constraint(tokenizer, VOCAB_SIZE, twice)
+    assert len(warned) == 1
+    for value in (valid, invalid):
+        assert allows(constraint, tokenizer, json.dumps([value]))
+    assert compile_schema(twice).is_valid([valid])
+    assert not compile_schema(twice).is_valid([invalid])
+    assert not allows(constraint, tokenizer, '["a" "b"]')
     # For values of other types the keyword has no effect
-    if keyword in (
-        "uniqueItems",
-        "contains",
-        "propertyNames",
-        "dependentRequired",
-        "patternProperties",
-    ):
-        assert allows_json(tokenizer, {**REFUSED[keyword], "type": "boolean"}, True)
+    assert allows_json(tokenizer, {"type": "boolean", "uniqueItems": True}, True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_what_the_grammar_expresses_is_not_dropped(tokenizer, name):
+    schema, valid, invalid = EXPRESSED[name]
+    assert compile_schema(schema).is_valid(valid) and allows_json(tokenizer, schema, valid)
+    assert not compile_schema(schema).is_valid(invalid)
+    assert not allows_json(tokenizer, schema, invalid)
 
 
 @pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
 @pytest.mark.parametrize(
     "pattern", ["(?=a)b", "(a)\\1", "\\bfoo", "[a&&b]", "[[a]]", "a++", "(?x)a b", "a(?!b)"]
 )
-def test_a_pattern_that_the_grammar_reads_in_another_way_is_refused(tokenizer, pattern):
-    with pytest.raises(UnsupportedSchema, match="'pattern'"):
-        json_constraint(tokenizer, VOCAB_SIZE, {"type": "string", "pattern": pattern})
+def test_a_pattern_that_the_grammar_reads_in_another_way_is_dropped(tokenizer, pattern):
+    schema = {"type": "string", "pattern": pattern, "maxLength": 4}
+    with pytest.warns(UserWarning, match="leaves 'pattern' to"):
+        constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
+    assert allows(constraint, tokenizer, '"zzzz"')
+    assert not allows(constraint, tokenizer, '"zzzzz"')
 
 
 @pytest.mark.parametrize(
@@ -372,7 +481,7 @@ def test_a_pattern_that_the_grammar_reads_in_another_way_is_refused(tokenizer, p
         {"type": "array", "minItems": 1, "items": False},
         {"type": "object", "required": ["a"], "properties": {"a": False}},
         {"type": "string", "minLength": 3, "maxLength": 2},
-        {"type": "string", "pattern": "^a{50}$"},
+        {"type": "string", "pattern": "^a{50}$", "maxLength": 49},
         {"allOf": [STRING, INTEGER]},
         {"enum": [1], "type": "string"},
         {**NODE, "required": ["next"], "$defs": {"node": {**NODE, "required": ["next"]}}},
@@ -380,13 +489,14 @@ def test_a_pattern_that_the_grammar_reads_in_another_way_is_refused(tokenizer, p
 )
 def test_a_schema_without_a_valid_value_is_an_error(tokenizer, schema):
     with pytest.raises(GrammarError, match="no value is valid") as raised:
-        json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT)
+        json_constraint(tokenizer, VOCAB_SIZE, schema)
     assert not isinstance(raised.value, UnsupportedSchema) and "\n" not in str(raised.value)
 
 
-def test_an_empty_reference_does_not_allow_every_value():
-    with pytest.raises(UnsupportedSchema, match="does not begin with #/"):
-        bounded_schema({"type": "object", "properties": {"a": {}, "b": {"$ref": ""}}}, Limits())
+def test_an_empty_reference_leads_to_the_root(tokenizer):
+    schema = {"type": "object", "properties": {"a": {}, "b": {"$ref": ""}}}
+    assert allows_json(tokenizer, schema, {"b": {"b": {}}})
+    assert not allows_json(tokenizer, schema, {"b": 1})
 
 
 @pytest.mark.parametrize(
@@ -403,8 +513,8 @@ def test_values_that_only_the_grammar_forbids_are_no_schema_error(tokenizer):
         "required": ["a"],
         "minProperties": 2,
     }  # valid with a property of any other name
-    with pytest.raises(UnsupportedSchema, match="minProperties"):
-        json_constraint(tokenizer, VOCAB_SIZE, schema)
+    assert allows_json(tokenizer, schema, {"b": 1, "a": 1})
+    assert not allows_json(tokenizer, schema, {"a": 1})
 
 
 def test_large_schemas_are_compiled_in_time_or_refused(tokenizer):
@@ -419,71 +529,211 @@ def test_large_schemas_are_compiled_in_time_or_refused(tokenizer):
         "$defs": {str(i): part for i, part in enumerate([*twice, INTEGER])},
     }
     assert allows_json(tokenizer, doubling, {"y": {"x": {}}})
-    with pytest.raises(UnsupportedSchema, match="anyOf"):
-        json_constraint(tokenizer, VOCAB_SIZE, {"anyOf": [{"minimum": i} for i in range(300)]})
+    assert allows_json(tokenizer, {"anyOf": [{"minimum": i} for i in range(300)]}, 5)
 
 
-# --- Limits
+# --- Bounds: those of the schema, and no others
+
+
+def nested(value, levels):
+    for _ in range(levels):
+        value = {"v": 1, "next": value}
+    return value
+
+
+def test_the_grammar_has_no_bound_that_the_schema_has_not(tokenizer):
+    ints = {"type": "array", "items": INTEGER}
+    table = {"type": "object", "additionalProperties": INTEGER}
+    for schema, value in (
+        (STRING, "日" * 5000),
+        (STRING, '\x7f\x01"\\/\n'),
+        ({"type": "string", "maxLength": 10_000}, "a" * 10_000),
+        (INTEGER, 1187654321098765432),
+        (INTEGER, -(10**30)),
+        ({"type": "integer", "minimum": 0}, 10**30),
+        ({"type": "number"}, 1_400_000_000),
+        ({"type": "number"}, 6.62607015e-34),
+        ({"type": "number"}, 1.7976931348623157e308),
+        ({"type": "number", "minimum": 0}, 4e-7),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 1}, 5e-324),
+        ({"type": "number", "minimum": -1e20}, 3.141592653589793),
+        (ints, list(range(150))),
+        (table, {f"a long name, number {i}": i for i in range(150)}),
+        ({"type": "object", "properties": {"a": INTEGER}}, {"b": [{}], "a": 1}),
+        ({}, json.loads("[" * 40 + "]" * 40)),
+        (SCHEMAS["recursive"], nested({"v": 1}, 20)),
+    ):
+        assert compile_schema(schema).is_valid(value)
+        assert allows_json(tokenizer, schema, value), value
+
+
+def test_each_bound_of_the_schema_holds(tokenizer):
+    for schema, valid, invalid in (
+        ({"type": "string", "maxLength": 10_000}, "a" * 10_000, "a" * 10_001),
+        ({"type": "string", "minLength": 3000}, "日" * 3000, "a" * 2999),
+        ({"type": "string", "maxLength": 1}, "\N{GRINNING FACE}", "ab"),
+        ({"type": "array", "maxItems": 300}, [1] * 300, [1] * 301),
+        ({"type": "array", "items": INTEGER, "minItems": 5}, [1] * 5, [1] * 4),
+        ({"type": "array", "prefixItems": [INTEGER] * 5, "minItems": 5}, [1] * 5, [1] * 4),
+        ({"type": "integer", "maximum": -5 * 10**9}, -6 * 10**9, -4 * 10**9),
+        ({"type": "number", "exclusiveMinimum": 0.3}, 0.30000000000000004, 0.3),
+        ({"type": "number", "maximum": 0.3}, 0.3, 0.30000000000000004),
+    ):
+        assert allows_json(tokenizer, schema, valid)
+        assert not allows_json(tokenizer, schema, invalid)
 
 
 @pytest.mark.parametrize(
-    "schema", [STRING, INTEGER, {"type": "number"}, {"type": "array"}, {"type": "object"}, {}]
+    ("type", "forms"),
+    [
+        ("integer", ["0", "-7", "5.0", "1e6", "1.4E9", "14e8", "1.5e+02", "1e300"]),
+        ("number", ["0.0", "-0.5e-3", "1E-7", "4e-07", "1.5e+300", "123456e5", "1.50"]),
+    ],
 )
-def test_the_limits_end_every_answer(tokenizer, schema):
-    liked = [encode(tokenizer, text)[0] for text in ('"', "9", ".", "a", ",", "[", "{", " ")]
+def test_a_number_may_be_written_in_every_way(tokenizer, type, forms):
+    for bounds in ({}, {"minimum": -(10**301)}):
+        constraint = json_constraint(tokenizer, VOCAB_SIZE, {"type": type, **bounds})
+        for form in forms if not bounds else [one for one in forms if one[0] != "-"][:1]:
+            assert allows(constraint, tokenizer, form), form
+        for form in ("01", "+1", ".5", "1.", "1e", "1e999", "Infinity", "0x1"):
+            assert not allows(constraint, tokenizer, form), form
 
-    def insist(mask, generator):
-        return next((id for id in liked[1:] + liked[:1] if mask[id]), None) or random_id(
-            mask & mask.roll(0), generator
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bounds_of_numbers_are_exact(tokenizer, seed):
+    choose = random.Random(seed)
+    numbers = [0, 1, -1, 0.5, 9.99, 10, 100, -3.5, 19.99, 1e-3, 999, 12345.678, -0.25]
+    schema = {"type": choose.choice(["integer", "number"])}
+    for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+        if choose.random() < 0.4:
+            schema[key] = choose.choice(numbers)
+    if choose.random() < 0.3:
+        schema["multipleOf"] = choose.choice([1, 0.1, 0.01])
+    validator = compile_schema(schema)
+    try:
+        constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
+    except GrammarError:
+        assert not any(validator.is_valid(number) for number in numbers)
+        return
+    for number in [*numbers, *(choose.choice(numbers) + choose.choice(numbers) for _ in range(20))]:
+        assert allows(constraint, tokenizer, json.dumps(number)) == validator.is_valid(number), (
+            number,
+            schema,
         )
 
-    text = walk(
-        json_constraint(tokenizer, VOCAB_SIZE, schema, limits=SHORT), tokenizer, 0, 3000, insist
-    )
-    assert problem(compile_schema(schema), json.loads(text)) is None
+
+def test_properties_come_in_any_order_and_required_ones_cannot_be_forgotten(tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {"a": INTEGER, "b": STRING, "c": {"type": "null"}, "d": INTEGER},
+        "required": ["c", "a"],
+        "additionalProperties": False,
+    }
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
+    value = {"a": 1, "b": "x", "c": None, "d": 2}
+    for n in range(5):
+        for names in itertools.permutations(value, n):
+            text = json.dumps({name: value[name] for name in names})
+            assert allows(constraint, tokenizer, text) == ({"a", "c"} <= {*names}), text
+    assert not allows(constraint, tokenizer, '{"a": 1, "c": null, "a": 2}')
+    assert not allows(constraint, tokenizer, '{"a": 1, "c": null, "b": "x", "d": 2, }')
 
 
-def test_each_limit_holds(tokenizer):
-    assert allows_json(tokenizer, STRING, "日" * 8) and not allows_json(tokenizer, STRING, "a" * 9)
-    assert allows_json(tokenizer, INTEGER, -999999) and not allows_json(tokenizer, INTEGER, 10**6)
-    assert allows_json(tokenizer, {"type": "number"}, 999.123) and not allows_json(
-        tokenizer, {"type": "number"}, 1000
-    )
-    assert not allows_json(tokenizer, {"type": "number"}, 0.1234)
-    ints = {"type": "array", "items": INTEGER}
-    assert allows_json(tokenizer, ints, [1] * 3) and not allows_json(tokenizer, ints, [1] * 4)
-    table = {"type": "object", "additionalProperties": INTEGER}
-    assert allows_json(tokenizer, table, {"a" * 8: 1, "b": 2}) and not allows_json(
-        tokenizer, table, {"a" * 9: 1}
-    )
-    assert not allows_json(tokenizer, table, {"a": 1, "b": 2, "c": 3})
-    assert allows_json(tokenizer, {}, [{"a": 1}]) and not allows_json(tokenizer, {}, [{"a": []}])
-    node = SCHEMAS["recursive"]
-    deepest = {"v": 1, "next": {"v": 2, "next": {"v": 3}}}
-    assert allows_json(tokenizer, node, deepest) and not allows_json(
-        tokenizer, node, {"v": 0, "next": deepest}
-    )
+def test_an_object_may_have_more_names_than_a_rule_has_bits(tokenizer):
+    names = [f"p{i}" for i in range(200)]
+    schema = {
+        "type": "object",
+        "properties": dict.fromkeys(names, INTEGER),
+        "required": names[150:],
+    }
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
+    assert allows(constraint, tokenizer, json.dumps(dict.fromkeys(reversed(names), 1)))
+    assert not allows(constraint, tokenizer, json.dumps(dict.fromkeys(names[:150], 1)))
 
 
-def test_a_minimum_of_the_schema_beats_a_limit(tokenizer):
-    assert allows_json(tokenizer, {"type": "array", "items": INTEGER, "minItems": 5}, [1] * 5)
-    assert allows_json(tokenizer, {"type": "string", "minLength": 20}, "a" * 20)
-    assert allows_json(tokenizer, {"type": "integer", "minimum": 5 * 10**9}, 6 * 10**9)
-    assert allows_json(tokenizer, {"type": "integer", "maximum": -5 * 10**9}, -6 * 10**9)
-    assert allows_json(
-        tokenizer, {"type": "array", "prefixItems": [INTEGER] * 5, "minItems": 5}, [1] * 5
-    )
-    assert allows_json(
-        tokenizer,
-        {"const": "a string that is longer than others may be"},
-        "a string" + " that is longer than others may be",
-    )
+def test_references_and_tuples_are_read_by_the_dialect(tokenizer):
+    draft = "http://json-schema.org/draft-{}/schema#"
+    four = {"$schema": draft.format("04"), "minimum": 3, "exclusiveMinimum": True}
+    four |= {"type": "integer"}
+    assert allows_json(tokenizer, four, 4) and not allows_json(tokenizer, four, 3)
+    pair = {"$schema": draft.format("07"), "type": "array", "items": [INTEGER, STRING]}
+    pair |= {"additionalItems": False}
+    assert allows_json(tokenizer, pair, [1, "a"]) and not allows_json(tokenizer, pair, ["a", 1])
+    assert not allows_json(tokenizer, pair, [1, "a", 2])
+    beside = {"$ref": "#/definitions/s", "maxLength": 1, "definitions": {"s": STRING}}
+    assert not allows_json(tokenizer, beside, "abc")
+    assert allows_json(tokenizer, {"$schema": draft.format("07"), **beside}, "abc")
+    absent = {"type": "string", "enum": None, "maxLength": None, "properties": None, "items": None}
+    assert allows_json(tokenizer, absent, "abc")
+    for pattern, text in ((r"^\p{L}+$", "é日"), (r"^(?<year>\d{4})$", "1999")):
+        assert allows_json(tokenizer, {"type": "string", "pattern": pattern}, text)
+        assert not allows_json(tokenizer, {"type": "string", "pattern": pattern}, "-")
 
 
-def test_limits_out_of_range_are_errors():
-    for wrong in ({"max_digits": 0}, {"max_digits": 16}, {"max_items": -1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            Limits(**wrong)
+def chain(keyword, n, leaf):
+    """n definitions, each the next one twice."""
+    both = [
+        [{"$ref": f"#/$defs/{i + 1}"}, {"allOf": [{"$ref": f"#/$defs/{i + 1}"}]}] for i in range(n)
+    ]
+    definitions = {str(i): {keyword: parts} for i, parts in enumerate(both)}
+    return {"$ref": "#/$defs/0", "$defs": {**definitions, str(n): leaf}}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("keyword", ["anyOf", "oneOf", "allOf"])
+@pytest.mark.parametrize("leaf", [STRING, {"allOf": [STRING, INTEGER]}])
+def test_a_schema_that_doubles_is_compiled_and_checked_in_time(tokenizer, keyword, leaf):
+    for n in (18, 60):
+        schema = chain(keyword, n, leaf)
+        start = time.monotonic()
+        try:
+            assert allows_json(tokenizer, schema, "x")
+        except GrammarError as error:
+            assert "no value is valid" in str(error) and leaf != STRING
+        told = problem(compile_schema(schema), 1)
+        assert told if n == 18 else "more than 1,000,000 steps" in told
+        assert time.monotonic() - start < 10
+
+
+def test_a_pattern_that_backtracks_is_checked_in_time(tokenizer):
+    schema = {"enum": ["a" * 30 + "!", "aaa"], "pattern": "^(a+)+$"}
+    start = time.monotonic()
+    assert allows_json(tokenizer, schema, "aaa")
+    assert not allows_json(tokenizer, schema, "a" * 30 + "!")
+    assert problem(compile_schema({"pattern": "^(?=(a+)+$)"}), "a" * 5000 + "!")
+    assert (
+        problem(compile_schema({"patternProperties": {"^(a+)+$": False}}), {"a" * 50 + "!": 1})
+        is None
+    )
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("keyword", ["properties", "allOf", "both"])
+def test_a_schema_that_would_exhaust_the_stack_is_an_error(keyword):
+    def part(i):
+        inner = {"$ref": f"#/$defs/{i + 1}"}
+        return {"properties": {"x": inner}} if keyword != "allOf" else {"allOf": [inner]}
+
+    every = {str(i): part(i) for i in range(3000)} | {"3000": STRING}
+    first = {"$ref": "#/$defs/0"}
+    if keyword == "both":  # the first to be read leads to all others
+        first = {"anyOf": [{"$ref": f"#/$defs/{i}"} for i in range(3000)]}
+    with pytest.raises(SchemaError, match="levels deep|in a chain"):
+        compile_schema({**first, "$defs": every})
+
+
+def test_many_places_of_a_tuple_are_left_to_the_validator(tokenizer):
+    schema = {"type": "array", "prefixItems": [{"const": i} for i in range(3000)]}
+    with pytest.warns(UserWarning, match="leaves 'prefixItems' to"):
+        constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
+    assert allows(constraint, tokenizer, json.dumps(list(range(600))))
+    assert not allows(constraint, tokenizer, "[1]")
+
+
+def test_more_parts_than_a_grammar_may_have_are_an_error(tokenizer):
+    many = {f"p{i}": {"type": "string", "maxLength": i} for i in range(6000)}
+    with pytest.raises(UnsupportedSchema, match="more than 10,000 parts"):
+        json_constraint(tokenizer, VOCAB_SIZE, {"type": "object", "properties": many})
 
 
 def test_whitespace_ends_and_json_may_be_indented(tokenizer):
@@ -510,13 +760,108 @@ def test_without_indent_json_is_what_json_dumps_writes(tokenizer):
         "type": "object",
         "properties": {"a": {"type": "array", "items": INTEGER}},
         "required": ["a"],
+        "additionalProperties": False,
     }
-    constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, limits=Limits(max_indent=0))
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, one_line=True)
     assert allows(constraint, tokenizer, '{"a": [1, 2]}')
     assert not allows(constraint, tokenizer, '{"a":[1, 2]}') and not allows(
         constraint, tokenizer, '{ "a": [1, 2]}'
     )
     assert text_of(tokenizer, constraint.forced()) == '{"a":'
+
+
+# --- Any valid value survives
+
+
+def random_text(choose):
+    characters = 'ab "\\/\n\t\x00\x1f\x7fé日\u2028\N{GRINNING FACE}\U0010ffff</tool_call>{}[]:,'
+    return "".join(choose.choices(characters, k=choose.randrange(8)))
+
+
+def random_number(choose):
+    return choose.choice(
+        [
+            choose.randrange(-9, 9),
+            choose.randrange(-(10**20), 10**20),
+            choose.random(),
+            choose.uniform(-50, 50),
+            choose.uniform(-1, 1) * 10.0 ** choose.randrange(-320, 300),
+            round(choose.uniform(-99, 99), 2),
+        ]
+    )
+
+
+def value_for(choose, schema, root, depth=4):
+    """A random value that is often valid for the schema."""
+    if schema is True or schema is False or depth < 0 or not schema:
+        return choose.choice([None, True, random_number(choose), random_text(choose), [], {}])
+    if "$ref" in schema:
+        return value_for(choose, root["$defs"][schema["$ref"][-1]], root, depth - 1)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in schema and choose.random() < 0.5:
+            return value_for(choose, choose.choice(schema[key]), root, depth - 1)
+    if "enum" in schema:
+        return choose.choice(schema["enum"])
+    kind = schema.get("type") or ("array" if "items" in schema else "object")
+    if kind in ("integer", "number"):
+        number = random_number(choose)
+        number = round(number) if kind == "integer" and abs(number) < 1e300 else number
+        return number * schema.get("multipleOf", 1)
+    if kind == "string":
+        return choose.choice([random_text(choose), "aé", "z", "abc"])
+    if kind == "array":
+        length = choose.randrange(schema.get("minItems", 0), schema.get("maxItems", 4) + 1)
+        return [value_for(choose, schema["items"], root, depth - 1) for _ in range(length)]
+    if kind == "object":
+        names = list(schema.get("properties", {})) + [random_text(choose), "a"]
+        chosen = {*schema.get("required", []), *choose.sample(names, choose.randrange(len(names)))}
+        named = schema.get("properties", {})
+        others = schema.get("additionalProperties", True)
+        order = sorted(chosen, key=lambda name: choose.random())
+        return {name: value_for(choose, named.get(name, others), root, depth - 1) for name in order}
+    return {"boolean": choose.random() < 0.5, "null": None}[kind]
+
+
+def same(a, b):
+    """Whether two values are the same JSON, and in the same order."""
+    return json.dumps(a) == json.dumps(b)
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves '[a-zA-Z]*' to")
+@pytest.mark.parametrize("part", range(4))
+def test_any_value_that_is_valid_for_a_random_schema_survives(tokenizer, part):
+    survived = 0
+    for seed in range(100 * part, 100 * part + 40):
+        choose = random.Random(seed)
+        schema = {**made_up(choose), "$defs": {name: made_up(choose) for name in "ab"}}
+        try:
+            validator = compile_schema(schema)
+            constraint = json_constraint(tokenizer, VOCAB_SIZE, schema)
+        except (SchemaError, GrammarError) as error:
+            assert "leads back" in str(error) or "no value is valid" in str(error), error
+            continue
+        parameters = {"type": "object", "properties": {"x": schema}, "$defs": schema["$defs"]}
+        calls = tool_constraint(tokenizer, tools=[{"name": "f", "parameters": parameters}])
+        second = jsonschema.Draft202012Validator(schema)
+        for _ in range(12):
+            value = value_for(choose, schema, schema)
+            valid = validator.is_valid(value)
+            assert valid == second.is_valid(value), (schema, value)
+            if not valid:
+                continue
+            text = json.dumps(value, ensure_ascii=choose.random() < 0.3)
+            text = choose.choice([text, json.dumps(value, indent=2, ensure_ascii=False)])
+            patterned = '"pattern"' in json.dumps(schema)
+            if '"multipleOf": 3' in json.dumps(schema) and re.search(r"\d[eE]", text):
+                continue  # a multiple of these is written in digits
+            if not (patterned and ("\\u" in text or "\x7f" in text)):
+                assert allows(constraint, tokenizer, text), (schema, text)
+                assert same(json.loads(text), value)
+                call = write_call("f", {"x": value}, choose.choice(["json", "tool_use"]))
+                assert allows(calls, tokenizer, call)
+                assert same(parse_tool_calls(call).calls[0].arguments, {"x": value})
+                survived += 1
+    assert survived > 40
 
 
 # --- Tool calls
@@ -545,13 +890,14 @@ TOOLS = [
     ADD,
     {"name": "now", "description": "", "parameters": {}},
 ]
+WORDS = ["arguments", "name", "city", "x"]
 CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 NOW = '<tool_call>\n{"arguments": {}, "name": "now"}\n</tool_call>'
 
 
-def tool_constraint(tokenizer, choice="auto", limits=SHORT, tools=TOOLS):
-    return tool_call_constraint(tokenizer, VOCAB_SIZE, tools, choice=choice, limits=limits)
+def tool_constraint(tokenizer, choice="auto", tools=TOOLS):
+    return tool_call_constraint(tokenizer, VOCAB_SIZE, tools, choice=choice)
 
 
 @pytest.mark.parametrize("choice", ["required", "add"])
@@ -563,7 +909,7 @@ def test_random_tokens_end_in_calls_of_the_tools(tokenizer, choice):
     constraint = tool_constraint(tokenizer, choice)
     first = set()
     for seed in range(8):
-        text = walk(constraint.copy(), tokenizer, seed)
+        text = walk(constraint.copy(), tokenizer, seed, words=WORDS)
         calls = [json.loads(call) for call in CALL.findall(text)]
         assert calls and not CALL.sub("", text).strip("\n")
         for call in calls:
@@ -594,7 +940,7 @@ def test_text_is_free_before_the_tag_and_after_the_call(tokenizer):
         f"{NOW}<tool_call>x",
     ):
         assert not allows(constraint, tokenizer, text), text
-    assert not allows(constraint, tokenizer, PARIS.replace("Paris", "a city with a long name"))
+    assert allows(constraint, tokenizer, PARIS.replace("Paris", "a city with a long name"))
     assert not allows(constraint, tokenizer, PARIS.replace("city", "town"))
     assert not allows(constraint, tokenizer, NOW.replace("now", "never")) and not allows(
         constraint, tokenizer, NOW[:-1] + "x"
@@ -615,7 +961,7 @@ def test_random_text_runs_into_calls_only_as_a_whole(tokenizer):
 
 def test_a_tag_inside_a_string_is_part_of_the_string(tokenizer):
     text = PARIS.replace("Paris", "</tool_call>\\n<tool_call>")
-    assert allows(tool_constraint(tokenizer, limits=Limits()), tokenizer, text)
+    assert allows(tool_constraint(tokenizer), tokenizer, text)
 
 
 @pytest.mark.parametrize("style", ["json", "tool_use"])
@@ -626,12 +972,12 @@ def test_calls_are_allowed_in_the_order_that_each_prompt_asks_for(tokenizer, sty
     assert not allows(tool_constraint(tokenizer, "now"), tokenizer, text)
 
 
-def test_required_calls_have_no_text_around_them_and_are_limited(tokenizer):
+def test_required_calls_have_no_text_around_them(tokenizer):
     constraint = tool_constraint(tokenizer, "required")
-    assert allows(constraint, tokenizer, "\n".join([NOW] * 3)) and allows(
+    assert allows(constraint, tokenizer, "\n".join([NOW] * 300)) and allows(
         constraint, tokenizer, NOW + PARIS
     )
-    for text in ("", "Hello", " " + NOW, NOW + " ", NOW + "\n", "\n".join([NOW] * 4)):
+    for text in ("", "Hello", " " + NOW, NOW + " ", NOW + "\n"):
         assert not allows(constraint, tokenizer, text), text
 
 
@@ -652,11 +998,11 @@ def test_random_tokens_end_in_a_list_of_calls(tokenizer, choice):
         tool.get("function", tool)["name"]: tool.get("function", tool)["parameters"]
         for tool in TOOLS
     }
-    constraint = call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, limits=SHORT)
+    constraint = call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice)
     keys = set()
     for seed in range(8):
-        calls = json.loads(walk(constraint.copy(), tokenizer, seed))
-        assert 1 <= len(calls) <= SHORT.max_items
+        calls = json.loads(walk(constraint.copy(), tokenizer, seed, words=WORDS))
+        assert calls
         for call in calls:
             assert choice in ("auto", "required", call["name"])
             assert problem(compile_schema(schemas[call["name"]]), call["arguments"]) is None
@@ -682,10 +1028,73 @@ def test_unusable_tools_are_errors(tokenizer):
             tool_constraint(tokenizer, choice, tools=tools)
     with pytest.raises(SchemaError, match="'add'"):
         tool_constraint(tokenizer, tools=[{**ADD, "parameters": {"properties": 5}}])
-    unique = {"type": "object", "properties": {"a": REFUSED["uniqueItems"]}}
-    with pytest.raises(UnsupportedSchema, match="'add'") as raised:
-        tool_constraint(tokenizer, tools=[*TOOLS[:1], {**ADD, "parameters": unique}])
-    assert raised.value.keyword == "uniqueItems"
+
+
+@pytest.mark.parametrize("constrain", [tool_call_constraint, call_list_constraint])
+def test_a_tool_that_cannot_be_expressed_leaves_the_others_their_grammar(tokenizer, constrain):
+    unique = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    large = {"type": "object", "properties": {f"p{i}": {"maxLength": i} for i in range(6000)}}
+    tools = [WEATHER, {"name": "tags", "parameters": unique}, {"name": "big", "parameters": large}]
+    with pytest.warns(UserWarning) as warned:
+        constraint = constrain(tokenizer, VOCAB_SIZE, tools)
+    told = sorted(str(warning.message) for warning in warned)
+    assert len(told) == 2
+    assert "tool 'big'" in told[0] and "10,000 parts" in told[0]
+    assert "tool 'tags'" in told[1] and "'uniqueItems'" in told[1]
+    around = ["<tool_call>\n%s\n</tool_call>", "[%s]"][constrain is call_list_constraint]
+    for call, allowed in (
+        ('{"name": "get_weather", "arguments": {"city": "Paris"}}', True),
+        ('{"name": "get_weather", "arguments": {"town": "Paris"}}', False),
+        ('{"name": "tags", "arguments": {"a": [1, 1]}}', True),
+        ('{"name": "tags", "arguments": {"a": "x"}}', False),
+        ('{"name": "big", "arguments": {"anything": [1]}}', True),
+        ('{"name": "big", "arguments": [1]}', False),
+    ):
+        assert allows(constraint, tokenizer, around % call) == allowed, call
+
+
+def test_many_tools_get_a_grammar_and_it_is_compiled_once(tokenizer):
+    kinds = [STRING, INTEGER, {"type": "number", "minimum": 0}, {"enum": ["a", "b"]}]
+    kinds += [{"type": "array", "items": STRING}, {"type": "boolean"}, {"format": "date"}, {}]
+    tools = []
+    for i in range(160):
+        properties = {f"p{i}_{j}": kind for j, kind in enumerate(kinds)}
+        parameters = {"type": "object", "properties": properties, "required": [f"p{i}_1"]}
+        tools.append({"name": f"tool_{i}", "parameters": parameters})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constraint = tool_constraint(tokenizer, tools=tools)
+    call = (
+        '<tool_call>\n{"name": "tool_%d", "arguments": {"p77_4": ["x"], "p77_1": 3}}\n</tool_call>'
+    )
+    assert allows(constraint, tokenizer, call % 77)
+    assert not allows(constraint, tokenizer, call % 78)
+    start = time.monotonic()
+    for _ in range(10):
+        tool_constraint(tokenizer, tools=tools)
+    assert time.monotonic() - start < 3  # each of them would take a second
+
+
+def test_tools_beyond_the_largest_grammar_may_have_any_arguments(tokenizer):
+    def properties(i):
+        return {
+            f"p{i}_{j}": {
+                "type": "object",
+                "properties": {f"q{i}_{j}_{k}": {"maxLength": i + k} for k in range(20)},
+            }
+            for j in range(8)
+        }
+
+    tools = [
+        {"name": f"tool_{i}", "parameters": {"type": "object", "properties": properties(i)}}
+        for i in range(160)
+    ]
+    with pytest.warns(UserWarning, match="grammar of all tools is too large") as warned:
+        constraint = tool_constraint(tokenizer, tools=tools)
+    assert len(warned) == 1
+    call = '<tool_call>\n{"name": "tool_%d", "arguments": {"x": 3}}\n</tool_call>'
+    assert not allows(constraint, tokenizer, call % 0)
+    assert allows(constraint, tokenizer, call % 159)
 
 
 # --- The constraint
@@ -720,8 +1129,9 @@ def test_forced_tokens_leave_the_border_of_the_last_one_open(tokenizer):
         "type": "object",
         "properties": {"name": {"const": "get_weather"}},
         "required": ["name"],
+        "additionalProperties": False,
     }
-    constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, limits=Limits(max_indent=0))
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, schema, one_line=True)
     forced = constraint.forced()
     whole = encode(tokenizer, '{"name": "get_weather"}')
     assert forced == whole  # nothing else can come, and nothing can follow
@@ -799,9 +1209,7 @@ def test_characters_without_a_token_are_spelled_in_bytes(tokenizer, small_tokeni
 def test_mistral_gguf_and_sentencepiece_vocabularies_work_alike():
     file = mistral.load(small.DATA / "gguf/q8_0.gguf", sliding_window=None)[1]
     folder = mistral.load(small.DATA / "small")[1]
-    constraints = [
-        json_constraint(made, 480, SCHEMAS["object"], limits=SHORT) for made in (file, folder)
-    ]
+    constraints = [json_constraint(made, 480, SCHEMAS["object"]) for made in (file, folder)]
     for id in encode(file, '{"a": "é x", "b": 12}'):
         masks = [constraint.mask() for constraint in constraints]
         assert torch.equal(*masks) and masks[0][id] and not masks[0][462:].any()
@@ -815,8 +1223,13 @@ def test_mistral_gguf_and_sentencepiece_vocabularies_work_alike():
 )
 def test_every_sentencepiece_vocabulary_of_mistral_works(name):
     made = mistral.Tokenizer((small.TRUE_TOKENIZERS / name).read_bytes())
-    constraint = json_constraint(made, made.vocab_size, SCHEMAS["object"], limits=SHORT)
-    assert problem(compile_schema(SCHEMAS["object"]), json.loads(walk(constraint, made, 0))) is None
+    constraint = json_constraint(made, made.vocab_size, SCHEMAS["object"])
+    assert (
+        problem(
+            compile_schema(SCHEMAS["object"]), json.loads(walk(constraint, made, 0, words="ab"))
+        )
+        is None
+    )
 
 
 def test_a_vocabulary_that_cannot_spell_the_answer_is_an_error():
@@ -870,10 +1283,18 @@ def test_generate_and_generate_batch_keep_to_the_grammar(small_tokenizer):
     prompt = small_tokenizer.encode("Answer:")
     schema = {
         "type": "object",
-        "properties": {"a": STRING, "b": {"type": "array", "items": INTEGER}},
+        "properties": {
+            "a": {"type": "string", "maxLength": 8},
+            "b": {
+                "type": "array",
+                "items": {"minimum": 0, "maximum": 99, **INTEGER},
+                "maxItems": 3,
+            },
+        },
         "required": ["a"],
+        "additionalProperties": False,
     }
-    constraint = json_constraint(small_tokenizer, model.config.vocab_size, schema, limits=SHORT)
+    constraint = json_constraint(small_tokenizer, model.config.vocab_size, schema)
     sampling = mistral.Sampling(temperature=1.0, seed=0)
     rows = [
         list(
@@ -888,9 +1309,8 @@ def test_generate_and_generate_batch_keep_to_the_grammar(small_tokenizer):
     )
     for row in rows:
         assert row[-1] in small_tokenizer.stop_ids
-        assert (
-            problem(compile_schema(schema), json.loads(text_of(small_tokenizer, row[:-1]))) is None
-        )
+        text = text_of(small_tokenizer, row[:-1])
+        assert problem(compile_schema(schema), json.loads(text)) is None
 
 
 def test_a_missing_library_is_an_error_that_names_the_extra(tokenizer, monkeypatch):

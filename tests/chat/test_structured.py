@@ -5,14 +5,15 @@ from collections.abc import Callable
 
 import pytest
 import small
+import torch
 from scripted import TOKENIZER, Scripted
 
 import mistral
 from mistral.chat import generate_json
 from mistral.chat.formats.prompts import json_prompt
-from mistral.chat.grammar import json_constraint
+from mistral.chat.grammar import GrammarError, json_constraint
 from mistral.chat.structured import JSONError, OutOfTokens, read_schema
-from mistral.chat.tools.json_schema import SchemaError
+from mistral.chat.tools.json_schema import SchemaError, compile_schema
 
 V3 = mistral.Tokenizer(
     (small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
@@ -37,6 +38,25 @@ def test_a_valid_answer_is_returned_at_once():
     prompt = TOKENIZER.decode(engine.reads[0], control=True)
     assert json_prompt(SCHEMA) in prompt
     assert prompt.count("<s>") == 1
+
+
+def test_a_conversation_is_answered_and_its_system_message_follows_the_schema():
+    told = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Ada"},
+        {"role": "assistant", "content": "How old?"},
+        {"role": "user", "content": "36"},
+    ]
+    engine = Scripted('{"name": "Ada", "age": 36}')
+    assert generate_json(engine, TOKENIZER, told, SCHEMA, grammar=False)["age"] == 36
+    text = TOKENIZER.decode(engine.reads[0], control=True)
+    assert f"{json_prompt(SCHEMA)}\n\nBe brief.<|im_end|>" in text
+    assert "How old?<|im_end|>" in text
+    assert text.endswith("36<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("<|im_start|>system") == 1
+    for wrong in ([], told[:3], [{"role": "tool", "content": "x"}], {"role": "user"}):
+        with pytest.raises(ValueError):
+            generate_json(Scripted("{}"), TOKENIZER, wrong, SCHEMA, grammar=False)
 
 
 def test_a_wrong_answer_is_shown_with_its_error_and_corrected():
@@ -147,19 +167,63 @@ def test_under_a_grammar_the_demo_answers_validly_even_at_a_high_temperature():
             sampling=mistral.Sampling(temperature=1.5, seed=seed),
             retries=0,
         )
-        assert set(value) <= {"name", "age"}
-        assert isinstance(value["name"], str)
+        assert isinstance(value["name"], str)  # other properties are valid, too
+        assert isinstance(value.get("age", 0), int)
 
 
-def test_a_schema_without_a_grammar_warns_and_is_only_checked():
+def test_a_keyword_without_a_grammar_warns_and_is_only_checked():
+    schema = {"type": "array", "items": {"const": 1}, "uniqueItems": True, "minItems": 2}
     model, tokenizer = mistral.load("demo", device="cpu")
-    schema = {
-        "type": "object",
-        "properties": {"y": {"not": {}}},
-        "required": ["y"],
-    }  # nothing is valid
     with (
-        pytest.warns(UserWarning, match="checked only after it is written"),
+        pytest.warns(UserWarning, match="leaves 'uniqueItems' to the check") as warned,
         pytest.raises((JSONError, OutOfTokens)),
     ):
         generate_json(model, tokenizer, "Hello!", schema, retries=0, max_new_tokens=20)
+    assert len(warned) == 1
+
+
+def test_a_schema_that_no_value_is_valid_for_is_an_error():
+    schema = {"type": "object", "properties": {"y": {"not": {}}}, "required": ["y"]}
+    with pytest.raises(GrammarError, match="no value is valid"):
+        ask("{}", schema=schema, grammar=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '```json\n{"name": "Ada", "age": 36}\n```',
+        'Here you are:\n{"name": "Ada", "age": 36}',
+        '{"name": "Ada", "age": 36}\n\nLet me know if you need more.',
+        "{'name': 'Ada', 'age': 36}",
+        '<schema>\n{"name": "Ada", "age": 36.0}\n</schema>',
+        '{"name": "Ada", "age": 36,}',
+    ],
+)
+def test_json_in_other_clothes_is_an_answer(text):
+    value = ask(text, retries=0)[1]
+    assert value == {"name": "Ada", "age": 36} and isinstance(value["age"], int)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "Ada", "name": "Eve"}', '{"name": "A"} {"name": "B"}', ""]
+)
+def test_an_answer_that_would_lose_a_value_is_wrong(text):
+    with pytest.raises(JSONError, match="occurs twice|not valid JSON"):
+        ask(text, retries=0)
+
+
+@pytest.mark.parametrize("schema", [{"type": "string"}, {"type": "array"}, {"type": "number"}])
+def test_max_new_tokens_ends_every_answer_with_a_named_error_and_its_text(schema):
+    torch.manual_seed(0)
+    model, tokenizer = mistral.load("demo", device="cpu")
+    noise = mistral.Mistral(model.config)
+    for seed in range(3):
+        sampling = mistral.Sampling(temperature=1.0, seed=seed)
+        try:
+            value = generate_json(
+                noise, tokenizer, "Go", schema, sampling=sampling, max_new_tokens=12, retries=0
+            )
+        except OutOfTokens as error:
+            assert error.text
+        else:
+            assert compile_schema(schema).is_valid(value)

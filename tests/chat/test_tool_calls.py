@@ -431,6 +431,35 @@ def test_names_are_taken_as_they_are():
         assert call(block(json.dumps({"name": name, "arguments": {}})))[0] == name
 
 
+@pytest.mark.parametrize(
+    ("rest", "keys"),
+    [
+        ('"args": {"x": 1}', "'args'"),
+        ('"parameters": {"x": 1}', "'parameters'"),
+        ('"input": {"x": 1}, "id": "abcDEF123"', "'input'"),
+        ('"arguments": null, "kwargs": {}', "'kwargs'"),
+        ('"arguments": {}, "args": {"x": 1}', "'args'"),
+        ('"arguments": " ", "city": "Rome"', "'city'"),
+        ('"city": "Rome", "days": 3', "'city', 'days'"),
+        ('"id": 7', "'id'"),
+        ('"type": "forecast"', "'type'"),
+    ],
+)
+def test_arguments_under_another_key_are_an_error(rest, keys):
+    said = error(block('{"name": "f", ' + rest + "}"))
+    assert said == (
+        f"the call of 'f' has no \"arguments\", but {keys}: "
+        'write {"name": ..., "arguments": {...}}'
+    )
+
+
+@pytest.mark.parametrize(
+    "rest", ['"id": "abcDEF123", "type": "function"', '"arguments": {}, "why": "x", "args": {}']
+)
+def test_keys_about_a_call_without_arguments_are_no_error(rest):
+    assert call(block('{"name": "now", ' + rest + "}")) == ("now", {})
+
+
 def test_arguments_in_a_string_are_decoded_once():
     inner = json.dumps({"p": '{"q": "1"}'})
     assert call(block(json.dumps({"name": "f", "arguments": inner}))) == ("f", {"p": '{"q": "1"}'})
@@ -670,7 +699,6 @@ def test_a_call_without_its_tag_is_text(text):
 
 def test_only_the_tag_and_the_keys_of_a_call_count():
     assert names(parse_tool_calls(f"```xml\n{block(F)}\n```")) == ["f"]
-    assert call(block('{"name": "f", "parameters": {"x": 1}}')) == ("f", {}), "a key like any other"
     for inside in (f"[{F}, {G}]", f"{F}\n{G}", f"{F}, {G}", f"[{F}]\n[{G}]", f"({F}, {G})"):
         assert not parse_tool_calls(block(inside)).calls
 

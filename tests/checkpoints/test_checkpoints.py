@@ -158,17 +158,21 @@ DAMAGE = {
     "no such folder": (lambda f: shutil.rmtree(f), "does not exist"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
-    "pickled weights only": (
+    "safetensors under the name of a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "pytorch_model.bin is a pickle",
+        "pytorch_model.bin is a safetensors file: give it that ending",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer.model"),
     "empty weights": (
         lambda f: (f / "model.safetensors").write_bytes(b""),
-        "damaged or not complete",
+        "model.safetensors is empty: the download did not finish",
     ),
     "wrong magic": (
         lambda f: (f / "model.safetensors").write_bytes(b"GGUF" * 99),
+        "model.safetensors is a GGUF file: rename it",
+    ),
+    "another header": (
+        lambda f: (f / "model.safetensors").write_bytes(b"nonsense" * 99),
         "damaged or not complete",
     ),
     "half the weights": (
@@ -181,9 +185,9 @@ DAMAGE = {
         lambda f: (f / "tokenizer.model").write_bytes((f / "tokenizer.model").read_bytes()[:999]),
         "tokenizer.model: not a sentencepiece model",
     ),
-    "theta missing": (
-        lambda f: edit_json(f / "config.json", rope_parameters=None),
-        "rope_theta is missing",
+    "eps missing": (
+        lambda f: edit_json(f / "config.json", rms_norm_eps=None),
+        "rms_norm_eps is missing",
     ),
     "more layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=2**30),
@@ -214,8 +218,11 @@ DAMAGE = {
         "model.norm.weight is stored as I8",
     ),
     "a larger tokenizer": (
-        lambda f: edit_json(f / "added_tokens.json", **{"<|more|>": 480}),
-        "481 ids, and the model's vocabulary is 480",
+        lambda f: (
+            edit_json(f / "config.json", vocab_size=450, eos_token_id=2)
+            or edit_json(f / "generation_config.json", eos_token_id=2)
+        ),
+        "460 ids, and the model's vocabulary is 450",
     ),
     "quarrelling added tokens": (
         lambda f: edit_json(f / "added_tokens.json", **{"<|im_end|>": 461}),
@@ -267,7 +274,10 @@ def test_damaged_checkpoints_are_refused_by_name(folder, damage):
     ("arguments", "message"),
     [
         (dict(device="gpu"), "device 'gpu'"),
-        (dict(dtype=torch.int8), "dtype must be a floating-point type"),
+        (dict(dtype=torch.int8), "dtype must be one of torch.float32"),
+        (dict(dtype=torch.float8_e4m3fn), "dtype must be one of torch.float32"),
+        (dict(dtype="bfloat16"), "dtype must be one of torch.float32"),
+        (dict(quantize="q5_0"), "quantize must be 'q8_0' or 'q4_0'"),
         (dict(sliding_window=0), "sliding_window must be"),
         (dict(sliding_window="4096"), "sliding_window must be"),
     ],
@@ -284,23 +294,10 @@ def test_a_gpu_that_is_not_there_is_named():
         mistral.load(SMALL, device="cuda")
 
 
-def test_a_file_that_is_not_a_gguf_is_said():
-    with pytest.raises(mistral.CheckpointError, match="is not a GGUF file: it begins with"):
-        mistral.load(SMALL / "config.json")
-
-
-def test_too_little_memory_is_said_before_it_is_taken(monkeypatch):
-    from mistral.engine import memory
-
-    for free, advice in (
-        (1_000_000, "0.00 billion weights would fit"),
-        (3_000_000, r"in bfloat16 \(2.72 MB\)"),
-    ):
-        monkeypatch.setattr(memory, "_available_memory", lambda device, free=free: free)
-        with pytest.raises(
-            mistral.NotEnoughMemory, match=f"in float32 needs 5.44 MB on cpu, .* free; .*{advice}"
-        ):
-            mistral.load(SMALL, device="cpu")
+def test_a_file_that_is_not_a_gguf_is_said(tmp_path):
+    (tmp_path / "model").write_bytes(b"nonsense")
+    with pytest.raises(mistral.CheckpointError, match="is not a GGUF file: it begins with b'nons'"):
+        mistral.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -365,3 +362,16 @@ def test_loading_takes_little_more_memory_than_stays(tmp_path):
         [sys.executable, "-c", MEASURE, tmp_path, SMALL], capture_output=True, text=True, check=True
     )
     assert 0.9 < float(ratio.stdout) < 1.15
+
+
+def test_a_model_is_saved_and_exported_by_the_package_itself(tmp_path):
+    model, tokenizer = mistral.load(small.DATA / "small", device="cpu")
+    tokens = small.tokens(1, 20, vocab_size=460)
+    mistral.save(model, tokenizer, str(tmp_path / "folder"))
+    mistral.export_gguf(model, tokenizer, str(tmp_path / "model.gguf"), type="F32")
+    for source in ("folder", "model.gguf"):
+        again, its_tokenizer = mistral.load(tmp_path / source, device="cpu", sliding_window=16)
+        assert torch.equal(again(tokens), model(tokens))
+        assert its_tokenizer.vocabulary() == tokenizer.vocabulary()
+    with pytest.raises(ValueError, match="is a path"):
+        mistral.save("folder", tokenizer, tmp_path / "other")

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import small
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mistral
 from mistral.checkpoints.names import consolidated_names, interleaved_rows, rotary_heads
@@ -138,7 +138,35 @@ class Evil:
         return (print, ("this must not run",))
 
 
+def edit_tensors(folder, change):
+    path = folder / "consolidated.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
 DAMAGE = {
+    "Hugging Face's names": (
+        lambda f: save_file(
+            {"model.layers.0.x.weight": torch.zeros(1)}, f / "consolidated.safetensors"
+        ),
+        r"or tok_embeddings.weight \(the first is model.layers.0.x.weight\)",
+    ),
+    "quantized weights": (
+        lambda f: edit_tensors(
+            f,
+            lambda t: t.update(
+                {"layers.0.attention.wq.weight": torch.zeros(60, 40).to(torch.float8_e4m3fn)}
+            ),
+        ),
+        r"quantized with fp8 \(layers.0.attention.wq.weight is F8_E4M3\)",
+    ),
+    "a LoRA adapter in the same file": (
+        lambda f: edit_tensors(
+            f, lambda t: t.update({"layers.0.attention.wq.lora_A.weight": torch.zeros(1)})
+        ),
+        "layers.0.attention.wq.lora_A.weight is not part of a Mistral: this is a LoRA adapter",
+    ),
     "no weights": (
         lambda f: (f / "consolidated.safetensors").unlink(),
         "neither consolidated.safetensors nor",

@@ -3,6 +3,7 @@ refused.
 """
 
 import json
+import math
 import random
 import shutil
 import struct
@@ -17,12 +18,15 @@ import numpy as np
 import pytest
 import small
 import torch
+from safetensors.torch import load_file, save_file
 
 import mistral
-from mistral.checkpoints import gguf, gguf_export, gguf_tensor
+from mistral.checkpoints import gguf, gguf_export, gguf_tensor, hugging_face
 from mistral.checkpoints.gguf_header import GgufHeader, read_header
 from mistral.checkpoints.gguf_tensor import GgufTensor
+from mistral.checkpoints.load import open_reader, read_config_and_tokenizer
 from mistral.checkpoints.names import (
+    consolidated_names,
     gguf_names,
     half_split_rows,
     interleaved_rows,
@@ -166,7 +170,7 @@ def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage, forge):
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.add_space_prefix": True,
     }
-    rebuilt = forge(metadata).tokenizer((32000,))
+    rebuilt = forge(metadata).tokenizer(small.config(vocab_size=32002, eos_token_id=(32000,)))
     generator = random.Random(0)
     alphabet = [
         *" \n\t.,<|>{}\"'/_",
@@ -198,7 +202,7 @@ def test_pieces_that_are_broken_or_empty_become_unused(forge):
     tokens[300] = tokens[301] = "\ufffd"
     tokens[302] = ""
     reader = forge({"tokenizer.ggml.tokens": tokens})
-    rebuilt = reader.tokenizer(reader.config().eos_token_id)
+    rebuilt = reader.tokenizer(reader.config())
     assert rebuilt.token_bytes(301) is None
     assert rebuilt.token_bytes(302) is None
     assert rebuilt.decode(rebuilt.encode("Hello world")) == "Hello world"
@@ -222,8 +226,10 @@ HOSTILE = [
     *(("llama.attention.head_count", v) for v in (0, np.array([8, 8]), "8", 8.0, 7)),
     *(("llama.attention.layer_norm_rms_epsilon", v) for v in (0.0, float("nan"), "x", np.ones(2))),
     *(("llama.rope.freq_base", v) for v in (0.0, float("inf"), "x", np.ones(2))),
-    *(("llama.rope.scaling.factor", v) for v in (2.0, "x", np.ones(2))),
-    *(("llama.rope.scaling.type", v) for v in ("yarn", 3, np.ones(2))),
+    *(("llama.rope.scaling.factor", v) for v in (-2.0, float("nan"), True, "x", np.ones(2))),
+    *(("llama.rope.scale_linear", v) for v in (-2.0, float("inf"), "x", np.ones(2))),
+    *(("llama.rope.scaling.type", v) for v in ("longrope", "llama3", 3, np.ones(2))),
+    *(("llama.rope.scaling.attn_factor", v) for v in (1.5, "x")),  # linear has none
     *(("llama.expert_count", v) for v in (8, "x")),
     *(("general.architecture", v) for v in ("mamba", 1, np.ones(2))),
     *(("split.count", v) for v in (2.0, np.ones(2), 3)),
@@ -254,12 +260,6 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(forge):
     forge({"tokenizer.ggml.tokens": tokens} | more)
     with pytest.raises(mistral.CheckpointError, match="481 ids, and the model's vocabulary is 480"):
         load(FILES / "q8_0.gguf")
-
-
-def test_a_scaling_factor_of_1_or_0_is_none(forge):
-    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
-        for value in (0.0, 1.0):
-            forge({key: value}).config()
 
 
 def test_a_quantised_vector_is_unpacked_even_in_a_packed_model(tmp_path):
@@ -394,8 +394,20 @@ def test_an_absent_output_matrix_means_the_embedding(tmp_path):
             )
 
 
+def unpacked_by_gguf_py():
+    """The names of all types that gguf-py can unpack."""
+    names = []
+    for kind, (_, size) in gguf_py.GGML_QUANT_SIZES.items():
+        try:
+            gguf_py.dequantize(np.zeros((1, size), "u1"), kind)
+        except NotImplementedError:
+            continue
+        names.append(kind.name)
+    return names
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["MXFP4", "NVFP4", "IQ3_XXS", "TQ1_0"])  # blocks of 32, 64, 256
+@pytest.mark.parametrize("name", unpacked_by_gguf_py())
 def test_types_that_gguf_py_unpacks_are_loaded(name, packed, tmp_path):
     kind = gguf_py.GGMLQuantizationType[name]
     weights, size = gguf_py.GGML_QUANT_SIZES[kind]
@@ -416,10 +428,16 @@ def test_types_that_gguf_py_unpacks_are_loaded(name, packed, tmp_path):
         rows = stored[theirs]
         if heads is not None:
             rows = rows[half_split_rows(len(rows), heads).numpy()]
-        if packed:
-            assert np.array_equal(state[ours.removesuffix("weight") + "blocks"].numpy(), rows)
+        expected = gguf_py.dequantize(rows, kind)
+        assert np.isfinite(expected).all()
+        assert len(np.unique(expected)) > 2
+        if packed and weights > 1:
+            name = ours.removesuffix(".weight")
+            assert np.array_equal(state[f"{name}.blocks"].numpy(), rows)
+            unpacked = model.get_submodule(name)(torch.eye(expected.shape[1])).T
+            assert np.allclose(unpacked.detach().numpy(), expected, rtol=1e-6, atol=0)
         else:
-            assert np.array_equal(state[ours].numpy(), gguf_py.dequantize(rows, kind))
+            assert np.array_equal(state[ours].numpy(), expected)
     with torch.no_grad():
         assert model(TOKENS).shape == (*TOKENS.shape, 480)
 
@@ -465,7 +483,7 @@ def test_metadata_that_contradicts_itself_is_refused(damage, message, tmp_path):
 
 RAW = (FILES / "q8_0.gguf").read_bytes()
 BROKEN = [
-    (b"", "cannot be read"),
+    (b"", "is empty: the download did not finish"),
     (b"GGML" + RAW[4:], "is not a GGUF file"),
     (RAW[:4] + struct.pack(">I", 3) + RAW[8:], "big-endian"),
     (RAW[:4] + struct.pack("<I", 1) + RAW[8:], "version 1"),
@@ -538,13 +556,10 @@ def test_stop_tokens_and_prefix_survive_an_export(original, tmp_path):
     two = mistral.Tokenizer(tokenizer.model_proto, tokenizer.added, [460, 2])
     gguf_export.export(model, two, tmp_path / "m.gguf", "F16")
     assert load(tmp_path / "m.gguf")[1].stop_ids == (460, 2)
-    with pytest.raises(ValueError, match="two stop tokens"):
-        gguf_export.export(
-            model,
-            mistral.Tokenizer(two.model_proto, two.added, [460, 2, 3]),
-            tmp_path / "n.gguf",
-            "F16",
-        )
+    three = mistral.Tokenizer(two.model_proto, two.added, [460, 461, 2])
+    with pytest.warns(UserWarning, match=r"two stop tokens; </s> \(2\) will not stop"):
+        gguf_export.export(model, three, tmp_path / "n.gguf", "F16")
+    assert load(tmp_path / "n.gguf")[1].stop_ids == (460, 461)
 
 
 def test_exports_that_cannot_be_are_refused(original, tmp_path):
@@ -557,6 +572,178 @@ def test_exports_that_cannot_be_are_refused(original, tmp_path):
     with pytest.raises(ValueError, match="is packed"):
         gguf_export.export(packed, tokenizer, tmp_path / "m.gguf", "Q8_0")
     assert not list(tmp_path.iterdir())
+
+
+def stream(source, path, kind, window=None, **options):
+    """Write a checkpoint without loading it, as scripts/export_gguf.py does."""
+    reader = open_reader(source)
+    config, tokenizer = read_config_and_tokenizer(reader, window)
+    gguf_export.export_checkpoint(reader, config, tokenizer, path, kind, **options)
+
+
+def consolidated_copy(folder):
+    """The small checkpoint in Mistral's own layout."""
+    config = load(small.DATA / "small")[0].config
+    names = consolidated_names(config.num_hidden_layers)
+    tensors = {}
+    for name, tensor in load_file(small.DATA / "small/model.safetensors").items():
+        heads = rotary_heads(name, config)
+        rows = tensor if heads is None else tensor[interleaved_rows(len(tensor), heads)]
+        tensors[names[name]] = rows.contiguous()
+    folder.mkdir()
+    save_file(tensors, folder / "consolidated.safetensors")
+    shutil.copyfile(small.DATA / "small/tokenizer.model", folder / "tokenizer.model.v3")
+    params = dict(
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        head_dim=config.head_dim,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        rope_theta=config.rope_theta,
+        norm_eps=config.rms_norm_eps,
+    )
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("F16", 70_000.0), ("F16", math.nan), ("Q8_0", 1e7), ("Q4_0", math.inf)]
+)
+def test_values_that_a_type_cannot_hold_are_not_exported(kind, value, tmp_path):
+    model = small.model(torch.float32, hidden_size=64, intermediate_size=96, head_dim=32)
+    tokenizer = mistral.load(small.DATA / "small", device="cpu")[1]
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = value
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj.weight: .* take BF16"):
+        gguf_export.export(model, tokenizer, tmp_path / "out.gguf", kind)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", gguf_export.KINDS)
+@pytest.mark.parametrize("form", ["folder", "consolidated", "plain", "quantized", "tied"])
+@pytest.mark.filterwarnings("ignore:.*rounded again")
+def test_an_export_from_the_files_has_the_bytes_of_one_from_a_float32_model(
+    kind, form, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gguf_export, "_AT_ONCE", 7 * 256)  # seven rows at a time
+    source = {"folder": small.DATA / "small", "quantized": FILES / "q4_k_m.gguf"}.get(form)
+    if form == "consolidated":
+        source = consolidated_copy(tmp_path / "model")
+    elif form == "plain":
+        source = tmp_path / "plain.gguf"
+        gguf_export.export(*load(small.DATA / "small"), source, "BF16")
+    elif form == "tied":
+        source = tmp_path / "tied"
+        small.save_hf(
+            source, torch.bfloat16, tie_word_embeddings=True, hidden_size=64, intermediate_size=96,
+            head_dim=16, vocab_size=480,
+        )  # fmt: skip
+        shutil.copy(small.DATA / "small/tokenizer.model", source)
+    name = open_reader(source).model_name() or source.name
+    gguf_export.export(*load(source, dtype=torch.float32), tmp_path / "model.gguf", kind, name)
+    stream(source, tmp_path / "files.gguf", kind)
+    assert (tmp_path / "files.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
+
+
+def test_a_dtype_rounds_the_values_before(tmp_path):
+    stream(FILES / "q8_0.gguf", tmp_path / "a.gguf", "F32", dtype=torch.bfloat16)
+    model, tokenizer = load(FILES / "q8_0.gguf", dtype=torch.bfloat16)
+    gguf_export.export(model, tokenizer, tmp_path / "b.gguf", "F32", "Hf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def stored_name(path):
+    return read_header(path).metadata.get("general.name")
+
+
+def test_the_name_of_a_model_survives(tmp_path):
+    rewrite(FILES / "q8_0.gguf", tmp_path / "a.gguf", change={"general.name": "Hermes 2 Pro"})
+    with pytest.warns(UserWarning, match="a.gguf is quantized .Q8_0.: its values are rounded"):
+        stream(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q8_0")
+    assert stored_name(tmp_path / "b.gguf") == "Hermes 2 Pro"
+
+    folder = shutil.copytree(small.DATA / "small", tmp_path / "fine-tune")
+    stream(folder, tmp_path / "c.gguf", "Q8_0")
+    assert stored_name(tmp_path / "c.gguf") == "fine-tune"
+    config = json.loads((folder / "config.json").read_text())
+    for number, (path, name) in enumerate(
+        [
+            ("NousResearch/Hermes-2-Pro-Mistral-7B", "NousResearch/Hermes-2-Pro-Mistral-7B"),
+            ("/workspace/output", "fine-tune"),
+            ("./out/checkpoint", "fine-tune"),
+            (["no name"], "fine-tune"),
+        ]
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": path}))
+        stream(folder, tmp_path / f"d{number}.gguf", "Q8_0")
+        assert stored_name(tmp_path / f"d{number}.gguf") == name
+
+    snapshot = tmp_path / "models--owner--name/snapshots" / ("c" * 40)
+    shutil.copytree(folder, snapshot)
+    stream(snapshot, tmp_path / "e.gguf", "Q8_0")
+    assert stored_name(tmp_path / "e.gguf") == "owner/name"
+
+
+def test_what_is_not_carried_over_is_told(tmp_path, forge):
+    reader = forge({"general.license": "apache-2.0", "quantize.imatrix.file": "x"})
+    config, tokenizer = read_config_and_tokenizer(reader, None)
+    with pytest.warns(UserWarning) as told:
+        gguf_export.export_checkpoint(reader, config, tokenizer, tmp_path / "b.gguf", "Q4_0")
+    texts = [str(warning.message) for warning in told]
+    assert "q8_0.gguf is quantized (Q8_0): its values are rounded again, to Q4_0" in texts
+    [lost] = [text for text in texts if text.startswith("not carried over to b.gguf: ")]
+    assert "general.license" in lost
+    assert "imatrix" not in lost
+    folder = shutil.copytree(small.DATA / "small", tmp_path / "folder")
+    defaults = {"eos_token_id": 460, "temperature": 0.7, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+    with pytest.warns(
+        UserWarning,
+        match="temperature of generation_config.json, top_p of generation_config.json$",
+    ):
+        stream(folder, tmp_path / "c.gguf", "Q8_0")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from mistral.checkpoints.gguf_export import export_checkpoint
+from mistral.checkpoints.load import open_reader, read_config_and_tokenizer
+if len(sys.argv) > 1:
+    reader = open_reader(Path(sys.argv[1]))
+    config, tokenizer = read_config_and_tokenizer(reader)
+    export_checkpoint(reader, config, tokenizer, Path(sys.argv[2]), sys.argv[3])
+# Not ru_maxrss, which begins with the memory of the process that started this one.
+lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(int(lines["VmHWM"].split()[0]) * 1024)
+"""
+
+
+def peak(*arguments):
+    command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("layers", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_an_export_holds_one_tensor_at_a_time(layers, original, tmp_path):
+    config = small.config(  # 150 or 600 MB in bfloat16
+        vocab_size=4000,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    model = mistral.Mistral(config).to(torch.bfloat16)
+    hugging_face.save(model, original[1], tmp_path / "folder")
+    size = (tmp_path / "folder/model.safetensors").stat().st_size
+    largest = 4000 * 1024 * 4  # in float32
+    del model
+    imports = peak()
+    for kind in ("Q8_0", "F32"):
+        taken = peak(tmp_path / "folder", tmp_path / f"{kind}.gguf", kind) - imports
+        assert taken < min(6 * largest, size / 1.4), f"{taken:,} of {size:,}"
 
 
 def test_row_orders_are_each_others_inverse():

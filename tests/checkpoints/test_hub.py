@@ -12,6 +12,7 @@ import pytest
 import small
 
 from mistral import CheckpointError
+from mistral.checkpoints import hub as hub_module
 from mistral.checkpoints.hub import choose_files, is_name
 
 SMALL = small.DATA / "small"
@@ -34,6 +35,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, body):
         parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[0] == "page":  # a proxy, which answers everything
+            return self.send(200, {}, b"<html>please log in</html>", body)
+        if parts[0].isdecimal():  # trouble
+            return self.send(int(parts[0]), {}, b"", body)
         if parts[:2] == ["api", "models"]:
             repo = "/".join(parts[2:4])
             revision = parts[5] if len(parts) > 5 else "main"
@@ -178,7 +183,7 @@ def test_what_cannot_be_had_is_said_with_what_there_is(run):
             "some/half-GGUF:Q8_0 has no whole GGUF file",
             "no repository some/absent",
             "some/mistral has no revision 'v9'",
-            "has no config.json with safetensors",
+            "has no config.json with weights",
         ),
         strict=True,
     ):
@@ -194,6 +199,82 @@ def test_the_cache_serves_offline_and_without_a_hub(run):
     lines = run(("some/mistral", {}), ("some/mistral-GGUF:Q8_0", {}), HF_ENDPOINT=closed)
     assert lines[0].startswith("ok ")
     assert "is not in the cache, and the hub cannot be reached" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("/429", "too many requests (429): wait, or set HF_TOKEN"),
+        ("/503", "the hub has trouble of its own (503): try again later"),
+        ("/401", "HF_TOKEN"),
+        ("/page", "a proxy or a login page"),
+    ],
+)
+def test_the_reason_of_no_answer_is_said_and_the_cache_is_used(run, hub, place, reason):
+    (line,) = run(("some/mistral", {}), HF_ENDPOINT=hub + place)
+    assert reason in line
+    assert run(("some/mistral", {}))[0].startswith("ok ")
+    if place != "/401":
+        assert run(("some/mistral", {}), HF_ENDPOINT=hub + place)[0].startswith("ok ")
+
+
+@pytest.mark.parametrize("absent", ["tokenizer.model", "model.safetensors"])
+def test_half_a_cache_is_not_the_repositorys_fault(run, tmp_path, absent):
+    assert run(("some/mistral", {}))[0].startswith("ok ")
+    (snapshot,) = tmp_path.glob("hub/models--*/snapshots/*")
+    (snapshot / absent).unlink()
+    (line,) = run(("some/mistral", {}), HF_HUB_OFFLINE="1")
+    assert "the copy of some/mistral in the cache is not complete" in line
+    assert "HF_HUB_OFFLINE is set" in line
+    assert absent in line
+    (tmp_path / "hub/models--some--mistral/blobs/x").touch()
+    (snapshot / absent).symlink_to("../../blobs/gone")
+    assert "is a link to" in run(("some/mistral", {}), HF_HUB_OFFLINE="1")[0]
+
+
+def test_addresses_and_files_are_understood(run, hub):
+    lines = run(
+        ("https://huggingface.co/some/mistral", {}),
+        ("https://huggingface.co/some/mistral/tree/main", {}),
+        (f"{hub}/some/mistral-GGUF/resolve/main/m.Q8_0.gguf?download=true", {}),
+        ("hf.co/some/mistral-GGUF:Q8_0", {}),
+        ("some/mistral-GGUF/m.Q4_K_M.gguf", {}),
+        ("https://huggingface.co/some/mistral/blob/main/config.json", {}),
+        ("some/mistral-GGUF/other.gguf", {}),
+        ("some/absent/", {}),
+    )
+    assert all(line.startswith("ok ") for line in lines[:5]), lines
+    assert "is one file of a checkpoint: name some/mistral" in lines[5]
+    assert "has no other.gguf; its GGUF files: m.Q8_0.gguf, m.Q4_K_M.gguf" in lines[6]
+    assert "there is no file or folder some/absent/ here, and no repository" in lines[7]
+
+
+def test_an_adapter_is_named_with_its_base(run):
+    base = json.dumps({"base_model_name_or_path": "some/mistral"}).encode()
+    Hub.repositories["some/lora"] = {
+        "adapter_config.json": base,
+        "adapter_model.safetensors": b"x",
+    }
+    (line,) = run(("some/lora", {}))
+    assert "some/lora is a LoRA adapter (adapter_config.json)" in line
+    assert "merge it into some/mistral" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "the disk is full: free space"),
+        (PermissionError(13, "Permission denied"), "the cache cannot be written"),
+        (OSError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed"), "certificate is not trusted"),
+        (OSError("[Errno -2] Name or service not known"), "no such host: no network"),
+        (TimeoutError("The read operation timed out"), "no answer in time"),
+        (ConnectionRefusedError(111, "Connection refused"), "no connection"),
+    ],
+)
+def test_the_cause_of_an_error_is_found(error, reason):
+    wrapped = RuntimeError("Please check your connection")
+    wrapped.__cause__ = error
+    assert reason in hub_module._reason(wrapped)
 
 
 FILES = [
@@ -291,3 +372,12 @@ def test_names_and_paths_are_told_apart():
         map(is_name, ["a/b", "NousResearch/Hermes-2-Pro-Mistral-7B-GGUF:Q4_K_M", "a.b/c_d-e"])
     )
     assert not any(map(is_name, ["a", "a/b/c", "/a/b", "a/b:", "C:\\a", "a b/c", "../a/b"]))
+
+
+def test_the_files_of_a_tokenizer_are_fetched():
+    files = ["config.json", "model.safetensors", "tokenizer.json", "README.md"]
+    others = ["chat_template.jinja", "additional_chat_templates/rag.jinja"]
+    expected = {"config.json", "model.safetensors", "tokenizer.json", *others}
+    assert set(choose_files("a/b", files + others, None, None)) == expected
+    with pytest.raises(CheckpointError, match="no tokenizer.model and no tokenizer.json"):
+        choose_files("a/b", files[:2], None, None)

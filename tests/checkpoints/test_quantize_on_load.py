@@ -179,10 +179,10 @@ def test_packed_asks_for_blocks_and_quantize_makes_them():
 
 
 def test_memory_is_asked_for_what_the_blocks_take(monkeypatch):
-    from mistral.checkpoints import assemble
+    from mistral.checkpoints import room
 
     asked = []
-    monkeypatch.setattr(assemble, "require_memory", lambda needed, *rest: asked.append(needed))
+    monkeypatch.setattr(room, "require_memory", lambda needed, *rest: asked.append(needed))
     model, _ = load(SMALL, quantize="q8_0")
     assert asked == [sum(tensor.nbytes for tensor in model.state_dict().values())]
 

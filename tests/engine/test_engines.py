@@ -238,6 +238,36 @@ def test_without_a_gpu_the_kernels_are_refused(no_gpu):
         open_engine("kernels", model())
 
 
+def test_what_no_model_changes_is_known_before_there_is_one(no_gpu, monkeypatch):
+    cpu = torch.device("cpu")
+    for name in ("auto", "eager", "compile"):
+        engines.check_engine(name, cpu, batch_size=99)
+    for name in ("auto", "eager"):
+        engines.check_engine(name, cpu, packed=True)
+    with pytest.raises(ValueError, match="packed weights cannot be compiled"):
+        engines.check_engine("compile", cpu, packed=True)
+    with pytest.raises(ValueError, match="at most 16 rows at once, not 17"):
+        engines.check_engine("kernels", cpu, batch_size=17)
+    with pytest.raises(ValueError, match="no engine 'fast'"):
+        engines.check_engine("fast", cpu)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        engines.check_engine("kernels", cpu)
+    monkeypatch.undo()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not torch.cuda.is_available() and engines._triton_problem() is None:
+        with pytest.raises(ValueError, match="need an NVIDIA GPU"):
+            engines.check_engine("kernels", cpu)
+
+
+def test_a_gpu_is_checked_before_there_is_a_model(a_gpu, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    engines.check_engine("kernels", gpu, packed=True, batch_size=16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="8.0 or later, not 7.5"):
+        engines.check_engine("kernels", gpu)
+
+
 def test_whatever_fails_underneath_is_one_line(a_gpu, monkeypatch):
     class Decoder:
         def __init__(self, *args, **kwargs):

@@ -659,9 +659,9 @@ class Ahead(Decoder):
     def logits(self):
         return super().logits
 
-    def step(self, sampling, mask=None):
+    def step(self, sampling, mask=None, active=None):
         self.steps += 1
-        ids = super().step(sampling, mask)
+        ids = super().step(sampling, mask, active)
         return torch.full_like(ids, self.broken) if self.broken and self.steps == 4 else ids
 
 

@@ -135,29 +135,29 @@ def test_embed_begins_a_step(dtype):
     slots = torch.full((B,), 99, device=DEVICE)
     arguments = [tokens, positions, table, norm, frequencies, residual, x, sums, cos, sin]
     check(
-        lambda *a: embed(*a, slots, S),
-        lambda *a: embed_reference(*a, slots.clone(), S),
+        lambda *a: embed(*a, slots, S, 1.25),
+        lambda *a: embed_reference(*a, slots.clone(), S, 1.25),
         arguments,
         (5, 6, 7, 8, 9),
     )
     assert slots.tolist() == [4097 % S, S, 3]  # the row that takes no part writes into the bin
 
 
-def test_embed_turns_by_the_angles_of_the_model():
-    model = small.model(torch.float32, hidden_size=D, head_dim=H)
+@pytest.mark.parametrize("scaling", [None, small.YARN])
+def test_embed_turns_by_the_angles_of_the_model(scaling):
+    model = small.model(torch.float32, hidden_size=D, head_dim=H, rope_scaling=scaling)
     positions = torch.tensor([0, 1, 511, 32767], device=DEVICE)
     cos = poisoned(4, H // 2)
     sin = poisoned(4, H // 2)
     scratch = [poisoned(4, D), poisoned(4, D), poisoned(4, D // 16)]
-    frequencies = model.model.rotary.frequencies.to(DEVICE)
+    rotary = model.model.rotary
+    frequencies = rotary.frequencies.to(DEVICE)
     table = model.model.embed_tokens.weight.to(DEVICE)
     norm = model.model.norm.weight.to(DEVICE)
-    embed(
-        positions % 7, positions, table, norm, frequencies, *scratch, cos, sin, positions.clone(), 8
-    )
-    for ours, theirs in zip(
-        (cos, sin), model.model.rotary(positions.cpu()[:, None], torch.float32)
-    ):
+    written = (*scratch, cos, sin, positions.clone())
+    read = (positions % 7, positions, table, norm, frequencies)
+    embed(*read, *written, 8, rotary.attention_factor)
+    for ours, theirs in zip((cos, sin), rotary(positions.cpu()[:, None], torch.float32)):
         assert torch.allclose(ours.cpu(), theirs[:, 0, 0, : H // 2], atol=1e-6, rtol=0)
 
 

@@ -140,7 +140,13 @@ def test_logits_that_are_not_numbers_are_an_error_although_nobody_looks_at_them(
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(sliding_window=None), dict(num_key_value_heads=6), dict(rope_theta=1e6)]
+    "changes",
+    [
+        dict(sliding_window=None),
+        dict(num_key_value_heads=6),
+        dict(rope_theta=1e6),
+        dict(rope_scaling=small.YARN),
+    ],
 )
 def test_other_shapes_and_no_window_give_the_references_text(changes):
     reference, fast = pair(max_tokens=60, **changes)
@@ -169,9 +175,11 @@ def test_the_kernels_themselves_give_the_references_logits_past_the_window():
     assert (step.logits - model(tokens)[:, -1]).abs().max() < CLOSE * twin.logits.abs().max()
 
 
-def test_the_kernels_from_the_prompt_to_the_chosen_ids_give_the_references_text():
+@pytest.mark.parametrize("scaling", [None, small.YARN])
+def test_the_kernels_from_the_prompt_to_the_chosen_ids_give_the_references_text(scaling):
     """On a CPU in Triton's interpreter: short, but longer than the window."""
-    engines = pair(batch_size=2, plain=False, num_hidden_layers=1, sliding_window=3)
+    sizes = dict(num_hidden_layers=1, sliding_window=3, rope_scaling=scaling)
+    engines = pair(batch_size=2, plain=False, **sizes)
     rules = mistral.Sampling(temperature=0, repetition_penalty=1.3)
     for engine in engines:
         engine.prefill([[5, 6, 7, 8], [9]])

@@ -201,7 +201,7 @@ def test_a_model_whose_blocks_became_planes_is_not_saved_by_halves(tmp_path):
     with pytest.raises(ValueError, match="the model is packed"):
         hugging_face.save(model, None, tmp_path)
     with pytest.raises(
-        ValueError, match="is packed; load the checkpoint without packed and quantize"
+        ValueError, match="is packed; load the checkpoint without packed=True and quantize"
     ):
         gguf_export.export(model, small.true_tokenizer(), tmp_path / "m.gguf", "F16")
 

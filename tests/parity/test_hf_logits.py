@@ -1,9 +1,15 @@
 """Logits against transformers: the same numbers to the last bit."""
 
+import json
+
 import numpy as np
 import pytest
 import small
 import torch
+
+import mistral
+from mistral.checkpoints.hugging_face_config import read_config
+from mistral.rotary import Rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -43,6 +49,114 @@ def test_bit_identical_for_every_kind_of_config(changes, dtype, tmp_path):
     for T in (1, 10, 11, 12):
         tokens = small.tokens(3, T)
         assert difference(ours(tokens), theirs(tokens, use_cache=False).logits) == 0.0
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.5}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["Mistral", "Llama"])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LINEAR,
+        YARN,
+        YARN | {"attention_factor": 0.8, "beta_fast": 12, "beta_slow": 0.5},
+        YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "truncate": False},
+        None,
+    ],
+    ids=str,
+)
+def test_bit_identical_with_scaled_angles(scaling, family, dtype, tmp_path):
+    # Up to, at and beyond the trained length of 16; the window, if there is one, is 4.
+    ours, theirs = small.load_pair(small.save_hf(tmp_path, family=family, scaling=scaling), dtype)
+    assert (ours.config.sliding_window, ours.config.rope_scaling is None) == (
+        4 if family == "Mistral" else None,
+        scaling is None,
+    )
+    for T in (1, 16, 17, 150):
+        tokens = small.tokens(3, T)
+        assert difference(ours(tokens), theirs(tokens, use_cache=False).logits) == 0.0
+
+
+@pytest.mark.parametrize("window", [4, None])
+@pytest.mark.parametrize("scaling", [LINEAR, YARN], ids=lambda scaling: scaling["rope_type"])
+def test_cached_is_whole_with_scaled_angles(scaling, window, tmp_path):
+    small.save_hf(tmp_path, scaling=scaling, sliding_window=window)
+    ours = small.load_model(tmp_path, torch.float64)
+    tokens = small.tokens(3, 60)
+    cache = ours.new_cache(3, max_tokens=60)
+    pieces = [ours(piece, cache) for piece in tokens.split(7, dim=1)]
+    assert difference(torch.cat(pieces, dim=1), ours(tokens)) < 1e-10
+
+
+def test_without_its_scaling_a_model_is_another(tmp_path):
+    # The size of the error that these tests guard against.
+    from dataclasses import replace
+
+    ours = small.load_model(small.save_hf(tmp_path, scaling=YARN), torch.float32)
+    plain = mistral.Mistral(replace(ours.config, rope_scaling=None))
+    plain.load_state_dict(ours.state_dict())
+    assert difference(ours(small.tokens(3, 17)), plain(small.tokens(3, 17))) > 0.1
+
+
+PUBLISHED_YARN = {  # NousResearch/Yarn-Mistral-7b-128k
+    "factor": 16.0,
+    "finetuned": True,
+    "original_max_position_embeddings": 8192,
+    "type": "yarn",
+}
+
+
+@pytest.mark.parametrize("theta", [10000, 10000.0, 1e6, 123.4])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"rope_scaling": PUBLISHED_YARN},
+        {"rope_scaling": {"type": "yarn", "factor": 7.3}},  # trained for max_position_embeddings
+        {"rope_scaling": {"rope_type": "yarn", "factor": 7.3, "type": "yarn"}},
+        {"rope_scaling": PUBLISHED_YARN | {"factor": None}},
+        {"rope_scaling": PUBLISHED_YARN | {"beta_fast": None, "beta_slow": 0, "mscale": None}},
+        {"rope_scaling": PUBLISHED_YARN | {"attention_factor": None, "mscale_all_dim": 0.5}},
+        {"rope_scaling": PUBLISHED_YARN | {"mscale": 0.5, "mscale_all_dim": 0}},
+        {"rope_scaling": PUBLISHED_YARN | {"truncate": None}},
+        {"rope_scaling": PUBLISHED_YARN | {"truncate": False, "factor": 1.0}},
+        {"rope_scaling": PUBLISHED_YARN | {"factor": 0.5, "attention_factor": 2}},
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0},
+            "original_max_position_embeddings": 777,
+        },
+        {"rope_scaling": {"type": "linear", "factor": 4}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1.0}},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"rope_type": "default", "factor": 4.0}},
+        {"rope_scaling": {}},
+        {"rope_scaling": None, "rope_parameters": None},
+        {"rope_parameters": {"rope_type": "linear", "factor": 3.3}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 3.3, "rope_theta": ...}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("head_dim", [10, 128])
+def test_every_form_of_scaling_gives_the_angles_of_transformers(form, theta, head_dim):
+    import transformers
+    from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+
+    form = json.loads(json.dumps(form, default=lambda _: theta))  # fresh, and ... becomes theta
+    raw = {**small.SIZES, "model_type": "mistral", "eos_token_id": 2} | {"head_dim": head_dim}
+    raw |= {"rope_theta": theta} | form
+    config = read_config(json.loads(json.dumps(raw)), 2)
+    ours = Rotary(head_dim, config.rope_theta, config.rope_scaling)
+    theirs = MistralRotaryEmbedding(transformers.MistralConfig(**raw))
+    assert torch.equal(ours.frequencies, theirs.inv_freq)
+    assert ours.attention_factor == theirs.attention_scaling
+    positions = torch.tensor([[0, 1, 511, 512, 8192, 131071]])
+    for dtype in DTYPES:
+        cos, sin = ours(positions, dtype)
+        their_cos, their_sin = theirs(torch.empty(0, dtype=dtype), positions)
+        assert torch.equal(cos[:, 0], their_cos)
+        assert torch.equal(sin[:, 0], their_sin)
 
 
 def test_bit_identical_at_true_width(tmp_path):

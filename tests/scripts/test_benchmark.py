@@ -12,10 +12,11 @@ import profile_step
 import pytest
 import small
 import torch
-from benchmark_parts import formats, report, sizes, turns
+from benchmark_parts import formats, mixtures, report, sizes, turns
 from benchmark_parts.peers import transformers_model
 from benchmark_parts.sizes import Case
 
+import mistral
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.packed import Packed
 
@@ -56,12 +57,12 @@ def test_packed_formats_of_7b_read_as_much_as_the_files_hold(format, gigabytes):
 
 
 def test_llama_cpp_packs_half_of_the_layers_finer():
-    kinds = [formats.kind_of("v_proj", layer, 32, "Q4_K_M").name for layer in range(32)]
+    kinds = [mixtures.kind_of("Q4_K_M", "v_proj", layer, 32, 4).name for layer in range(32)]
     finer = {layer for layer, kind in enumerate(kinds) if kind == "Q6_K"}
     assert finer == {*range(4), *range(6, 28, 3), *range(28, 32)}
     assert set(kinds) == {"Q4_K", "Q6_K"}
-    assert formats.kind_of("q_proj", 0, 32, "Q4_K_M").name == "Q4_K"
-    assert formats.kind_of("lm_head", 0, 32, "Q4_0").name == "Q6_K"
+    assert mixtures.kind_of("Q4_K_M", "q_proj", 0, 32, 4).name == "Q4_K"
+    assert mixtures.kind_of("Q4_0", "lm_head", 0, 32, 4).name == "Q6_K"
 
 
 @pytest.mark.parametrize("format", formats.FORMATS)
@@ -218,7 +219,7 @@ def test_formats_are_compared_with_float32(monkeypatch, capsys, tmp_path):
         "--page",
         tmp_path / "page.md",
     )
-    chosen = ["bfloat16", "q8_0", "q4_0"] + ["Q4_K_M"] * bool(importlib.util.find_spec("llama_cpp"))
+    chosen = ["bfloat16", "q8_0", "q4_0"] + ["Q4_K_M"] * bool(importlib.util.find_spec("xllamacpp"))
     out = run_script(
         measure_quantization,
         monkeypatch,
@@ -235,8 +236,48 @@ def test_formats_are_compared_with_float32(monkeypatch, capsys, tmp_path):
     assert results["q8_0"]["bits"] == 8.5
     assert all(row["kernels"] == "not measured: no GPU" for row in results.values())
     page = (tmp_path / "page.md").read_text()
-    assert "over 30 positions of `text.txt`" in page
+    assert page.startswith("## small\n\n30 positions of `text.txt`.\n")
     assert page.count("\n| ") == 1 + len(chosen)
+
+
+def test_a_section_of_a_page_is_replaced_and_the_rest_stays(tmp_path):
+    page = tmp_path / "page.md"
+    report.write_section(page, "demo", "one")
+    assert page.read_text() == "## demo\n\none\n"
+    page.write_text("# Title\n\nHead.\n\n## demo\n\none\n\n## notes\n\nstay\n")
+    report.write_section(page, "real", "two\n")
+    report.write_section(page, "demo", "three")
+    assert page.read_text() == (
+        "# Title\n\nHead.\n\n## demo\n\nthree\n\n## notes\n\nstay\n\n## real\n\ntwo\n"
+    )
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_K_M", "Q2_K", "IQ4_XS"])
+def test_mixtures_are_the_bytes_that_llama_quantize_wrote(format):
+    pytest.importorskip("xllamacpp")
+    model, _ = mistral.load(
+        small.DATA / "small", device="cpu", dtype=torch.float32, sliding_window=None
+    )
+    made = measure_quantization.assemble(
+        model, measure_quantization.pack(model, format), torch.float32
+    )
+    file = small.DATA / f"gguf/{format.lower()}.gguf"
+    written, _ = mistral.load(file, device="cpu", packed=True, sliding_window=None)
+    blocks = {name: values for name, values in written.state_dict().items() if "blocks" in name}
+    assert len(blocks) == 2 + 7 * model.config.num_hidden_layers
+    for name, values in blocks.items():
+        ours = made.get_submodule(name.removesuffix(".blocks"))
+        assert ours.kind == written.get_submodule(name.removesuffix(".blocks")).kind
+        assert torch.equal(ours.blocks, values), name
+
+
+def test_rows_that_are_not_whole_blocks_get_another_type_as_in_llama_cpp():
+    kinds = {name: mixtures.kind_of(name, "q_proj", 0, 32, 4) for name in mixtures.MOST}
+    fitted = {name: mixtures.fitting(kind, 576).name for name, kind in kinds.items()}
+    assert (fitted["Q4_K_M"], fitted["Q6_K"], fitted["IQ4_XS"]) == ("Q5_0", "Q8_0", "IQ4_NL")
+    assert mixtures.fitting(kinds["Q4_K_M"], 1536).name == "Q4_K"
+    with pytest.raises(ValueError, match="not whole blocks of 32"):
+        mixtures.fitting(kinds["Q4_K_M"], 40)
 
 
 def test_what_a_step_costs_far_beyond_the_window_is_told_beside_one_at_its_end():

@@ -1,7 +1,9 @@
 """The scripts as a person runs them: in a process of their own, with good and bad input."""
 
+import ast
 import json
 import os
+import re
 import runpy
 import select
 import shutil
@@ -11,12 +13,16 @@ import sys
 import time
 import warnings
 
+import common
 import pytest
 import small
+import torch
 from demo import talk, training
 
 import mistral
 import mistral_kernels
+from mistral.checkpoints import load as checkpoints
+from mistral.engine import memory
 
 SMALL = str(small.DATA / "small")
 
@@ -238,7 +244,7 @@ def test_inspect_checkpoint_tells_the_facts(hermes, run_here):
             "temperature must be 0 (greedy) or",
         ),
         ("generate", (SMALL, "--prompt", "hi", "--max-new-tokens", 3000), "made for 2048"),
-        ("generate", (SMALL, "--prompt", "hi", "--stop", ""), "non-empty strings"),
+        ("generate", (SMALL, "--prompt", "hi", "--stop", ""), "--stop is empty"),
         ("generate", (SMALL, "--prompt", "hi", "--device", "gpu"), "device 'gpu'"),
         ("generate", (SMALL, "--prompt", "hi", "--device", "meta"), "device 'meta'"),
         ("benchmark", ("--device", "foo"), "device 'foo'"),
@@ -247,7 +253,7 @@ def test_inspect_checkpoint_tells_the_facts(hermes, run_here):
         ("generate", (SMALL, "--prompt", b"\xff".decode(errors="surrogateescape")), "surrogates"),
         ("inspect_checkpoint", ("no/such/folder",), "does not exist"),
         ("compare_hf", ("no/such/folder",), "does not exist"),
-        ("compare_hf", (SMALL, "--tokens", 0), "takes 1 to 2048"),
+        ("compare_hf", (SMALL, "--tokens", 0), "--tokens must be 1 or more"),
         ("random_checkpoint", (SMALL,), "is not empty"),
         ("random_checkpoint", ("/nowhere/x", "--hidden-size", 100), "multiple of 128"),
         ("benchmark", ("--repeats", 0), "must be 1 or more"),
@@ -272,6 +278,196 @@ def test_unknown_options_are_refused(arguments, run_here):
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.fixture
+def no_loading(monkeypatch):
+    """Fails a test whose script reads a checkpoint."""
+
+    def loaded(*arguments, **options):
+        pytest.fail("the script began to load the checkpoint")
+
+    monkeypatch.setattr(mistral, "load", loaded)
+    monkeypatch.setattr(checkpoints, "open_reader", loaded)
+    monkeypatch.setattr(checkpoints, "local_path", loaded)
+
+
+PROMPT = ("--prompt", "hi")
+BEFORE_LOADING = [
+    ("generate", (*PROMPT, "--engine", "compile", "--packed"), "packed weights cannot be compiled"),
+    ("generate", (*PROMPT, "--engine", "compile", "--quantize", "q8_0"), "use --engine eager"),
+    ("generate", (*PROMPT, "--max-new-tokens", 0), "--max-new-tokens must be 1 or more, not 0"),
+    ("generate", (*PROMPT, "--max-new-tokens", -5), "--max-new-tokens must be 1 or more"),
+    ("generate", (*PROMPT, "--temperature", -1), "--temperature must be 0"),
+    ("generate", (*PROMPT, "--top-p", 2), "--top-p must be between 0 and 1"),
+    ("generate", (*PROMPT, "--lookup", -1), "argument --lookup"),
+    ("generate", (*PROMPT, "--device", "gpu"), "device 'gpu'"),
+    ("generate", (*PROMPT, "--stop", ""), "--stop is empty"),
+    ("generate", (*PROMPT, "--format", "x"), "unrecognized arguments"),
+    ("chat", ("--load", "/nowhere.jsonl"), "/nowhere.jsonl"),
+    ("chat", ("--load", "README.md"), "README.md, line 1, is not valid JSON"),
+    ("chat", ("--max-new-tokens", 0), "--max-new-tokens must be 1 or more"),
+    ("chat", ("--max-tokens", 0), "--max-tokens must be 1 or more"),
+    ("chat", ("--format", "x"), "argument --format"),
+    ("chat", ("--engine", "compile", "--packed"), "packed weights cannot be compiled"),
+    ("json_mode", (*PROMPT, "--schema", "/nowhere.json"), "/nowhere.json cannot be read"),
+    ("json_mode", (*PROMPT, "--retries", -1), "--retries must be 0 or more"),
+    ("json_mode", (*PROMPT, "--max-new-tokens", 0), "--max-new-tokens must be 1 or more"),
+    ("json_mode", (*PROMPT, "--seed", -1), "--seed must be a whole number"),
+    ("function_calling", (*PROMPT, "--tools", "/nowhere.py"), "/nowhere.py does not exist"),
+    ("function_calling", (*PROMPT, "--tools", "README.md"), "README.md cannot be run"),
+    ("function_calling", (*PROMPT, "--tool-choice", "fly"), "no tool 'fly'"),
+    ("function_calling", (*PROMPT, "--tool-choice", "required", "--no-grammar"), "--no-grammar"),
+    ("function_calling", (*PROMPT, "--format", "mistral_instruct_v1"), "has no functions"),
+    ("function_calling", (*PROMPT, "--max-rounds", 0), "--max-rounds must be 1 or more"),
+    ("function_calling", ("--prompt", ""), "--prompt is empty"),
+    ("look_inside", ("hi", "-o", "/nowhere/page.html"), "/nowhere is not a folder"),
+    ("look_inside", ("hi", "-o", "README.md"), "is not a page of this script"),
+    ("look_inside", ("", "-o", "/tmp/page.html"), "the text is empty"),
+    ("compare_hf", ("--tokens", 0), "--tokens must be 1 or more"),
+    ("compare_hf", ("--packed",), "leave out --packed"),
+    ("export_gguf", ("/nowhere/m.gguf",), "/nowhere is not a folder"),
+    ("export_gguf", ("tests",), "tests is a folder"),
+    ("export_gguf", ("README.md",), "README.md exists"),
+    ("export_gguf", ("/tmp/m.gguf", "--packed"), "leave out --packed"),
+    ("benchmark_lookup", ("--page", "/nowhere/page.md"), "/nowhere is not a folder"),
+    ("measure_demo", ("--page", "/nowhere/page.md"), "/nowhere is not a folder"),
+    ("measure_demo", ("--requests", 0), "must be 1 or more"),
+    ("stress_grammar", ("--engine", "compile", "--packed"), "packed weights cannot be compiled"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "words"), BEFORE_LOADING, ids=str)
+def test_what_needs_no_weights_is_refused_before_they_are_read(
+    script, arguments, words, run_here, no_loading, monkeypatch
+):
+    monkeypatch.chdir(small.ROOT)
+    model = () if script == "measure_demo" else ("demo",)
+    code, _, err = run_here(script, *model, *arguments)
+    assert code in (1, 2)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+EVALUATION = ("function-calling", "--model", "demo", "--data", str(small.DATA / "README.md"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--output", "/nowhere/answers.jsonl"), "/nowhere is not a folder"),
+        (("--temperature", -1), "--temperature must be"),
+        (("--max-new-tokens", 0), "--max-new-tokens must be 1 or more"),
+        (("--engine", "compile", "--packed"), "packed weights cannot be compiled"),
+        ((), "README.md"),
+    ],
+    ids=str,
+)
+def test_an_evaluation_is_checked_before_weights_are_read(arguments, words, run_here, no_loading):
+    code, _, err = run_here("evaluate", *EVALUATION, *arguments)
+    assert (code, words in err) == (1, True), err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["generate", "chat", "json_mode", "function_calling"])
+def test_the_kernels_without_a_gpu_are_refused_before_weights_are_read(
+    script, run_here, no_loading, monkeypatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    prompt = () if script == "chat" else PROMPT
+    code, _, err = run_here(script, "demo", *prompt, "--engine", "kernels")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "the kernels need an NVIDIA GPU" in err or "Triton is not installed" in err
+
+
+def test_a_checkpoint_in_its_own_dtype_is_a_note_with_flags(run_here, monkeypatch):
+    monkeypatch.setattr(memory, "_available_memory", lambda device: 4_000_000)
+    code, _, err = run_here("generate", SMALL, *PROMPT, "--max-new-tokens", 1)
+    assert code == 0, err
+    [note] = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert "it is loaded in bfloat16 (2.72 MB)" in note
+    assert note.endswith(
+        "Less memory: --quantize q8_0 (1.45 MB) or --quantize q4_0 (831.49 kB), or a quantized "
+        "GGUF with --packed"
+    )
+    monkeypatch.setattr(memory, "_available_memory", lambda device: 1_000_000)
+    code, _, err = run_here("generate", SMALL, *PROMPT, "--dtype", "float32")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("error: small in float32 needs 5.44 MB on cpu, and 1.00 MB are free; it")
+    assert err.endswith("it would fit with --quantize q4_0 (831.49 kB)\n")
+
+
+def all_options():
+    """A parser with every option that takes an argument of the library."""
+    parser = common.parser("", "")
+    common.add_model_arguments(parser)
+    common.add_chat_arguments(parser)
+    common.add_sampling_arguments(parser, temperature=0.0)
+    common.add_engine_argument(parser)
+    common.add_lookup_argument(parser)
+    for option in ("--tool-choice", "--max-rounds", "--retries", "--prompt", "--time-limit"):
+        parser.add_argument(option)
+    parser.add_argument("--no-grammar", action="store_true")
+
+
+@pytest.mark.parametrize(
+    ("message", "translated"),
+    [
+        ('quantize="q4_0" (4.18 GB)', "--quantize q4_0 (4.18 GB)"),
+        ("keep it with packed=True, please", "keep it with --packed, please"),
+        ("(sliding_window=None: attend to all)", "(--window none: attend to all)"),
+        ("(sliding_window=... overrides)", "(--window overrides)"),
+        ("dtype=torch.bfloat16 (2 GB)", "--dtype bfloat16 (2 GB)"),
+        ("revision='x' is for names", "--revision x is for names"),
+        ("lower max_new_tokens.", "lower --max-new-tokens."),
+        ("top_p must be between 0 and 1", "--top-p must be between 0 and 1"),
+        ("seed must be a whole number", "--seed must be a whole number"),
+        ("it needs grammar=True, and", "it needs grammar (without --no-grammar), and"),
+        ("or use the eager engine, mistral.Decoder", "or use --engine eager"),
+        # Not arguments: keys of files, names of files, and arguments without an option
+        ("config.json has no sliding_window", "config.json has no sliding_window"),
+        ("/data/top_k/max_tokens.json is missing", "/data/top_k/max_tokens.json is missing"),
+        ("/data/dtype=float16/seed=3 is missing", "/data/dtype=float16/seed=3 is missing"),
+        ("there is no tool 'max_tokens'", "there is no tool 'max_tokens'"),
+        ("slack=16 or more", "slack=16 or more"),
+        ("a packed GGUF, a seed, the temperature", "a packed GGUF, a seed, the temperature"),
+    ],
+)
+def test_messages_name_flags(message, translated):
+    all_options()
+    assert common.with_flags(message) == translated
+
+
+def messages_of_the_library():
+    """Every text of one line in mistral and mistral_kernels, the values in it as VALUE."""
+    for folder in ("mistral", "kernels"):
+        for path in sorted((small.ROOT / folder).rglob("*.py")):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            formatted = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+            parts = {id(part) for values in formatted for part in values}
+            texts = [
+                node for node in nodes if isinstance(node, ast.Constant) and id(node) not in parts
+            ]
+            for values in (*formatted, *([text] for text in texts)):
+                said = [v.value if isinstance(v, ast.Constant) else "VALUE" for v in values]
+                message = "".join(map(str, said))
+                if "\n" not in message:  # others are docstrings
+                    yield path, message
+
+
+def test_every_argument_that_a_message_names_has_its_flag_in_a_script():
+    all_options()
+    named = re.compile(
+        r"\b(packed|quantize|sliding_window|dtype|revision|device|grammar|max_new_tokens|top_k|"
+        r"top_p|min_p|typical_p|repetition_penalty|no_repeat_ngram_size|tool_choice|max_rounds)="
+    )
+    found = set()
+    for path, message in messages_of_the_library():
+        for argument in named.findall(message):
+            found.add(argument)
+            assert f"{argument}=" not in common.with_flags(message), (path, message)
+    assert found >= {"packed", "quantize", "sliding_window", "dtype", "revision", "grammar"}
+
+
 def test_input_that_is_not_utf_8_is_said():
     command = [sys.executable, "scripts/generate.py", SMALL]
     result = subprocess.run(
@@ -280,6 +476,21 @@ def test_input_that_is_not_utf_8_is_said():
     assert result.returncode == 1
     assert b"not UTF-8" in result.stderr
     assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_cannot_show_a_character_gets_the_rest(encoding):
+    program = "import common; common.run(lambda: print('naïve 日本 \\ud800 end'))"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=small.ROOT / "scripts",
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+        encoding=encoding,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ("na?ve ?? ? end\n" if encoding == "ascii" else "naïve ?? ? end\n")
 
 
 def test_too_little_memory_is_one_line(tmp_path, run_here):
@@ -408,13 +619,14 @@ def test_a_reader_that_leaves_is_no_error(hermes):
 def test_a_chat_in_the_terminal_answers_obeys_commands_and_keeps_the_conversation(tmp_path):
     saved = tmp_path / "talk.jsonl"
     typed = (
-        f"Hello!\n/system Be brief.\n/nothing\nWhat is\\\nGGUF?\n/save {saved}\n/reset\n/load "
-        f"{saved}\n/quit\n"
+        f"Hello!\n/system Be brief.\n/nothing\nWhat is\\\nGGUF?\n/retry\n/save {saved}\n/reset\n/load "
+        f"{saved}\n/undo\n/undo\n/quit\n"
     )
     result = run("chat", "--temperature", 0, "--max-new-tokens", 40, input=typed)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("tokens/s") == 2
+    assert result.stderr.count("tokens/s") == 3
     assert "error: there is no command /nothing" in result.stderr
+    assert result.stderr.count("error: the conversation has no message of the user") == 1
     head, *messages = map(json.loads, saved.read_text().splitlines())
     assert head["format"] == "chatml"
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
@@ -572,7 +784,7 @@ def test_the_demo_is_measured_and_its_page_written(length, run_here, tmp_path, m
         (
             "function_calling",
             ("--tool-choice", "required", "--no-grammar", "--prompt", "x"),
-            "needs grammar=True",
+            "leave out --no-grammar",
         ),
         ("json_mode", ("--schema", "README.md", "--prompt", "x"), "is not valid JSON"),
         ("json_mode", ("--schema", "/nowhere.json", "--prompt", "x"), "cannot be read"),

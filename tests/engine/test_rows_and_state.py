@@ -1,0 +1,529 @@
+"""What rows hold after anything: another turn, no choice left, copies, what is attached."""
+
+import copy
+import gc
+import math
+import pickle
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+
+import mistral
+from mistral import Decoder, LookupDecoder, Sampling, generate, generate_batch, generate_naive
+from mistral.engine.compiled import CompiledDecoder
+from mistral.engine.ids import token_ids, unpadded
+from mistral_kernels import Decoder as KernelDecoder
+
+GREEDY = Sampling(temperature=0)
+SIZES = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(CompiledDecoder, "backend", "eager")
+
+
+def model(**changes):
+    return small.model(torch.float32, **SIZES, **changes)
+
+
+def prompt(n, seed=0):
+    return small.tokens(n, seed=seed, vocab_size=SIZES["vocab_size"]).tolist()
+
+
+def eager(model, rows=1, max_tokens=200):
+    return Decoder(model, rows, max_tokens)
+
+
+def compiled(model, rows=1, max_tokens=200):
+    return CompiledDecoder(model, rows, max_tokens, sums=False)
+
+
+def kernels(model, rows=1, max_tokens=200):
+    return KernelDecoder(model, rows, max_tokens, plain=True)
+
+
+def lookup(model, rows=1, max_tokens=200):
+    return LookupDecoder(Decoder(model, rows, max_tokens, slack=16), tokens=4)
+
+
+BATCHES = pytest.mark.parametrize("make", [eager, compiled, kernels])
+ENGINES = pytest.mark.parametrize("make", [eager, compiled, kernels, lookup])
+
+
+def run(model_or_decoder, ids, n=8, sampling=GREEDY, **options):
+    options = {"stop_tokens": (), **options}
+    return list(generate(model_or_decoder, ids, sampling, max_new_tokens=n, **options))
+
+
+# Turns of a batch
+
+
+@BATCHES
+@pytest.mark.parametrize("sampling", [GREEDY, [GREEDY, Sampling(seed=4), GREEDY]])
+def test_a_second_turn_of_a_batch_continues_each_row_where_it_ended(make, sampling):
+    m = model(sliding_window=6)
+    prompts = [prompt(9), prompt(5, 3), prompt(1, 7)]
+    stop = [run(m, prompts[0])[2]]
+    decoder = make(m, 3)
+    first = generate_batch(decoder, prompts, sampling, max_new_tokens=10, stop_tokens=stop)
+    assert len({len(answer) for answer in first}) > 1
+    assert decoder.lengths == [len(p) + len(a) for p, a in zip(prompts, first)]
+    more = [[11, 12, 13], [14, 15], [16]]
+    second = generate_batch(decoder, more, GREEDY, max_new_tokens=5, stop_tokens=())
+    expected = [run(m, p + a + n, 5) for p, a, n in zip(prompts, first, more)]
+    assert second == expected
+
+
+@BATCHES
+def test_each_row_says_why_it_ended(make):
+    m = model(sliding_window=None)
+    prompts = [prompt(9), prompt(12, 3), prompt(20, 5)]
+    stop = run(m, prompts[0])[3]
+    decoder = make(m, 3, 24)
+    answers = generate_batch(decoder, prompts, GREEDY, max_new_tokens=7, stop_tokens=[stop])
+    assert answers.reasons == ["stop", "length", "full"]
+    assert [len(answer) for answer in answers] == [4, 7, 4]
+    assert decoder.lengths == [13, 19, 24]
+
+
+def test_generate_says_why_it_ended():
+    m = model()
+    free = run(m, prompt(9))
+    for options, reason in [
+        (dict(stop_tokens=[free[2]]), "stop"),
+        (dict(stop_tokens=()), "length"),
+    ]:
+        ids = generate(m, prompt(9), GREEDY, max_new_tokens=5, **options)
+        assert ids.reason is None
+        assert list(ids) == free[: 3 if reason == "stop" else 5]
+        assert ids.reason == reason
+    m = model(sliding_window=None)
+    with pytest.raises(ValueError, match="12 tokens in a row, and the limit here is 11"):
+        run(Decoder(m, 1, 11), prompt(9))
+
+
+# Texts
+
+
+def test_texts_of_a_batch_are_those_of_each_alone_and_say_why_they_ended():
+    m, tokenizer = mistral.load("demo")
+    texts = ["What is a sliding window?", "Hello", "The cache"]
+    alone = []
+    reasons = []
+    for text in texts:
+        pieces = mistral.generate_text(m, tokenizer, text, GREEDY, max_new_tokens=12, stop=["e"])
+        alone.append("".join(pieces))
+        reasons.append(pieces.reason)
+    together = mistral.generate_batch_text(
+        m, tokenizer, texts, GREEDY, max_new_tokens=12, stop=["e"]
+    )
+    assert together == alone
+    assert together.reasons == reasons
+    assert "stop_string" in reasons
+    streamed = ["", "", ""]
+    stream = mistral.stream_batch_text(m, tokenizer, texts, GREEDY, max_new_tokens=12, stop=["e"])
+    for row, piece in stream:
+        streamed[row] += piece
+    assert streamed == alone
+    assert stream.reasons == reasons
+
+
+def test_a_text_in_a_full_decoder_ends_as_full():
+    m, tokenizer = mistral.load("demo", sliding_window=None)
+    pieces = mistral.generate_text(
+        Decoder(m, 1, 12), tokenizer, list(range(10, 18)), GREEDY, max_new_tokens=50, stop_tokens=()
+    )
+    assert "".join(pieces)
+    assert pieces.reason == "full"
+
+
+# No choice
+
+
+def broken_logits(m, change):
+    m.lm_head.register_forward_hook(lambda module, inputs, output: change(output))
+    return m
+
+
+BROKEN = {
+    "nan": lambda logits: logits.fill_(math.nan),
+    "one nan": lambda logits: logits.index_fill_(-1, torch.tensor([5]), math.nan),
+    "inf": lambda logits: logits.index_fill_(-1, torch.tensor([7]), math.inf),
+    "all -inf": lambda logits: logits.fill_(-math.inf),
+}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=0), Sampling(seed=0, top_p=0.9)])
+@pytest.mark.parametrize("name", BROKEN)
+def test_logits_without_a_best_one_are_an_error_and_leave_the_decoder_as_it_was(name, sampling):
+    m = broken_logits(model(), BROKEN[name])
+    for decoder in (Decoder(m), LookupDecoder(Decoder(m), tokens=4)):
+        with pytest.raises(ValueError, match="row 0: (the logits are NaN|constraint)"):
+            run(decoder, prompt(9), 3, sampling)
+        assert decoder.lengths == [9]
+    with pytest.raises(ValueError, match="row 0: "):
+        list(generate_naive(m, prompt(9), sampling, max_new_tokens=3))
+    with pytest.raises(ValueError, match="row 0: "):
+        generate_batch(m, [prompt(9), prompt(3)], sampling, max_new_tokens=3)
+
+
+@ENGINES
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_vocabulary_that_is_used_up_is_an_error(make, temperature):
+    m = model()
+    sampling = Sampling(temperature=temperature, seed=0, no_repeat_ngram_size=1)
+    decoder = make(m)
+    written = []
+    with pytest.raises(ValueError, match="forbid every token"):
+        for id in generate(decoder, prompt(9), sampling, max_new_tokens=190, stop_tokens=()):
+            written.append(id)
+    assert len(set(written)) == len(written) == 128 - len(set(prompt(9)))
+    assert decoder.lengths == [9 + len(written)]
+
+
+@ENGINES
+@pytest.mark.parametrize("only", [0, 8])
+def test_a_constraint_to_an_id_that_a_penalty_bans_is_an_error(make, only):
+    class Only(mistral.Constraint):
+        def mask(self):
+            return torch.arange(128) == only
+
+    banned = Sampling(temperature=0, no_repeat_ngram_size=1)
+    with pytest.raises(ValueError, match="forbid every token"):
+        run(make(model()), [only, 5], 3, banned, constraint=Only())
+
+
+# Ids and stop tokens
+
+
+KINDS = {
+    "list": list,
+    "tuple": tuple,
+    "numpy": np.array,
+    "int32": lambda ids: torch.tensor(ids, dtype=torch.int32),
+    "tensor": torch.tensor,
+    "uint8": lambda ids: np.array(ids, dtype=np.uint8),
+    "[1, T]": lambda ids: torch.tensor([ids]),
+    "numbers of numpy": lambda ids: list(np.array(ids)),
+    "numbers of torch": lambda ids: list(torch.tensor(ids)),
+}
+
+
+@ENGINES
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_stop_tokens_of_every_integer_type_are_taken(make, kind):
+    m = model()
+    expected = run(m, prompt(9))
+    assert run(make(m), KINDS[kind](prompt(9))) == expected
+    stopped = run(make(m), KINDS[kind](prompt(9)), stop_tokens=KINDS[kind]([expected[2]]))
+    assert stopped == expected[:3]
+
+
+@pytest.mark.parametrize(
+    "given", ["hello", b"ab", [1.0], [True], 5, None, [[1], [2]], [None], torch.rand(3), np.ones(2)]
+)
+def test_ids_of_other_types_are_refused(given):
+    with pytest.raises(ValueError, match="the prompt (is text|must be whole numbers)"):
+        token_ids(given)
+
+
+def test_a_padded_batch_becomes_its_rows():
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10], [3, 0, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]])
+    assert unpadded(ids, mask) == [[5, 6], [7, 8, 9, 10], [3]]
+    with pytest.raises(ValueError, match="between the tokens of row 0"):
+        unpadded([[1, 2, 3]], [[1, 0, 1]])
+    with pytest.raises(ValueError, match=r"\[B, T\] both"):
+        unpadded([[1, 2, 3]], [[1, 0]])
+    m = model()
+    with pytest.raises(ValueError, match="mistral.unpadded"):
+        m(ids, attention_mask=mask)
+    right = m(ids[2:], attention_mask=mask[2:])
+    assert torch.equal(right[:, 0], m(ids[2:])[:, 0])
+
+
+# Copies
+
+
+@ENGINES
+def test_a_copy_is_independent_and_shares_the_weights(make):
+    m = model()
+    expected = run(m, prompt(9))
+    decoder = make(m)
+    decoder.prefill([prompt(9)])
+    branch = copy.deepcopy(decoder)
+    assert run(branch, []) == expected
+    assert run(decoder, []) == expected
+    inner = getattr(branch, "_decoder", branch)
+    assert inner.model is m
+    sampling = Sampling(seed=3)
+    assert run(copy.deepcopy(branch), [4], 6, sampling) == run(branch, [4], 6, sampling)
+
+
+def test_a_pickled_decoder_continues_and_others_refuse():
+    m = model()
+    decoder = Decoder(m)
+    decoder.prefill([prompt(9)])
+    assert run(pickle.loads(pickle.dumps(decoder)), []) == run(m, prompt(9))
+    for make in (compiled, kernels):
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(make(m))
+
+
+@ENGINES
+def test_a_dropped_decoder_is_freed_at_once(make):
+    m = model()
+    decoder = make(m)
+    run(decoder, prompt(9))
+    dropped = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert dropped() is None
+    finally:
+        gc.enable()
+
+
+# What is attached
+
+
+def with_bias(m):
+    m.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 64).requires_grad_(False)
+
+
+def with_hook(m):
+    m.model.layers[1].register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def with_pre_hook(m):
+    m.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+
+def with_forward(m):
+    layer = m.model.layers[0].mlp
+    before = layer.forward
+    layer.forward = lambda x: before(x) * 2
+
+
+def with_lora(m):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(m, config)
+
+
+ATTACHED = [with_bias, with_hook, with_pre_hook, with_forward, with_lora]
+
+
+@pytest.mark.parametrize("attach", ATTACHED)
+@pytest.mark.parametrize("make", [compiled, kernels, lookup])
+def test_an_engine_honours_what_is_attached_or_refuses_it(make, attach):
+    m = model()
+    attach(m)
+    torch._dynamo.reset()
+    expected = Decoder(m)
+    expected.prefill([prompt(5)])
+    expected.step(GREEDY)
+    try:
+        decoder = make(m)
+    except ValueError as error:
+        assert "cannot honour" in str(error)
+        assert make is kernels or attach in (with_hook, with_pre_hook)
+        return
+    decoder.prefill([prompt(5)])
+    decoder.step(GREEDY)
+    assert torch.allclose(decoder.logits, expected.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [compiled, kernels])
+def test_a_hook_that_is_attached_later_is_noticed_by_the_next_sequence(make):
+    m = model()
+    decoder = make(m)
+    run(decoder, prompt(5))
+    with_hook(m)
+    with pytest.raises(ValueError, match="model.layers.1 has a forward hook"):
+        decoder.prefill([prompt(5)])
+
+
+@ENGINES
+def test_a_model_that_is_converted_under_a_decoder_is_noticed(make):
+    m = model()
+    decoder = make(m)
+    run(decoder, prompt(5))
+    m.bfloat16()
+    with pytest.raises(ValueError, match="create a new decoder"):
+        decoder.prefill([prompt(5)])
+
+
+def test_two_threads_in_one_decoder_are_noticed():
+    m = model()
+    decoder = Decoder(m)
+    said = []
+
+    def meddle(module, inputs):
+        def prefill():
+            try:
+                decoder.prefill([[5]])
+            except ValueError as error:
+                said.append(str(error))
+
+        thread = threading.Thread(target=prefill)
+        thread.start()
+        thread.join()
+
+    hook = m.lm_head.register_forward_pre_hook(meddle)
+    decoder.prefill([prompt(9)])
+    hook.remove()
+    assert set(said) == {"another thread is using this decoder: give each thread its own"}
+    assert run(decoder, []) == run(m, prompt(9))
+
+
+# An ordinary module
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"])
+def test_a_forward_hook_keeps_what_its_module_computed(name):
+    m = model()
+    module = m.get_submodule(f"model.layers.0.{name}")
+    kept = []
+    module.register_forward_hook(lambda _, inputs, output: kept.append((inputs[0].clone(), output)))
+    with torch.no_grad():
+        m(torch.tensor([prompt(9)]))
+    assert torch.equal(kept[0][1], F.linear(kept[0][0], module.weight))
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "mlp.up_proj", "self_attn.o_proj", "mlp", ""])
+def test_full_backward_hooks_run(name):
+    m = model().requires_grad_(True)
+    calls = []
+    module = m.get_submodule(f"model.layers.0.{name}".rstrip("."))
+    module.register_full_backward_hook(lambda *arguments: calls.append(1))
+    m(torch.tensor([prompt(9)])).logsumexp(-1).sum().backward()
+    assert calls == [1]
+
+
+def test_a_gate_of_another_module_trains():
+    m = model().requires_grad_(True)
+    mlp = m.model.layers[0].mlp
+    mlp.gate_proj = torch.nn.Sequential(mlp.gate_proj, torch.nn.Tanh())
+    m(torch.tensor([prompt(9)])).sum().backward()
+    with torch.no_grad():
+        changed = m(torch.tensor([prompt(9)]))
+    assert torch.allclose(changed, m(torch.tensor([prompt(9)])), atol=1e-5)
+
+
+@ENGINES
+def test_the_model_trains_after_an_engine_was_made_for_it(make):
+    m = model().requires_grad_(True)
+    run(make(m), prompt(9), 3)
+    assert not any(parameter.is_inference() for parameter in m.parameters())
+    m(torch.tensor([prompt(9)])).logsumexp(-1).sum().backward()
+    torch.optim.SGD(m.parameters(), 0.1).step()
+
+
+@ENGINES
+def test_autocast_around_generation_changes_nothing(make):
+    m = model()
+    expected = run(make(m), prompt(9))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert run(make(m), prompt(9)) == expected
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_pefts_recipe_for_causal_models_trains_generates_and_merges(use_dora):
+    peft = pytest.importorskip("peft")
+    m = model().requires_grad_(True)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", use_dora=use_dora
+    )
+    wrapped = peft.get_peft_model(m, config)
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, 0.05)
+    tokens = torch.tensor([prompt(9)])
+    losses = []
+    for _ in range(5):
+        logits = wrapped(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        loss = F.cross_entropy(logits[0, :-1], tokens[0, 1:])
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    with_adapter = run(wrapped, prompt(9))
+    merged = wrapped.merge_and_unload()
+    assert type(merged) is mistral.Mistral
+    assert torch.allclose(merged(tokens), logits_of(wrapped, tokens), atol=1e-4)
+    assert run(merged, prompt(9)) == with_adapter
+
+
+def logits_of(wrapped, tokens):
+    with torch.no_grad():
+        return wrapped(tokens)
+
+
+# Slips
+
+
+def slips():
+    m = model()
+    decoder = Decoder(m)
+    decoder.prefill([prompt(5)])
+    wrapped = torch.nn.Sequential(m)
+    return [
+        (lambda: run("folder", [1]), "'folder' is a path"),
+        (lambda: run((m, None), [1]), "not a tuple"),
+        (lambda: run(None, [1]), "a model or an engine is needed"),
+        (lambda: run(wrapped, [1]), "Sequential is not a Mistral"),
+        (lambda: Decoder("folder"), "'folder' is a path"),
+        (lambda: Decoder(decoder), "a model is needed, not a Decoder"),
+        (lambda: run(m, [1], sampling={"temperature": 0}), "must be a mistral.Sampling"),
+        (lambda: run(m, [1], sampling=None), "must be a mistral.Sampling"),
+        (lambda: run(m, [1], 2.0), "max_new_tokens must be a whole number"),
+        (lambda: run(m, [1], True), "max_new_tokens must be a whole number"),
+        (lambda: generate_batch(m, "ab", GREEDY, max_new_tokens=1), "the prompts are text"),
+        (lambda: Sampling(seed=True), "seed must be"),
+        (lambda: Sampling(temperature="1"), "temperature must be a number"),
+        (lambda: Sampling(top_k=True), "top_k must be"),
+        (lambda: decoder.step(GREEDY, torch.ones(7, dtype=torch.bool)), r"bool \[128\]"),
+        (lambda: decoder.step(GREEDY, torch.ones(128)), r"bool \[128\]"),
+        (lambda: decoder.step(GREEDY, [True] * 128), r"bool \[128\]"),
+        (lambda: m([[1, 2]]), "tokens must be an int64 tensor"),
+        (lambda: m(torch.rand(1, 3)), "tokens must be an int64 tensor"),
+        (lambda: m(torch.tensor([[1]]), labels=torch.tensor([[1]])), "labels is not supported"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_a_slip_is_one_line(number):
+    call, message = slips()[number]
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_wrappers_that_add_nothing_are_looked_through():
+    m = model()
+    assert run(torch.compile(m, backend="eager"), prompt(5)) == run(m, prompt(5))
+    assert run(torch.nn.DataParallel(m), prompt(5)) == run(m, prompt(5))
+
+
+def test_changing_the_logits_that_a_decoder_shows_changes_nothing():
+    m = model()
+    decoder = Decoder(m)
+    decoder.prefill([prompt(5)])
+    with torch.inference_mode():
+        decoder.logits.fill_(0)
+    assert run(decoder, []) == run(m, prompt(5))
