@@ -11,6 +11,7 @@ SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "people": {"type": "integer"}},
     "required": ["city", "people"],
+    "additionalProperties": False,
 }
 
 

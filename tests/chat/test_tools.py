@@ -1391,7 +1391,7 @@ def tool_message(value):
     return {"role": "tool", "name": "f", "content": result_text(value)}
 
 
-@pytest.mark.parametrize(("result", "value"), RESULTS, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("result", "value"), RESULTS)
 def test_a_result_has_its_obvious_json_form(result, value):
     returned = running.run_tool(runner(lambda: result), {})
     assert (returned.value, returned.problem) == (value, None)
