@@ -25,6 +25,8 @@ slow_left_out = 0  # tests marked `slow` that `-m "not slow"` in pyproject.toml 
 
 
 def pytest_collection_modifyitems(items):
+    # The longest file first, so that a worker does not begin it when the others have ended.
+    items.sort(key=lambda item: item.path.name != "test_real_weights.py")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -239,10 +239,12 @@ def _bytes(source: Source, shape: tuple[int, ...], kind: GGMLQuantizationType) -
         places = slice(start, start + at_once)
         part = rows[places] if order is None else rows[order[places]]
         part = part.float().cpu().numpy()
-        largest = float(np.abs(part).max())
-        # Not `largest > ...`: NaN does not fit either.
-        if kind.name in _LARGEST and not largest <= _LARGEST[kind.name]:
-            raise ValueError(f"{kind.name} cannot hold its largest value, {largest:,g}: take BF16")
+        if kind.name in _LARGEST:
+            largest = max(float(part.max()), -float(part.min()))  # NaN if there is one
+            if not largest <= _LARGEST[kind.name]:
+                raise ValueError(
+                    f"{kind.name} cannot hold its largest value, {largest:,g}: take BF16"
+                )
         part = np.ascontiguousarray(gguf.quantize(part, kind))
         data[places] = part.view(np.uint8).reshape(len(part), -1)
     return data
