@@ -1,10 +1,12 @@
 """The steps of loading that every layout shares: checks, memory, and assembling the model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mistral.checkpoints.foreign import what_else
 from mistral.checkpoints.names import EMBEDDING, OUTPUT, tensor_shapes
@@ -89,11 +91,23 @@ def check_tied_output(
         )
 
 
+class _Uninitialized(TorchFunctionMode):
+    """Skips torch.nn.init: modules on "meta" have no values, and its imports take seconds there."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), named: dict | None = None
+    ) -> Any:
+        named = named or {}
+        if function in (nn.init.normal_, nn.init.kaiming_uniform_):  # nn.Embedding's, nn.Linear's
+            return named["tensor"]
+        return function(*arguments, **named)
+
+
 class Parts:
     """A model that gets its tensors one by one."""
 
     def __init__(self, config: Config, device: torch.device, dtype: torch.dtype):
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialized():
             self._model = Mistral(config)
         self._state: dict[str, Tensor] = {}
         self._device = device
