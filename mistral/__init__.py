@@ -5,8 +5,9 @@ from mistral.checkpoints.saving import export_gguf, save
 from mistral.config import Config, RotaryScaling
 from mistral.engine.base import Constraint, Engine
 from mistral.engine.decoder import Decoder
-from mistral.engine.generation import Token, generate, generate_batch, generate_naive
+from mistral.engine.generation import generate, generate_batch, generate_naive
 from mistral.engine.ids import unpadded
+from mistral.engine.loop import Token
 from mistral.engine.speculation import LookupDecoder
 from mistral.engine.text import generate_batch_text, generate_text, stream_batch_text
 from mistral.errors import CheckpointError, MistralError, NotEnoughMemory

@@ -6,8 +6,9 @@ from contextlib import closing
 
 from mistral.engine.base import Constraint, Engine
 from mistral.engine.constraints import AnyToken, KnownTokens
-from mistral.engine.generation import Generated, Loop, Rows, batch_loop
+from mistral.engine.generation import Generated, Rows
 from mistral.engine.given import require_tokenizer
+from mistral.engine.loop import Loop, batch_loop
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -30,9 +31,9 @@ def generate_text(  # noqa: PLR0913
 ) -> Generated[str]:
     """Continue `text` (or the ids of a prompt); yields the new text in pieces, each final.
 
-    stop          strings at which the text ends, wherever the tokens' borders fall; they are not
-                  part of it. The first to be complete counts. One that spells a control token means
-                  that token.
+    stop          strings at which the text ends; they may span tokens, and are not part of it. The
+                  one that is complete first counts. One that spells a control token means that
+                  token.
     bos           begin with the begin-of-text token; False to continue what a decoder has read
     prefix_space  give the text the leading space of a new word; False to continue inside a word
     special       parse control tokens that are spelled in `text`
@@ -202,7 +203,7 @@ class UntilStop:
 
     strip_leading_space  see `Tokenizer.stream`
     is_quoted            whether the stop string at a place of the text is quoted, and ends nothing
-    has_stopped          a stop string was complete; what is fed after it is not read
+    has_stopped          a stop string was complete; later ids are ignored
     """
 
     def __init__(
@@ -230,7 +231,7 @@ class UntilStop:
             for s in self._stop
             for match in re.compile(re.escape(s)).finditer(self._text, self._given)
         )
-        # Asked from left to right up to the one that counts, so that an answer can be parsed once.
+        # From left to right, up to the first that is not quoted: is_quoted parses as it goes.
         at = next((at for _, at in places if not self._is_quoted(self._text, at)), None)
         if at is not None:
             self.has_stopped = True

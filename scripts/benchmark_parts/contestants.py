@@ -10,7 +10,7 @@ import mistral
 import mistral_kernels
 from benchmark_parts.llama_cpp_peer import LlamaCpp
 from benchmark_parts.sizes import Case
-from mistral.engine.generation import IdsInFlight
+from mistral.engine.loop import IdsInFlight
 
 GREEDY = mistral.Sampling(temperature=0.0)
 
