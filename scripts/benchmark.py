@@ -1,13 +1,11 @@
 """Measure every engine beside transformers and llama.cpp, and beside the machine's own limits.
 
-The weights are random: nothing is downloaded. First the machine's own rates are measured, which
-bound every engine; then all engines take turns. The last line is JSON.
+The weights are random, unless --file names a GGUF: nothing is downloaded. First the machine's own
+rates are measured, which bound every engine; then all engines take turns. The last line is JSON.
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 import common
 import torch
@@ -41,6 +39,11 @@ def arguments() -> argparse.Namespace:
         help="of the weights: plain, in --dtype, or packed",
     )
     parser.add_argument(
+        "--file",
+        type=common.path,
+        help="measure this GGUF file, packed as it is, in place of --size and --format",
+    )
+    parser.add_argument(
         "--engines",
         nargs="+",
         choices=turns.NAMES,
@@ -63,7 +66,9 @@ def arguments() -> argparse.Namespace:
         "--time-limit", type=float, help="begin nothing after so many seconds (default: core 300)"
     )
     parser.add_argument(
-        "--plot", type=Path, help="draw cost a token against context into this file (matplotlib)"
+        "--plot",
+        type=common.path,
+        help="draw cost a token against context into this file (matplotlib)",
     )
     args = parser.parse_args()
     counts = [args.threads, args.prompt_tokens, args.new_tokens, args.repeats, args.time_limit]
@@ -87,20 +92,26 @@ def main() -> None:  # noqa: PLR0915
     out_of_time = turns.time_limit(args.time_limit or (300 if args.suite == "core" else None))
     dtype = common.DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
     size = args.size or ("7b" if on_gpu else "small")
-    chosen = args.engines or taking_part(device, size, args.format)
+    format = args.format
+    if args.file:
+        size, format = args.file.name, "its own"
+    chosen = args.engines or taking_part(device, size, format)
     names = [name for name in turns.NAMES if name in chosen]
 
     # 1. The machine, and what no engine can beat on it.
     bandwidth = machine.read_bandwidth(device)
     rate = machine.matrix_rate(device, dtype)
-    model = sizes.make_model(size, device, dtype, args.format)
-    facts = machine.facts(device, dtype) | {"size": size, "format": args.format}
+    if args.file:
+        model, _ = mistral.load(args.file, device=device, dtype=dtype, packed=True)
+    else:
+        model = sizes.make_model(size, device, dtype, format)
+    facts = machine.facts(device, dtype) | {"size": size, "format": format}
     facts |= {"parameters": model.config.num_parameters}
     introduce(facts, model, bandwidth, rate)
 
     # 2. All engines in turns, case by case.
     results = []
-    field = turns.Field(model, names)
+    field = turns.Field(model, names, args.file)
     cases = suite(args, on_gpu)
     repeats = args.repeats or (5 if on_gpu else 15)
     for case in cases:
@@ -113,34 +124,34 @@ def main() -> None:  # noqa: PLR0915
         decode = sizes.decode_roof(model, case, bandwidth)
         prefill = sizes.prefill_roof(model, case, bandwidth, rate)
         title = f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}"
-        print(report.table(title, found), flush=True)
+        common.show(report.table(title, found))
         results += found
 
     # 3. The report.
     for line in report.costs_of_length(results):
-        print(line)
+        common.show(line)
     if on_gpu:
-        print(
+        common.show(
             "memory reserved by PyTorch at most: "
             f"{format_bytes(torch.cuda.max_memory_reserved(device))}"
         )
     else:
-        print(f"peak memory of the process: {common.peak_memory(device)}")
+        common.show(f"peak memory of the process: {common.peak_memory(device)}")
     if args.plot:
-        report.plot(
-            args.plot, results, f"{facts['machine']}, {size}, {args.format}, {facts['dtype']}"
-        )
+        report.plot(args.plot, results, f"{facts['machine']}, {size}, {format}, {facts['dtype']}")
         common.note(f"wrote {args.plot}")
     measured = {"read_bytes_per_s": round(bandwidth), "matrix_flop_per_s": round(rate)}
-    print(json.dumps(facts | {"suite": args.suite} | measured | {"results": results}))
+    common.show_json(facts | {"suite": args.suite} | measured | {"results": results})
 
 
 def taking_part(device: torch.device, size: str, format: str) -> list[str]:
     """The engines that are measured unless --engines names others."""
-    packed = ("kernels", "kernels-pdl", "eager", "llama.cpp")
+    packed = ("kernels", "kernels-pdl", "cpu", "eager", "llama.cpp")
     names = set(turns.NAMES if format == "plain" else packed)
     if device.type != "cuda" or not (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0):
         names.discard("kernels-pdl")
+    if device.type != "cpu":
+        names.discard("cpu")
     if (size, format) == ("7b", "plain"):
         names.discard("llama.cpp")  # it would need a file of 14 GB
     return [name for name in turns.NAMES if name in names]
@@ -149,11 +160,13 @@ def taking_part(device: torch.device, size: str, format: str) -> list[str]:
 def introduce(facts: dict, model: mistral.Mistral, bandwidth: float, rate: float) -> None:
     """The machine, its rates, and what they allow."""
     for name, value in facts.items():
-        print(f"{name:<18} {value:,}" if isinstance(value, int) else f"{name:<18} {value}")
+        common.show(f"{name:<18} {value:,}" if isinstance(value, int) else f"{name:<18} {value}")
     step = sizes.weight_bytes(model)
-    print(f"{'reads':<18} {format_bytes(bandwidth)}/s, measured: sums over 1 GB")
-    print(f"{'multiplies':<18} {rate / 1e12:,.2f} TFLOP/s, measured: a product of two matrices")
-    print(
+    common.show(f"{'reads':<18} {format_bytes(bandwidth)}/s, measured: sums over 1 GB")
+    common.show(
+        f"{'multiplies':<18} {rate / 1e12:,.2f} TFLOP/s, measured: a product of two matrices"
+    )
+    common.show(
         f"{'ceiling':<18} {bandwidth / step:,.1f} tokens/s of one text: "
         f"{format_bytes(step)} of weights a token\n"
     )

@@ -3,6 +3,7 @@
     eager     mistral.Decoder                            plain PyTorch, on every device
     compile   mistral.engine.compiled.CompiledDecoder    a compiled step; takes seconds to start
     kernels   mistral_kernels.Decoder                    the fastest; needs Triton and an NVIDIA GPU
+    cpu       mistral_kernels.cpu.Decoder                the fastest on a CPU; needs numba
 
 All are an `Engine` (mistral/engine/base.py), with the same logits up to rounding. `auto` tries
 kernels, compile and eager in this order on a GPU. Without one it is eager, which compiles nothing.
@@ -20,7 +21,7 @@ from mistral import Decoder, Mistral, NotEnoughMemory
 from mistral.engine.base import Engine
 from mistral.quantization.packed import Packed
 
-ENGINES = ("auto", "eager", "compile", "kernels")
+ENGINES = ("auto", "eager", "compile", "kernels", "cpu")
 _MOST_ROWS = 16  # MAX_BATCH of the decode kernels, whose file imports Triton
 _OLDEST_TRITON = (3, 6)
 _OLDEST_GPU = (8, 0)
@@ -38,7 +39,7 @@ def open_engine(
 ) -> tuple[Engine, str]:
     """A decoder for `model`, and one line about it: "engine: kernels (CUDA sm_90, Triton 3.6)".
 
-    name   auto, eager, compile or kernels
+    name   auto, eager, compile, kernels or cpu
     say    receives a line before work that may take minutes
     The other arguments are those of `mistral.Decoder`.
 
@@ -52,6 +53,8 @@ def open_engine(
         return Decoder(model, **sizes), "engine: eager"
     if name == "compile":
         return _open_compiled(model, sizes), f"engine: compile ({_place(model)})"
+    if name == "cpu":
+        return _open_cpu(model, sizes, say), f"engine: cpu ({_place(model)}){_cache_note()}"
     if model.device.type == "cuda" and _kernels_problem(model, batch_size) is None:
         say("trying the kernels; the first time on a machine, compiling them takes some minutes")
     if name == "kernels":
@@ -77,6 +80,8 @@ def check_engine(
 
         raise ValueError(NO_PACKED)
     if name == "kernels" and (problem := _machine_problem(device, batch_size)):
+        raise ValueError(problem)
+    if name == "cpu" and (problem := _cpu_problem(device)):
         raise ValueError(problem)
 
 
@@ -194,6 +199,34 @@ def _open_compiled(model: Mistral, sizes: dict) -> Engine:
         raise ValueError(
             f"the compiled step does not run here: {reason}; use another engine"
         ) from error
+
+
+def _cpu_problem(device: torch.device) -> str | None:
+    """Why the CPU engine cannot run on this machine; None if it should."""
+    if device.type != "cpu":
+        return f"the CPU engine needs the model on the CPU, and it is on {device}: --device cpu"
+    if importlib.util.find_spec("numba") is None:
+        return "the CPU engine needs numba: pip install numba"
+    return None
+
+
+def _open_cpu(model: Mistral, sizes: dict, say: Callable[[str], object]) -> Engine:
+    if problem := _cpu_problem(model.device):
+        raise ValueError(problem)
+    from mistral_kernels.cpu import Decoder as CpuDecoder
+    from mistral_kernels.cpu.compiled import is_cached
+
+    if not is_cached():
+        say("compiling the CPU kernels, for some ten seconds; the next start finds them")
+    return CpuDecoder(model, **sizes)
+
+
+def _cache_note() -> str:
+    """The end of the CPU engine's line if it is compiled at every start."""
+    from mistral_kernels.cpu.compiled import cache_problem
+
+    problem = cache_problem()
+    return f"; compiled at every start: {problem}" if problem else ""
 
 
 def _open_kernels(model: Mistral, sizes: dict) -> Engine:

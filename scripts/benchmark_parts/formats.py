@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import mistral
 from benchmark_parts import mixtures
-from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear
+from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear, TiedOutput
 
 FORMATS = ("Q4_K_M", "Q5_K_M", "Q4_0", "Q6_K", "Q8_0")
 # Where a block has its float16 scales, and what they must be for weights of about 0.02
@@ -54,12 +54,13 @@ def fill(model: mistral.Mistral) -> None:
 
 
 def packed_bytes(model: mistral.Mistral, embedding: bool) -> int:
-    """What the packed layers take, with the embedding or without."""
+    """What the packed layers take, with the embedding or without; a tied one is always read."""
     layers = [module for module in model.modules() if isinstance(module, Packed)]
+    tied = isinstance(model.lm_head, TiedOutput)
     return sum(
         layer.num_rows * layer.row_bytes
         for layer in layers
-        if embedding or not isinstance(layer, PackedEmbedding)
+        if embedding or tied or not isinstance(layer, PackedEmbedding)
     )
 
 

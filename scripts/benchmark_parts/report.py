@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mistral.files import format_bytes
+from mistral.files import format_bytes, whole_file, write_text
 
 HEAD = (
     f"{'tokens/s':<23}{'decode':>9}{'of roof':>9}{'to hf':>7}{'medians':>9}"
@@ -68,7 +68,7 @@ def write_section(page: Path, heading: str, text: str) -> None:
     else:
         sections.append(new)
     parts = [part.strip() for part in (before, *sections) if part.strip()]
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(page, "\n\n".join(parts) + "\n")
 
 
 def require_matplotlib() -> None:
@@ -106,4 +106,5 @@ def plot(path: Path, results: Sequence[dict], title: str) -> None:
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axes.minorticks_off()  # whose labels would stand across these
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or "png")

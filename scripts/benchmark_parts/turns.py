@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ from benchmark_parts.peers import GGUFFile, transformers_model
 from benchmark_parts.sizes import Case
 from mistral.quantization.packed import Packed
 
-# Kernels first: they regroup the weights, and later contestants share the regrouped ones.
+# Those that regroup the weights first: later contestants share the regrouped ones.
 NAMES = (
     "kernels",
     "kernels-pdl",
+    "cpu",
     "compile",
     "eager",
     "transformers",
@@ -33,14 +35,21 @@ NAMES = (
 )
 
 
-class Field:
-    """Opens the contestants in `names`; peers' models are built when the first of them asks."""
+_REGROUPING = {"kernels", "kernels-pdl", "cpu"}  # these keep packed weights in another order
 
-    def __init__(self, model: mistral.Mistral, names: Sequence[str]):
+
+class Field:
+    """Opens the contestants in `names`; peers' models are built when the first of them asks.
+
+    file  the GGUF that the model was loaded from; None: llama.cpp gets one that is written for it
+    """
+
+    def __init__(self, model: mistral.Mistral, names: Sequence[str], file: Path | None = None):
         self.model = model
+        self._given = file
         self._packed = any(isinstance(module, Packed) for module in model.modules())
-        # Kernels keep packed weights in another order: the others then need a copy of their own.
-        apart = self._packed and "kernels" in names and len(names) > 1
+        # Others need a copy of their own of what was regrouped.
+        apart = self._packed and bool(_REGROUPING & {*names}) and len(names) > 1
         self._others = copy.deepcopy(model) if apart else model
         self._theirs: dict[int | None, torch.nn.Module] = {}  # by window
 
@@ -58,8 +67,9 @@ class Field:
             )
         if name == "llama.cpp":
             library()  # it fails here, before a file is written for it
-            return LlamaCppContestant(self._file.path, case, prompts)
-        return Ours(name, self.model if name.startswith("kernels") else self._others, case, prompts)
+            path = str(self._given) if self._given else self._file.path
+            return LlamaCppContestant(path, case, prompts)
+        return Ours(name, self.model if name in _REGROUPING else self._others, case, prompts)
 
     def _transformers(self, case: Case) -> torch.nn.Module:
         """Has a window only if it hides a token: transformers' caches of a window are slower."""

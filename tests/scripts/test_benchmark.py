@@ -122,6 +122,7 @@ def test_transformers_has_a_window_only_where_it_cuts_something_off(tiny):
     assert models[2] is models[3]
 
 
+@pytest.mark.slow
 def test_who_fails_is_a_row_and_the_others_go_on(tiny, monkeypatch):
     class Broken:
         note = "breaks in the second turn"
@@ -300,15 +301,28 @@ def test_what_a_step_costs_far_beyond_the_window_is_told_beside_one_at_its_end()
     ("capability", "size", "format", "left_out"),
     [
         (None, "small", "plain", {"kernels-pdl"}),
-        ((8, 0), "7b", "plain", {"kernels-pdl", "llama.cpp"}),
-        ((9, 0), "7b", "plain", {"llama.cpp"}),
-        ((9, 0), "7b", "Q4_K_M", {"compile", "transformers", "transformers-compiled"}),
+        ((8, 0), "7b", "plain", {"kernels-pdl", "cpu", "llama.cpp"}),
+        ((9, 0), "7b", "plain", {"cpu", "llama.cpp"}),
+        ((9, 0), "7b", "Q4_K_M", {"cpu", "compile", "transformers", "transformers-compiled"}),
     ],
 )
 def test_who_takes_part_where_nobody_is_named(capability, size, format, left_out, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     names = benchmark.taking_part(torch.device("cuda" if capability else "cpu"), size, format)
     assert names == [name for name in turns.NAMES if name not in left_out]
+
+
+def test_a_file_is_measured_packed_as_it_is(no_rates, monkeypatch, capsys):
+    pytest.importorskip("numba")
+    file = small.ROOT / "mistral/demo/demo.gguf"
+    sizes = ("--prompt-tokens", "9", "--new-tokens", "3", "--repeats", "1")
+    out = run_script(
+        benchmark, monkeypatch, capsys, "--file", str(file), "--engines", "cpu", "eager", *sizes
+    )
+    results = json.loads(out.splitlines()[-1])
+    assert (results["size"], results["format"]) == ("demo.gguf", "its own")
+    assert [row["engine"] for row in results["results"]] == ["cpu", "eager"]
+    assert not any("failed" in row for row in results["results"])
 
 
 def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch, capsys):

@@ -1,0 +1,98 @@
+"""The memory that the threads of a step share, and the table of its addresses."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mistral.cache import RollingCache
+from mistral.config import Config
+from mistral_kernels.cpu.attention import attention, cell_bytes, storing
+from mistral_kernels.cpu.layout import MAX_COLUMNS, ORDERS, Addresses, Sizes
+from mistral_kernels.cpu.step import shares_of
+from mistral_kernels.cpu.team import PHASE_BYTES
+
+_NO_WINDOW = 1 << 40
+
+
+class _Activations:
+    """Float32 [16, width] and its rounded form: see activations.py."""
+
+    def __init__(self, width: int):
+        self.values = torch.zeros(MAX_COLUMNS, width)
+        self._rounded = torch.zeros(MAX_COLUMNS, width, dtype=torch.int16)
+        self._d = torch.zeros(MAX_COLUMNS, width // 32)
+        self._s = torch.zeros(MAX_COLUMNS, width // 32)
+        self._sixteens = torch.zeros(MAX_COLUMNS, width // 16, dtype=torch.int32)
+        parts = (self.values, self._rounded, self._d, self._s, self._sixteens)
+        self.table = torch.tensor([part.data_ptr() for part in parts])
+
+
+class Buffers:
+    """What one decoder's step reads and writes, apart from the weights."""
+
+    def __init__(self, config: Config, cache: RollingCache, threads: int, vocab_tiles: int):
+        D, N, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        H, F = config.head_dim, config.intermediate_size
+        C = MAX_COLUMNS
+        dtype = str(cache.keys.dtype).removeprefix("torch.")
+        self.sizes = Sizes(
+            layers=config.num_hidden_layers,
+            D=D,
+            N=N,
+            K=K,
+            H=H,
+            F=F,
+            S=cache.num_slots,
+            window=cache.window or _NO_WINDOW,
+            batch=cache.batch_size,
+            cell=cell_bytes(dtype),
+            eps=config.rms_norm_eps,
+        )
+        most_shares = max(shares_of.py_func(self.sizes, c, threads) for c in range(1, C + 1))
+        self.x = torch.zeros(C, D)
+        self.cos = torch.zeros(C, H // 2)
+        self.sin = torch.zeros(C, H // 2)
+        self.logits = torch.zeros(C, 8 * vocab_tiles)
+        self.tickets = np.zeros(8, np.int64)
+        self._threads = threads
+        self._orders = torch.zeros(ORDERS, dtype=torch.int64)
+        self._phases = np.zeros(PHASE_BYTES * (5 * config.num_hidden_layers + 1) // 8, np.int64)
+        self._normed = _Activations(D)
+        self._attended = _Activations(N * H)
+        self._gated = _Activations(F)
+        self._qkv = torch.zeros(C, (N + 2 * K) * H)
+        self._queries = torch.zeros(C, N, H)
+        self._parts = torch.zeros(C * N * most_shares * (H + 8))
+        self._up = torch.zeros(C, F)
+        self._added = torch.zeros(C, D)
+        self.addresses = Addresses(
+            x=self.x.data_ptr(),
+            normed=self._normed.values.data_ptr(),
+            normed_activations=self._normed.table.data_ptr(),
+            qkv=self._qkv.data_ptr(),
+            queries=self._queries.data_ptr(),
+            parts=self._parts.data_ptr(),
+            attended=self._attended.values.data_ptr(),
+            attended_activations=self._attended.table.data_ptr(),
+            gated=self._gated.values.data_ptr(),
+            gated_activations=self._gated.table.data_ptr(),
+            up=self._up.data_ptr(),
+            added=self._added.data_ptr(),
+            logits=self.logits.data_ptr(),
+            cos=self.cos.data_ptr(),
+            sin=self.sin.data_ptr(),
+            attend=attention(dtype),
+            store=storing(dtype),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            phases=self._phases.ctypes.data,
+            tickets=self.tickets.ctypes.data,
+            orders=self._orders.data_ptr(),
+        )
+
+    def give_orders(self, rows: Sequence[int], positions: Sequence[int], scored: int) -> None:
+        """The next step: row and position of each column; the first `scored` get logits."""
+        padding = [0] * (MAX_COLUMNS - len(rows))
+        orders = [len(rows), scored, self._threads, *rows, *padding, *positions, *padding]
+        self._orders.copy_(torch.tensor(orders))

@@ -1,0 +1,198 @@
+"""A model's weights as the CPU's step reads them; no packed matrix stays in memory twice.
+
+Packed matrices become tiles (tiles.py), and the model's layers give up their blocks; what the model
+itself needs, it gets from the tiles. Other matrices are read where they are.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mistral.model import Mistral
+from mistral.quantization.ggml_types import GgmlType
+from mistral.quantization.packed import Keeper, Packed, TiedOutput
+from mistral_kernels.cpu.plain import PLAIN, plain_product
+from mistral_kernels.cpu.products import columns_of_tiles, product, row_of_tiles
+from mistral_kernels.cpu.tiles import KINDS, ROWS, Tiles, repack, restore, restore_rows
+
+_AT_ONCE = 1 << 19  # weights that `linear` unpacks at a time: 2 MB, which stay in the caches
+
+
+class InTiles(Keeper):
+    """Holds a layer's blocks as tiles, and multiplies with them."""
+
+    def __init__(self, tiles: Tiles):
+        self.tiles = tiles
+
+    def blocks(self) -> Tensor:
+        """All blocks: uint8 [rows, bytes of a row]."""
+        return restore(self.tiles)
+
+    def rows(self, which: Tensor) -> Tensor:
+        """The blocks of some rows: int64 [n] -> uint8 [n, bytes of a row]."""
+        return restore_rows(self.tiles, which)
+
+    def linear(self, x: Tensor, kind: GgmlType) -> Tensor:
+        """x W^T in float32, then in the dtype of x.
+
+        A few tiles at a time are unpacked into one buffer, transposed, and multiplied. If a
+        gradient is recorded, the blocks are restored instead: the buffer would not stay as it was.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            return super().linear(x, kind)
+        tiles = self.tiles
+        unpack = columns_of_tiles(kind.name)
+        rows = x.reshape(-1, tiles.columns).float()  # [n, in]
+        out = rows.new_empty(len(rows), ROWS * len(tiles.data))  # [n, out, padded]
+        at_once = max(1, _AT_ONCE // (ROWS * tiles.columns))  # tiles
+        buffer = rows.new_empty(tiles.columns * ROWS * at_once)
+        for first in range(0, len(tiles.data), at_once):
+            last = min(first + at_once, len(tiles.data))
+            groups = tiles.columns // 32
+            unpack(tiles.data.data_ptr(), first, last, groups, buffer.data_ptr())
+            width = ROWS * (last - first)
+            matrix = buffer[: tiles.columns * width].view(tiles.columns, width)  # [in, some out]
+            torch.mm(rows, matrix, out=out[:, ROWS * first : ROWS * last])
+        return out[:, : tiles.rows].to(x.dtype).view(*x.shape[:-1], tiles.rows)
+
+
+class Matrix(NamedTuple):
+    """One matrix as a step reads it."""
+
+    function: int  # address of its product
+    data: Tensor  # what is read
+    tiles: int  # 8 rows each
+    source: Tensor | None = None  # of a padded copy
+
+    @property
+    def entry(self) -> tuple[int, int, int]:
+        """Its line in the step's table."""
+        return self.function, self.data.data_ptr(), self.tiles
+
+
+class Weights:
+    """The matrices and norms of a model, and the tables of their addresses."""
+
+    def __init__(self, model: Mistral):
+        self.embedding = model.model.embed_tokens
+        _repack(self.embedding)
+        layers = [[_matrix(module) for module in _linears(layer)] for layer in model.model.layers]
+        head = _matrix(model.lm_head)
+        self._kept = [layers, head]  # their memory must not be freed
+        everything = [*sum(layers, []), head]
+        self._padded = [matrix for matrix in everything if matrix.source is not None]
+        # Where the plain matrices are
+        self._sources = {name: weight.data_ptr() for name, weight in _plain_weights(model)}
+        self.matrices = np.zeros((len(layers) + 1, 7, 3), np.int64)
+        for i, layer in enumerate(layers):
+            self.matrices[i] = [matrix.entry for matrix in layer]
+        self.matrices[-1, 0] = head.entry
+        self.vocab_tiles = head.tiles
+        norms = [
+            norm.weight
+            for layer in model.model.layers
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        together = torch.stack(
+            [norm.detach().float() for norm in (*norms, model.model.norm.weight)]
+        )
+        self.norms = together.numpy()  # float32 [2 layers + 1, D]
+
+    def check(self, model: Mistral) -> None:
+        """Follow what was changed in place. ValueError if a matrix is no longer where it was."""
+        now = {name: weight.data_ptr() for name, weight in _plain_weights(model)}
+        if now != self._sources:
+            moved = next(iter(dict(now.items() ^ self._sources.items())))
+            raise ValueError(
+                f"{moved} was replaced after the decoder was created: create a new decoder"
+            )
+        self._copy(model)
+
+    def _copy(self, model: Mistral) -> None:
+        """Copy what a step does not read where the model has it: norms, and padded matrices."""
+        together = torch.from_numpy(self.norms)
+        for i, layer in enumerate(model.model.layers):
+            together[2 * i] = layer.input_layernorm.weight
+            together[2 * i + 1] = layer.post_attention_layernorm.weight
+        together[-1] = model.model.norm.weight
+        for matrix in self._padded:
+            rows = len(matrix.source)
+            matrix.data[:rows] = matrix.source
+
+    def embed(self, ids: Tensor, out: Tensor) -> None:
+        """The embeddings of ids [n] as float32, to the first n rows of out [.., D]."""
+        keeper = getattr(self.embedding, "keeper", None)
+        if not isinstance(keeper, InTiles):
+            out[: len(ids)] = self.embedding(ids[None])[0]
+            return
+        tiles = keeper.tiles
+        unpack = row_of_tiles(tiles.kind.name)
+        for i, id in enumerate(ids.tolist()):
+            unpack(tiles.data.data_ptr(), id, tiles.columns // 32, out[i].data_ptr())
+
+
+def problem(model: Mistral) -> str | None:
+    """Why a step cannot run the model, with the remedy; None if it can."""
+    config = model.config
+    widths = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
+    }
+    for name, width in widths.items():
+        if width % 32:
+            return f"the CPU kernels need {name} to be a multiple of 32, not {width}"
+    if config.head_dim % 16:
+        return f"the CPU kernels need a head_dim that is a multiple of 16, not {config.head_dim}"
+    for name, module in model.named_modules():
+        # The embedding is no product: a row of any type can be unpacked.
+        layer = module.embedding if isinstance(module, TiedOutput) else module
+        is_product = isinstance(layer, Packed) and module is not model.model.embed_tokens
+        if is_product and layer.kind.name not in KINDS:
+            return f"no CPU kernel multiplies {layer.kind.name}, the type of {name}"
+    dtypes = {weight.dtype for _, weight in _plain_weights(model)} | {model.dtype}
+    for dtype in dtypes:
+        if str(dtype).removeprefix("torch.") not in PLAIN:
+            return f"the CPU kernels know no {dtype}: load the checkpoint in float32 or bfloat16"
+    return None
+
+
+def _plain_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield f"{name}.weight", module.weight.data
+
+
+def _linears(layer: nn.Module) -> tuple[nn.Module, ...]:
+    attention = layer.self_attn
+    mlp = layer.mlp
+    return (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+
+
+def _repack(module: nn.Module) -> None:
+    """If the matrix of a layer is packed, it becomes tiles, and the layer gives up its blocks."""
+    if isinstance(module, Packed) and module.keeper is None and module.kind.name in KINDS:
+        module.hand_over(InTiles(repack(module.blocks, module.kind)))
+
+
+def _matrix(module: nn.Module) -> Matrix:
+    layer = module.embedding if isinstance(module, TiedOutput) else module
+    _repack(layer)
+    if isinstance(layer, Packed):
+        if not isinstance(layer.keeper, InTiles):
+            raise ValueError("another engine holds the packed weights: load the checkpoint again")
+        data = layer.keeper.tiles.data
+        return Matrix(function=product(layer.kind.name), data=data, tiles=len(data))
+    weight = layer.weight.data
+    function = plain_product(str(weight.dtype).removeprefix("torch."))
+    if weight.is_contiguous() and len(weight) % ROWS == 0:
+        return Matrix(function=function, data=weight, tiles=len(weight) // ROWS)
+    tiles = -(-len(weight) // ROWS)
+    data = weight.new_zeros(ROWS * tiles, weight.shape[1])
+    return Matrix(function=function, data=data, tiles=tiles, source=weight)

@@ -1,0 +1,176 @@
+"""The CPU's tiles and products against gguf-py's weights in float64."""
+
+import gguf
+import pytest
+import torch
+
+numba = pytest.importorskip("numba")
+
+from mistral.quantization.ggml_types import GGML_TYPES  # noqa: E402
+from mistral_kernels.cpu.activations import round_groups  # noqa: E402
+from mistral_kernels.cpu.plain import plain_product  # noqa: E402
+from mistral_kernels.cpu.products import product  # noqa: E402
+from mistral_kernels.cpu.shared import call_product  # noqa: E402
+from mistral_kernels.cpu.tiles import KINDS, repack, restore, restore_rows  # noqa: E402
+from mistral_kernels.cpu.weights import InTiles  # noqa: E402
+
+TYPES = {kind.name: kind for kind in GGML_TYPES.values()}
+# One of each encoding and each form of scales; the others differ in one of the two alone.
+SHORT = ("Q5_1", "Q8_0", "Q4_K", "Q6_K")
+EACH = [pytest.param(k, marks=() if k in SHORT else pytest.mark.slow, id=k) for k in KINDS]
+# Where the fp16 scales are in a block, and their size for weights near 0.02
+SCALES = {
+    "Q4_0": ((0, 4e-3),),
+    "Q4_1": ((0, 4e-3), (2, -0.03)),
+    "Q5_0": ((0, 2e-3),),
+    "Q5_1": ((0, 2e-3), (2, -0.03)),
+    "Q8_0": ((0, 3e-4),),
+    "Q4_K": ((0, 1.3e-4), (2, 1e-3)),
+    "Q5_K": ((0, 7e-5), (2, 1e-3)),
+    "Q6_K": ((208, 1.7e-5),),
+}
+
+
+@numba.njit
+def _multiply(function, weights, first, last, groups, columns, activations, out, stride):
+    call_product(function, weights, first, last, groups, columns, activations, out, stride)
+
+
+@numba.njit
+def _round(values, groups, q, d, s, sixteens):
+    round_groups(values, 0, groups, q, d, s, sixteens)
+
+
+class Rounded:
+    """Rows of activations as products take them."""
+
+    def __init__(self, x):
+        C, k = x.shape
+        room = -(-C // 4) * 4
+        self.values = torch.zeros(room, k)
+        self.values[:C] = x
+        self.q = torch.zeros(room, k, dtype=torch.int16)
+        self.d = torch.zeros(room, k // 32)
+        self.s = torch.zeros(room, k // 32)
+        self.sixteens = torch.zeros(room, k // 16, dtype=torch.int32)
+        parts = (self.values, self.q, self.d, self.s, self.sixteens)
+        self.table = torch.tensor([part.data_ptr() for part in parts])
+        addresses = [part.data_ptr() for part in parts]
+        _round(addresses[0], room * k // 32, *addresses[1:])
+
+
+def blocks_of(kind, rows, columns, seed=0):
+    """Random bytes with scales as models have them: uint8 [rows, bytes of a row]."""
+    generator = torch.Generator().manual_seed(seed)
+    size = rows, columns // TYPES[kind].block_weights * TYPES[kind].block_bytes
+    blocks = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+    for at, scale in SCALES[kind]:
+        field = blocks.view(-1, TYPES[kind].block_bytes)[:, at : at + 2]
+        d = (torch.rand(len(field), 1, generator=generator) + 0.5) * scale
+        field.copy_(d.half().view(torch.uint8))
+    return blocks
+
+
+def exactly(kind, blocks):
+    """The weights as gguf-py unpacks them, in float64."""
+    weights = gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(weights).double()
+
+
+def multiplied(function, data, x, tiles):
+    """The product of `tiles` tiles with x [C, k]: float32 [C, 8 * tiles]."""
+    rounded = Rounded(x)
+    out = torch.full((len(rounded.values), 8 * tiles), torch.nan)
+    table = rounded.table.data_ptr()
+    stride = 4 * out.shape[1]
+    half = tiles // 2  # as two threads would
+    for first, last in ((0, half), (half, tiles)):
+        groups = x.shape[1] // 32
+        _multiply(
+            function, data.data_ptr(), first, last, groups, len(x), table, out.data_ptr(), stride
+        )
+    return out[: len(x)]
+
+
+def distance(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [8, 13])
+def test_tiles_hold_the_blocks_to_the_bit(kind, rows):
+    size = rows, 3 * TYPES[kind].block_bytes
+    blocks = torch.randint(0, 256, size, dtype=torch.uint8)
+    tiles = repack(blocks, TYPES[kind])
+    assert torch.equal(restore(tiles), blocks)
+    which = torch.tensor([0, rows - 1, 3, 3])
+    assert torch.equal(restore_rows(tiles, which), blocks[which])
+    assert tiles.data.numel() == -(-rows // 8) * 8 * blocks.shape[1]  # not a byte more
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_a_product_is_within_3e_5_of_float64(kind):
+    rows, columns = 40, 768
+    blocks = blocks_of(kind, rows, columns)
+    weights = exactly(kind, blocks)
+    tiles = repack(blocks, TYPES[kind])
+    generator = torch.Generator().manual_seed(1)
+    for C in (1, 2, 5, 16):
+        x = torch.randn(C, columns, generator=generator)
+        got = multiplied(product(kind), tiles.data, x, 5)
+        assert distance(got, x.double() @ weights.T) < 3e-5, C
+        if C > 1:  # a row of activations has the result that it has alone, up to rounding
+            alone = multiplied(product(kind), tiles.data, x[1:2], 5)
+            assert distance(got[1:2], alone) < 1e-6
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_a_prompt_is_multiplied_with_the_exact_weights(kind):
+    blocks = blocks_of(kind, 21, 512)
+    x = torch.randn(2, 3, 512)
+    got = InTiles(repack(blocks, TYPES[kind])).linear(x, TYPES[kind])
+    assert got.shape == (2, 3, 21)
+    assert distance(got, x.double() @ exactly(kind, blocks).T) < 1e-6
+
+
+@pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_scale_that_is_not_finite_spoils_its_own_row_alone(kind, value):
+    blocks = blocks_of(kind, 16, 512)
+    at = SCALES[kind][0][0]
+    broken = torch.tensor([value]).half().view(torch.uint8)
+    blocks[5, at : at + 2] = broken
+    for C in (1, 3):
+        tiles = repack(blocks, TYPES[kind])
+        got = multiplied(product(kind), tiles.data, torch.ones(C, 512), 2)
+        finite = got.isfinite().all(0)
+        assert not finite[5]
+        assert finite.sum() == 15
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_matrix_that_is_not_packed_is_widened(dtype):
+    weights = torch.randn(16, 96).to(getattr(torch, dtype))
+    x = torch.randn(3, 96)
+    got = multiplied(plain_product(dtype), weights, x, 2)
+    assert distance(got, x.double() @ weights.double().T) < 1e-6
+
+
+def test_rounding_is_to_15_bits_of_the_largest_of_32():
+    x = torch.randn(4, 128) * torch.logspace(-20, 20, 4)[:, None]
+    rounded = Rounded(x)
+    back = rounded.q.view(4, 4, 32) * rounded.d[..., None]
+    most = x.view(4, 4, 32).abs().amax(-1, keepdim=True)
+    assert ((back - x.view(4, 4, 32)).abs() <= most * 1.6e-5).all()
+    assert torch.allclose(rounded.s, rounded.q.view(4, 4, 32).sum(-1) * rounded.d)
+    assert torch.equal(rounded.sixteens.long(), rounded.q.view(4, 8, 16).sum(-1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_activation_that_is_not_finite_makes_all_that_depends_on_it_nan(value):
+    x = torch.ones(1, 512)
+    x[0, 77] = value
+    tiles = repack(blocks_of("Q8_0", 16, 512), TYPES["Q8_0"])
+    assert multiplied(product("Q8_0"), tiles.data, x, 2).isnan().all()
+    assert Rounded(torch.zeros(1, 64)).d.eq(0).all()
+    assert Rounded(torch.full((1, 32), 3e38)).d.isfinite().all()
