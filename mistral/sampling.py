@@ -8,11 +8,15 @@ warpers:   temperature, top-k, top-p (https://arxiv.org/abs/1904.09751), min-p
 """
 
 import math
+import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mistral.errors import shown
 
 NEVER = -math.inf
 
@@ -20,6 +24,8 @@ NEVER = -math.inf
 NO_NUMBERS = -1  # the chosen score is not finite: the logits are NaN or infinite
 NOTHING_LEFT = -2  # every score is -inf: mask, penalties and logits leave no id
 IDLE = -3  # the row is idle
+
+_STATE_EVERY = 32  # draws: a state has 5 kB on a CPU, and a draw takes some 0.5 ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +63,8 @@ class Sampling:
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(is_number, name, "a number", value)
-        # A division by a smaller number would overflow.
-        sane = self.temperature == 0 or 1e-5 <= self.temperature < math.inf
+        # A division by a smaller number would overflow; a larger one is no float.
+        sane = self.temperature == 0 or 1e-5 <= self.temperature <= sys.float_info.max
         _require(sane, "temperature", "0 (greedy) or 0.00001 or more", self.temperature)
         _require(0 <= self.top_p <= 1, "top_p", "between 0 and 1", self.top_p)
         _require(0 <= self.min_p <= 1, "min_p", "between 0 and 1", self.min_p)
@@ -211,27 +217,83 @@ class RandomNumbers:
     alone. In a new decoder of one row the two are the same.
 
     A seed starts its generator at the first step that has it; the generator continues, over any
-    number of calls, as long as the seed stays the same. A row's own generator also starts anew
-    after the row was emptied. Without a seed, random numbers come from PyTorch's global generator.
+    number of calls, as long as the seed stays the same. Random numbers belong to the ids that they
+    chose: those of ids that no row holds any more (rolled back, or of an interrupted step) are
+    drawn again. So a row that was emptied starts anew. Without a seed, random numbers come from
+    PyTorch's global generator, and none are drawn again.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        # row (None: all rows) -> seed, generator
-        self._started: dict[int | None, tuple[int, torch.Generator]] = {}
+        self._streams: dict[int | None, _Stream] = {}  # by row; None: of all rows together
 
-    def generator(self, seed: int | None, row: int | None = None) -> torch.Generator | None:
-        """The generator of a row, or of all rows together; None is PyTorch's global one."""
-        if seed is None:
-            self._started.pop(row, None)
+    def generator(
+        self,
+        sampling: Sampling,
+        shape: Sequence[int],
+        lengths: Sequence[float],
+        row: int | None = None,
+    ) -> torch.Generator | None:
+        """The generator for the next draw of a row, or of all rows; None is PyTorch's global one.
+
+        shape    of the draw
+        lengths  of the row, or of each row, before the id is appended; infinite for an idle row
+        """
+        if sampling.seed is None:
+            self._streams.pop(row, None)
             return None
-        if row not in self._started or self._started[row][0] != seed:
-            self._started[row] = seed, torch.Generator(self._device).manual_seed(seed)
-        return self._started[row][1]
+        stream = self._streams.get(row)
+        if stream is None or stream.seed != sampling.seed:
+            stream = self._streams[row] = _Stream(sampling.seed, self._device)
+        if sampling.temperature != 0:
+            stream.begin_draw(shape, lengths)
+        return stream.generator
 
-    def restart(self, row: int) -> None:
-        """Let a row's own random numbers start anew at its next step, with whatever seed."""
-        self._started.pop(row, None)
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Give back the random numbers of ids beyond the rows' lengths: they are drawn again.
+
+        Must be called before a row that was rolled back grows again.
+        """
+        for row, stream in self._streams.items():
+            stream.settle(lengths if row is None else lengths[row : row + 1])
+
+
+class _Stream:
+    """One seeded generator, and the draws that count.
+
+    A draw counts as long as one of its rows holds the id that it chose.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self.seed = seed
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self._draws: list[tuple[float, ...]] = []  # for each: the rows' lengths before it
+        self._used = 0  # how many draws the generator is away from its seed; -1: unknown
+        self._states: list[Tensor] = []  # of the generator: before every _STATE_EVERY-th draw
+
+    def begin_draw(self, shape: Sequence[int], lengths: Sequence[float]) -> None:
+        """Bring the generator to the next draw, which counts from now on."""
+        count = len(self._draws)
+        if self._used != count:  # draws were given back
+            self._go_back(count, shape)
+        if count == len(self._states) * _STATE_EVERY:
+            self._states.append(self.generator.get_state())
+        self._used = count + 1
+        self._draws.append(tuple(lengths))
+
+    def _go_back(self, count: int, shape: Sequence[int]) -> None:
+        """Bring the generator to where it was before a draw: to the state before it, and on."""
+        state = min(count // _STATE_EVERY, len(self._states) - 1)
+        self._used = -1
+        self.generator.set_state(self._states[state])
+        for _ in range(state * _STATE_EVERY, count):
+            noise = torch.empty(*shape, dtype=torch.float32, device=self.generator.device)
+            noise.exponential_(1, generator=self.generator)
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Give back the draws of ids that no row holds."""
+        while self._draws and all(map(operator.ge, self._draws[-1], lengths)):
+            self._draws.pop()
 
 
 def sample_rows(
@@ -245,11 +307,14 @@ def sample_rows(
 ) -> Tensor:
     """`next_ids` with one Sampling for all rows, or one per row: int64 [B].
 
-    counts  0 for a row that is idle, which gets IDLE. If the rows share a Sampling, it still draws
-            its share of the random numbers.
+    lengths  of the rows, for the random numbers too
+    counts   0 for a row that is idle, which gets IDLE. If the rows share a Sampling, it still draws
+             its share of the random numbers.
     """
+    random.settle(lengths)
     if isinstance(sampling, Sampling):
-        generator = random.generator(sampling.seed)
+        places = [length if count else math.inf for length, count in zip(lengths, counts)]
+        generator = random.generator(sampling, logits.shape, places)
         ids = next_ids(logits, sampling, history, lengths, mask, generator)
         if all(counts):
             return ids
@@ -260,7 +325,7 @@ def sample_rows(
         if count:
             row = slice(b, b + 1)
             own_mask = mask[row] if mask is not None and mask.dim() == 2 else mask
-            generator = random.generator(own.seed, b)
+            generator = random.generator(own, logits[row].shape, lengths[row], b)
             ids[row] = next_ids(logits[row], own, history[row], lengths[row], own_mask, generator)
     return ids
 
@@ -278,4 +343,4 @@ def _is_whole(value: object) -> bool:
 
 def _require(holds: bool, name: str, must: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {must}, not {value!r}")
+        raise ValueError(f"{name} must be {must}, not {shown(value)}")

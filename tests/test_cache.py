@@ -6,7 +6,7 @@ import pytest
 import small
 import torch
 
-from mistral.cache import RollingCache
+from mistral.cache import RollingCache, chunk_mask
 
 LONG = 60  # tokens a row; 15 windows
 
@@ -56,7 +56,7 @@ def test_any_chunking_equals_the_whole_pass(seed, window, slack):
     assert seen == 3 * LONG
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 5, 11, 60])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 11, 60])
 def test_even_chunks_without_lengths_equal_the_whole_pass(chunk):
     model = small.model()
     tokens = small.tokens(3, LONG)
@@ -116,6 +116,9 @@ def test_rewinds_add_up_against_the_slack():
     cache.rewind(1)
     model(small.tokens(1, 3), cache)
     cache.rewind(3)
+    model(small.tokens(1, 1), cache)  # does not bring back what the rewound tokens evicted
+    with pytest.raises(ValueError, match="the slack is 3"):
+        cache.rewind(2)
 
 
 def test_before_the_first_eviction_everything_can_be_taken_back():
@@ -125,7 +128,13 @@ def test_before_the_first_eviction_everything_can_be_taken_back():
     model(tokens[:, :4], cache)
     cache.rewind(4)
     assert (model(tokens, cache) - model(tokens)).abs().max() < 1e-12
-    with pytest.raises(ValueError, match="cannot forget 9"):
+    cache = model.new_cache(1)
+    model(tokens[:, :4], cache)
+    cache.rewind(2)
+    assert (model(tokens[:, 2:], cache) - model(tokens)[:, 2:]).abs().max() < 1e-12
+    cache = model.new_cache(1)
+    model(tokens, cache)
+    with pytest.raises(ValueError, match="cannot forget 9 tokens of a row that holds 8"):
         cache.rewind(9)
 
 
@@ -379,3 +388,76 @@ def test_all_of_a_row_can_be_forgotten_even_when_the_window_has_rolled():
     assert torch.allclose(
         again, model(tokens[:, :9], model.new_cache(2), lengths=[0, 9])[1], rtol=0, atol=1e-12
     )
+
+
+def test_a_chunk_as_long_as_the_window_has_a_mask_as_in_transformers():
+    """No key lies outside the window yet, and the choice of kernel shows in the last bits."""
+    for T, is_masked in ((3, False), (4, True), (5, True)):
+        mask = chunk_mask(torch.arange(T)[None], window=4)
+        assert (mask is not None) == is_masked
+    assert torch.equal(chunk_mask(torch.arange(4)[None], 4)[0, 0], torch.ones(4, 4).tril() > 0)
+
+
+def test_lengths_far_beyond_the_window_of_a_7b_are_exact_on_the_device():
+    cache = small.model(sliding_window=4).new_cache(2, slack=1)
+    growth = cache.grow([4097, 2**33])
+    cache.begin(growth)
+    cache.commit(growth)
+    plan = cache.plan(2)
+    assert plan.positions.tolist() == [[4097, 4098], [2**33, 2**33 + 1]]
+    assert plan.slots.tolist() == [[4097 % 5, 4098 % 5], [2**33 % 5, (2**33 + 1) % 5]]
+    held = cache.slot_positions
+    assert held[0, 4096 % 5] == 4096
+    assert held[1, (2**33 - 1) % 5] == 2**33 - 1
+
+
+def test_a_row_that_is_filled_to_its_last_slot_keeps_its_first_token():
+    model = small.model(sliding_window=None)
+    tokens = small.tokens(2, 10)
+    expected = model(tokens)
+    # 1. All at once, and the last token again.
+    cache = model.new_cache(2, max_tokens=10)
+    model(tokens, cache)
+    assert cache.slot_positions.tolist() == [list(range(10))] * 2
+    cache.rewind(1)
+    assert (model(tokens[:, 9:], cache) - expected[:, 9:]).abs().max() < 1e-10
+    # 2. With pads, for which the full row has no slot.
+    cache = model.new_cache(2, max_tokens=10)
+    model(tokens[:, :8], cache, [8, 2])
+    chunk = torch.stack((tokens[0, 5:], tokens[1, 2:7]))
+    chunk[0, :2] = tokens[0, 8:]
+    logits = model(chunk, cache, [2, 5])
+    assert (logits[0, :2] - expected[0, 8:]).abs().max() < 1e-10
+    assert (logits[1] - expected[1, 2:7]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("slack", [0, 1, 3])
+def test_rows_of_one_length_that_are_rewound_equal_the_whole_pass(slack):
+    """As a decoder reads: token by token, where no mask is made unless something must be hidden."""
+    model = small.model()
+    tokens = small.tokens(2, 24)
+    whole = model(tokens)
+    for seed in range(3):
+        generator = random.Random(seed)
+        cache = model.new_cache(2, slack=slack)
+        at = 0
+        while at < 24:
+            T = min(generator.choice([1, 1, 1, 2, 3]), 24 - at)
+            logits = model(tokens[:, at : at + T], cache)
+            assert (logits - whole[:, at : at + T]).abs().max() < 1e-12
+            at += T
+            wrong = generator.randint(0, slack)
+            for i in range(wrong):
+                model(small.tokens(2, 1, seed=i), cache)
+            cache.rewind(wrong)
+
+
+def test_one_token_each_of_rows_of_unequal_lengths():
+    model = small.model()
+    tokens = small.tokens(2, 3)
+    whole = model(tokens)
+    cache = model.new_cache(2)
+    model(tokens[:, :2], cache, [2, 1])
+    logits = model(torch.stack((tokens[0, 2:], tokens[1, 1:2])), cache)
+    assert (logits[0, 0] - whole[0, 2]).abs().max() < 1e-12
+    assert (logits[1, 0] - whole[1, 1]).abs().max() < 1e-12

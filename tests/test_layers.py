@@ -16,12 +16,13 @@ from mistral.rotary import Rotary, rotate
 
 def test_rms_norm_is_its_formula_in_true_float64():
     x = torch.randn(3, 11, 40, dtype=torch.float64) * 1e-3
-    norm = RMSNorm(40, eps=1e-5).double()
+    eps = 3e-6  # of the size of the squares; not the usual number
+    norm = RMSNorm(40, eps=eps).double()
     torch.nn.init.normal_(norm.weight)
     for b in range(3):
         for t in range(11):
             mean = math.fsum(v * v for v in x[b, t].tolist()) / 40
-            expected = norm.weight * x[b, t] / math.sqrt(mean + 1e-5)
+            expected = norm.weight * x[b, t] / math.sqrt(mean + eps)
             assert torch.allclose(norm(x)[b, t], expected, rtol=1e-14, atol=0)
 
 
@@ -49,6 +50,14 @@ def test_mlp_is_its_formula():
     assert torch.allclose(
         mlp(x), (gate / (1 + (-gate).exp()) * up) @ mlp.down_proj.weight.T, atol=1e-12
     )
+
+
+def test_mlp_in_place_is_its_formula():
+    mlp = MLP(small.config()).double()
+    x = torch.randn(2, 5, 40, dtype=torch.float64)
+    expected = mlp(x)  # with gradients, nothing is computed in place
+    with torch.no_grad():
+        assert torch.equal(mlp(x), expected)
 
 
 def test_rotation_is_complex_multiplication_of_the_pairs():
@@ -161,3 +170,18 @@ def test_query_heads_share_key_value_heads_in_consecutive_groups():
 def test_explicit_attention_of_a_query_without_keys_is_finite():
     q, k, v = (torch.randn(1, heads, 2, 10) for heads in (6, 2, 2))
     assert attend_explicit(q, k, v, torch.zeros(1, 1, 2, 2, dtype=torch.bool)).isfinite().all()
+
+
+@pytest.mark.parametrize(("H", "shares"), [(256, True), (264, False)])
+def test_heads_above_256_are_repeated_before_pytorchs_kernels(H, shares, monkeypatch):
+    """CUDA's kernels share heads up to this size; on a CPU both ways have the same bits."""
+    options = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(*arguments, **named):
+        options.append(named.get("enable_gqa", False))
+        return attention(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    attend(torch.randn(1, 4, 3, H), torch.randn(1, 2, 3, H), torch.randn(1, 2, 3, H), None)
+    assert options == [shares]

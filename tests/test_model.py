@@ -8,6 +8,7 @@ import mistral
 
 def test_parameters_have_hugging_faces_names():
     names = set(small.model().state_dict())
+    assert names == {name for name, _ in small.model().named_parameters()}  # no frequencies
     assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= names
     assert {name for name in names if ".layers.2." in name} == {
         f"model.layers.2.{part}.weight"
@@ -149,3 +150,9 @@ def test_a_forward_traces_into_one_graph():
     tokens = small.tokens(2, 11)
     explained = torch._dynamo.explain(model)(tokens)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def test_tokens_may_be_int32():
+    model = small.model()
+    tokens = small.tokens(2, 5)
+    assert torch.equal(model(tokens.int()), model(tokens))

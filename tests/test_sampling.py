@@ -13,7 +13,14 @@ from transformers import (
 )
 
 from mistral import Sampling
-from mistral.sampling import next_ids, processed_scores
+from mistral.sampling import (
+    IDLE,
+    RandomNumbers,
+    ban_repeated_ngrams,
+    next_ids,
+    processed_scores,
+    sample_rows,
+)
 
 V = 60
 
@@ -179,6 +186,7 @@ def test_half_precision_logits_are_sampled_in_float32():
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"temperature": math.inf},
+        {"temperature": 10**400},
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_p": 1.1},
@@ -189,6 +197,7 @@ def test_half_precision_logits_are_sampled_in_float32():
         {"no_repeat_ngram_size": -1},
         {"seed": -1},
         {"seed": 0.5},
+        {"seed": 2**64},
     ],
     ids=str,
 )
@@ -201,3 +210,107 @@ def test_the_defaults_change_nothing():
     logits = random_logits(0, ties=True)
     history = random_history(0)
     assert torch.equal(processed_scores(logits, Sampling(), history, full(history)), logits)
+
+
+def test_a_border_that_is_reached_exactly_is_transformers_border():
+    none = torch.zeros(1, 0).long()
+    equal = torch.zeros(1, 4)  # a quarter each
+    halves = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert halves.softmax(-1).tolist() == [[0.5, 0.25, 0.125, 0.125]]
+    for p in (0.25, 0.5, 0.75):
+        for logits in (equal, halves):
+            ours = processed_scores(logits, Sampling(top_p=p), none, [0])
+            assert torch.equal(ours, TopPLogitsWarper(p)(none, logits.clone()))
+            ours = processed_scores(logits, Sampling(typical_p=p), none, [0])
+            assert torch.equal(ours, TypicalLogitsWarper(p)(none, logits.clone()))
+
+
+def test_typical_p_that_rounding_never_reaches_keeps_all():
+    p = 1 - 2**-24
+    none = torch.zeros(1, 0).long()
+    for seed in range(40):
+        logits = random_logits(seed, ties=False)[:1]
+        ours = processed_scores(logits, Sampling(typical_p=p), none, [0])
+        assert torch.equal(ours, TypicalLogitsWarper(p)(none, logits.clone()))
+
+
+def test_a_row_shorter_than_the_n_gram_bans_nothing():
+    history = torch.tensor([[4, 4, 4, 4], [5, 5, 5, 5]])  # row 0 has one id; the rest is stale
+    scores = ban_repeated_ngrams(torch.zeros(2, V), history, [1, 4], 3)
+    assert scores[0].eq(0).all()
+    assert scores[1].isinf().nonzero().tolist() == [[5]]
+
+
+def test_each_row_bans_its_own_n_grams():
+    history = torch.tensor([[7, 8, -1, -1, -1, -1], [9, 3, 4, 5, 3, 4]])
+    logits = torch.zeros(2, V)
+    logits[:, 5] = 1.0
+    greedy = Sampling(temperature=0, no_repeat_ngram_size=3)
+    random = RandomNumbers(logits.device)
+    for sampling in (greedy, [greedy, greedy]):
+        ids = sample_rows(logits, sampling, history, [2, 6], None, random, [1, 1])
+        assert ids.tolist() == [5, 0]
+
+
+def drawn(random, seed, lengths):
+    """Random numbers for rows of these lengths."""
+    shape = (len(lengths), 3)
+    generator = random.generator(Sampling(seed=seed), shape, lengths)
+    return torch.empty(*shape).exponential_(1, generator=generator)
+
+
+def test_a_seed_begins_anew_after_a_step_without_one():
+    random = RandomNumbers(torch.device("cpu"))
+    first = drawn(random, 5, [1])
+    assert not torch.equal(drawn(random, 5, [2]), first)
+    assert random.generator(Sampling(), (1, 3), [3]) is None
+    assert torch.equal(drawn(random, 5, [4]), first)
+    assert not torch.equal(drawn(random, 6, [5]), first)
+    assert torch.equal(drawn(random, 5, [6]), first)
+
+
+def test_a_draw_is_given_back_when_no_row_holds_its_id():
+    random = RandomNumbers(torch.device("cpu"))
+    first, second = (drawn(random, 5, [n, n + 4]) for n in (1, 2))
+    random.settle([3, 6])  # the first row holds the second id
+    assert not torch.equal(drawn(random, 5, [3, 6]), second)
+    random.settle([2, 6])
+    assert torch.equal(drawn(random, 5, [2, 6]), second)
+    random.settle([1, 5])
+    assert torch.equal(drawn(random, 5, [1, 5]), first)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 127, 128, 129, 300])
+def test_ids_that_were_rolled_back_draw_the_same_numbers_again(kept):
+    random = RandomNumbers(torch.device("cpu"))
+    numbers = [drawn(random, 5, [n]) for n in range(310)]
+    random.settle([kept])
+    assert all(torch.equal(drawn(random, 5, [n]), numbers[n]) for n in range(kept, 310))
+
+
+def test_an_idle_row_of_a_shared_sampling_has_no_id():
+    random = RandomNumbers(torch.device("cpu"))
+    none = torch.full((2, 1), -1)
+    greedy = Sampling(temperature=0)
+    ids = sample_rows(torch.eye(2, V), greedy, none, [0, 0], None, random, [1, 0])
+    assert ids.tolist() == [0, IDLE]
+
+
+def test_a_long_sequence_is_rolled_back_without_drawing_all_of_it_again(monkeypatch):
+    random = RandomNumbers(torch.device("cpu"))
+    empty = torch.empty
+    drawn_again = []
+    monkeypatch.setattr(torch, "empty", lambda *shape, **o: drawn_again.append(0) or empty(*shape))
+
+    def draw(length):
+        random.settle([length])
+        generator = random.generator(Sampling(seed=5), (1, 3), [length])
+        return empty(1, 3).exponential_(1, generator=generator).tolist()
+
+    expected = [draw(length) for length in range(300)]
+    assert drawn_again == []
+    for length in (298, 297, 65, 64, 63, 33, 32, 31, 1, 0):
+        drawn_again.clear()
+        assert draw(length) == expected[length]
+        assert draw(length + 1) == expected[length + 1]
+        assert len(drawn_again) < 32

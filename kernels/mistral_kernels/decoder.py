@@ -6,14 +6,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mistral.engine.attached import refuse_attachments
+from mistral.engine.attached import addresses, refuse_attachments, refuse_moved
 from mistral.engine.base import IDLE
 from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder as ReferenceDecoder
 from mistral.engine.decoder import computes
 from mistral.engine.given import only_model
 from mistral.model import Mistral
-from mistral.sampling import Sampling
+from mistral.sampling import Sampling, sample_rows
 from mistral_kernels.decode.matvec import MAX_BATCH
 from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.packed.short_linear import MAX_ROWS
@@ -81,6 +81,7 @@ class Decoder(ReferenceDecoder):
         self._plain = plain
         with torch.inference_mode():
             self._step = DecodeStep(model, self._cache, REFERENCES if plain else KERNELS, pdl)
+            self._addresses = addresses(model)  # of the weights, which `_step` has regrouped
             self._sampler = Sampler(batch_size, model.config.vocab_size, model.device, plain)
             # Graphs hold addresses: none of these is ever replaced.
             self._logits = self._step.logits  # [B, V]
@@ -108,6 +109,7 @@ class Decoder(ReferenceDecoder):
 
     def _check_attached(self) -> None:
         refuse_attachments(self.model, _NAME)
+        refuse_moved(self.model, self._addresses)
 
     @property
     def unpacked_kinds(self) -> list[str]:
@@ -130,34 +132,60 @@ class Decoder(ReferenceDecoder):
         active: Sequence[bool] | None = None,
     ) -> Tensor:
         """As the reference's."""
-        # 1. Unsupported settings: fall back to the reference's sampling.
-        each = [sampling] if isinstance(sampling, Sampling) else sampling
-        supported = [self._sampler.supports(own) for own in each if own is not None]
-        if not all(supported):
-            if any(supported):
-                raise ValueError(
-                    "the kernels cannot mix rows with typical_p or no_repeat_ngram_size and rows "
-                    "without, whose random numbers would change: use the eager engine"
-                )
-            self._sampled = False
-            self._sampler.forget()
-            return super().step(sampling, mask, active)
         self._check_model()
         counts = self._step_counts(sampling, mask, active)
-        self._sampler.prepare(sampling, mask, self._history, counts)
-        # 2. Read the ids that were sampled last, and sample. An interrupt leaves the flags down.
+        # 1. Settings that the sampling kernel lacks are left to the reference.
+        each = [sampling] if isinstance(sampling, Sampling) else sampling
+        supported = [own is None or self._sampler.supports(own) for own in each]
+        if not all(supported):
+            self._sampled = False
+            self._sampler.forget()
+            if isinstance(sampling, Sampling):
+                return super().step(sampling, mask, active)
+            return self._step_of_both(sampling, supported, mask, counts)
+        self._settle()
+        # 2. Read the ids that were sampled last, and sample. An interrupt leaves the flags as they
+        #    are here: `_settle` undoes the rest.
         sampled = self._sampled
         self._sampled = False
-        try:
-            self._read_and_sample(counts, sampled)
-        except BaseException:
-            self._sampler.forget()
-            for b, length in enumerate(self._lengths):
-                self._history[b, length:] = -1  # an id may be there that was not counted
-            raise
+        self._unsettled = True
+        self._sampler.prepare(sampling, mask, self._history, counts, self._lengths)
+        self._read_and_sample(counts, sampled)
         # 3. Count.
         self._lengths = [length + count for length, count in zip(self._lengths, counts)]
+        self._sampler.confirm()
+        self._unsettled = False
         self._sampled = all(counts)
+        return self._chosen()
+
+    def _step_of_both(
+        self,
+        sampling: Sequence[Sampling | None],
+        supported: Sequence[bool],
+        mask: Tensor | None,
+        counts: list[int],
+    ) -> Tensor:
+        """A step: the kernel samples for the supported rows, the reference for the others."""
+        self._settle()
+        ours = [count * own for count, own in zip(counts, supported)]
+        others = [count - own for count, own in zip(counts, ours)]
+        self._catch_up()
+        self._place()
+        self._unsettled = True
+        own = [sampling if count else None for sampling, count in zip(sampling, ours)]
+        self._sampler.prepare(own, mask, self._history, ours, self._lengths)
+        self._run("sample for some rows", self._choose_for_some)
+        self._sampler.forget()  # it does not know the ids of the others
+        ids = sample_rows(
+            self._logits, sampling, self._history, self._lengths, mask, self._random, others
+        )
+        ids = torch.where(self._sampler.problems == IDLE, ids, self._chosen())
+        self._append(ids[:, None], counts)
+        self._sampler.confirm()
+        return ids
+
+    def _chosen(self) -> Tensor:
+        """The ids of the last sampling, or what was wrong with it: int64 [B]."""
         problems = self._sampler.problems
         return torch.where(problems < 0, problems, self._step.tokens)
 
@@ -183,14 +211,12 @@ class Decoder(ReferenceDecoder):
         self._sampler.forget()
         super().rewind(n)
 
-    def _restart(self, b: int) -> None:
-        super()._restart(b)
-        self._sampler.restart_own(b)
-
-    def start_over(self) -> None:
-        """Be as a new decoder: no tokens, and random numbers that begin at the next step."""
-        self.rewind(self.lengths)
-        self._sampler.restart()
+    def _settle(self) -> None:
+        if self._unsettled:
+            self._sampled = False
+            self._sampler.forget()
+        super()._settle()
+        self._sampler.settle(self._lengths)
 
     @computes
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:

@@ -43,7 +43,7 @@ def try_out(decoder: Decoder, expected: Tensor) -> None:
                 _do_everything(decoder, T, expected)
     if decoder.unrecorded:
         raise torch.OutOfMemoryError(f"no memory for the CUDA graph of {decoder.unrecorded[0]}")
-    decoder.start_over()
+    decoder.rewind(decoder.lengths)
 
 
 def _do_everything(decoder: Decoder, T: int, expected: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mistral.model import Block, Mistral
-from mistral.quantization.packed import Packed, TiedOutput
+from mistral.quantization.packed import Keeper, Packed, TiedOutput
 from mistral.rms_norm import RMSNorm
 from mistral_kernels.decode.matvec import scaled_norm
 from mistral_kernels.packed.dequantize import Blocks, Matrix
@@ -62,8 +62,8 @@ class Weights(NamedTuple):
     activations: torch.dtype  # of the inputs of matrices: x, y and h
 
 
-class _InPlanes:
-    """A `Keeper` (mistral/quantization/packed.py) that holds a layer's blocks as planes."""
+class _InPlanes(Keeper):
+    """Holds a layer's blocks as planes."""
 
     def __init__(self, planes: Planes):
         self.planes = planes

@@ -1,6 +1,6 @@
 """What people attach to a model: hooks, adapters, biases. Not every engine can honour it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -26,6 +26,22 @@ def refuse_attachments(model: Mistral, engine: str) -> None:
     """Raises ValueError for hooks, and for modules that a Mistral of this package does not have."""
     _refuse(_hooks(model), engine)
     _refuse(_foreign_modules(model), engine)
+
+
+def addresses(model: Mistral) -> list[int]:
+    """Where the parameters are, for `refuse_moved`."""
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def refuse_moved(model: Mistral, before: Sequence[int]) -> None:
+    """Raises ValueError if parameters are not where they were; `before` is from `addresses`.
+
+    Changes in place are seen by every engine.
+    """
+    if addresses(model) != before:
+        raise ValueError(
+            "the model's weights were replaced after the decoder was created: create a new decoder"
+        )
 
 
 def _refuse(found: Iterator[str], engine: str) -> None:

@@ -1,14 +1,17 @@
 """The two interfaces of generation: an engine computes, a constraint restricts."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from mistral.cache import rewind_counts
 from mistral.config import Config
-from mistral.engine.ids import token_ids
+from mistral.engine.ids import token_ids, whole_numbers
+from mistral.errors import shown
 from mistral.sampling import IDLE, NO_NUMBERS, NOTHING_LEFT, Sampling
 
 __all__ = ["IDLE", "NOTHING_LEFT", "NO_NUMBERS", "Constraint", "Engine"]
@@ -25,6 +28,14 @@ class Engine(ABC):
     unpacked_kinds  the types of packed matrices that a step unpacks, which is slow
     holder       whose tokens the engine holds: a conversation stores itself here, to notice
                  whether another one used the engine in between
+    in_flight    how many of each row's last ids were not yielded yet: `generate` stores it here
+                 while it keeps steps in flight; a copy is made without them
+
+    An exception inside a method, Ctrl-C or out of memory, leaves the rows as they were or with the
+    ids appended; `lengths` says which. The engine continues either way as one that nothing has
+    interrupted.
+
+    `copy.deepcopy` returns an independent engine of the same model, whose weights are shared.
     """
 
     config: Config
@@ -33,6 +44,29 @@ class Engine(ABC):
     steps_in_flight: int = 0
     unpacked_kinds: Sequence[str] = ()
     holder: object = None
+    in_flight: Sequence[int] = ()
+    # What copies and pickles leave out: whoever uses the engine, and the thread that is inside.
+    _not_copied: Sequence[str] = ("holder", "in_flight", "_thread")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo |= {id(shared): shared for shared in self._shared()}
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in self._copied_state().items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        if any(self.in_flight):
+            copied.rewind(self.in_flight)
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._copied_state()
+
+    def _copied_state(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if name not in self._not_copied}
+
+    def _shared(self) -> list[object]:
+        """What a copy has in common with the original."""
+        return []
 
     @property
     @abstractmethod
@@ -116,6 +150,12 @@ class Engine(ABC):
         """How many ids a step appends to each row: 1, or 0 if the row is idle. Checks all of it."""
         counts = [1] * self.batch_size
         if not isinstance(sampling, Sampling):
+            is_list = isinstance(sampling, (list, tuple))
+            if not is_list or not all(own is None or isinstance(own, Sampling) for own in sampling):
+                raise ValueError(
+                    f"sampling must be a mistral.Sampling, or a list with one or None per row, not "
+                    f"{shown(sampling)}"
+                )
             counts = [int(own is not None) for own in sampling]
         if len(counts) != self.batch_size or len(active or counts) != self.batch_size:
             given = len(counts if active is None else active)
@@ -129,6 +169,11 @@ class Engine(ABC):
         self._check_room(counts)
         return counts
 
+    def _rewind_counts(self, n: int | Sequence[int]) -> list[int]:
+        """How many tokens each row forgets. ValueError for what is not such a count."""
+        counts = whole_numbers(n, "the count of a rewind", repeated=self.batch_size)
+        return rewind_counts(counts, self.lengths)
+
     def _check_mask(self, mask: Tensor | None) -> None:
         """Raises ValueError for a mask that is not bool [V] or [B, V]."""
         if mask is None:
@@ -136,9 +181,9 @@ class Engine(ABC):
         V = self.config.vocab_size
         is_bool = isinstance(mask, Tensor) and mask.dtype == torch.bool
         if not is_bool or mask.shape not in ((V,), (self.batch_size, V)):
-            shape = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            shape = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else shown(mask)
             raise ValueError(
-                f"the mask must be bool [{V}] or [{self.batch_size}, {V}], not {shape[:60]}"
+                f"the mask must be bool [{V}] or [{self.batch_size}, {V}], not {shape}"
             )
 
     def _check_room(self, counts: Sequence[int]) -> None:
@@ -169,7 +214,12 @@ class Constraint:
 
     @staticmethod
     def of(given: "Constraint | Any") -> "Constraint":
-        """`given` itself; an object of another class is asked for `mask` and `accept` alone."""
+        """`given` itself; an object of another class is asked for `mask` and `accept` alone.
+
+        Raises ValueError if it has not both.
+        """
+        if not all(callable(getattr(given, name, None)) for name in ("mask", "accept")):
+            raise ValueError(f"a constraint has mask and accept, and {shown(given)} has not")
         return given if isinstance(given, Constraint) else _Adapted(given)
 
 

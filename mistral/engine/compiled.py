@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mistral.cache import held_positions, window_mask
-from mistral.engine.attached import refuse_attachments, refuse_hooks
+from mistral.engine.attached import addresses, refuse_attachments, refuse_hooks, refuse_moved
 from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder, computes
 from mistral.engine.given import only_model
@@ -78,6 +78,7 @@ class CompiledDecoder(Decoder):
         self._compiled: set[int] = set()  # the sizes whose step has run
         self._graphs: dict[int, _Graph] = {}  # on a GPU, by size
         self._recorder = Recorder(model.device)
+        self._addresses = addresses(model)  # graphs refer to them
         # By reading, not measured: this lets the GPU's compiler write matrix-vector products itself
         # and tune them.
         options = {"coordinate_descent_tuning": True} if model.device.type == "cuda" else None
@@ -127,6 +128,7 @@ class CompiledDecoder(Decoder):
     def _check_attached(self) -> None:
         if self._graphs:  # they would replay what was attached when they were recorded
             refuse_attachments(self.model, _NAME)
+            refuse_moved(self.model, self._addresses)
         refuse_hooks(self.model, _NAME)
 
     def _run_step(self, tokens: Tensor, size: int) -> Tensor:

@@ -1,24 +1,41 @@
 """The reference engine: a model with its rolling cache."""
 
-import copy
 import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral.cache import rewind_counts
 from mistral.engine.base import Engine
 from mistral.engine.given import only_model
-from mistral.engine.ids import check_rows
+from mistral.engine.ids import check_rows, check_sizes
 from mistral.engine.memory import checked_cache
 from mistral.model import Mistral
 from mistral.sampling import RandomNumbers, Sampling, sample_rows
 
 _LONGEST_CHUNK = 2048  # longer chunks take memory and are no faster
+
+
+def one_thread(method: Callable) -> Callable:
+    """Decorates an engine's method: ValueError if another thread is inside such a method."""
+
+    @functools.wraps(method)
+    def run(self: Engine, *args: Any, **kwargs: Any) -> Any:
+        me = threading.get_ident()
+        state = vars(self)
+        is_outermost = "_thread" not in state
+        if state.setdefault("_thread", me) != me:  # atomic, unlike a test and an assignment
+            raise ValueError("another thread is using this decoder: give each thread its own")
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            if is_outermost:
+                state.pop("_thread", None)
+
+    return run
 
 
 def computes(method: Callable) -> Callable:
@@ -27,21 +44,15 @@ def computes(method: Callable) -> Callable:
     So it computes the same wherever it is called. ValueError if another thread is inside one.
     """
 
+    @one_thread
     @functools.wraps(method)
     @torch.inference_mode()
     def run(self: "Decoder", *args: Any, **kwargs: Any) -> Any:
-        outer = self._thread
-        if outer not in (None, threading.get_ident()):
-            raise ValueError("another thread is using this decoder: give each thread its own")
         device = self.model.device.type
-        try:
-            self._thread = threading.get_ident()
-            if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-                return method(self, *args, **kwargs)
-            with torch.autocast(device, enabled=False):
-                return method(self, *args, **kwargs)
-        finally:
-            self._thread = outer
+        if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            return method(self, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return method(self, *args, **kwargs)
 
     return run
 
@@ -57,8 +68,8 @@ class Decoder(Engine):
     forward pass.
 
     `copy.deepcopy` returns an independent decoder of the same model, whose weights are shared: to
-    answer several times after one prompt, prefill it once, and let each answer have a copy. Copy
-    between two texts: within one, an engine may hold ids that were not yielded yet.
+    answer several times after one prompt, prefill it once, and let each answer have a copy. A copy
+    in mid-text holds what was yielded.
 
     Raises ValueError for impossible sizes, NotEnoughMemory if the cache does not fit.
     """
@@ -67,7 +78,7 @@ class Decoder(Engine):
         self, model: Mistral, batch_size: int = 1, max_tokens: int | None = None, *, slack: int = 16
     ):
         model = only_model(model)
-        self._thread: int | None = None  # that is inside a method that computes
+        check_sizes(batch_size=batch_size, max_tokens=max_tokens, slack=slack)
         self.model = model
         self.config = model.config
         self.batch_size = batch_size
@@ -81,22 +92,11 @@ class Decoder(Engine):
         self._lengths = [0] * batch_size  # ids of each row; the cache may have read fewer
         self._logits: Tensor | None = None  # [B, V]: after the last id that the cache has read
         self._stale = [False] * batch_size  # the row's logits are not those of its last cached id
+        self._unsettled = False  # True: a call runs, or was interrupted; see `_settle`
         self._random = RandomNumbers(model.device)
         self._chunk = min(self.config.sliding_window or _LONGEST_CHUNK, _LONGEST_CHUNK)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """An independent decoder that shares the model's weights."""
-        memo |= {id(shared): shared for shared in self._shared()}
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        for name, value in vars(self).items():
-            setattr(copied, name, copy.deepcopy(value, memo))
-        copied.holder = None
-        copied._thread = None
-        return copied
-
     def _shared(self) -> list[object]:
-        """What a copy has in common with the original."""
         return [self.model]
 
     @property
@@ -164,6 +164,7 @@ class Decoder(Engine):
         Never synchronizes. Raises ValueError while a row is empty and if there is no more room.
         """
         self._check_model()
+        self._settle()
         counts = self._step_counts(sampling, mask, active)
         self._catch_up()
         ids = sample_rows(
@@ -179,7 +180,7 @@ class Decoder(Engine):
         All of a row can always be forgotten. Otherwise raises ValueError for more than the cache
         can roll back; nothing is forgotten then.
         """
-        counts = rewind_counts(n, self._lengths)
+        counts = self._rewind_counts(n)
         # 1. How much of each row stays in the cache.
         cached = self._cache.lengths
         kept = list(cached)
@@ -189,21 +190,22 @@ class Decoder(Engine):
                 # Shrinking the cache loses the logits of the last kept token: drop that token too.
                 # It is fed again later, alone or together with what comes next.
                 kept[b] = max(self._lengths[b] - count - 1, 0)
-        # 2. Shrink the cache; if it cannot, nothing has changed yet.
+        # 2. Shrink the cache; if it cannot, nothing has changed yet. A row whose cache is shorter
+        #    than its ids is read again, so an interrupt between here and 3. costs only time.
+        stale = self._stale
+        self._stale = [s or after < before for s, after, before in zip(stale, kept, cached)]
         try:
             self._cache.rewind([before - after for before, after in zip(cached, kept)])
         except ValueError:
+            self._stale = stale
             raise ValueError(
                 f"cannot forget {counts} tokens: once the window rolls, {self.slack} can be rolled "
                 "back in all"
             ) from None
         # 3. Forget the ids.
-        for b, count in enumerate(counts):
-            self._lengths[b] -= count
-            if count and self._lengths[b] == 0:
-                self._restart(b)
-            self._stale[b] |= kept[b] < cached[b]
-            self._history[b, self._lengths[b] :] = -1
+        self._unsettled = True
+        self._lengths = [length - count for length, count in zip(self._lengths, counts)]
+        self._settle()
 
     def _check_model(self) -> None:
         """Raises ValueError if the model was converted or moved after the decoder was created."""
@@ -217,14 +219,22 @@ class Decoder(Engine):
     def _check_attached(self) -> None:
         """Raises ValueError if something is attached to the model that the engine leaves out."""
 
-    def _restart(self, b: int) -> None:
-        """Row b is empty: another sequence may begin, and with it the row's own random numbers."""
-        self._random.restart(b)
+    def _settle(self) -> None:
+        """Undo what calls have left beyond `_lengths`, which alone say what a row holds.
+
+        An interrupted call may have written ids there, or drawn random numbers.
+        """
+        if self._unsettled:
+            for b, length in enumerate(self._lengths):
+                self._history[b, length:] = -1
+            self._unsettled = False
+        self._random.settle(self._lengths)
 
     def _append_rows(self, rows: Sequence[Sequence[int]]) -> None:
         """`_append` for lists of ids from outside."""
         self._check_model()
         self._check_attached()
+        self._settle()
         rows = check_rows(rows, self.batch_size, self.config.vocab_size)
         counts = [len(row) for row in rows]
         self._check_room(counts)
@@ -236,6 +246,7 @@ class Decoder(Engine):
     def _append(self, ids: Tensor, counts: list[int]) -> None:
         """Append the first counts[b] of ids [B, T] to row b; the cache reads them later."""
         lengths = [length + count for length, count in zip(self._lengths, counts)]
+        self._unsettled = True
         room = self._history.shape[1]
         if max(lengths) >= room:  # the last column stays free, for pads
             self._history = F.pad(self._history, (0, max(lengths) + room), value=-1)
@@ -246,7 +257,8 @@ class Decoder(Engine):
         else:
             columns, real = self._columns(self._lengths, counts)  # [B, T] each
             self._history.scatter_(1, columns, torch.where(real, ids, -1))
-        self._lengths = lengths
+        self._lengths = lengths  # here, and nowhere before, the ids count
+        self._unsettled = False
 
     def _columns(self, starts: list[int], counts: list[int]) -> tuple[Tensor, Tensor]:
         """Where counts[b] ids of row b from starts[b] on are in the history, and which are no pads.
@@ -262,6 +274,7 @@ class Decoder(Engine):
     @computes
     def _catch_up(self) -> None:
         """Prefill the ids that the cache lacks, chunk by chunk."""
+        self._check_model()
         while counts := self._next_counts():
             self._keep_logits(counts, self._forward(self._pending_ids(counts), counts))
 

@@ -11,7 +11,7 @@ from mistral.engine.given import only_model
 from mistral.engine.ids import stop_ids, token_ids
 from mistral.engine.loop import Loop, Reason, Token, batch_loop, check_choice, check_sampling
 from mistral.model import Mistral
-from mistral.sampling import RandomNumbers, Sampling, next_ids
+from mistral.sampling import Sampling, next_ids
 
 Item = TypeVar("Item")
 
@@ -68,7 +68,9 @@ def generate_naive(
     model = only_model(model)
     check_sampling(sampling)
     stop = stop_ids(stop_tokens, model.config.eos_token_id)
-    generator = RandomNumbers(model.device).generator(sampling.seed)
+    generator = None  # PyTorch's global one
+    if sampling.seed is not None:
+        generator = torch.Generator(model.device).manual_seed(sampling.seed)
     ids = torch.tensor([token_ids(prompt_ids)], device=model.device)  # [1, T]
     for _ in range(max_new_tokens):
         logits = model(ids, last_only=True)  # [1, V]
@@ -142,7 +144,7 @@ def generate_batch(
 
     sampling     one for all rows: one generator for the batch, as in Hugging Face's `generate`, so
                  a row's text depends on the other rows. Or one per row: each row gets the text that
-                 it gets alone, up to the rounding of a larger batch.
+                 it gets alone, up to the rounding of a larger batch, by every engine.
     constraints  one per row. Their `forced` is not asked: rows are forced at different steps, and a
                  step is one forward pass for all of them.
 
@@ -151,10 +153,10 @@ def generate_batch(
     fills the decoder ends; the others continue. The other arguments and errors are those of
     `generate`. Padded batches: `mistral.unpadded` returns their rows.
     """
-    rows: list[list] = [[] for _ in prompts]
     loop = batch_loop(
         model_or_decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints, logprobs
     )
+    rows: list[list] = [[] for _ in loop.prompts]
     for step in loop.steps():
         for row, token in zip(rows, step):
             if token is not None:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from mistral.engine.base import Engine
+from mistral.errors import shown
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
 
@@ -30,8 +31,6 @@ def model_or_engine(given: Any) -> Mistral | Engine:
         raise ValueError("a model is needed, not a tuple: model, tokenizer = mistral.load(...)")
     if isinstance(given, Tokenizer):
         raise ValueError("a model is needed where the tokenizer is: exchange the two arguments")
-    if given is None or isinstance(given, type):
-        raise ValueError(f"a model or an engine is needed, not {given!r}")
     wrapped = given
     while isinstance(wrapped, nn.Module) and type(wrapped) is not Mistral:
         if (inner := _inside(wrapped)) is None:
@@ -42,6 +41,8 @@ def model_or_engine(given: Any) -> Mistral | Engine:
             f"{type(given).__name__} is not a Mistral, and what it adds would be left out: "
             "pass the Mistral inside it"
         )
+    if not isinstance(wrapped, (Mistral, Engine)):
+        raise ValueError(f"a model or an engine is needed, not {shown(given)}")
     return wrapped
 
 

@@ -2,10 +2,13 @@
 
 import operator
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mistral.errors import shown
 
 _STOP = "stop_tokens"
 
@@ -29,7 +32,7 @@ def token_ids(given: Iterable[int] | Any, what: str = "the prompt") -> list[int]
         return [_id(value) for value in values]
     except (TypeError, ValueError):
         raise ValueError(
-            f"{what} must be whole numbers, [T] or [1, T], not {_shown(given)}"
+            f"{what} must be whole numbers, [T] or [1, T], not {shown(given)}"
         ) from None
 
 
@@ -37,7 +40,12 @@ def stop_ids(given: int | Iterable[int] | None, default: Iterable[int]) -> froze
     """Stop tokens, of any integer type; None: the default's. ValueError for everything else."""
     if given is None:
         given = default
-    return frozenset(token_ids([given] if _is_number(given) else given, _STOP))
+    return frozenset(whole_numbers(given, _STOP))
+
+
+def whole_numbers(given: Any, what: str, repeated: int = 1) -> list[int]:
+    """`token_ids` that takes a single number, too; it is repeated."""
+    return token_ids([given] * repeated if _is_number(given) else given, what)
 
 
 def unpadded(input_ids: Tensor | Any, attention_mask: Tensor | Any) -> list[list[int]]:
@@ -48,8 +56,14 @@ def unpadded(input_ids: Tensor | Any, attention_mask: Tensor | Any) -> list[list
 
     Raises ValueError for other shapes and values, and for a row with a pad between its tokens.
     """
-    ids = torch.as_tensor(input_ids)
-    mask = torch.as_tensor(attention_mask)
+    try:
+        ids = torch.as_tensor(input_ids)
+        mask = torch.as_tensor(attention_mask)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            "input_ids and attention_mask must be [B, T] both, not "
+            f"{shown(input_ids)} and {shown(attention_mask)}"
+        ) from None
     if ids.dim() != 2 or ids.shape != mask.shape:
         both = f"{list(ids.shape)} and {list(mask.shape)}"
         raise ValueError(f"input_ids and attention_mask must be [B, T] both, not {both}")
@@ -75,9 +89,16 @@ def _id(value: Any) -> int:
     return operator.index(value)
 
 
-def _shown(given: Any) -> str:
-    text = repr(given)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def check_sizes(**sizes: Any) -> None:
+    """Raises ValueError, which names it, for a size that is not a whole number or is too small.
+
+    sizes  batch_size and max_tokens, at least 1, or None for max_tokens; slack, at least 0
+    """
+    for name, size in sizes.items():
+        least = 0 if name == "slack" else 1
+        is_whole = isinstance(size, Integral) and not isinstance(size, bool)
+        if not (is_whole and size >= least) and not (name == "max_tokens" and size is None):
+            raise ValueError(f"{name} must be a whole number of {least} or more, not {shown(size)}")
 
 
 def check_rows(rows: Sequence[Any], batch_size: int, vocab_size: int) -> list[list[int]]:
@@ -85,6 +106,8 @@ def check_rows(rows: Sequence[Any], batch_size: int, vocab_size: int) -> list[li
 
     Raises ValueError for another number of rows and for ids outside the vocabulary.
     """
+    if isinstance(rows, (str, bytes)) or not hasattr(rows, "__len__"):
+        raise ValueError(f"a list of ids for each row is needed, not {shown(rows)}")
     if len(rows) != batch_size:
         raise ValueError(f"{len(rows)} rows for a decoder of {batch_size}")
     checked = [token_ids(row, f"row {b}") for b, row in enumerate(rows)]

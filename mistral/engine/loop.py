@@ -1,11 +1,11 @@
 """The loop that drives an engine: step by step, until every row has ended."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from mistral.engine.constraints import stack_masks
 from mistral.engine.decoder import Decoder
 from mistral.engine.given import model_or_engine
 from mistral.engine.ids import stop_ids, token_ids
+from mistral.errors import shown
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 
@@ -55,6 +56,7 @@ class Loop:
         self.decoder.prefill(self.prompts)
         self._starts = self.decoder.lengths
         self._chosen = [0] * len(self.prompts)
+        self._end_rows()
         is_static = all(constraint.is_static for constraint in self.constraints or ())
         run = self._single_steps
         if self.decoder.steps_in_flight and is_static and not self.logprobs:
@@ -67,10 +69,6 @@ class Loop:
                 self._roll_back()
             raise
         self._roll_back()
-        for b, reason in enumerate(self.reasons):
-            if reason is None:
-                has_all = self._chosen[b] == self.max_new_tokens
-                self.reasons[b] = "length" if has_all else "full"
 
     def _single_steps(self) -> Iterator[list]:
         """`steps`, each read back before the next."""
@@ -157,7 +155,7 @@ class Loop:
         return self.decoder.step(self.sampling, mask, active)
 
     def _take(self, chosen: Sequence[int], active: Sequence[bool]) -> None:
-        """Count the ids of the active rows, end rows at stop tokens, and tell the constraints."""
+        """Count the ids of the active rows, tell the constraints, and end rows."""
         for b, (id, takes_part) in enumerate(zip(chosen, active)):
             if not takes_part:
                 continue
@@ -166,12 +164,26 @@ class Loop:
             elif self.constraints is not None:
                 self.constraints[b].accept(id)
             self._chosen[b] += 1
+        self._end_rows()
+        self.decoder.in_flight = self._surplus()
+
+    def _end_rows(self) -> None:
+        """End the rows that have all their tokens, or no room."""
+        for b, (start, chosen) in enumerate(zip(self._starts, self._chosen)):
+            if self.reasons[b] is None and chosen == self.max_new_tokens:
+                self.reasons[b] = "length"
+            elif self.reasons[b] is None and start + chosen >= self.decoder.limit:
+                self.reasons[b] = "full"
+
+    def _surplus(self) -> list[int]:
+        """How many ids of each row were not taken: those beyond its end, and of steps in flight."""
+        taken = [start + chosen for start, chosen in zip(self._starts, self._chosen)]
+        return [held - length for held, length in zip(self.decoder.lengths, taken)]
 
     def _roll_back(self) -> None:
-        """Forget the ids that were not taken: those beyond a row's end, and of steps in flight."""
-        taken = [start + chosen for start, chosen in zip(self._starts, self._chosen)]
-        surplus = [held - length for held, length in zip(self.decoder.lengths, taken)]
-        if any(surplus):
+        """Forget the ids that were not taken."""
+        self.decoder.in_flight = ()
+        if any(surplus := self._surplus()):
             self.decoder.rewind(surplus)
 
 
@@ -187,14 +199,18 @@ def batch_loop(
     """The loop of `generate_batch`, which has its arguments and errors."""
     if isinstance(prompts, (str, bytes)):
         raise ValueError("the prompts are text, and lists of ids are needed: encode each of them")
-    if constraints is not None and len(constraints) != len(prompts):
-        raise ValueError(f"{len(constraints)} constraints for {len(prompts)} prompts")
-    for own in [sampling] if isinstance(sampling, Sampling) else sampling:
-        check_sampling(own)
-    if not isinstance(sampling, Sampling) and len(sampling) != len(prompts):
-        raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts")
+    prompts = list_of(prompts, "prompts")
+    if isinstance(sampling, (list, tuple)):
+        for own in sampling:
+            check_sampling(own)
+        if len(sampling) != len(prompts):
+            raise ValueError(f"{len(sampling)} samplings for {len(prompts)} prompts")
+    else:
+        check_sampling(sampling)
     if constraints is not None:
-        constraints = list(map(Constraint.of, constraints))
+        constraints = list(map(Constraint.of, list_of(constraints, "constraints")))
+        if len(constraints) != len(prompts):
+            raise ValueError(f"{len(constraints)} constraints for {len(prompts)} prompts")
     prompts = [token_ids(prompt, f"prompt {b}") for b, prompt in enumerate(prompts)]
     decoder = decoder_for(model_or_decoder, prompts, max_new_tokens)
     return Loop(
@@ -216,7 +232,7 @@ def decoder_for(
     whole = isinstance(max_new_tokens, int) and not isinstance(max_new_tokens, bool)
     if not whole or max_new_tokens < 0:
         raise ValueError(
-            f"max_new_tokens must be a whole number, 0 or more, not {max_new_tokens!r}"
+            f"max_new_tokens must be a whole number, 0 or more, not {shown(max_new_tokens)}"
         )
     if not prompts:
         raise ValueError("there is no prompt")
@@ -256,10 +272,18 @@ class IdsInFlight:
         return self._ids.tolist()
 
 
+def list_of(given: Iterable[Any], what: str) -> list:
+    """`given` as a list. ValueError, which begins with `what`, if it has no items."""
+    try:
+        return list(given)
+    except TypeError:
+        raise ValueError(f"{what} must be a list, one for each row, not {shown(given)}") from None
+
+
 def check_sampling(sampling: Sampling) -> None:
     """Raises ValueError for anything but a Sampling."""
     if not isinstance(sampling, Sampling):
-        raise ValueError(f"sampling must be a mistral.Sampling, not {sampling!r}")
+        raise ValueError(f"sampling must be a mistral.Sampling, not {shown(sampling)}")
 
 
 def check_choice(ids: Sequence[int]) -> None:

@@ -11,6 +11,11 @@ from mistral.errors import NotEnoughMemory
 from mistral.files import format_bytes
 from mistral.model import Mistral
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def _available_memory(device: torch.device) -> int | None:
     """Bytes that are free on `device`; None if unknown."""
@@ -18,9 +23,23 @@ def _available_memory(device: torch.device) -> int | None:
         reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reusable
     if device.type == "cpu":
-        known = [free for free in (_system_memory(), _container_memory()) if free is not None]
-        return min(known, default=None)
+        found = (_system_memory(), _container_memory(), _address_space())
+        return min((free for free in found if free is not None), default=None)
     return None
+
+
+def _address_space() -> int | None:
+    """Bytes left below the limit of this process (`ulimit -v`); None without a limit."""
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # not Linux: what the process has already is unknown
+        return limit
+    return max(limit - pages * resource.getpagesize(), 0)
 
 
 def _system_memory() -> int | None:

@@ -31,8 +31,8 @@ from os.path import commonprefix
 import torch
 from torch import Tensor
 
-from mistral.cache import rewind_counts
 from mistral.engine.base import IDLE, Engine
+from mistral.engine.decoder import one_thread
 from mistral.engine.ids import check_rows
 from mistral.sampling import RandomNumbers, Sampling, sample_rows
 
@@ -85,17 +85,20 @@ class LookupDecoder(Engine):
         self._tokens = tokens
         self._ngrams = (max_ngram, min_ngram)
         self._text = ""  # one character for each id
+        # What the decoder holds, or an interrupted call was to append: its length says how much.
+        self._given = ""
+        # How many ids come before the first of the scores, and the scores, [n, V]: after that many
+        # of `_given`, after one more, ... One assignment replaces both.
+        self._scored: tuple[int, Tensor] | None = None
         self._new = False  # True: its last logits were not asked for yet
-        self._read = 0  # how many of its ids the decoder has read ...
-        self._guess = ""  # ... and what it has read after them
-        self._scores: Tensor | None = None  # [1 + guess, V]: after the ids read, and each guess
         self._random: RandomNumbers | None = None  # made at the first step, on the logits' device
 
     @property
+    @one_thread
     def logits(self) -> Tensor:
         """[1, V]: the logits that the next step samples from. ValueError while the row is empty."""
         self._catch_up()
-        return self._scores[:1].clone()
+        return self._last_scores().clone()
 
     @property
     def lengths(self) -> list[int]:
@@ -118,14 +121,19 @@ class LookupDecoder(Engine):
         counts = f"{self.forwards} forward passes instead of {self.plain_forwards}"
         return f"lookup: {self.tokens_a_forward:.1f} tokens a forward pass, {counts}"
 
+    @one_thread
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         """Append ids to the row: a prompt, or ids that a grammar leaves no choice about."""
         (ids,) = check_rows(rows, 1, self.config.vocab_size)
         self._check_room([len(ids)])
         if ids:
-            self._append(ids)
+            if self._random is not None:
+                self._random.settle(self.lengths)
+            self._new = True
+            self._text += "".join(map(chr, ids))
             self._catch_up()
 
+    @one_thread
     @torch.inference_mode()
     def step(
         self,
@@ -135,7 +143,8 @@ class LookupDecoder(Engine):
     ) -> Tensor:
         """Sample an id and append it: int64 [1] on the device."""
         counts = self._step_counts(sampling, mask, active)
-        logits = self.logits
+        self._catch_up()
+        logits = self._last_scores()
         if not any(counts):
             return torch.full((1,), IDLE, device=logits.device)
         own = sampling if isinstance(sampling, Sampling) else sampling[0]
@@ -143,62 +152,72 @@ class LookupDecoder(Engine):
         remembers = own.repetition_penalty != 1 or own.no_repeat_ngram_size
         history = torch.tensor([list(map(ord, self._text)) if remembers else []], dtype=torch.int64)
         history = history.to(logits.device, non_blocking=True)
-        lengths = [history.shape[1]]
-        ids = sample_rows(logits, own, history, lengths, mask, self._random, counts)
+        ids = sample_rows(logits, own, history, self.lengths, mask, self._random, counts)
         chosen = ids.item()
+        self._new = True
         # Without a choice the id is negative; 0 takes its place until the row is rewound.
-        self._append([max(chosen, 0)])
+        self._text += chr(max(chosen, 0))
         return ids
 
+    @one_thread
     def rewind(self, n: int | Sequence[int]) -> None:
         """Forget the last n tokens.
 
         All can always be forgotten. Raises ValueError beyond `slack` once the window rolls.
         """
-        count = rewind_counts(n, self.lengths)[0]
+        (count,) = self._rewind_counts(n)
         if count == 0:
             return
         stays = len(self._text) - count
-        if stays < self._read:
+        if stays < self._right():
             self._decoder.rewind(self._decoder.lengths[0] - stays)
-            self._read = stays
-            self._guess = ""
-            self._scores = None
-        self._text = self._text[:stays]
-        self._new = stays > self._read or self._scores is None
-
-    def _append(self, ids: Sequence[int]) -> None:
-        """Append ids. Those that were guessed are read already; a wrong guess is dropped."""
-        new = "".join(map(chr, ids))
-        right = len(commonprefix((new, self._guess)))
-        self._text = self._text + new
+            self._scored = None
         self._new = True
-        self._guess = self._guess[right:] if right == len(new) else ""
-        if right:
-            self._read += right
-            self._scores = self._scores[right:]
+        self._text = self._text[:stays]
+
+    def _right(self) -> int:
+        """How many ids the decoder holds that are the row's first."""
+        held = self._given[: self._decoder.lengths[0]]
+        if self._text.startswith(held):
+            return len(held)
+        return len(commonprefix((self._text, held)))
+
+    def _last_scores(self) -> Tensor | None:
+        """The logits after the row's last id, [1, V], if they are known."""
+        end = len(self._text)
+        if self._scored is None or self._right() < end:
+            return None
+        start, scores = self._scored
+        return scores[end - start : end - start + 1] if start <= end < start + len(scores) else None
 
     def _catch_up(self) -> None:
         """One forward pass: let the decoder read the new ids, and with them a guess."""
+        if not self._text:
+            raise ValueError("row 0 is empty: prefill a prompt first")
         self.plain_forwards += self._new
         self._new = False
-        new = self._text[self._read :]
-        if not new and self._scores is not None:
+        if self._last_scores() is not None:
             return
-        if wrong := self._decoder.lengths[0] - self._read:
+        # 1. Drop a wrong guess. What remains are ids of the row.
+        self._scored = None
+        end = len(self._text)
+        read = self._right()
+        if wrong := self._decoder.lengths[0] - read:
             self._decoder.rewind(wrong)
-        room = min(self._tokens, self.limit - len(self._text))
-        guess = (
-            _find_guess(self._text, room, *self._ngrams) if 0 < len(new) <= _LONGEST_CHUNK else ""
-        )
+        self._given = self._text[:read]
+        new = self._text[read:]
+        # 2. Guess, and read.
+        room = min(self._tokens, self.limit - end)
+        guess = ""
+        if 0 < len(new) <= _LONGEST_CHUNK:
+            guess = _find_guess(self._text, room, *self._ngrams)
+        self._given = self._text + guess
         if guess:
             scores = self._decoder.verify(list(map(ord, new + guess)))[len(new) - 1 :]
         else:
             self._decoder.prefill([list(map(ord, new))])
             scores = self._decoder.logits
-        self._read = len(self._text)
-        self._guess = guess
-        self._scores = scores
+        self._scored = end, scores
         self.forwards += 1
 
 

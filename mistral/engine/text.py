@@ -1,14 +1,15 @@
 """Text instead of ids: a prompt to pieces of text, up to a stop string."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
 from mistral.engine.base import Constraint, Engine
 from mistral.engine.constraints import AnyToken, KnownTokens
 from mistral.engine.generation import Generated, Rows
 from mistral.engine.given import require_tokenizer
-from mistral.engine.loop import Loop, batch_loop
+from mistral.engine.loop import Loop, batch_loop, list_of
+from mistral.errors import shown
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -81,6 +82,7 @@ def generate_batch_text(  # noqa: PLR0913
     The result's `reasons` say why each text ended. The arguments and errors are those of
     `generate_text` and `generate_batch`. To stream the texts: `stream_batch_text`.
     """
+    texts = _list_of_texts(texts)
     texts_and_reasons = stream_batch_text(
         model_or_decoder,
         tokenizer,
@@ -116,11 +118,9 @@ def stream_batch_text(  # noqa: PLR0913
 ) -> Generated[tuple[int, str]]:
     """`generate_batch_text` as it comes: yields (row, piece of its new text)."""
     require_tokenizer(tokenizer)
-    if isinstance(texts, str):
-        raise ValueError("texts takes a list of texts, not one text")
     prompts = [
         tokenizer.encode(text, bos=bos, special=special) if isinstance(text, str) else text
-        for text in texts
+        for text in _list_of_texts(texts)
     ]
     loop = _text_loop(
         model_or_decoder,
@@ -134,6 +134,12 @@ def stream_batch_text(  # noqa: PLR0913
     )
     readers = [UntilStop(tokenizer, stop, strip_leading_space) for _ in prompts]
     return Generated(_pieces(loop, readers), loop.reasons)
+
+
+def _list_of_texts(texts: Iterable[str | Sequence[int]]) -> list:
+    if isinstance(texts, str):
+        raise ValueError("texts takes a list of texts, not one text")
+    return list_of(texts, "texts")
 
 
 def _text_loop(
@@ -152,7 +158,7 @@ def _text_loop(
     """
     strings = not isinstance(stop, str) and isinstance(stop, Sequence)
     if not strings or not all(isinstance(s, str) and s for s in stop):
-        raise ValueError(f"stop takes a list of non-empty strings, not {stop!r}")
+        raise ValueError(f"stop takes a list of non-empty strings, not {shown(stop)}")
     loop = batch_loop(model_or_decoder, prompts, sampling, max_new_tokens, stop_tokens, constraints)
     loop.stop |= {tokenizer.control_id(s) for s in stop} - {None}
     if tokenizer.vocab_size < loop.decoder.config.vocab_size:
@@ -175,9 +181,6 @@ def _pieces(loop: Loop, readers: Sequence["UntilStop"]) -> Iterator[tuple[int, s
                     finished[b] = True
                     if piece := reader.finish():
                         yield b, piece
-    for b, reader in enumerate(readers):  # that ended because of their length
-        if not finished[b] and (piece := reader.finish()):
-            yield b, piece
 
 
 def text_until(

@@ -5,6 +5,7 @@ Only the first tests make the compiler write C++, which takes it seconds; for wh
 compiled code it is enough to trace it.
 """
 
+import copy
 import time
 
 import pytest
@@ -204,3 +205,15 @@ def test_the_graph_gives_the_references_logits(batch_size):
     for decoder in decoders:
         decoder.rewind(4)
     go_on(decoders, 10)
+
+
+@pytest.mark.gpu
+def test_a_copy_records_graphs_of_its_own():
+    model = small.model(torch.float32, sliding_window=8).to("cuda")
+    decoder = CompiledDecoder(model)
+    decoder.prefill([[4, 5, 6]])
+    decoder.step(GREEDY)
+    branch = copy.deepcopy(decoder)
+    texts = [[d.step(GREEDY).item() for _ in range(12)] for d in (branch, decoder)]
+    assert texts[0] == texts[1]
+    assert branch._graphs[branch._sizes[0]].graph is not decoder._graphs[decoder._sizes[0]].graph

@@ -345,6 +345,7 @@ def test_importing_needs_no_triton():
     assert result.stdout.strip() == "open_engine", result.stderr
 
 
+@pytest.mark.slow
 def test_the_kernels_decoder_without_triton_says_what_is_missing():
     code = "import sys; sys.modules['triton'] = None; from mistral_kernels import Decoder"
     result = subprocess.run(

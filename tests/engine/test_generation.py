@@ -1,3 +1,4 @@
+import copy
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from mistral.chat import Conversation, tool
 from mistral.checkpoints.hugging_face import save
 from mistral.engine.base import IDLE, Constraint, Engine
 from mistral.engine.constraints import AnyToken, FixedMask, KnownTokens
+from mistral.engine.text import UntilStop
 
 GREEDY = Sampling(temperature=0.0)
 RICH = Sampling(
@@ -162,7 +164,7 @@ def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
 
 @pytest.mark.parametrize("slack", [-1, -2])
 def test_a_negative_slack_is_refused(slack):
-    with pytest.raises(ValueError, match=f"slack {slack}"):
+    with pytest.raises(ValueError, match=f"slack must be .* not {slack}"):
         Decoder(small.model(), slack=slack)
 
 
@@ -883,3 +885,89 @@ def test_text_without_a_constraint_keeps_steps_in_flight_in_a_padded_vocabulary(
     decoder = Ahead(small.model())
     assert KnownTokens(decoder, 90, AnyToken()).is_static
     assert not KnownTokens(decoder, 90, OnlyEven()).is_static
+
+
+def test_the_history_keeps_a_column_for_pads():
+    """Its last column is written for rows that get no id: an id must not be there."""
+    decoder = Decoder(small.model(sliding_window=None), 2, max_tokens=80)
+    rows = [prompt(64), prompt(3)]
+    decoder.prefill(rows)
+    decoder.prefill([[], [5, 6]])
+    assert decoder._history[0, :64].tolist() == rows[0]
+
+
+def test_a_prompt_may_fill_all_positions_with_its_answer():
+    model = small.model(max_position_embeddings=12, sliding_window=None)
+    options = dict(stop_tokens=())
+    assert len(list(generate(model, prompt(5), GREEDY, max_new_tokens=7, **options))) == 7
+    with pytest.raises(ValueError, match="made for 12"):
+        generate(model, prompt(5), GREEDY, max_new_tokens=8, **options)
+
+
+def test_forced_ids_end_before_a_stop_token():
+    class Forces(Constraint):
+        ids = [7, 2, 9]
+
+        def mask(self):
+            return torch.arange(101) == 5
+
+        def forced(self):
+            ids, self.ids = self.ids, []
+            return ids
+
+    ids = generate(
+        small.model(), [1], GREEDY, max_new_tokens=3, stop_tokens=[2], constraint=Forces()
+    )
+    assert list(ids) == [7, 5, 5]
+
+
+def test_the_naive_loop_ends_at_a_stop_token():
+    everything = range(101)
+    ids = generate_naive(small.model(), [1], GREEDY, max_new_tokens=5, stop_tokens=everything)
+    assert len(list(ids)) == 1
+
+
+def test_a_text_that_ends_within_a_character_ends_with_its_mark():
+    tokenizer = small.true_tokenizer()
+    reader = UntilStop(tokenizer, [])
+    half = tokenizer.encode("𓀀", bos=False)[1]
+    assert (reader.feed(half), reader.finish()) == ("", "\ufffd")
+
+
+def test_the_constraint_of_a_row_that_has_ended_is_not_asked():
+    class Ends(Constraint):
+        asked = 0
+
+        def mask(self):
+            self.asked += 1
+            return torch.arange(101) == 2
+
+        def accept(self, id):
+            raise AssertionError("a stop token is not part of the text")
+
+    ends = Ends()
+    rows = generate_batch(
+        small.model(),
+        [[5], [6]],
+        GREEDY,
+        max_new_tokens=4,
+        stop_tokens=[2],
+        constraints=[ends, OnlyEven()],
+    )
+    assert rows[0] == [2] and len(rows[1]) > 1
+    assert ends.asked == 1
+
+
+def test_verify_leaves_out_the_logits_of_ids_that_were_not_read_yet():
+    model = small.model()
+    decoder = Decoder(model, slack=4)
+    decoder.prefill([prompt(5)])
+    id = decoder.step(GREEDY).item()  # the cache reads it together with the next ids
+    whole = model(torch.tensor([[*prompt(5), id, 7, 8]]))[0]
+    assert (decoder.verify([7, 8]) - whole[-2:]).abs().max() < 1e-12
+
+
+def test_a_copy_belongs_to_nobody():
+    decoder = Decoder(small.model())
+    decoder.holder = object()
+    assert copy.deepcopy(decoder).holder is None

@@ -18,6 +18,7 @@ from mistral import Decoder, LookupDecoder, Sampling, generate, generate_batch, 
 from mistral.engine.compiled import CompiledDecoder
 from mistral.engine.ids import token_ids, unpadded
 from mistral_kernels import Decoder as KernelDecoder
+from mistral_kernels.cpu import Decoder as CpuDecoder
 
 GREEDY = Sampling(temperature=0)
 SIZES = dict(
@@ -30,9 +31,16 @@ SIZES = dict(
 )
 
 
+@pytest.fixture
+def traced():
+    """The compiled engine is traced, for what depends on that; it takes seconds."""
+
+
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
+def uncompiled(request, monkeypatch):
     monkeypatch.setattr(CompiledDecoder, "backend", "eager")
+    if "traced" not in request.fixturenames:
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 def model(**changes):
@@ -55,12 +63,16 @@ def kernels(model, rows=1, max_tokens=200):
     return KernelDecoder(model, rows, max_tokens, plain=True)
 
 
+def cpu(model, rows=1, max_tokens=200):
+    return CpuDecoder(model, rows, max_tokens)
+
+
 def lookup(model, rows=1, max_tokens=200):
     return LookupDecoder(Decoder(model, rows, max_tokens, slack=16), tokens=4)
 
 
-BATCHES = pytest.mark.parametrize("make", [eager, compiled, kernels])
-ENGINES = pytest.mark.parametrize("make", [eager, compiled, kernels, lookup])
+BATCHES = pytest.mark.parametrize("make", [eager, compiled, kernels, cpu])
+ENGINES = pytest.mark.parametrize("make", [eager, compiled, kernels, cpu, lookup])
 
 
 def run(model_or_decoder, ids, n=8, sampling=GREEDY, **options):
@@ -150,6 +162,118 @@ def test_a_text_in_a_full_decoder_ends_as_full():
     assert pieces.reason == "full"
 
 
+def test_a_row_that_is_full_gives_the_text_held_back_with_its_last_id():
+    m, tokenizer = mistral.load("demo", sliding_window=None)
+    prompts = [list(range(10, 20)), [10, 11]]
+    # The first row is full after 2 tokens, and what it ends with could begin the stop string.
+    text = "".join(mistral.generate_text(m, tokenizer, prompts[0], GREEDY, max_new_tokens=2))
+    events = list(
+        mistral.stream_batch_text(
+            Decoder(m, 2, 12),
+            tokenizer,
+            prompts,
+            GREEDY,
+            max_new_tokens=10,
+            stop=[text[-1] + "\0"],
+            stop_tokens=(),
+        )
+    )
+    rows = [row for row, _ in events]
+    assert "".join(piece for row, piece in events if row == 0) == text
+    assert rows.count(1) > 2
+    assert max(i for i, row in enumerate(rows) if row == 0) < 6
+
+
+def test_the_reason_is_there_with_the_last_id():
+    m = model()
+    ids = generate(m, prompt(9), GREEDY, max_new_tokens=2, stop_tokens=())
+    assert [(next(ids), ids.reason)[1], (next(ids), ids.reason)[1]] == [None, "length"]
+    assert generate_batch(m, [[5]], GREEDY, max_new_tokens=0).reasons == ["length"]
+    m = model(sliding_window=None)
+    full = generate_batch(Decoder(m, 2, 9), [prompt(9), [5]], GREEDY, max_new_tokens=2)
+    assert full.reasons == ["full", "length"]
+    assert [len(row) for row in full] == [0, 2]
+
+
+# Random numbers
+
+
+SEEDED = Sampling(seed=7, temperature=1.3)
+
+
+@ENGINES
+def test_ids_that_were_forgotten_are_drawn_again(make):
+    m = model()
+    expected = run(make(m), prompt(9), 10, SEEDED)
+    decoder = make(m)
+    assert run(decoder, prompt(9), 7, SEEDED) == expected[:7]
+    decoder.rewind(3)
+    assert run(decoder, [], 6, SEEDED) == expected[4:]
+    decoder.rewind(decoder.lengths)
+    assert run(decoder, prompt(9), 10, SEEDED) == expected
+    stopped = generate(decoder, [], SEEDED, max_new_tokens=9, stop_tokens=())
+    next(stopped)
+    stopped.close()  # rolls back steps in flight
+    rest = run(decoder, [], 3, SEEDED)
+    decoder.rewind(4)
+    assert run(decoder, [], 4, SEEDED)[1:] == rest
+    # Other ids in the place of drawn ones: the numbers before them stay used.
+    decoder.rewind(2)
+    decoder.prefill([[5, 6]])
+    again = copy.deepcopy(decoder)
+    assert run(decoder, [], 3, SEEDED) == run(again, [], 3, SEEDED)
+
+
+@BATCHES
+def test_a_row_that_was_rolled_back_draws_again_what_it_drew(make):
+    m = model()
+    samplings = [SEEDED, Sampling(seed=1), Sampling(seed=2, typical_p=0.9)]
+    prompts = [prompt(9), prompt(5, 3), prompt(1, 7)]
+    options = dict(max_new_tokens=6, stop_tokens=())
+    decoder = make(m, 3)
+    first = generate_batch(decoder, prompts, samplings, **options)
+    decoder.rewind([2, 0, 6])
+    again = generate_batch(decoder, [[], [], []], samplings, **options)
+    assert again[0][:2] == first[0][4:]
+    assert again[2] == first[2]
+    alone = run(make(m), prompts[1], 12, samplings[1])
+    assert first[1] + again[1] == alone
+
+
+@ENGINES
+def test_without_a_seed_nothing_is_drawn_again(make):
+    decoder = make(model())
+    texts = []
+    for _ in range(3):
+        texts.append(run(decoder, prompt(9), 12, Sampling(temperature=1.3)))
+        decoder.rewind(decoder.lengths)
+    assert len(set(map(tuple, texts))) == 3
+
+
+@BATCHES
+def test_rows_of_every_sampling_get_the_text_that_they_get_alone(make):
+    m = model()
+    samplings = [
+        Sampling(seed=1, typical_p=0.8),
+        Sampling(seed=1, top_p=0.9, repetition_penalty=1.3),
+        Sampling(temperature=0, no_repeat_ngram_size=2),
+        GREEDY,
+        Sampling(seed=9, no_repeat_ngram_size=3, repetition_penalty=1.2),
+    ]
+    prompts = [prompt(n, n) for n in (3, 11, 1, 9, 6)]
+    alone = [run(make(m), *row) for row in zip(prompts, [12] * 5, samplings)]
+    decoder = make(m, 5)
+    stop = [alone[1][3], alone[2][5]]
+    expected = []
+    for text in alone:
+        ends = [i + 1 for i, id in enumerate(text) if id in stop]
+        expected.append(text[: min(ends, default=12)])
+    options = dict(max_new_tokens=12, stop_tokens=stop)
+    assert generate_batch(decoder, prompts, samplings, **options) == expected
+    decoder.rewind(decoder.lengths)
+    assert generate_batch(decoder, prompts[::-1], samplings[::-1], **options) == expected[::-1]
+
+
 # No choice
 
 
@@ -178,6 +302,44 @@ def test_logits_without_a_best_one_are_an_error_and_leave_the_decoder_as_it_was(
         list(generate_naive(m, prompt(9), sampling, max_new_tokens=3))
     with pytest.raises(ValueError, match="row 0: "):
         generate_batch(m, [prompt(9), prompt(3)], sampling, max_new_tokens=3)
+
+
+# Infinite weights make NaN: hidden states are above and below 0.
+WEIGHTS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@ENGINES
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=0, typical_p=0.9)])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_broken_output_matrix_is_the_same_error_in_every_engine(make, weight, sampling):
+    m = model()
+    m.lm_head.weight[5:9] = WEIGHTS[weight]
+    decoder = make(m)
+    with pytest.raises(ValueError, match="row 0: the logits are NaN or infinite"):
+        run(decoder, prompt(9), 3, sampling)
+    assert decoder.lengths == [9]
+    m.lm_head.weight.fill_(WEIGHTS[weight])
+    with pytest.raises(ValueError, match="row 0: the logits are NaN or infinite"):
+        run(decoder, [], 3, Sampling(seed=0))
+    assert decoder.lengths == [9]
+
+
+@ENGINES
+def test_logits_of_minus_infinity_leave_no_choice_in_every_engine(make):
+    m = model()
+    m.model.norm.weight.fill_(0)
+    m.model.norm.weight[0] = 1
+    m.lm_head.weight.fill_(0)
+    m.lm_head.weight[:, 0] = 1e38
+    decoder = make(m)
+    decoder.prefill([prompt(9)])
+    sign = -1 if decoder.logits[0, 0] > 0 else 1
+    m.lm_head.weight[:, 0] = sign * math.inf
+    decoder = make(m)
+    for sampling in (GREEDY, Sampling(seed=0)):
+        with pytest.raises(ValueError, match="row 0: (the logits are|constraint and penalties)"):
+            run(decoder, [] if decoder.lengths[0] else prompt(9), 3, sampling)
+        assert decoder.lengths == [9]
 
 
 @ENGINES
@@ -216,6 +378,8 @@ KINDS = {
     "int32": lambda ids: torch.tensor(ids, dtype=torch.int32),
     "tensor": torch.tensor,
     "uint8": lambda ids: np.array(ids, dtype=np.uint8),
+    "int8 tensor": lambda ids: torch.tensor([ids], dtype=torch.int8),
+    "uint8 tensor": lambda ids: torch.tensor(ids, dtype=torch.uint8),
     "[1, T]": lambda ids: torch.tensor([ids]),
     "numbers of numpy": lambda ids: list(np.array(ids)),
     "numbers of torch": lambda ids: list(torch.tensor(ids)),
@@ -255,6 +419,27 @@ def test_a_padded_batch_becomes_its_rows():
     assert torch.equal(right[:, 0], m(ids[2:])[:, 0])
 
 
+@ENGINES
+def test_a_set_or_one_number_of_any_type_stops(make):
+    m = model()
+    expected = run(m, prompt(9))
+    id = expected[2]
+    for stop in ({id}, frozenset([np.int32(id)]), id, np.uint8(id), torch.tensor(id), {id: 1}):
+        assert run(make(m), prompt(9), stop_tokens=stop) == expected[:3]
+    for stop in ([True], [np.bool_(True)], torch.tensor([True]), [1.0], "ab"):
+        with pytest.raises(ValueError, match="stop_tokens (must be|is text)"):
+            run(make(m), prompt(9), stop_tokens=stop)
+
+
+@ENGINES
+def test_the_count_of_a_rewind_is_a_whole_number_of_any_type(make):
+    decoder = make(model())
+    decoder.prefill([prompt(9)])
+    for count in (1, [1], np.int64(1), torch.tensor(1), torch.tensor([1])):
+        decoder.rewind(count)
+    assert decoder.lengths == [4]
+
+
 # Copies
 
 
@@ -273,14 +458,71 @@ def test_a_copy_is_independent_and_shares_the_weights(make):
     assert run(copy.deepcopy(branch), [4], 6, sampling) == run(branch, [4], 6, sampling)
 
 
-def test_a_pickled_decoder_continues_and_others_refuse():
+@pytest.mark.parametrize("make", [eager, lookup])
+def test_a_pickled_decoder_continues(make):
     m = model()
-    decoder = Decoder(m)
-    decoder.prefill([prompt(9)])
-    assert run(pickle.loads(pickle.dumps(decoder)), []) == run(m, prompt(9))
-    for make in (compiled, kernels):
+    expected = run(m, prompt(9), 10, SEEDED)
+    decoder = make(m)
+    decoder.holder = lambda: "whoever uses it"  # cannot be pickled, and is not part of it
+    run(decoder, prompt(9), 4, SEEDED)
+    pickled = pickle.loads(pickle.dumps(decoder))
+    assert pickled.holder is None
+    assert run(copy.deepcopy(pickled), [], 6, SEEDED) == expected[4:]
+    pickled.rewind(2)
+    assert run(pickled, [], 8, SEEDED) == expected[2:]
+
+
+@pytest.mark.parametrize("make", [compiled, kernels])
+def test_engines_that_cannot_be_pickled_refuse(make):
+    for decoder in (make(model()), LookupDecoder(make(model()), tokens=4)):
         with pytest.raises(TypeError, match="cannot be pickled"):
-            pickle.dumps(make(m))
+            pickle.dumps(decoder)
+
+
+@ENGINES
+def test_a_copy_in_mid_text_holds_what_was_yielded(make):
+    m = model()
+    for sampling in (GREEDY, SEEDED):
+        expected = run(make(m), prompt(9), 12, sampling)
+        decoder = make(m)
+        decoder.holder = decoder
+        ids = generate(decoder, prompt(9), sampling, max_new_tokens=12, stop_tokens=())
+        written = [next(ids) for _ in range(4)]
+        branch = copy.deepcopy(copy.deepcopy(decoder))
+        assert branch.lengths == [13]
+        assert branch.holder is None
+        assert [*written, *ids] == expected
+        assert written + run(branch, [], 8, sampling) == expected
+        assert copy.deepcopy(decoder).lengths == [21]
+
+
+class ForcesThree(mistral.Constraint):
+    def __init__(self):
+        self.left = [5, 6, 7]
+
+    def forced(self):
+        return self.left
+
+    def accept(self, id):
+        self.left = self.left[1:]
+
+
+@ENGINES
+def test_a_copy_among_forced_ids_holds_what_was_yielded(make):
+    decoder = make(model())
+    ids = generate(decoder, [5], GREEDY, max_new_tokens=9, constraint=ForcesThree())
+    next(ids)
+    assert copy.deepcopy(decoder).lengths == [2]
+
+
+@ENGINES
+def test_a_copy_after_a_rewind_past_the_window_continues(make):
+    m = model(sliding_window=6)
+    decoder = make(m)
+    text = prompt(9) + run(decoder, prompt(9), 12, SEEDED)
+    decoder.rewind(5)
+    branch = copy.deepcopy(decoder)
+    assert run(branch, [3, 4]) == run(decoder, [3, 4]) == run(m, text[:-5] + [3, 4])
 
 
 @ENGINES
@@ -330,7 +572,7 @@ ATTACHED = [with_bias, with_hook, with_pre_hook, with_forward, with_lora]
 
 @pytest.mark.parametrize("attach", ATTACHED)
 @pytest.mark.parametrize("make", [compiled, kernels, lookup])
-def test_an_engine_honours_what_is_attached_or_refuses_it(make, attach):
+def test_an_engine_honours_what_is_attached_or_refuses_it(make, attach, traced):
     m = model()
     attach(m)
     torch._dynamo.reset()
@@ -362,15 +604,40 @@ def test_a_hook_that_is_attached_later_is_noticed_by_the_next_sequence(make):
 def test_a_model_that_is_converted_under_a_decoder_is_noticed(make):
     m = model()
     decoder = make(m)
-    run(decoder, prompt(5))
+    decoder.prefill([prompt(5)])
+    decoder.step(GREEDY)
     m.bfloat16()
-    with pytest.raises(ValueError, match="create a new decoder"):
-        decoder.prefill([prompt(5)])
+    for call in (
+        lambda: decoder.prefill([prompt(5)]),
+        lambda: decoder.logits,
+        lambda: decoder.step(GREEDY),
+        lambda: decoder.verify([3, 4]),
+    ):
+        with pytest.raises(ValueError, match="create a new decoder"):
+            call()
 
 
-def test_two_threads_in_one_decoder_are_noticed():
+@ENGINES
+def test_other_weights_in_a_live_decoders_model_are_used_or_refused(make):
+    other = small.model(torch.float32, seed=5, **SIZES)
+    expected = run(other, prompt(9))
+    for assign in (False, True):
+        m = model()
+        decoder = make(m)
+        run(decoder, prompt(9))
+        m.load_state_dict(other.state_dict(), assign=assign)
+        decoder.rewind(decoder.lengths)
+        if assign and make in (kernels, cpu):
+            with pytest.raises(ValueError, match="replaced .*create a new decoder"):
+                run(decoder, prompt(9))
+        else:
+            assert run(decoder, prompt(9)) == expected
+
+
+@pytest.mark.parametrize("make", [eager, lookup])
+def test_two_threads_in_one_decoder_are_noticed(make):
     m = model()
-    decoder = Decoder(m)
+    decoder = make(m)
     said = []
 
     def meddle(module, inputs):
@@ -426,7 +693,7 @@ def test_a_gate_of_another_module_trains():
 
 
 @ENGINES
-def test_the_model_trains_after_an_engine_was_made_for_it(make):
+def test_the_model_trains_after_an_engine_was_made_for_it(make, traced):
     m = model().requires_grad_(True)
     run(make(m), prompt(9), 3)
     assert not any(parameter.is_inference() for parameter in m.parameters())
@@ -486,9 +753,16 @@ def slips():
         (lambda: run("folder", [1]), "'folder' is a path"),
         (lambda: run((m, None), [1]), "not a tuple"),
         (lambda: run(None, [1]), "a model or an engine is needed"),
+        (lambda: run({"a": 1}, [1]), "a model or an engine is needed, not {'a': 1}"),
+        (lambda: run(m, [1], sampling=torch.zeros(9, 9)), "must be a mistral.Sampling, not tensor"),
         (lambda: run(wrapped, [1]), "Sequential is not a Mistral"),
         (lambda: Decoder("folder"), "'folder' is a path"),
         (lambda: Decoder(decoder), "a model is needed, not a Decoder"),
+        (lambda: Decoder(m, "2"), "batch_size must be a whole number of 1 or more, not '2'"),
+        (lambda: Decoder(m, 0), "batch_size must be a whole number of 1 or more, not 0"),
+        (lambda: Decoder(m, 1, 2.5), "max_tokens must be a whole number of 1 or more"),
+        (lambda: Decoder(m, slack=-1), "slack must be a whole number of 0 or more, not -1"),
+        (lambda: Decoder(m, slack=None), "slack must be a whole number of 0 or more"),
         (lambda: run(m, [1], sampling={"temperature": 0}), "must be a mistral.Sampling"),
         (lambda: run(m, [1], sampling=None), "must be a mistral.Sampling"),
         (lambda: run(m, [1], 2.0), "max_new_tokens must be a whole number"),
@@ -500,13 +774,29 @@ def slips():
         (lambda: decoder.step(GREEDY, torch.ones(7, dtype=torch.bool)), r"bool \[128\]"),
         (lambda: decoder.step(GREEDY, torch.ones(128)), r"bool \[128\]"),
         (lambda: decoder.step(GREEDY, [True] * 128), r"bool \[128\]"),
+        (lambda: decoder.step(None), "must be a mistral.Sampling, or a list"),
+        (lambda: decoder.step([GREEDY, 3]), "must be a mistral.Sampling, or a list"),
+        (lambda: decoder.rewind(1.0), "the count of a rewind must be whole numbers"),
+        (lambda: decoder.rewind(None), "the count of a rewind must be whole numbers"),
+        (lambda: decoder.rewind(True), "the count of a rewind must be whole numbers"),
+        (lambda: decoder.prefill(None), "a list of ids for each row is needed"),
+        (lambda: generate_batch(m, None, GREEDY, max_new_tokens=1), "prompts must be a list"),
+        (lambda: generate_batch(m, [[5]], None, max_new_tokens=1), "must be a mistral.Sampling"),
+        (lambda: run(m, [1], constraint=5), "a constraint has mask and accept"),
+        (lambda: batch_of_one(m, [None]), "a constraint has mask and accept"),
+        (lambda: batch_of_one(m, ForcesThree()), "constraints must be a list"),
+        (lambda: unpadded(None, None), r"\[B, T\] both"),
         (lambda: m([[1, 2]]), "tokens must be an int64 tensor"),
         (lambda: m(torch.rand(1, 3)), "tokens must be an int64 tensor"),
         (lambda: m(torch.tensor([[1]]), labels=torch.tensor([[1]])), "labels is not supported"),
     ]
 
 
-@pytest.mark.parametrize("number", range(20))
+def batch_of_one(m, constraints):
+    return generate_batch(m, [[5]], GREEDY, max_new_tokens=1, constraints=constraints)
+
+
+@pytest.mark.parametrize("number", range(39))
 def test_a_slip_is_one_line(number):
     call, message = slips()[number]
     with pytest.raises(ValueError, match=message) as caught:
@@ -514,7 +804,7 @@ def test_a_slip_is_one_line(number):
     assert "\n" not in str(caught.value)
 
 
-def test_wrappers_that_add_nothing_are_looked_through():
+def test_wrappers_that_add_nothing_are_looked_through(traced):
     m = model()
     assert run(torch.compile(m, backend="eager"), prompt(5)) == run(m, prompt(5))
     assert run(torch.nn.DataParallel(m), prompt(5)) == run(m, prompt(5))
@@ -527,3 +817,38 @@ def test_changing_the_logits_that_a_decoder_shows_changes_nothing():
     with torch.inference_mode():
         decoder.logits.fill_(0)
     assert run(decoder, []) == run(m, prompt(5))
+
+
+def test_ids_end_below_the_size_of_the_vocabulary():
+    decoder = Decoder(model())
+    decoder.prefill([[SIZES["vocab_size"] - 1]])
+    with pytest.raises(ValueError, match="token id 128 lies outside"):
+        decoder.prefill([[SIZES["vocab_size"]]])
+
+
+def test_a_row_that_is_full_one_token_early_says_so():
+    m = model(sliding_window=None)
+    decoder = Decoder(m, 2, 12)
+    answers = generate_batch(
+        decoder, [prompt(6), prompt(5)], GREEDY, max_new_tokens=7, stop_tokens=()
+    )
+    assert [len(answer) for answer in answers] == [6, 7]
+    assert answers.reasons == ["full", "length"]
+
+
+def test_a_hook_on_all_modules_keeps_what_a_gate_computed():
+    m = model()
+    gate = m.model.layers[0].mlp.gate_proj
+    kept = []
+
+    def keep(module, inputs, output):
+        if module is gate:
+            kept.append((inputs[0].clone(), output))
+
+    hook = torch.nn.modules.module.register_module_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            m(torch.tensor([prompt(9)]))
+    finally:
+        hook.remove()
+    assert torch.equal(kept[0][1], F.linear(kept[0][0], gate.weight))

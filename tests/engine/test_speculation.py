@@ -11,8 +11,9 @@ import small
 import torch
 
 import mistral
+import mistral.chat
 from mistral import Decoder, Sampling, generate, generate_batch
-from mistral.engine.base import Constraint, Engine
+from mistral.engine.base import NOTHING_LEFT, Constraint, Engine
 from mistral.engine.compiled import CompiledDecoder
 from mistral.engine.constraints import CountsForced
 from mistral.engine.speculation import LookupDecoder, _find_guess
@@ -441,3 +442,63 @@ def test_a_conversation_says_the_same_with_fewer_forwards():
         assert decoder.lengths == [conversation.tokens_held]
     assert said[0] == said[1]
     assert decoder.forwards < decoder.plain_forwards
+
+
+def test_a_forced_id_counts_once():
+    inner = Alternating()
+    inner.accepted = [4, 3]  # after a pair two ids are forced
+    constraint = CountsForced(inner)
+    assert constraint.forced() == [4, 3]
+    for id in (4, 3, 6, 1):
+        constraint.accept(id)
+    assert constraint.taken == 2
+
+
+def test_of_a_guess_that_was_partly_right_nothing_stays_but_that_part():
+    model = tiny(sliding_window=None)
+    decoder = Decoder(model, 1, 200)
+    lookup = LookupDecoder(decoder, 4)
+    lookup.prefill([[1, 2, 3, 4, 5, 6, 1]])
+    assert decoder.lengths == [11]  # 2 3 4 5 are guessed
+    lookup.prefill([[2, 6, 4, 5, 3, 3]])
+    text = [1, 2, 3, 4, 5, 6, 1, 2, 6, 4, 5, 3, 3]
+    assert torch.allclose(lookup.logits, model(torch.tensor([text]))[:, -1], atol=1e-12)
+
+
+def test_a_rewind_counts_as_a_plain_forward_pass():
+    model = tiny(sliding_window=None)
+    forwards = []
+    model.model.register_forward_hook(lambda *_: forwards.append(1))
+    counts = []
+    for engine in (Decoder(model, 1, 50), LookupDecoder(Decoder(model, 1, 50))):
+        forwards.clear()
+        engine.prefill([[1, 2, 3, 4, 5]])
+        engine.rewind(2)
+        engine.logits  # noqa: B018  (reads the last id again)
+        counts.append(len(forwards))
+    assert engine.plain_forwards == counts[0] == 2
+
+
+def test_slack_is_what_the_guesses_leave():
+    assert LookupDecoder(Decoder(tiny(), slack=16), tokens=5).slack == 11
+
+
+@pytest.mark.parametrize(("length", "guesses"), [(64, True), (65, False)])
+def test_a_long_prompt_is_read_without_a_guess(length, guesses, monkeypatch):
+    decoder = Decoder(tiny())
+    verified = []
+    verify = decoder.verify
+    monkeypatch.setattr(decoder, "verify", lambda ids: verified.append(ids) or verify(ids))
+    LookupDecoder(decoder).prefill([[1, 2, 3, 4] * 16 + [1] * (length - 64)])
+    assert bool(verified) == guesses
+
+
+def test_an_id_that_is_no_choice_leaves_the_row_as_it_was():
+    lookup = LookupDecoder(Decoder(tiny()))
+    lookup.prefill([prompt(5)])
+    before = lookup.logits
+    nothing = torch.zeros(7, dtype=torch.bool)
+    assert lookup.step(GREEDY, nothing).item() == NOTHING_LEFT
+    lookup.rewind(1)
+    assert lookup.lengths == [5]
+    assert torch.allclose(lookup.logits, before, atol=1e-12)

@@ -14,7 +14,13 @@ import torch
 
 from mistral.attention import attend_explicit
 from mistral.rotary import rotate
-from mistral_kernels.decode.attention import Partials, attend, attend_reference, num_splits
+from mistral_kernels.decode.attention import (
+    Partials,
+    attend,
+    attend_reference,
+    launch,
+    num_splits,
+)
 from mistral_kernels.decode.embed import embed, embed_reference
 from mistral_kernels.decode.gate_up import gate_up, gate_up_reference
 from mistral_kernels.decode.head import head, head_reference
@@ -22,10 +28,11 @@ from mistral_kernels.decode.matvec import scaled_norm
 from mistral_kernels.decode.projection import project, project_reference
 from mistral_kernels.decode.qkv import qkv, qkv_reference
 from mistral_kernels.decode.step import REFERENCES, DecodeStep, Operations
+from mistral_kernels.portable import activation, arch_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-EPS = 1e-5
+EPS = 0.5  # large beside the squares: another number in its place shows
 D = 96
 F = 160
 N = 6
@@ -272,6 +279,11 @@ def test_attention_again_has_the_same_bits():
         attend(q, keys, values, torch.tensor([500], device=DEVICE), y, partials, S, None)
     assert partials.splits == 16
     assert torch.equal(*results)
+    # Without a window a ring that has wrapped is seen once, and all of it.
+    twin = poisoned(B, N * H)
+    positions = torch.tensor([500], device=DEVICE)
+    attend_reference(q, keys, values, positions, twin, None, S, None)
+    assert_close(results[0], twin)
 
 
 def test_attention_agrees_with_the_rolling_cache_of_the_model():
@@ -314,6 +326,7 @@ def test_attention_agrees_with_the_rolling_cache_of_the_model():
 
 def test_keys_are_cut_into_as_many_parts_as_the_gpu_has_room_for():
     assert [num_splits(B, 8) for B in (1, 2, 3, 4, 8, 9, 16)] == [16, 16, 8, 8, 4, 2, 2]
+    assert num_splits(3, 11) == 8  # exactly two for each multiprocessor
 
 
 @pytest.mark.parametrize("launchers", ["kernels", "twins"])
@@ -332,6 +345,20 @@ def test_a_step_is_the_models_forward(launchers):
     for t in range(steps):
         expected = model(new[:, t : t + 1], expected_cache, last_only=True)
         logits = step(new[:, t], torch.tensor([11 + t, 2 + t, 5 + t]))
+        assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_a_step_with_heads_of_128_is_the_models_forward():
+    """The head size of a 7B: a head takes 8 CTAs of `qkv`, and 64 pairs have an angle."""
+    sizes = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=128, num_hidden_layers=1)
+    model = small.model(torch.float32, hidden_size=32, intermediate_size=32, **sizes)
+    cache = model.new_cache(2, slack=2)
+    tokens = small.tokens(2, 7)
+    model(tokens[:, :5], cache)
+    step = make_step(model, cache, *STEPS["kernels"])
+    for t in (5, 6):
+        logits = step(tokens[:, t], torch.tensor([t, t]))
+        expected = model(tokens[:, : t + 1], last_only=True)
         assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
@@ -403,6 +430,7 @@ def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
     h = poisoned(B, c.intermediate_size, dtype=dtype)
     logits = poisoned(B, c.vocab_size)
     partials = Partials(B, N, c.num_key_value_heads, H, DEVICE, splits=1)
+    eps = c.rms_norm_eps
 
     def step(tokens, positions):
         tokens = tokens.to(DEVICE).contiguous()
@@ -410,12 +438,12 @@ def make_step(model, cache, embed, qkv, attend, project, gate_up, head):
         start = (model.model.embed_tokens.weight, norms[0][0], model.model.rotary.frequencies)
         embed(tokens, positions, *start, residual, x, sums, cos, sin, slots, cache.num_slots)
         for i, layer in enumerate(layers):
-            qkv(x, sums, fused[i], cos, sin, slots, q, keys[i], values[i], EPS, norms[2 * i][1])
+            qkv(x, sums, fused[i], cos, sin, slots, q, keys[i], values[i], eps, norms[2 * i][1])
             attend(q, keys[i], values[i], positions, y, partials, cache.num_slots, c.sliding_window)
             project(y, attention[i].o_proj.weight, norms[2 * i + 1][0], residual, x, sums)
-            gate_up(x, sums, both[i], h, EPS, norms[2 * i + 1][1])
+            gate_up(x, sums, both[i], h, eps, norms[2 * i + 1][1])
             project(h, layer.mlp.down_proj.weight, norms[2 * i + 2][0], residual, x, sums)
-        head(x, sums, model.lm_head.weight, logits, EPS, norms[-1][1])
+        head(x, sums, model.lm_head.weight, logits, eps, norms[-1][1])
         return logits.cpu()
 
     return step
@@ -536,3 +564,20 @@ def test_without_a_gpu_the_message_says_what_is_needed(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="need a CUDA GPU, not cpu"):
         head(torch.zeros(1, 32), torch.zeros(1, 2), torch.zeros(16, 32), torch.zeros(1, 16), EPS)
+
+
+def test_more_than_16_query_heads_of_a_key_value_head_are_refused():
+    assert launch(1, 32, 2, 16, torch.float32, 0).constants["G"] == 16
+    with pytest.raises(ValueError, match="17 query heads share a key/value head"):
+        launch(1, 34, 2, 16, torch.float32, 0)
+
+
+def test_twins_stop_at_the_largest_half_of_either_sign():
+    x = torch.tensor([-1e6, -7.0, 1e6])
+    assert activation(x, torch.float16).tolist() == [-65504.0, -7.0, 65504.0]
+    assert torch.equal(activation(x, torch.float32), x)
+
+
+def test_a_gpu_of_compute_capability_12_is_like_an_older_one():
+    capabilities = (80, 86, 89, 90, 100, 110, 120, 121)
+    assert [arch_for(one) for one in capabilities] == [80, 80, 80, 90, 90, 90, 80, 80]

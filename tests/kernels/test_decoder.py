@@ -87,6 +87,19 @@ def test_generation_that_runs_ahead_of_the_host_ends_where_the_references_ends()
     assert_same_logits(reference, fast)
 
 
+def test_without_slack_no_step_is_in_flight_because_none_could_be_rolled_back():
+    reference, fast = pair(slack=0)
+    assert fast.steps_in_flight == 0
+    assert pair(slack=1)[1].steps_in_flight == 1
+    longer, _ = pair(slack=0)
+    text = list(mistral.generate(longer, [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=()))
+    stop = next(i for i, id in enumerate(text) if i >= 6 and id not in text[:i])
+    options = dict(max_new_tokens=20, stop_tokens=[text[stop]])  # past the window of 7
+    for decoder in (reference, fast):
+        assert list(mistral.generate(decoder, [5, 6, 7], GREEDY, **options)) == text[: stop + 1]
+        assert decoder.lengths == [3 + stop + 1]
+
+
 RULES = mistral.Sampling(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.1, seed=3)
 
 
@@ -175,7 +188,7 @@ def test_the_kernels_themselves_give_the_references_logits_past_the_window():
     assert (step.logits - model(tokens)[:, -1]).abs().max() < CLOSE * twin.logits.abs().max()
 
 
-@pytest.mark.parametrize("scaling", [None, small.YARN])
+@pytest.mark.parametrize("scaling", [None, pytest.param(small.YARN, marks=pytest.mark.slow)])
 def test_the_kernels_from_the_prompt_to_the_chosen_ids_give_the_references_text(scaling):
     """On a CPU in Triton's interpreter: short, but longer than the window."""
     sizes = dict(num_hidden_layers=1, sliding_window=3, rope_scaling=scaling)
@@ -249,6 +262,23 @@ def test_a_graph_gives_the_bits_of_single_launches(pdl):
     assert all(torch.equal(*both) for both in zip(*texts))
 
 
+@pytest.mark.gpu
+def test_a_copy_of_a_decoder_with_graphs_is_independent_and_records_its_own():
+    sampling = mistral.Sampling(seed=3)
+    decoder = Decoder(small.model(torch.bfloat16, **SIZES).cuda())
+    decoder.prefill([[4, 5, 6]])
+    for _ in range(6):
+        decoder.step(sampling)
+    branch = copy.deepcopy(decoder)
+    assert branch._graphs == {}
+    texts = [[d.step(sampling).item() for _ in range(12)] for d in (branch, decoder)]
+    assert texts[0] == texts[1]
+    assert torch.equal(branch.logits, decoder.logits)
+    assert branch._graphs
+    branch.rewind(5)
+    assert decoder.lengths == [21]
+
+
 def test_bfloat16_chooses_float32s_id_unless_two_are_nearly_as_good():
     exact = mistral.load("demo", device=DEVICE, dtype=torch.float32)[0]
     fast = Decoder(mistral.load("demo", device=DEVICE, dtype=torch.bfloat16)[0], plain=PLAIN)
@@ -320,6 +350,13 @@ def test_a_row_that_is_full_may_be_idle():
     assert fast.lengths == reference.lengths == [14, 7]
     assert_same_logits(reference, fast)
     assert torch.equal(fast._history[:, :14], reference._history[:, :14])
+    # Nothing of the full row was overwritten while it was idle, nor of the other one.
+    for engine in (reference, fast):
+        engine.rewind([2, 0])
+        engine.step([GREEDY, None])
+        engine.step([GREEDY, None])
+    assert_same_logits(reference, fast)
+    assert (fast._history[1, fast.lengths[1] :] == -1).all()
 
 
 def test_a_penalty_knows_the_ids_that_were_verified():

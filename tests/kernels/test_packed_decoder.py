@@ -24,7 +24,7 @@ from mistral.checkpoints import gguf_export, hugging_face
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GGML_TYPES
 from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear, TiedOutput
-from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep
+from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep, Operations
 from mistral_kernels.decoder import Decoder
 from mistral_kernels.packed.dequantize import Blocks, unpack, unpack_reference
 from mistral_kernels.packed.planes import FAST_KINDS, Planes, repack
@@ -364,3 +364,31 @@ def test_unpacking_compiles_and_moves_16_bytes_at_a_time(full):
         assert made["loads"] == (16 if made["kind"] in ("Q5_K", "Q6_K") else 8), made
         # Instructions per weight; the bytes leave time for 17 to 19.
         assert made["all"] / 64 < 18, made
+
+
+def test_a_kernel_whose_weights_were_just_unpacked_is_not_launched_early():
+    """It would load them before they are written."""
+    model = packed_model(MIXES["Q2_K beside Q3_K and Q4_K"])
+    early = {}
+
+    def recorder(name):
+        def operation(*arguments, **options):
+            early[name] = options
+            getattr(REFERENCES, name)(*arguments)
+
+        return operation
+
+    operations = Operations(*map(recorder, Operations._fields))
+    DecodeStep(model, model.new_cache(1), operations, pdl=True).run(
+        torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    )
+    unpacked = {name for name, options in early.items() if not options}
+    assert unpacked == {"embed", "unpack", "qkv", "project", "gate_up"}
+    assert early["attend"] == early["head"] == {"pdl": True}
+
+
+def test_gate_and_up_of_two_types_are_unpacked():
+    """A tile of their kernel has rows of both."""
+    mix = MIXES["gate and up differ, one of Q, K, V is plain"]
+    assert isinstance(weights_of(packed_model(mix)).layers[0].gate_up, ToUnpack)
+    assert isinstance(weights_of(packed_model(Q4_K_M)).layers[0].gate_up, tuple)

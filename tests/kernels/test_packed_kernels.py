@@ -16,7 +16,8 @@ from mistral_kernels.decode.gate_up import gate_up, gate_up_reference
 from mistral_kernels.decode.head import head, head_reference
 from mistral_kernels.decode.projection import project, project_reference
 from mistral_kernels.decode.qkv import qkv, qkv_reference
-from mistral_kernels.packed.planes import repack
+from mistral_kernels.packed.planes import Planes, repack
+from mistral_kernels.packed.tile import operands
 
 NAMES = list(packed.KINDS)
 
@@ -240,3 +241,16 @@ def test_packed_kernels_of_a_7b_on_a_gpu(name, B):
     check(project, project_reference, arguments, (3, 4, 5), CLOSE[torch.float16])
     arguments = [x, sums, random_planes(name, V, D), poisoned(B, V), EPS, 1.0]
     check(head, head_reference, arguments, (3,), CLOSE[torch.float16])
+
+
+def test_a_matrix_of_2_to_the_31_bytes_is_refused():
+    x = torch.zeros(1, 1024)
+    kind = packed.KINDS["Q4_0"]
+    for size, fits in ((2**31 - 1, True), (2**31, False)):
+        data = torch.empty(1, size, dtype=torch.uint8, device="meta")
+        matrix = Planes(kind, 8, 1024, data)
+        if fits:
+            assert operands(x, matrix)[1] == ["Q4_0"]
+            continue
+        with pytest.raises(ValueError, match="2,147,483,648 bytes"):
+            operands(x, matrix)

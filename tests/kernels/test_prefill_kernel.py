@@ -63,6 +63,8 @@ CASES = [
         66,
         64,
     ),  # tiles that end exactly where the chunk does; a row that reads nothing
+    # The last query of a tile is the first that does not see the first key of a block.
+    ([0, 0], [64, 33], 66, 63),
 ]
 
 

@@ -123,3 +123,14 @@ def test_what_these_kernels_cannot_do_is_named():
         slots = torch.zeros(1, 4, dtype=torch.int64, device=DEVICE)
         ring = torch.zeros(1, 2, 9, 12, device=DEVICE)
         kernels.store_chunk(chunk(12), chunk(12), slots, ring, ring)
+
+
+def test_heads_of_128_are_rotated_whole():
+    q = torch.randn(1, 3, 2, 128, device=DEVICE)
+    k = torch.randn(1, 3, 1, 128, device=DEVICE)
+    angles = torch.randn(1, 3, 64, device=DEVICE)
+    theirs = (q.clone(), k.clone())
+    kernels.rotate_chunk_reference(*theirs, angles.cos(), angles.sin())
+    kernels.rotate_chunk(q, k, angles.cos(), angles.sin())
+    for ours, twin in zip((q, k), theirs):
+        assert torch.allclose(ours, twin, atol=1e-5)

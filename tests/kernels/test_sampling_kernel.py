@@ -14,7 +14,7 @@ import triton.language as tl
 from mistral import Sampling
 from mistral.engine.base import IDLE, NO_NUMBERS, NOTHING_LEFT
 from mistral.sampling import next_ids, processed_scores
-from mistral_kernels.sample.kernel import kth_highest
+from mistral_kernels.sample.kernel import kth_highest, launch, scores_width
 from mistral_kernels.sample.sampler import Sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +119,9 @@ def test_at_the_border_of_top_p_the_higher_ids_of_as_many_equals_as_in_the_refer
     for top_p, kept in (
         (0.0, {39}),
         (0.2, {39}),
+        (0.25, {39}),  # exactly reached by the first
         (0.45, {33, 39}),
+        (0.5, {33, 39}),
         (0.55, {3, 33, 39}),
         (0.95, {2, 3, 33, 39}),
     ):
@@ -198,8 +200,11 @@ def test_ids_that_occurred_are_penalised_and_the_chosen_one_joins_them(plain):
     )
 
 
+# With 70 ids row 1 begins in the middle of a load, and its ids are shifted: rows with the same
+# random numbers would differ by that alone. With 72 they would be equal.
+@pytest.mark.parametrize("V", [70, 72])
 @pytest.mark.parametrize("plain", [False, True])
-def test_a_seed_repeats_rows_differ_and_random_numbers_go_on(plain):
+def test_a_seed_repeats_rows_differ_and_random_numbers_go_on(plain, V):
     logits = torch.zeros(2, V, device=DEVICE)
     ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     sampler = Sampler(2, V, DEVICE, plain)
@@ -321,9 +326,43 @@ def test_one_rows_new_seed_starts_that_row_alone_anew(plain):
     fresh, _ = texts_of([other], logits[:1], steps=2, plain=plain)
     assert [ids[1] for ids in texts[3:5]] == [ids[0] for ids in fresh]
     assert sampler.counts.tolist() == [6, 2]
-    sampler.restart_own(1)
-    sampler.prepare([a, other], None, nothing(2))
-    assert sampler.counts.tolist() == [6, 0]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_random_numbers_of_ids_that_are_gone_are_drawn_again(plain):
+    logits = torch.zeros(2, V, device=DEVICE)
+    ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    a, b = (Sampling(seed=seed) for seed in (1, 2))
+    expected, _ = texts_of([a, b], logits, plain=plain)
+    sampler = Sampler(2, V, DEVICE, plain)
+    lengths = [5, 9]
+
+    def step(rows=(a, b), confirmed=True):
+        sampler.prepare(rows, None, nothing(2), lengths=lengths)
+        sampler.run(logits, ids)
+        if confirmed:
+            sampler.confirm()
+            lengths[:] = [n + (row is not None) for n, row in zip(lengths, rows)]
+        return ids.tolist()
+
+    assert [step() for _ in range(4)] == expected[:4]
+    lengths[:] = [6, 12]  # three ids of the first row are gone, and one of the second
+    sampler.settle(lengths)
+    assert step() == [expected[1][0], expected[3][1]]
+    step(confirmed=False)  # interrupted
+    sampler.settle(lengths)
+    assert step() == [expected[2][0], expected[4][1]]
+    lengths[1] = 0
+    sampler.settle(lengths)
+    assert step() == [expected[3][0], expected[0][1]]
+    # Without a seed an emptied row starts with a number of its own.
+    lengths[:] = [0, 0]
+    texts = []
+    for _ in range(2):
+        sampler.settle([0, 0])
+        lengths[:] = [1, 1]
+        texts.append([step((Sampling(), Sampling())) for _ in range(4)])
+    assert texts[0] != texts[1]
 
 
 def test_without_seeds_each_row_draws_its_own_from_the_global_generator():
@@ -511,3 +550,52 @@ def test_one_graph_serves_all_settings():
             sampler.prepare(sampling, mask, nothing(B))
         if sampling.temperature == 0:
             assert torch.equal(ids, logits.masked_fill(~mask, -math.inf).argmax(-1))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_at_min_p_of_1_the_best_and_its_equals_stay(plain):
+    logits = torch.full((1, 40), 1.9, device=DEVICE)
+    logits[0, [5, 7]] = 2.0
+    drawn = draw(logits, Sampling(min_p=1.0, seed=0), steps=20, plain=plain)
+    assert set(drawn.flatten().tolist()) == {5, 7}
+
+
+def test_a_vocabulary_that_is_too_large_is_refused():
+    assert launch(1, 2**17, 0).constants["GROUPS"] == 2**12
+    for V in (2**17 - 1, 2**17 + 4):  # three values may be before the first
+        with pytest.raises(ValueError, match="takes up to 131072"):
+            launch(1, V, 0)
+
+
+def test_seeds_above_2_to_the_63_are_seeds_of_their_own():
+    logits = torch.zeros(1, 40, device=DEVICE)
+    texts = [draw(logits, Sampling(seed=seed), steps=8).tolist() for seed in (5, 2**63 + 5)]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_top_k_of_any_size_is_taken(plain):
+    logits = random_logits()
+    texts = [
+        draw(logits, Sampling(seed=1, top_k=k), steps=4, plain=plain).tolist() for k in (0, 2**70)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("seed", "counts"), [(1, [0, 1]), (None, [1, 1])])
+def test_rows_that_share_a_sampling_draw_again_each_by_itself(seed, counts):
+    sampler = Sampler(2, 40, DEVICE, plain=True)
+    ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    sampler.prepare(Sampling(seed=seed), None, nothing(2), lengths=[5, 9])
+    sampler.run(torch.zeros(2, 40, device=DEVICE), ids)
+    sampler.confirm()
+    sampler.settle([5, 10])  # the first row's id is gone
+    sampler.prepare(Sampling(seed=seed), None, nothing(2), lengths=[5, 10])
+    assert sampler.counts.tolist() == counts  # without a seed, none are drawn again
+
+
+def test_scores_have_room_for_a_shift_by_three():
+    for V in range(1, 200):
+        width = scores_width(V)
+        assert width % 4 == 0
+        assert width == V if V % 4 == 0 else V + 3 <= width <= V + 6

@@ -68,6 +68,20 @@ def test_every_number_of_tokens_fills_its_rows(T):
     assert_close(y, twin)
 
 
+def test_a_chunk_one_token_longer_than_the_window():
+    """The last query is the only one that does not see the chunk's first token."""
+    heads = (2, 1, 1)  # two query heads: 64 queries are 32 tokens, without padding
+    q, k, v = (normal(1, 32, n, H) for n in heads)
+    keys, values = (normal(1, 1, 33, H) for _ in range(2))
+    zero = torch.tensor([0], device=DEVICE)
+    real = torch.tensor([32], device=DEVICE)
+    y, twin = (poisoned(1, 32, 2, H) for _ in range(2))
+    partials = Partials(1, 2, 1, H, DEVICE, tokens=32, splits=1)
+    attend_short(q, k, v, keys, values, zero, real, y, 32, 31, partials=partials)
+    attend_chunk_reference(q, k, v, keys, values, zero, real, twin, 32, 31)
+    assert_close(y, twin)
+
+
 def test_in_float16_it_agrees_with_its_twin():
     keys, values, _ = ring_after([50, 7], 20, torch.float16)
     q, k, v = (normal(B, 9, heads, H, dtype=torch.float16) for heads in (N, K, K))

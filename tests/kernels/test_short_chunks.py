@@ -160,6 +160,7 @@ def test_lookup_gives_the_greedy_text_of_plain_decoding(seed, plain_twins):
     assert 9 in plain_twins
 
 
+@pytest.mark.slow
 def test_lookup_with_the_kernels_themselves():
     model = packed_model(MIX, **TINY)
     arguments = dict(max_new_tokens=10, stop_tokens=())

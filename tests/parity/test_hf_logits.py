@@ -120,7 +120,15 @@ PUBLISHED_YARN = {  # NousResearch/Yarn-Mistral-7b-128k
         {"rope_scaling": PUBLISHED_YARN | {"beta_fast": None, "beta_slow": 0, "mscale": None}},
         {"rope_scaling": PUBLISHED_YARN | {"attention_factor": None, "mscale_all_dim": 0.5}},
         {"rope_scaling": PUBLISHED_YARN | {"mscale": 0.5, "mscale_all_dim": 0}},
+        {"rope_scaling": PUBLISHED_YARN | {"mscale": 0.8, "mscale_all_dim": 0.5}},
         {"rope_scaling": PUBLISHED_YARN | {"truncate": None}},
+        # The ramp begins before the first pair, ends after the last, is a step next to a pair.
+        {"rope_scaling": PUBLISHED_YARN | {"original_max_position_embeddings": 8}},
+        {"rope_scaling": PUBLISHED_YARN | {"original_max_position_embeddings": 2**30}},
+        {
+            "rope_scaling": PUBLISHED_YARN
+            | {"original_max_position_embeddings": 1439, "beta_fast": 1.0, "truncate": False}
+        },
         {"rope_scaling": PUBLISHED_YARN | {"truncate": False, "factor": 1.0}},
         {"rope_scaling": PUBLISHED_YARN | {"factor": 0.5, "attention_factor": 2}},
         {

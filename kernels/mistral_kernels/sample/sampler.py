@@ -1,6 +1,7 @@
 """The inputs of the sampling kernel besides the logits, and how they get to the device."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +11,22 @@ from mistral_kernels.portable import require
 from mistral_kernels.sample import kernel
 
 
+@dataclass
+class _Numbers:
+    """A row's random numbers.
+
+    seed    as in `Sampling`
+    stream  of the kernel
+    number  the seed itself, or one from PyTorch's global generator if it is None
+    drawn   the row's length before each of its draws
+    """
+
+    seed: int | None
+    stream: int
+    number: int
+    drawn: list[int] = field(default_factory=list)
+
+
 class Sampler:
     """Settings, random numbers and seen ids of B rows. Its tensors keep their addresses, because
     CUDA graphs refer to them.
@@ -17,10 +34,12 @@ class Sampler:
     plain  run the kernel's plain-PyTorch twin instead
 
     A seed starts a row's random numbers at the first step that brings it, and they continue as long
-    as it stays the same. Without a seed they start from a number of PyTorch's global generator.
+    as it stays the same. Those of ids that the row does not hold any more are drawn again, see
+    `settle`. Without a seed they start from a number of PyTorch's global generator, anew after the
+    row was emptied, and none are drawn again.
 
     counts    int64 [B]: how many ids each row has drawn, which is the position in its random
-              numbers. Ids that are subtracted here are drawn again.
+              numbers
     problems  int64 [B]: what was wrong with the last choice, NO_NUMBERS or NOTHING_LEFT (else 0);
               IDLE if there was none
     """
@@ -35,10 +54,8 @@ class Sampler:
         self._integers = torch.zeros(batch_size, kernel.INTEGERS, dtype=torch.int64, device=device)
         self.counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.problems = torch.zeros_like(self.counts)
-        # (seed as in `Sampling`, stream) that each row's random numbers began with; None: not yet
-        self._begun: list[tuple[int | None, int] | None] = [None] * batch_size
-        self._seeds = [0] * batch_size  # the same, with a number for each None
-        self._is_own = False  # True: each row has a Sampling of its own
+        self._numbers: list[_Numbers | None] = [None] * batch_size  # of each row; None: not begun
+        self._counts_are_right = True  # False: `counts` must be brought to the device again
         self._written: list[tuple] | None = None  # what `_floats` and `_integers` were last set to
         self._knows_history = False  # whether `_seen` has all ids of the rows
 
@@ -56,6 +73,7 @@ class Sampler:
         mask: Tensor | None,
         history: Tensor,
         counts: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         """Copy to the device what has changed since the last step. Outside the graph; it does not
         synchronize.
@@ -67,6 +85,8 @@ class Sampler:
         history   int64 [B, n]: each row's ids, -1 if there is none. Read at the first penalty, and
                   at the first after `forget`; in between `run` adds the ids that it chooses.
         counts    0 for another row that is idle; None: there is no other
+        lengths   of the rows, before the ids are appended. With them the draw counts after
+                  `confirm`, and until `settle` gives it back. None: every run counts.
 
         Raises ValueError for settings that the kernel does not have, and for another number of
         rows.
@@ -82,30 +102,47 @@ class Sampler:
             all(map(self.supports, active)),
             "the sampling kernel has neither typical_p nor no_repeat_ngram_size",
         )
-        self._is_own = not shared
+        if not self._counts_are_right:
+            drawn = [0 if own is None else len(own.drawn) for own in self._numbers]
+            self.counts.copy_(torch.tensor(drawn), non_blocking=True)
+        self._counts_are_right = lengths is None
         self._begin(rows, shared)
         settings = [
             self._settings(b, row, shared, masked=mask is not None) for b, row in enumerate(rows)
         ]
         if settings != self._written:
-            self._written = settings
+            self._written = None
             floats, integers = zip(*settings)
             self._floats.copy_(torch.tensor(floats, dtype=torch.float32), non_blocking=True)
             self._integers.copy_(torch.tensor(integers), non_blocking=True)
+            self._written = settings
         if mask is not None:
             self._allowed.copy_(mask, non_blocking=True)
         if not self._knows_history and any(row.repetition_penalty != 1 for row in active):
             self._mark(history)
             self._knows_history = True
+        if lengths is not None:
+            for row, own, length in zip(rows, self._numbers, lengths):
+                if row is not None:
+                    own.drawn.append(length)
 
-    def restart(self) -> None:
-        """Let the random numbers of all rows begin at their next step, with whatever seed."""
-        self._begun = [None] * len(self._begun)
+    def confirm(self) -> None:
+        """The ids of the last `run` were appended."""
+        self._counts_are_right = True
 
-    def restart_own(self, row: int) -> None:
-        """The same for one row, if its last Sampling was its own."""
-        if self._is_own:
-            self._begun[row] = None
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Give back the random numbers of ids beyond the rows' lengths: they are drawn again.
+
+        Must be called before a row that was rolled back grows again.
+        """
+        for b, (own, length) in enumerate(zip(self._numbers, lengths)):
+            if own is None:
+                continue
+            if own.seed is None and length == 0:
+                self._numbers[b] = None
+            while own.seed is not None and own.drawn and own.drawn[-1] >= length:
+                own.drawn.pop()
+                self._counts_are_right = False
 
     def forget(self) -> None:
         """The rows hold other ids than `run` has chosen: read their history at the next penalty."""
@@ -124,16 +161,17 @@ class Sampler:
         drawn = None  # the seed of all rows that share a Sampling without one
         begins = [False] * len(rows)
         for b, row in enumerate(rows):
-            if row is None or self._begun[b] == (row.seed, _stream(b, shared)):
+            stream = _stream(b, shared)
+            own = self._numbers[b]
+            if row is None or (own and (own.seed, own.stream) == (row.seed, stream)):
                 continue
             begins[b] = True
-            self._begun[b] = (row.seed, _stream(b, shared))
-            if row.seed is not None:
-                self._seeds[b] = row.seed
-            elif shared and drawn is not None:
-                self._seeds[b] = drawn
-            else:
-                drawn = self._seeds[b] = int(torch.randint(2**63 - 1, ()))
+            number = row.seed
+            if number is None:
+                if drawn is None or not shared:
+                    drawn = int(torch.randint(2**63 - 1, ()))
+                number = drawn
+            self._numbers[b] = _Numbers(row.seed, stream, number)
         if any(begins):
             self.counts.masked_fill_(
                 torch.tensor(begins).to(self.counts.device, non_blocking=True), 0
@@ -147,7 +185,7 @@ class Sampler:
             return (0.0,) * kernel.FLOATS, (0,) * kernel.INTEGERS
         floats = (sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
         top_k = min(sampling.top_k, self._seen.shape[1])
-        seed = self._seeds[b]
+        seed = self._numbers[b].number
         seed = seed if seed < 2**63 else seed - 2**64  # the same bits as int64
         return floats, (top_k, seed, int(masked), _stream(b, shared), 1)
 
