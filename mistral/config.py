@@ -3,11 +3,15 @@
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from mistral.errors import shown
+
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """`value` itself, a whole number from `least` to 2**31 - 1; ValueError with its name if not."""
     if type(value) is not int or not least <= value < 2**31:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        raise ValueError(
+            f"{name} must be a whole number from {least} to {2**31 - 1}, not {shown(value)}"
+        )
     return value
 
 
@@ -17,7 +21,7 @@ def positive_number(name: str, value: Any) -> float:
     JSON writes some floats without a point. As an integer one above 2**63 would break arithmetic.
     """
     if type(value) not in (int, float) or not 1e-30 <= value <= 1e30:
-        raise ValueError(f"{name} must be a positive number (1e-30 to 1e30), not {value!r}")
+        raise ValueError(f"{name} must be a positive number (1e-30 to 1e30), not {shown(value)}")
     return float(value)
 
 
@@ -41,13 +45,13 @@ class RotaryScaling:
 
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "yarn"):
-            raise ValueError(f"rope_type must be linear or yarn, not {self.rope_type!r}")
+            raise ValueError(f"rope_type must be linear or yarn, not {shown(self.rope_type)}")
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if self.rope_type == "linear" and field.name != "factor" and value != field.default:
                 raise ValueError(f"{field.name} belongs to yarn, and rope_type is linear")
             if field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{field.name} must be true or false, not {value!r}")
+                raise ValueError(f"{field.name} must be true or false, not {shown(value)}")
             if field.type is float or (field.type == float | None and value is not None):
                 object.__setattr__(self, field.name, positive_number(field.name, value))
         if self.rope_type == "yarn":
@@ -88,7 +92,7 @@ class Config:
             elif field.type is float:
                 object.__setattr__(self, field.name, positive_number(field.name, value))
             elif field.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{field.name} must be true or false, not {value!r}")
+                raise ValueError(f"{field.name} must be true or false, not {shown(value)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

@@ -13,7 +13,7 @@ import codecs
 import operator
 from collections.abc import Iterable, Mapping
 
-from mistral.errors import CheckpointError
+from mistral.errors import CheckpointError, shown
 from mistral.pieces import (
     AddedToken,
     Pieces,
@@ -285,10 +285,12 @@ def _check_added(added: Mapping[int, AddedToken], pieces: Pieces) -> None:
     for id, token in added.items():
         text = token.text
         if not text or id < 0:
-            raise CheckpointError(f"added token {id} ({text!r}) needs text and an id of 0 or more")
+            raise CheckpointError(
+                f"added token {id} ({shown(text)}) needs text and an id of 0 or more"
+            )
         if ids.setdefault(text, id) != id:
-            raise CheckpointError(f"added token {text!r} has two ids")
+            raise CheckpointError(f"added token {shown(text)} has two ids")
         if id < pieces.size and pieces.spelling(id) not in (text, None):
             raise CheckpointError(
-                f"added token {text!r} claims id {id}, which is {pieces.spelling(id)!r}"
+                f"added token {shown(text)} claims id {id}, which is {shown(pieces.spelling(id))}"
             )

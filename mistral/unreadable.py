@@ -6,9 +6,10 @@ All files are untrusted input: only CheckpointError leaves a reader.
 import errno
 import os
 import re
+import stat
 from pathlib import Path
 
-from mistral.errors import CheckpointError, one_line
+from mistral.errors import CheckpointError, one_line, shown
 
 _DOWNLOAD_ITSELF = "download the file itself (`hf download OWNER/REPO` does)"
 _SERVER_MESSAGE = f"holds a server's message ({{text}}), not the file: {_DOWNLOAD_ITSELF}"
@@ -134,7 +135,8 @@ def unfinished(path: Path) -> str | None:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     if entry.name.endswith((*_UNFINISHED, ARIA2)):
-                        return f"{entry.name} is a download that has not ended: continue it"
+                        name = one_line(entry.name, 100)
+                        return f"{name} is a download that has not ended: continue it"
         except OSError:
             continue
     return None
@@ -143,10 +145,11 @@ def unfinished(path: Path) -> str | None:
 def is_there(path: Path) -> bool:
     """Whether there is a file or folder.
 
-    Raises CheckpointError if that cannot be told, and for a link to something that does not exist.
+    Raises CheckpointError if that cannot be told, for a link to something that does not exist, and
+    for a pipe or a device: reading it might never end.
     """
     try:
-        path.stat()
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         if reason := _broken_link(path):
             raise CheckpointError(reason) from None
@@ -154,7 +157,11 @@ def is_there(path: Path) -> bool:
     except OSError as error:
         raise CheckpointError(_cannot_open(path, error)) from error
     except ValueError as error:  # a zero byte in the name
-        raise CheckpointError(f"{str(path)!r} cannot be a path: {error}") from error
+        raise CheckpointError(f"{shown(str(path))} cannot be a path: {error}") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CheckpointError(
+            f"{one_line(str(path))} is a pipe, a socket or a device, not a file: download the file"
+        )
     return True
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mistral_common
+import pytest
 import torch
 
 import mistral
@@ -28,7 +29,7 @@ SIZES = dict(
     num_attention_heads=6,
     num_key_value_heads=2,
     head_dim=10,
-    rms_norm_eps=1e-5,
+    rms_norm_eps=2**-10,  # a constant of 1e-5 in its place shows
     rope_theta=1e4,
     sliding_window=4,
     max_position_embeddings=512,
@@ -72,7 +73,7 @@ def save_hf(
     family   "Mistral" or "Llama", whose config has no window
     scaling  the rotary scaling, as transformers spells it
     """
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     sizes = {**SIZES, "initializer_range": 0.3, **changes}
     sizes["eos_token_id"] = list(sizes["eos_token_id"])
@@ -83,7 +84,11 @@ def save_hf(
         sizes["hidden_size"] = 42  # LlamaConfig wants a multiple of the heads
     torch.manual_seed(seed)
     config = getattr(transformers, f"{family}Config")(**sizes)
-    getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).save_pretrained(folder)
+    made = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in made.named_parameters():
+        if "norm" in name:  # all of them are ones at first: one in the place of another would hide
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+    made.to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -98,7 +103,7 @@ def load_model(folder: Path, dtype=None, sliding_window="auto", quantize=None) -
 
 def load_pair(folder: Path, dtype: torch.dtype, attention="sdpa"):
     """(ours, transformers') of one checkpoint."""
-    import transformers
+    transformers = pytest.importorskip("transformers")
 
     ours = load_model(folder, dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

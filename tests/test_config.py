@@ -353,7 +353,7 @@ def test_no_field_of_the_papers_model_has_a_default():
     ids=["linear", "yarn", "every key"],
 )
 def test_transformers_reads_a_saved_scaling(scaling, tmp_path):
-    from transformers.models.mistral import modeling_mistral
+    modeling_mistral = pytest.importorskip("transformers.models.mistral.modeling_mistral")
 
     from mistral.checkpoints.hugging_face import save
 
@@ -366,13 +366,30 @@ def test_transformers_reads_a_saved_scaling(scaling, tmp_path):
 
 
 def test_transformers_reads_what_save_writes(tmp_path):
-    from transformers import AutoConfig
+    transformers = pytest.importorskip("transformers")
 
     from mistral.checkpoints.hugging_face import save
 
     config = small.config(vocab_size=32010, eos_token_id=(32000, 2), rope_theta=5e5)
     save(mistral.Mistral(config).to(torch.bfloat16), small.true_tokenizer(), tmp_path)
-    theirs = AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.rope_parameters["rope_theta"] == 5e5
     assert (theirs.head_dim, theirs.sliding_window, theirs.eos_token_id) == (10, 4, [32000, 2])
     assert read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 2**31},
+        {"rope_theta": 1.1e30},
+        {"rms_norm_eps": 0.9e-30},
+        {"tie_word_embeddings": 1},
+        {"eos_token_id": (101,)},
+    ],
+    ids=str,
+)
+def test_a_config_ends_at_its_limits(changes):
+    small.config(vocab_size=2**31 - 1, rope_theta=1e30, rms_norm_eps=1e-30, eos_token_id=(100,))
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        small.config(**changes)

@@ -12,7 +12,7 @@ import torch
 
 import mistral
 from mistral.checkpoints.sentencepiece_model import write_model
-from mistral.pieces import AddedToken
+from mistral.pieces import AddedToken, Splitter, is_control_spelling
 
 HERMES = (
     "<|im_start|>system\nYou are Hermes 2.<|im_end|>\n<|im_start|>user\nHello, who are "
@@ -346,3 +346,61 @@ def test_ids_of_every_integer_type_are_decoded_and_other_things_refused():
     for given in (None, b"abc", 5, ["a"]):
         with pytest.raises(ValueError, match="a str is needed"):
             tokenizer.encode(given)
+
+
+def test_an_id_without_text_that_begins_a_stream_ends_its_beginning(tokenizer):
+    hello = tokenizer.encode("Hello", bos=False)
+    assert tokenizer.decode([1, *hello]) == "Hello"  # the begin token does not end it
+    assert tokenizer.decode([99999, *hello]) == " Hello"
+
+
+def test_a_text_that_begins_with_a_space_in_bytes_keeps_it(tokenizer):
+    space = tokenizer.pieces.id_of("<0x20>")
+    assert tokenizer.decode([space]) == " "
+    assert tokenizer.decode(tokenizer.encode("a", bos=False)) == "a"
+
+
+def test_an_id_without_a_token_is_unused_in_the_vocabulary():
+    made = small.true_tokenizer(added={32002: "<|x|>"})
+    assert made.vocab_size == 32003
+    assert made.vocabulary()[32000:] == [
+        ("[PAD32000]", -1000.0, 5),
+        ("[PAD32001]", -1000.0, 5),
+        ("<|x|>", -1000.0, 3),
+    ]
+
+
+def test_a_piece_that_does_not_exist_has_no_id(tokenizer):
+    assert tokenizer.pieces.id_of("▁the") == tokenizer.encode("the", bos=False)[0]
+    assert tokenizer.pieces.id_of("no such piece") is None
+
+
+def test_text_after_a_word_has_its_space_even_if_the_text_continues_another(with_words):
+    ids = with_words.encode("a<think>b", bos=False, prefix_space=False)
+    [a] = with_words.encode("a", bos=False, prefix_space=False)
+    [b] = with_words.encode("b", bos=False)
+    assert ids == [a, 32002, b]
+
+
+def test_the_first_added_token_comes_right_after_the_pieces():
+    made = small.true_tokenizer(added={32000: "<|im_end|>"})
+    assert made.added == {32000: "<|im_end|>"}
+    assert made.vocab_size == 32001
+
+
+def test_the_longest_of_added_tokens_is_found():
+    splitter = Splitter({1: AddedToken("<a>"), 2: AddedToken("<a><b>"), 3: AddedToken("<b>")})
+    assert list(splitter.split("<b><a><b><a>")) == [(3, "<b>"), (2, "<a><b>"), (1, "<a>")]
+
+
+def test_a_spelling_with_more_after_it_is_not_a_control_token():
+    assert is_control_spelling("<s>") and is_control_spelling("<|x|>")
+    assert not is_control_spelling("<s>x")
+    assert not is_control_spelling("[INST] ")
+
+
+def test_a_model_without_a_begin_token_has_none():
+    pieces, scores, kinds = zip(*small.true_tokenizer(added={}).vocabulary())
+    pieces = ("<unk>", "<a>", "<b>", *pieces[3:])  # <s> and </s> would be found by their names
+    made = mistral.Tokenizer(write_model(pieces, scores, kinds, bos_id=None, eos_id=None))
+    assert (made.bos_id, made.eos_id, made.stop_ids) == (None, None, ())

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mistral.errors import CheckpointError, one_line
+from mistral.errors import CheckpointError, shown
 from mistral.pieces import AddedToken, is_control_spelling
+from mistral.pieces.json_pieces import MOST_IDS
 
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
@@ -15,14 +16,14 @@ def added_token(text: Any, id: Any, flags: Mapping[str, Any]) -> tuple[int, Adde
     Flags that are left out are those of the library `tokenizers`: a token that is not special is
     normalized.
     """
-    if type(id) is not int or not 0 <= id < 1 << 30 or not isinstance(text, str) or not text:
+    if type(id) is not int or not 0 <= id < MOST_IDS or not isinstance(text, str) or not text:
         raise CheckpointError(
-            f"added token {text!r} with the id {id!r} is not a text with a number"
+            f"added token {shown(text)} with the id {shown(id)} is not a text with a number"
         )
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise CheckpointError(f"added token {text!r} is not valid Unicode") from None
+        raise CheckpointError(f"added token {shown(text)} is not valid Unicode") from None
     special = flags.get("special") is True
     defaults = {"normalized": not (special or is_control_spelling(text))}
     known = {name: flags.get(name, defaults.get(name, False)) is True for name in _FLAGS}
@@ -36,7 +37,7 @@ def tokens_of_list(listed: Any) -> dict[int, AddedToken]:
     tokens: dict[int, AddedToken] = {}
     for entry in listed:
         if not isinstance(entry, dict):
-            raise CheckpointError(f"added token {one_line(repr(entry), 80)} is not an object")
+            raise CheckpointError(f"added token {shown(entry)} is not an object")
         add(tokens, added_token(entry.get("content"), entry.get("id"), entry))
     return tokens
 
@@ -68,7 +69,7 @@ def add(tokens: dict[int, AddedToken], more: tuple[int, AddedToken]) -> None:
     known = tokens.setdefault(id, token)
     if known.text != token.text:
         raise CheckpointError(
-            f"two added tokens, {known.text!r} and {token.text!r}, have the id {id}"
+            f"two added tokens, {shown(known.text)} and {shown(token.text)}, have the id {id}"
         )
 
 
@@ -99,5 +100,5 @@ def _text(entry: Any) -> str | None:
     if not isinstance(text, str):
         return None
     if not text.isascii() and text.encode("utf-8", "replace").decode() != text:
-        raise ValueError(f"the special token {text!r} is not valid Unicode")
+        raise ValueError(f"the special token {shown(text)} is not valid Unicode")
     return text

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral.checkpoints.reader import blaming
-from mistral.files import optional_json
+from mistral.errors import shown
+from mistral.files import optional_json, read_file
 from mistral.unreadable import is_there
 
 _KEY = "tokenizer.chat_template"
@@ -15,7 +16,8 @@ _LONGEST = 1 << 20  # bytes of a template; those in use have some thousands
 def folder_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """Those of a folder in Hugging Face's layout. CheckpointError for a file that is not text.
 
-    Files of their own replace what tokenizer_config.json has, as in transformers.
+    Files of their own replace what tokenizer_config.json has, as in transformers. A template there
+    that is empty is not one; an empty file is a download that did not finish.
     """
     templates = _listed(tokenizer_config.get("chat_template"))
     old = folder / "chat_template.json"
@@ -25,6 +27,8 @@ def folder_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[
         templates["default"] = _text(default)
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = _text(path)
+    with blaming(folder):
+        _require_unicode(templates)
     return templates
 
 
@@ -52,19 +56,29 @@ def _listed(value: Any) -> dict[str, str]:
     if isinstance(value, str) and value:
         return {"default": value}
     if isinstance(value, dict):
-        return {name: text for name, text in value.items() if isinstance(text, str)}
+        return {name: text for name, text in value.items() if isinstance(text, str) and text}
     templates = {}
     for entry in value if isinstance(value, list) else []:
         if isinstance(entry, dict):
             name = entry.get("name")
             text = entry.get("template")
-            if isinstance(name, str) and isinstance(text, str):
+            if isinstance(name, str) and isinstance(text, str) and text:
                 templates[name] = text
     return templates
 
 
 def _text(path: Path) -> str:
     with blaming(path):
-        if path.stat().st_size > _LONGEST:
-            raise ValueError("it is too large for a chat template; delete or replace it")
-        return path.read_text(encoding="utf-8")
+        text = read_file(path, _LONGEST).decode("utf-8")
+        if not text:
+            raise ValueError("it is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # as transformers reads it
+
+
+def _require_unicode(templates: Mapping[str, str]) -> None:
+    """ValueError for half a character in a template or its name, which could not be written."""
+    for name, text in templates.items():
+        try:
+            (name + text).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the chat template {shown(name)} is not valid Unicode") from error

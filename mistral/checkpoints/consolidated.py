@@ -14,14 +14,15 @@ from mistral.checkpoints.pickle_files import pickled_tensors
 from mistral.checkpoints.reader import Reader, StoredTensor, blaming
 from mistral.checkpoints.safetensors_files import tensors_in
 from mistral.config import Config, whole_number
-from mistral.errors import CheckpointError, one_line
-from mistral.files import read_json
+from mistral.errors import CheckpointError, one_line, shown
+from mistral.files import read_file, read_json
+from mistral.pieces.sentence_pieces import LARGEST_MODEL
 from mistral.tokenizer import Tokenizer
 from mistral.unreadable import is_there
 
 _SAFETENSORS = "consolidated.safetensors"
 _PICKLE = "consolidated.00.pth"
-_TOKENIZERS = [f"tokenizer.model{version}" for version in ("", ".v3", ".v2", ".v1")]
+TOKENIZERS = [f"tokenizer.model{version}" for version in ("", ".v3", ".v2", ".v1")]
 # Every Mistral-7B was made for this many positions; params.json does not say.
 _POSITIONS = 32768
 _OTHER_MODELS = "moe mamba yarn rope_scaling quantization lora vision_encoder".split()
@@ -54,10 +55,11 @@ class ConsolidatedReader(Reader):
 
     def tokenizer(self, config: Config) -> Tokenizer:
         """tokenizer.model, or .model.v1 to .model.v3 as newer checkpoints name it."""
-        for path in (self.path / name for name in _TOKENIZERS):
+        for path in (self.path / name for name in TOKENIZERS):
             if is_there(path):
                 with blaming(path):
-                    return Tokenizer(path.read_bytes(), stop_ids=config.eos_token_id or None)
+                    model_proto = read_file(path, LARGEST_MODEL)
+                    return Tokenizer(model_proto, stop_ids=config.eos_token_id or None)
         raise CheckpointError(f"{self.path} has no tokenizer.model")
 
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -121,7 +123,8 @@ def _window(params: dict[str, Any]) -> int | None:
     if isinstance(window, list):
         if len({str(entry) for entry in window}) != 1:
             raise ValueError(
-                f"sliding_window {window} differs between the layers, which no Mistral-7B has"
+                f"sliding_window {shown(window)} differs between the layers, which no Mistral-7B "
+                "has"
             )
         window = window[0]
     return window

@@ -7,6 +7,7 @@ from typing import Any
 from mistral.checkpoints.gguf_header import GgufHeader, whole
 from mistral.checkpoints.gguf_tensor import GgufTensor
 from mistral.config import Config, RotaryScaling, positive_number
+from mistral.errors import shown
 from mistral.rotary import attention_factor
 
 _WINDOW = "llama.attention.sliding_window"
@@ -53,7 +54,8 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> C
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture != "llama":
         raise ValueError(
-            f"the architecture {architecture!r} is another model's: Mistral-7B is stored as 'llama'"
+            f"the architecture {shown(architecture)} is another model's: Mistral-7B is stored as "
+            "'llama'"
         )
     if "token_embd.weight" not in tensors:
         raise ValueError("token_embd.weight is missing")
@@ -97,12 +99,14 @@ def _rope_scaling(metadata: Mapping[str, Any], context_length: int) -> RotarySca
     """The rotary scaling with llama.cpp's defaults: a factor without a type is linear."""
     kind = metadata.get(_SCALING + "type", "linear")
     if not isinstance(kind, str) or kind not in ("none", "linear", "yarn", ""):
-        raise ValueError(f"rotary scaling {kind!r} is not supported; linear and yarn are")
+        raise ValueError(f"rotary scaling {shown(kind)} is not supported; linear and yarn are")
     factor = _number(metadata, _SCALING + "factor", _number(metadata, "llama.rope.scale_linear", 1))
     if kind == "yarn":
         return _yarn(metadata, factor, context_length)
     if _number(metadata, _SCALING + "attn_factor", 1) != 1:
-        raise ValueError(f"{_SCALING}attn_factor is supported for yarn, and the type is {kind!r}")
+        raise ValueError(
+            f"{_SCALING}attn_factor is supported for yarn, and the type is {shown(kind)}"
+        )
     if kind == "none" or factor == 1:
         return None
     return RotaryScaling(rope_type="linear", factor=factor)
@@ -118,7 +122,7 @@ def _yarn(metadata: Mapping[str, Any], factor: float, context_length: int) -> Ro
         value = metadata.get(_SCALING + key, neutral)
         is_unset = key == "yarn_ext_factor" and type(value) is float and value < 0
         if type(value) not in (int, float) or (value != neutral and not is_unset):
-            raise ValueError(f"{_SCALING}{key} {value!r} is not supported; {neutral} is")
+            raise ValueError(f"{_SCALING}{key} {shown(value)} is not supported; {neutral} is")
     scaling = RotaryScaling(
         rope_type="yarn",
         factor=factor,

@@ -32,6 +32,7 @@ from mistral.checkpoints.room import packed_blocks
 from mistral.config import Config, RotaryScaling
 from mistral.files import whole_file
 from mistral.model import Mistral
+from mistral.printable import on_one_line
 from mistral.quantization.packed import Packed
 from mistral.rotary import attention_factor
 from mistral.tokenizer import Tokenizer
@@ -97,7 +98,9 @@ def export_checkpoint(
     if blocks := packed_blocks(stored):
         types = ", ".join(sorted({block.name for block in blocks.values()}))
         warnings.warn(
-            f"{reader.label()} is quantized ({types}): its values are rounded again, to {kind}",
+            on_one_line(
+                f"{reader.label()} is quantized ({types}): its values are rounded again, to {kind}"
+            ),
             stacklevel=2,
         )
     sources = {}
@@ -108,7 +111,8 @@ def export_checkpoint(
     name = reader.model_name() or reader.label()
     written = write_gguf(path, config, tokenizer, sources, kind, name)
     if lost := reader.not_exported(written):
-        warnings.warn(f"not carried over to {path.name}: {', '.join(lost)}", stacklevel=2)
+        message = f"not carried over to {path.name}: {', '.join(lost)}"
+        warnings.warn(on_one_line(message), stacklevel=2)
 
 
 def write_gguf(

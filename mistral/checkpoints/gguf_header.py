@@ -21,7 +21,7 @@ import numpy as np
 
 from mistral.checkpoints.gguf_tensor import GgufTensor
 from mistral.config import whole_number
-from mistral.errors import CheckpointError
+from mistral.errors import CheckpointError, shown
 from mistral.quantization.ggml_types import GgmlType, ggml_type
 from mistral.unreadable import unfinished, unreadable
 
@@ -71,7 +71,9 @@ def array(metadata: Mapping[str, Any], key: str, length: int) -> list | None:
     value = metadata.get(key)
     if value is None:
         return None
-    numbers = np.asarray(value) if isinstance(value, (list, np.ndarray)) else np.empty(0, object)
+    # Of strings NumPy would make a table as wide as the longest.
+    is_plain = isinstance(value, list) and all(type(entry) in (int, float) for entry in value)
+    numbers = np.asarray(value) if is_plain or isinstance(value, np.ndarray) else np.empty(0)
     is_numeric = numbers.shape == (length,) and numbers.dtype.kind in "iuf"
     if not is_numeric or not np.isfinite(numbers).all():
         raise ValueError(f"{key} is not a list of {length} numbers")
@@ -126,7 +128,7 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         powers_of_two = [1 << i for i in range(21)]
         if not isinstance(alignment, int) or alignment not in powers_of_two:
-            raise self.bad(f"has the impossible alignment {alignment!r}")
+            raise self.bad(f"has the impossible alignment {shown(alignment)}")
         return GgufHeader(metadata, self.tensors(num_tensors, alignment))
 
     def tensors(self, count: int, alignment: int) -> dict[str, GgufTensor]:
@@ -146,7 +148,15 @@ class _Reader:
                     "or is not aligned"
                 )
             tensors[name] = tensor
+        self.require_apart(tensors)
         return tensors
+
+    def require_apart(self, tensors: Mapping[str, GgufTensor]) -> None:
+        """CheckpointError if two tensors share bytes."""
+        in_order = sorted(tensors.values(), key=lambda tensor: tensor.start)
+        for tensor, following in zip(in_order, in_order[1:]):
+            if tensor.start + tensor.num_bytes > following.start:
+                raise self.bad(f"has {tensor.name} and {following.name} in the same bytes")
 
     def tensor(self) -> tuple[str, tuple[int, ...], GgmlType, int]:
         """Name, shape, type, and offset from the beginning of the data."""

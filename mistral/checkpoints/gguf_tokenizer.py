@@ -6,7 +6,7 @@ tokenizer.json.
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mistral.checkpoints.chat_templates import gguf_templates
@@ -14,7 +14,7 @@ from mistral.checkpoints.gguf_header import array, whole
 from mistral.checkpoints.pre_tokenizers import BYTES, PRE_TOKENIZERS, begin_template, json_steps
 from mistral.checkpoints.sentencepiece_model import write_model
 from mistral.config import Config
-from mistral.errors import one_line
+from mistral.errors import one_line, shown
 from mistral.pieces import SPACE, AddedToken, JsonPieces, is_control_spelling
 from mistral.pieces.model_proto import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from mistral.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ def read_tokenizer(metadata: Mapping[str, Any], config: Config) -> Tokenizer:
     model = metadata.get("tokenizer.ggml.model")
     if not isinstance(model, str) or model not in _READ:
         raise ValueError(
-            f"tokenizer model {model!r}; Mistral-7B's is 'llama' (sentencepiece), and 'gpt2' "
+            f"tokenizer model {shown(model)}; Mistral-7B's is 'llama' (sentencepiece), and 'gpt2' "
             "(byte-level) is read, too"
         )
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -106,7 +106,7 @@ def _byte_level(
     name = metadata.get("tokenizer.ggml.pre", "default")
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise ValueError(
-            f"tokenizer.ggml.pre is {one_line(repr(name), 60)}; byte-level (gpt2) vocabularies are "
+            f"tokenizer.ggml.pre is {shown(name)}; byte-level (gpt2) vocabularies are "
             f"read with {', '.join(PRE_TOKENIZERS)}"
         )
     pre_tokenizer = PRE_TOKENIZERS[name]
@@ -165,7 +165,7 @@ def _byte_level(
 def _adds_bos(metadata: Mapping[str, Any], default: bool) -> bool:
     stated = metadata.get("tokenizer.ggml.add_bos_token", default)
     if not isinstance(stated, bool):
-        raise ValueError(f"tokenizer.ggml.add_bos_token must be true or false, not {stated!r}")
+        raise ValueError(f"tokenizer.ggml.add_bos_token must be true or false, not {shown(stated)}")
     return stated
 
 
@@ -224,16 +224,42 @@ def _count_ordinary(pieces: Sequence[str], kinds: Sequence[int]) -> int:
     user-defined ones, and all that no merge of two pieces can make. Raises ValueError if nothing is
     left.
     """
-    ordinary = {piece for piece, kind in zip(pieces, kinds) if kind == NORMAL}
+    ordinary = [piece for piece, kind in zip(pieces, kinds) if kind == NORMAL]
+    begins = _beginnings(ordinary)
+    ends = _beginnings(piece[::-1] for piece in ordinary)
     for size in range(len(pieces), 0, -1):
         piece = pieces[size - 1]
         kind = kinds[size - 1]
-        cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         if kind == BYTE or (kind == NORMAL and len(piece) == 1):
             return size
-        if kind == NORMAL and any(ordinary.issuperset(cut) for cut in cuts):
+        if kind != NORMAL:
+            continue
+        lengths = set(_chain(begins, piece))
+        if any(len(piece) - length in lengths for length in _chain(ends, piece[::-1])):
             return size
     raise ValueError("tokenizer.ggml.tokens has no ordinary piece")
+
+
+def _beginnings(pieces: Iterable[str]) -> dict[str, str]:
+    """Piece -> the longest other piece that it begins with.
+
+    Time grows with the length of all: no piece is compared with each of its beginnings.
+    """
+    found: dict[str, str] = {}
+    inside: list[str] = []  # each begins with the one before it
+    for piece in sorted(pieces):
+        while inside and not piece.startswith(inside[-1]):
+            inside.pop()
+        if inside:
+            found[piece] = inside[-1]
+        inside.append(piece)
+    return found
+
+
+def _chain(beginnings: Mapping[str, str], piece: str) -> Iterator[int]:
+    """The lengths of all pieces that a piece begins with, from the longest."""
+    while (piece := beginnings.get(piece)) is not None:
+        yield len(piece)
 
 
 def _repair_scores(

@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from mistral.checkpoints.hugging_face_weights import choose_weights, shards
+from mistral.checkpoints.consolidated import TOKENIZERS
+from mistral.checkpoints.hugging_face_weights import choose_weights, is_file_name, shards
 from mistral.checkpoints.other_kinds import other_kind
 from mistral.checkpoints.reader import blaming
 from mistral.errors import CheckpointError, one_line
@@ -130,7 +131,7 @@ def download(source: str, revision: str | None) -> Path:
     revision = revision or name.revision
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
-        files = [file.rfilename for file in info.siblings]
+        files = [file.rfilename for file in info.siblings if _is_plain(file.rfilename)]
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
             f"there is no file or folder {source} here, and no repository {repo} on the hub "
@@ -180,7 +181,8 @@ def snapshot(repository: Path, revision: str = "main") -> Path:
     if not present:
         raise CheckpointError(f"{repository} has no snapshot: download it again")
     raise CheckpointError(
-        f"{repository} has no snapshot of {revision!r}; name one of {folder}: {', '.join(present)}"
+        f"{repository} has no snapshot of {revision!r}; name one of {folder}: "
+        f"{one_line(', '.join(present))}"
     )
 
 
@@ -228,7 +230,7 @@ def choose_files(
     if "params.json" in files:
         both = ("consolidated.safetensors", "consolidated.00.pth")
         weights = [name for name in both if name in files][:1]
-        tokenizers = sorted(name for name in files if name.startswith("tokenizer.model"))
+        tokenizers = sorted(files.intersection(TOKENIZERS))
         if not weights or not tokenizers:
             missing = "tokenizer" if weights else "weights"
             raise CheckpointError(f"{source} has params.json, but no {missing} in the same folder")
@@ -240,6 +242,12 @@ def choose_files(
         reason = "has config.json, but neither model.safetensors nor pytorch_model.bin"
     reason = other_kind(files, fetch) or reason
     raise CheckpointError(f"{source} {reason}")
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name in a repository's listing is that of a file below its folder."""
+    parts = name.split("/")
+    return name.isprintable() and all(is_file_name(part) for part in parts)
 
 
 def _choose_gguf(source: str, files: set[str], quantisation: str | None) -> list[str]:

@@ -20,7 +20,7 @@ from mistral.checkpoints.labels import is_owner_and_name, name_on_the_hub
 from mistral.checkpoints.names import OUTPUT, hugging_face_names
 from mistral.checkpoints.reader import Reader, StoredTensor, blaming, dtype_name
 from mistral.config import Config
-from mistral.files import optional_json, read_json, whole_file, write_json
+from mistral.files import optional_json, read_json, whole_folder, write_json
 from mistral.model import Mistral
 from mistral.quantization.packed import Packed
 from mistral.tokenizer import Tokenizer
@@ -100,8 +100,9 @@ class HuggingFaceReader(Reader):
 def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Write a checkpoint that `mistral.load`, transformers and llama.cpp's converter read.
 
-    Creates `folder`. Without a tokenizer only config and weights are written. Raises ValueError for
-    a packed model, OSError if a file cannot be written.
+    The files are in `folder` when all of them are written, see `whole_folder`. Without a tokenizer
+    only config and weights are written. Raises ValueError for a packed model, OSError if a file
+    cannot be written.
     """
     if any(isinstance(module, Packed) for module in model.modules()):
         raise ValueError(
@@ -112,7 +113,6 @@ def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state[OUTPUT]
-    folder.mkdir(parents=True, exist_ok=True)
     stop: int | list[int] | None = list(config.eos_token_id) or None
     if len(config.eos_token_id) == 1:
         stop = config.eos_token_id[0]
@@ -127,11 +127,9 @@ def save(model: Mistral, tokenizer: Tokenizer | None, folder: Path) -> None:
         "bos_token_id": None if tokenizer is None else tokenizer.bos_id,
         "eos_token_id": stop,
     }
-    # The weights first: if the disk is full, nothing is left behind.
-    with whole_file(folder / SAFETENSORS, sum(t.nbytes for t in state.values())) as file:
-        save_file(state, file, metadata={"format": "pt"})
-        # safetensors creates a file that only its owner can read.
-        file.chmod(folder.stat().st_mode & 0o666)
-    write_json(folder / "config.json", values)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, folder)
+    size = sum(tensor.nbytes for tensor in state.values())
+    with whole_folder(folder, last="config.json", size=size) as unfinished:
+        save_file(state, unfinished / SAFETENSORS, metadata={"format": "pt"})
+        write_json(unfinished / "config.json", values)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, unfinished)

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from mistral.config import Config, RotaryScaling, whole_number
+from mistral.errors import one_line, shown
 
 _MODEL_TYPES = ("mistral", "llama")
 _KEY_VALUE_HEADS = 8  # of a config of type mistral without num_key_value_heads
@@ -65,7 +66,7 @@ def window_note(raw: dict[str, Any]) -> str | None:
         return None if "sliding_window" in raw else f"no sliding_window; taking {_WINDOW:,}"
     if raw.get("sliding_window") is None:
         return None
-    return f"a llama has no window, so sliding_window {raw['sliding_window']!r} is not applied"
+    return f"a llama has no window, so sliding_window {shown(raw['sliding_window'])} is not applied"
 
 
 def config_notes(raw: dict[str, Any]) -> list[str]:
@@ -77,7 +78,7 @@ def config_notes(raw: dict[str, Any]) -> list[str]:
     used = _USED[rotary.get("rope_type") or "default"] | _HARMLESS
     unused = sorted(name for name in rotary if name not in used and rotary[name] is not None)
     if unused:
-        notes.append(f"the rotary scaling does not use {', '.join(unused)}; not applied")
+        notes.append(f"the rotary scaling does not use {one_line(', '.join(unused))}; not applied")
     return notes
 
 
@@ -99,14 +100,14 @@ def _refuse_variants(raw: dict[str, Any]) -> None:
     """ValueError for models with another computation."""
     if raw.get("model_type") not in _MODEL_TYPES:
         raise ValueError(
-            f"model_type is {raw.get('model_type')!r}, and {' and '.join(_MODEL_TYPES)} are read; "
-            "this is another model"
+            f"model_type is {shown(raw.get('model_type'))}, and {' and '.join(_MODEL_TYPES)} are "
+            "read; this is another model"
         )
     if raw.get("hidden_act") not in (None, "silu"):
-        raise ValueError(f"hidden_act is {raw['hidden_act']!r}; Mistral's MLP uses silu")
+        raise ValueError(f"hidden_act is {shown(raw['hidden_act'])}; Mistral's MLP uses silu")
     for name in ("attention_bias", "mlp_bias"):
         if raw.get(name) not in (None, False):
-            raise ValueError(f"{name} is {raw[name]!r}; Mistral's matrices have no bias")
+            raise ValueError(f"{name} is {shown(raw[name])}; Mistral's matrices have no bias")
 
 
 def _required(raw: dict[str, Any], name: str) -> Any:
@@ -120,7 +121,9 @@ def _rope_theta(raw: dict[str, Any]) -> Any:
     thetas = _named_thetas(raw) or [_THETA]
     for theta in thetas[1:]:
         if theta != thetas[0]:
-            raise ValueError(f"rope_theta is {thetas[0]!r} in one place and {theta!r} in another")
+            raise ValueError(
+                f"rope_theta is {shown(thetas[0])} in one place and {shown(theta)} in another"
+            )
     return thetas[0]
 
 
@@ -134,11 +137,12 @@ def _rope_scaling(raw: dict[str, Any]) -> RotaryScaling | None:
     values = _rotary(raw)
     rope_type = values.get("rope_type")
     if rope_type is None and values.keys() - {"rope_type"} - _HARMLESS:
-        raise ValueError(f"the rotary scaling has no rope_type, only {', '.join(sorted(values))}")
+        names = one_line(", ".join(sorted(values)))
+        raise ValueError(f"the rotary scaling has no rope_type, only {names}")
     if rope_type in (None, "default"):
         return None
     if rope_type not in ("linear", "yarn"):
-        raise ValueError(f"rotary scaling {rope_type!r} is not supported; linear and yarn are")
+        raise ValueError(f"rotary scaling {shown(rope_type)} is not supported; linear and yarn are")
     used = _USED[rope_type]
     given = {name: value for name, value in values.items() if name in used and value is not None}
     if rope_type == "yarn":
@@ -154,7 +158,9 @@ def _add_yarn_defaults(given: dict[str, Any], values: dict[str, Any], raw: dict[
     positions = raw.get("max_position_embeddings")
     named = [part[length] for part in (raw, given) if part.get(length) is not None]
     if len(named) == 2 and named[0] != named[1]:
-        raise ValueError(f"{length} is {named[0]!r} in one place and {named[1]!r} in another")
+        raise ValueError(
+            f"{length} is {shown(named[0])} in one place and {shown(named[1])} in another"
+        )
     given[length] = whole_number(length, named[0] if named else positions)
     if "factor" in values:  # null is the ratio; an absent key is an error
         given.setdefault(
@@ -179,12 +185,16 @@ def _rotary(raw: dict[str, Any]) -> dict[str, Any]:
         if values.get("rope_type") is None:
             values["rope_type"] = old_name
         elif old_name not in (None, values["rope_type"]):
-            raise ValueError(f"rope_type is {values['rope_type']!r}, and type is {old_name!r}")
+            raise ValueError(
+                f"rope_type is {shown(values['rope_type'])}, and type is {shown(old_name)}"
+            )
         if all(value is None for value in values.values()):
             continue
         for name in sorted(found.keys() | values.keys()) if found else ():
             if found.get(name) != values.get(name):
-                raise ValueError(f"rope_parameters and rope_scaling differ in {name}; keep one")
+                raise ValueError(
+                    f"rope_parameters and rope_scaling differ in {one_line(name, 80)}; keep one"
+                )
         found = values
     partial = found.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):

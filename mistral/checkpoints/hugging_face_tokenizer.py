@@ -21,10 +21,11 @@ from mistral.checkpoints.added_tokens import (
 from mistral.checkpoints.chat_templates import folder_templates, saved_templates
 from mistral.checkpoints.reader import blaming
 from mistral.config import Config
-from mistral.errors import CheckpointError, one_line
-from mistral.files import optional_json, read_json, whole_file, write_json
+from mistral.errors import CheckpointError, one_line, shown
+from mistral.files import optional_json, read_file, read_json, whole_file, write_json
 from mistral.pieces import AddedToken, JsonPieces, Pieces, SentencePieces
 from mistral.pieces.json_pieces import leaves
+from mistral.pieces.sentence_pieces import LARGEST_MODEL
 from mistral.tokenizer import Tokenizer
 from mistral.unreadable import is_there
 
@@ -32,7 +33,6 @@ _MODEL = "tokenizer.model"
 _JSON = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _ADDED = "added_tokens.json"
-_LARGEST_JSON = 256 << 20  # bytes; the largest vocabularies in use take 40 MB
 _MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _PROBES = (
     "Hello world",
@@ -85,7 +85,7 @@ def read_tokenizer(folder: Path, config: Config) -> Tokenizer:
         return _from_json(files)
     try:
         with blaming(path):
-            ours = _tokenizer(SentencePieces(path.read_bytes()), files)
+            ours = _tokenizer(SentencePieces(read_file(path, LARGEST_MODEL)), files)
     except CheckpointError as error:
         if files.content is None:
             raise
@@ -250,9 +250,9 @@ def _agreed(files: _Files, ours: Tokenizer) -> Tokenizer:
     """The tokenizer of tokenizer.model, or tokenizer.json's if the two disagree."""
     try:
         theirs = _from_json(files)
-    except CheckpointError as error:
+        difference = _difference(ours, theirs)
+    except ValueError as error:  # a CheckpointError, or it cannot spell one of the texts
         return _chosen(files, f"{_JSON} cannot be used: {error}", ours, _MODEL)
-    difference = _difference(ours, theirs)
     if difference is None:
         return ours
     silent = [id for id in files.config.eos_token_id if id not in theirs.control_ids]
@@ -264,11 +264,14 @@ def _agreed(files: _Files, ours: Tokenizer) -> Tokenizer:
 
 
 def _difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
-    """In what two tokenizers differ; None: they seem to be the same."""
+    """In what two tokenizers differ; None: they seem to be the same.
+
+    Raises ValueError if one of them cannot spell an ordinary text.
+    """
     texts = [[text for text, _, _ in tokenizer.vocabulary()] for tokenizer in (ours, theirs)]
     for id, (mine, other) in enumerate(zip(*texts)):
         if mine != other:
-            return f"the token {id} is {mine!r} in {_MODEL} and {other!r} in {_JSON}"
+            return f"the token {id} is {shown(mine)} in {_MODEL} and {shown(other)} in {_JSON}"
     if len(texts[0]) != len(texts[1]):
         return f"{_MODEL} has {len(texts[0])} tokens and {_JSON} has {len(texts[1])}"
     control = next((ours.control_text(id) for id in ours.stop_ids), None) or ""
@@ -276,7 +279,7 @@ def _difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
         for text in (probe, f"{control}user\n{probe}{control} {probe}"):
             ids = [made.encode(text, bos=False, special=True) for made in (ours, theirs)]
             if ids[0] != ids[1]:
-                return f"{_MODEL} and {_JSON} split {text!r} differently"
+                return f"{_MODEL} and {_JSON} split {shown(text)} differently"
     return None
 
 
@@ -290,8 +293,6 @@ def _read_content(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
         if not is_there(path):
             return None, None
-        if path.is_file() and path.stat().st_size > _LARGEST_JSON:
-            return None, f"it is too large for a vocabulary ({path.stat().st_size:,} bytes)"
         return read_json(path), None
     except CheckpointError as error:
         return None, str(error)

@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from mistral.checkpoints.foreign import require_plain
@@ -74,7 +74,7 @@ def shards(index: Path) -> dict[str, set[str]]:
         raise unreadable(index, ValueError("it has no weight_map of file names"))
     files = defaultdict(set)
     for name, file in places.items():
-        if not isinstance(file, str) or not _is_file_name(file):
+        if not isinstance(file, str) or not is_file_name(file):
             raise CheckpointError(
                 f"{index} puts {one_line(name, 100)} into {one_line(repr(file), 100)}, which is "
                 "not a file name"
@@ -83,12 +83,14 @@ def shards(index: Path) -> dict[str, set[str]]:
     return files
 
 
-def _is_file_name(text: str) -> bool:
-    """Whether a text names a file in a folder; without control characters and surrogates."""
-    return text not in ("", ".", "..") and Path(text).name == text and text.isprintable()
+def is_file_name(text: str) -> bool:
+    """Whether a string names a file in a folder on every system, without control characters."""
+    is_alone = PureWindowsPath(text).name == text == PurePosixPath(text).name
+    return is_alone and text not in ("", "..") and text.isprintable()
 
 
 def _read(file: Path) -> Mapping[str, StoredTensor]:
+    is_there(file)  # refuses a pipe, which would wait for ever
     return tensors_in(file) if file.suffix == ".safetensors" else pickled_tensors(file)
 
 

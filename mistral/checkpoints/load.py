@@ -23,7 +23,7 @@ from mistral.checkpoints.paths import local_path, open_reader
 from mistral.checkpoints.reader import Reader
 from mistral.checkpoints.room import default_dtype, packed_blocks, require_room
 from mistral.config import Config
-from mistral.errors import CheckpointError
+from mistral.errors import CheckpointError, shown
 from mistral.model import Mistral
 from mistral.quantization.quantize import KINDS
 from mistral.tokenizer import Tokenizer
@@ -70,12 +70,12 @@ def load(
     # 1. Check the arguments, find or download the files, and open them.
     chosen = choose_device(device)
     if not isinstance(source, (str, PathLike)):
-        raise ValueError(f"the checkpoint must be a path or a name, not {source!r}")
+        raise ValueError(f"the checkpoint must be a path or a name, not {shown(source)}")
     if dtype is not None and dtype not in _DTYPES:
         names = ", ".join(map(str, _DTYPES))
-        raise ValueError(f"dtype must be one of {names}, not {dtype!r}")
+        raise ValueError(f"dtype must be one of {names}, not {shown(dtype)}")
     if quantize is not None and quantize not in KINDS:
-        raise ValueError(f"quantize must be {' or '.join(map(repr, KINDS))}, not {quantize!r}")
+        raise ValueError(f"quantize must be {' or '.join(map(repr, KINDS))}, not {shown(quantize)}")
     path = local_path(source, revision)
     if packed and quantize is None and not path.is_file():
         raise ValueError(
@@ -181,20 +181,21 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(
-            f"device {device!r} is not one that PyTorch knows; try 'cuda' or 'cpu'"
+            f"device {shown(device)} is not one that PyTorch knows; try 'cuda' or 'cpu'"
         ) from None
     if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device {device!r} is not supported; try 'cuda' or 'cpu'")
+        raise ValueError(f"device {shown(device)} is not supported; try 'cuda' or 'cpu'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device {device!r}: PyTorch {torch.__version__} finds no CUDA GPU; try 'cpu'"
+            f"device {shown(device)}: PyTorch {torch.__version__} finds no CUDA GPU; try 'cpu'"
         )
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {device!r}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0"
+            f"device {shown(device)}: there are {torch.cuda.device_count()} CUDA GPUs, counted "
+            "from 0"
         )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(
-            f"device {device!r}: PyTorch {torch.__version__} finds no Apple GPU; try 'cpu'"
+            f"device {shown(device)}: PyTorch {torch.__version__} finds no Apple GPU; try 'cpu'"
         )
     return chosen

@@ -17,6 +17,7 @@ from mistral.checkpoints.hugging_face_weights import WEIGHTS
 from mistral.checkpoints.other_kinds import ADAPTER, other_kind
 from mistral.checkpoints.reader import Reader
 from mistral.errors import CheckpointError, one_line
+from mistral.files import expanded
 from mistral.unreadable import ARIA2, is_there, unreadable, what_is
 
 DEMO = Path(__file__).parents[1] / "demo/demo.gguf"
@@ -106,9 +107,9 @@ def _not_finished(control: Path) -> CheckpointError:
 
 def _expanded(source: str | PathLike[str]) -> Path:
     try:
-        return Path(source).expanduser()
-    except RuntimeError as error:  # "~name"
-        raise CheckpointError(f"{source}: {error}; write the path without ~") from error
+        return expanded(source)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _smollm2() -> Path:
@@ -234,4 +235,5 @@ def _names_below(folder: Path) -> list[str]:
 
 def _some(names: list[str]) -> str:
     more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    shown = ", ".join(one_line(name, 100) for name in names[:_MAX_NAMED])
+    return shown + (f" and {more} more" if more > 0 else "")

@@ -111,7 +111,12 @@ def _read_zip(file: io.FileIO, size: int) -> tuple[Any, _Places]:
         raise ValueError("the values are big-endian; save it again on a little-endian machine")
     machine = PickleMachine()
     state = machine.run(io.BytesIO(content(pickles[0])))
-    return state, {key: place(f"{root}data/{key}") for key in machine.storages}
+    places = {key: place(f"{root}data/{key}") for key in machine.storages}
+    in_order = sorted(places.values())
+    for (start, length), (following, _) in zip(in_order, in_order[1:]):
+        if start + length > following:
+            raise ValueError(f"two of its storages are in the same bytes: {_DAMAGED}")
+    return state, places
 
 
 def _place(file: io.FileIO, size: int, entry: zipfile.ZipInfo) -> tuple[int, int]:
@@ -180,7 +185,7 @@ def _tensors(path: Path, size: int, state: Any, places: _Places) -> dict[str, Pi
         is_whole = view.storage.num_values * itemsize <= storage_bytes
         if not is_whole or view.offset + span > view.storage.num_values:
             raise ValueError(f"{label} reaches beyond its storage: {_DAMAGED}")
-        if prod(view.shape) > span:
+        if _overlaps(view.shape, view.strides):
             raise ValueError(f"{label} is an expanded view; save a copy (tensor.clone())")
         tensors[name] = PickledTensor(
             path=path,
@@ -194,6 +199,16 @@ def _tensors(path: Path, size: int, state: Any, places: _Places) -> dict[str, Pi
     if sum(tensor.num_bytes for tensor in tensors.values()) > 2 * size:
         raise ValueError("its tensors share their values; save copies (tensor.clone())")
     return tensors
+
+
+def _overlaps(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether an axis steps into the values of the axes inside it."""
+    reach = 1  # values from the first to the last of the axes so far
+    for stride, n in sorted(zip(strides, shape)):
+        if n > 1 and stride < reach:
+            return True
+        reach += (n - 1) * stride
+    return False
 
 
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from mistral.errors import one_line
 
-_MAX_STEPS = 500_000  # a 7B has 10,000
+_MAX_STEPS = 200_000  # a 7B has 10,000
 _MAX_AXES = 8
 _MAX_NUMBER = 1 << 48
 _DAMAGED = "its pickle is damaged; download it again"

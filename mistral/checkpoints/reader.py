@@ -14,6 +14,7 @@ from torch import Tensor
 from mistral.checkpoints.labels import checkpoint_name
 from mistral.checkpoints.names import half_split_rows
 from mistral.config import Config
+from mistral.errors import one_line
 from mistral.quantization.ggml_types import GgmlType
 from mistral.tokenizer import Tokenizer
 from mistral.unreadable import unreadable
@@ -110,7 +111,7 @@ class Reader(ABC):
 
     def label(self) -> str:
         """What messages call the checkpoint."""
-        return checkpoint_name(self.path, self.model_name())
+        return one_line(checkpoint_name(self.path, self.model_name()))
 
     def not_exported(self, written: Collection[str]) -> list[str]:
         """What a GGUF file with the metadata keys `written` does not say of what these files say.

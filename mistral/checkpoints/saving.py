@@ -1,10 +1,10 @@
 """Write a model: in Hugging Face's layout, or as a GGUF file."""
 
 from os import PathLike
-from pathlib import Path
 
 from mistral.checkpoints import hugging_face
 from mistral.engine.given import only_model
+from mistral.files import expanded
 from mistral.model import Mistral
 from mistral.tokenizer import Tokenizer
 
@@ -12,11 +12,11 @@ from mistral.tokenizer import Tokenizer
 def save(model: Mistral, tokenizer: Tokenizer | None, folder: str | PathLike[str]) -> None:
     """Write a folder that `mistral.load`, transformers and llama.cpp's converter read.
 
-    Creates `folder`; files of the same names in it are replaced. Without a tokenizer only config
-    and weights are written. Raises ValueError for a packed model, OSError if a file cannot be
-    written.
+    A new folder appears with all of its files; in one that exists, files of the same names are
+    replaced after all are written. Without a tokenizer only config and weights are written. Raises
+    ValueError for a packed model, OSError, with nothing changed, if a file cannot be written.
     """
-    hugging_face.save(only_model(model), tokenizer, Path(folder))
+    hugging_face.save(only_model(model), tokenizer, expanded(folder))
 
 
 def export_gguf(
@@ -37,4 +37,4 @@ def export_gguf(
     """
     from mistral.checkpoints.gguf_export import export  # gguf is needed for nothing else
 
-    export(only_model(model), tokenizer, Path(path), type, name)
+    export(only_model(model), tokenizer, expanded(path), type, name)

@@ -9,6 +9,10 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from tokenizers import AddedToken as LibraryToken
+from tokenizers import Tokenizer as Library
+from tokenizers.models import BPE
+
 _BRACKETED = (
     "INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|ARGS|CALL_ID|THINK|"
     "IMG|IMG_BREAK|IMG_END|AUDIO|BEGIN_AUDIO|PREFIX|MIDDLE|SUFFIX|MODEL_SETTINGS"
@@ -66,9 +70,10 @@ class Splitter:
         self._found: dict[str, tuple[int, AddedToken]] = {}
         for id, token in tokens.items():
             self._found[token.text if spelled is None else spelled[id]] = (id, token)
-        longest_first = sorted(self._found, key=len, reverse=True)
-        any_token = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) never matches
-        self._pattern = re.compile(any_token)
+        # The library's search takes time for the text alone, however many tokens there are. Without
+        # a vocabulary of its own it drops what is between them.
+        self._library = Library(BPE())
+        self._library.add_tokens([LibraryToken(text, normalized=False) for text in self._found])
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -76,9 +81,9 @@ class Splitter:
     def split(self, text: str) -> Iterator[tuple[int | None, str]]:
         """(None, text between tokens) and (id, the text that the token takes), in their order."""
         at = 0
-        for match in self._pattern.finditer(text):
-            id, token = self._found[match[0]]
-            start, end = match.span()
+        found = self._library.encode(text).offsets if self._found else []
+        for start, end in found:
+            id, token = self._found[text[start:end]]
             before = text[start - 1 : start] if start else ""
             inside_word = _is_of_word(before) or _is_of_word(text[end : end + 1])
             if token.single_word and inside_word:

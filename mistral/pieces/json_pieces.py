@@ -9,12 +9,25 @@ from typing import Any
 from tokenizers import Tokenizer as Library
 from tokenizers.models import Model as LibraryModel
 
-from mistral.errors import CheckpointError, one_line
+from mistral.errors import CheckpointError, one_line, shown
 from mistral.pieces.added import AddedToken
 from mistral.pieces.base import SPACE, Pieces, Place
 from mistral.pieces.model_proto import BYTE, NORMAL, UNKNOWN, UNUSED
 
-_MOST_IDS = 1 << 22  # a file with a larger id is damaged: memory grows with it
+MOST_IDS = 1 << 20  # a file with a larger id is damaged: memory grows with it
+_MOST_STEPS = 16  # of a normalizer, a pre-tokenizer; those in use have up to 8
+_MOST_GROWTH = 128  # how many times longer than a text its normalized form may be
+# How many characters the steps of these types make of one, at most; other types: 1
+_GROWTH = {
+    "BertNormalizer": 4,
+    "ByteLevel": 4,
+    "Lowercase": 2,
+    "NFC": 3,
+    "NFD": 4,
+    "NFKC": 18,
+    "NFKD": 18,
+    "Precompiled": 18,
+}
 
 
 class JsonPieces(Pieces):
@@ -47,6 +60,7 @@ class JsonPieces(Pieces):
         splits = leaves(content.get("pre_tokenizer"), "pretokenizers")
         decoder = leaves(content.get("decoder"), "decoders")
         steps = (*normalizer, *splits, *decoder)
+        _require_bounded(normalizer, splits)
         self.is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
         self._byte_ids = {}  # byte -> id of the piece that stands for it alone
         if model.get("byte_fallback") and not self.is_byte_level:
@@ -173,12 +187,27 @@ def leaves(step: Any, inner: str) -> list[dict[str, Any]]:
     while waiting:
         step = waiting.pop()
         if not isinstance(step, dict) or not isinstance(step.get(inner, []), list):
-            raise CheckpointError(f"a step of {inner} is {one_line(repr(step), 80)}")
+            raise CheckpointError(f"a step of {inner} is {shown(step)}")
         if inner in step:
             waiting += reversed(step[inner])
         else:
             found.append(step)
     return found
+
+
+def _require_bounded(normalizer: list[dict[str, Any]], splits: list[dict[str, Any]]) -> None:
+    """CheckpointError for steps that make a short text too long for any memory."""
+    if max(len(normalizer), len(splits)) > _MOST_STEPS:
+        raise CheckpointError(f"it has more than {_MOST_STEPS} steps before the model")
+    growth = 1
+    for step in (*normalizer, *splits):
+        kind = step.get("type")
+        content = step.get("content")
+        if kind == "Replace" and isinstance(content, str):
+            growth *= max(1, len(content))
+        growth *= _GROWTH.get(kind, 1) if isinstance(kind, str) else 1
+    if growth > _MOST_GROWTH:
+        raise CheckpointError("its normalizer replaces characters by strings that are too long")
 
 
 def _bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +216,7 @@ def _bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict):
         raise CheckpointError("there is no model in it")
     if model.get("type", "BPE") != "BPE":
-        raise CheckpointError(f"the model is {model['type']!r}; only BPE is read here")
+        raise CheckpointError(f"the model is {shown(model['type'])}; only BPE is read here")
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(option):
             raise CheckpointError(f"the model has {option}, which no Mistral has")
@@ -195,12 +224,14 @@ def _bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(vocab, dict) or not vocab:
         raise CheckpointError("the model has no vocabulary")
     for piece, id in vocab.items():
-        if type(id) is not int or not 0 <= id < _MOST_IDS:
-            raise CheckpointError(f"the piece {piece!r} has the id {one_line(repr(id), 40)}")
+        if type(id) is not int or not 0 <= id < MOST_IDS:
+            raise CheckpointError(f"the piece {shown(piece)} has the id {shown(id)}")
+        if not piece.isascii() and piece.encode("utf-8", "replace").decode() != piece:
+            raise CheckpointError(f"the piece {shown(piece)} is not valid Unicode")
     if len(set(vocab.values())) < len(vocab):
         counts = Counter(vocab.values())
         twice = next(piece for piece, id in vocab.items() if counts[id] > 1)
-        raise CheckpointError(f"the id of the piece {twice!r} is that of another piece, too")
+        raise CheckpointError(f"the id of the piece {shown(twice)} is that of another piece, too")
     if not isinstance(model.get("merges"), list):
         raise CheckpointError("the model has no merges")
     return model

@@ -20,6 +20,7 @@ BYTE = 6
 
 _PIECE = 1  # the field of the model that holds a piece
 _TYPE = 3  # the field of the piece that holds its type
+_COUNTED = 2  # the type of a value that begins with its size
 _FIXED_SIZES = {1: 8, 5: 4}  # type of a value -> its bytes
 
 
@@ -70,7 +71,10 @@ def _varint(value: int) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes, int | bytes]]:
-    """(number, the whole field's bytes, value) of each field of a message that is valid."""
+    """(number, the whole field's bytes, value) of each field of a message that is valid.
+
+    Raises ValueError for groups, which protobuf has given up, and for a cut message.
+    """
     at = 0
     while at < len(message):
         start = at
@@ -78,9 +82,12 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes, int | bytes]]:
         if key % 8 == 0:
             value, at = _read_varint(message, at)
         else:
-            size = _FIXED_SIZES.get(key % 8)
-            if size is None:
+            if key % 8 == _COUNTED:
                 size, at = _read_varint(message, at)
+            elif key % 8 in _FIXED_SIZES:
+                size = _FIXED_SIZES[key % 8]
+            else:
+                raise ValueError("it has a group, which no tokenizer.model has")
             value = message[at : at + size]
             at += size
         yield key // 8, message[start:at], value
@@ -89,9 +96,12 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes, int | bytes]]:
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
     """The number at a place, and the place after it."""
     value = 0
-    shift = 0
-    while message[at] & 128:
-        value |= (message[at] & 127) << shift
-        shift += 7
+    for shift in range(0, 70, 7):
+        if at >= len(message):
+            break
+        byte = message[at]
         at += 1
-    return value | message[at] << shift, at + 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("it is damaged; download it again")

@@ -18,6 +18,8 @@ from mistral.pieces.model_proto import (
     user_defined_ids,
 )
 
+LARGEST_MODEL = 64 << 20  # bytes of a tokenizer.model; the largest in use take 5 MB
+
 
 class SentencePieces(Pieces):
     """The pieces of a sentencepiece model.
@@ -33,15 +35,15 @@ class SentencePieces(Pieces):
         self._model = SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(model_proto)
-            self._pieces = [self._model.IdToPiece(id) for id in range(len(self._model))]
-        except (RuntimeError, TypeError, UnicodeDecodeError) as error:
+            self.size = len(self._model)
+            self._pieces = [self._model.IdToPiece(id) for id in range(self.size)]
+            self._types = self._read_types()
+        except (RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"not a sentencepiece model ({len(model_proto)} bytes): {error}"
             ) from error
         if not self._pieces:
             raise CheckpointError("the sentencepiece model has no pieces")
-        self.size = len(self._pieces)
-        self._types = self._read_types()
 
         # 1. Control tokens. The unknown token is one of them: it stands for no text, and byte
         #    pieces leave nothing unknown.

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mistral
 from mistral.checkpoints.hugging_face import save
+from mistral.checkpoints.load import choose_device
 
 SMALL = small.DATA / "small"
 
@@ -192,6 +193,14 @@ DAMAGE = {
     "more layers in the config": (
         lambda f: edit_json(f / "config.json", num_hidden_layers=2**30),
         "the weights have 2 layers, the config says 1073741824",
+    ),
+    "fewer layers in the config": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=1),
+        "the weights have 2 layers, the config says 1",
+    ),
+    "a tensor of no model": (
+        lambda f: edit_tensors(f, lambda t: t.update({"model.layers.0.extra": torch.zeros(2)})),
+        "model.layers.0.extra is not part of a Mistral",
     ),
     "a tensor missing": (
         lambda f: edit_tensors(f, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
@@ -375,3 +384,11 @@ def test_a_model_is_saved_and_exported_by_the_package_itself(tmp_path):
         assert its_tokenizer.vocabulary() == tokenizer.vocabulary()
     with pytest.raises(ValueError, match="is a path"):
         mistral.save("folder", tokenizer, tmp_path / "other")
+
+
+def test_gpus_are_counted_from_0(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="there are 2 CUDA GPUs, counted from 0"):
+        choose_device("cuda:2")

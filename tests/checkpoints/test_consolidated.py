@@ -21,7 +21,7 @@ PARAMS = dict(
     hidden_dim=56,
     n_heads=6,
     n_kv_heads=2,
-    norm_eps=1e-5,
+    norm_eps=small.SIZES["rms_norm_eps"],
     vocab_size=32000,
 )
 

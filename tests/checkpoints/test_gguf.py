@@ -607,7 +607,15 @@ def consolidated_copy(folder):
 
 
 @pytest.mark.parametrize(
-    ("kind", "value"), [("F16", 70_000.0), ("F16", math.nan), ("Q8_0", 1e7), ("Q4_0", math.inf)]
+    ("kind", "value"),
+    [
+        ("F16", 70_000.0),
+        ("F16", math.nan),
+        ("Q8_0", 1e7),
+        ("Q4_0", math.inf),
+        ("Q8_0", 127.5 * 65504),
+        ("F16", -66_000.0),
+    ],
 )
 def test_values_that_a_type_cannot_hold_are_not_exported(kind, value, tmp_path):
     model = small.model(torch.float32, hidden_size=64, intermediate_size=96, head_dim=32)
@@ -803,3 +811,15 @@ def test_packed_is_for_gguf_files(original, tmp_path):
     assert not any(
         isinstance(module, Packed) for module in load(tmp_path / "m.gguf", packed=True)[0].modules()
     )
+
+
+def test_the_end_of_a_turn_is_a_stop_token(forge):
+    reader = forge({"tokenizer.ggml.eot_token_id": 5})
+    assert reader.config().eos_token_id == (460, 5)
+
+
+def test_an_exported_model_without_a_window_has_none(original, tmp_path):
+    model, tokenizer = original
+    assert model.config.sliding_window is None
+    gguf_export.export(model, tokenizer, tmp_path / "m.gguf", "Q8_0")
+    assert mistral.load(tmp_path / "m.gguf", device="cpu")[0].config.sliding_window is None

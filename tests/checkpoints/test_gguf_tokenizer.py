@@ -7,7 +7,6 @@ import pytest
 import small
 import tokenizer_files as files
 import torch
-import transformers
 from benchmark_parts.llama_cpp_peer import LlamaCpp
 
 import mistral
@@ -71,6 +70,22 @@ def test_user_defined_tokens_are_text_and_control_tokens_are_not():
     assert 32002 in ids
     assert made.decode(ids) == text
     assert {5000, 32001, 32002} < set(made.encode(text, special=True))
+
+
+def test_only_one_token_is_the_unknown_one():
+    true = small.true_tokenizer()
+    keys = metadata(true)
+    keys["tokenizer.ggml.token_type"][5000] = 2
+    made = read_tokenizer(keys, small.config(vocab_size=32002, eos_token_id=(32000,)))
+    assert made.control_ids == true.control_ids | {5000}
+
+
+def test_a_text_begins_with_a_space_unless_the_file_says_otherwise():
+    true = small.true_tokenizer()
+    for prefix in (True, False):
+        keys = metadata(true, add_space_prefix=prefix)
+        made = read_tokenizer(keys, small.config(vocab_size=32002, eos_token_id=(32000,)))
+        assert made.encode("word") == true.encode("word", prefix_space=prefix)
 
 
 def test_tokens_without_a_row_are_left_out_with_one_warning():
@@ -243,10 +258,12 @@ def test_a_real_byte_level_vocabulary(smollm2):
             assert special or not made.control_ids & set(ids)
 
 
+@pytest.mark.slow
 def test_transformers_does_not_split_digits_from_the_spaces_before_them(smollm2):
     """It does not read tokenizer.ggml.pre; in text without digits the ids are the same."""
     reader = GgufReader(smollm2)
     made = reader.tokenizer(reader.config())
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     for text in (*TEXTS, *real_texts()):
         text = "".join(character for character in text if not character.isnumeric())

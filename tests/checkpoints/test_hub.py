@@ -205,9 +205,11 @@ def test_the_cache_serves_offline_and_without_a_hub(run):
     ("place", "reason"),
     [
         ("/429", "too many requests (429): wait, or set HF_TOKEN"),
-        ("/503", "the hub has trouble of its own (503): try again later"),
-        ("/401", "HF_TOKEN"),
-        ("/page", "a proxy or a login page"),
+        pytest.param(
+            "/503", "the hub has trouble of its own (503): try again later", marks=pytest.mark.slow
+        ),
+        pytest.param("/401", "HF_TOKEN", marks=pytest.mark.slow),
+        pytest.param("/page", "a proxy or a login page", marks=pytest.mark.slow),
     ],
 )
 def test_the_reason_of_no_answer_is_said_and_the_cache_is_used(run, hub, place, reason):
@@ -218,7 +220,9 @@ def test_the_reason_of_no_answer_is_said_and_the_cache_is_used(run, hub, place, 
         assert run(("some/mistral", {}), HF_ENDPOINT=hub + place)[0].startswith("ok ")
 
 
-@pytest.mark.parametrize("absent", ["tokenizer.model", "model.safetensors"])
+@pytest.mark.parametrize(
+    "absent", ["tokenizer.model", pytest.param("model.safetensors", marks=pytest.mark.slow)]
+)
 def test_half_a_cache_is_not_the_repositorys_fault(run, tmp_path, absent):
     assert run(("some/mistral", {}))[0].startswith("ok ")
     (snapshot,) = tmp_path.glob("hub/models--*/snapshots/*")

@@ -1,5 +1,6 @@
 """What fits into memory: the default dtype on a CPU, the messages, and what they call a checkpoint."""
 
+import json
 import os
 import shutil
 import warnings
@@ -59,6 +60,18 @@ def test_float32_is_the_default_on_a_cpu_while_it_fits_with_room_for_a_sequence(
         'quantize="q8_0" (1.45 MB) or quantize="q4_0" (831.49 kB), or a quantized GGUF with '
         "packed=True"
     )
+
+
+def test_the_sequence_that_must_fit_has_4096_tokens(free, tmp_path):
+    folder = tmp_path / "long"
+    shutil.copytree(SMALL, folder)
+    config = json.loads((SMALL / "config.json").read_text())
+    changes = {"sliding_window": None, "max_position_embeddings": 32768}
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    needed = FLOAT32 + 2 * CACHE // 16 * 4096
+    for count, dtype in ((needed, torch.float32), (needed - 1, torch.bfloat16)):
+        free(count)
+        assert load(folder)[0].dtype == dtype
 
 
 def test_the_dtype_of_the_checkpoint_takes_over(free, tmp_path):
@@ -192,7 +205,64 @@ def test_the_note_about_a_window_names_the_file(cache, monkeypatch):
             mistral.load(cache / path, device="cpu")
 
 
+@pytest.fixture
+def system(monkeypatch, tmp_path):
+    """Writes the files in which Linux says how much memory there is, in bytes."""
+
+    def write(available, limit, used=0, cached=0):
+        group = tmp_path / "sys/fs/cgroup"
+        group.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc").mkdir(exist_ok=True)
+        (tmp_path / "proc/meminfo").write_text(
+            f"MemTotal: 9 kB\nMemAvailable: {available // 1024} kB\n"
+        )
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 5\nfile {cached}\nkernel 7\n")
+        return memory._available_memory(torch.device("cpu"))
+
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.removeprefix("/"))
+    return write
+
+
+def test_free_memory_is_that_of_the_container_without_its_cached_files(system, tmp_path):
+    assert system(available=80_000 * 1024, limit="max") == 80_000 * 1024
+    assert system(available=80_000 * 1024, limit=10_000_000, used=4_000_000) == 6_000_000
+    free = system(available=80_000 * 1024, limit=10_000_000, used=9_000_000, cached=7_000_000)
+    assert free == 8_000_000
+    assert system(available=1024, limit=10_000_000) == 1024  # the machine has less
+    (tmp_path / "sys/fs/cgroup/memory.max").unlink()  # not in a container
+    assert memory._available_memory(torch.device("cpu")) == 1024
+
+
+def test_free_memory_is_that_of_the_process_with_a_limit(system, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (10_000_000, -1))
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/statm").write_text("1000 500 100\n")  # pages
+    left = 10_000_000 - 1000 * memory.resource.getpagesize()
+    assert system(available=1 << 40, limit="max") == left
+
+
+def test_a_containers_limit_decides_what_is_loaded(system):
+    system(available=1 << 40, limit=FLOAT32 + 1000, used=1000)
+    assert load(SMALL)[0].dtype == torch.bfloat16
+    system(available=1 << 40, limit=1000, used=10)
+    with pytest.raises(mistral.NotEnoughMemory, match="and 990 bytes are free"):
+        load(SMALL)
+
+
 def test_a_model_without_packed_layers_is_what_bfloat16_is(free):
     free(BFLOAT16)
     model, _ = load(SMALL)
     assert not any(isinstance(module, Packed) for module in model.modules())
+
+
+def test_a_form_that_fits_to_the_byte_is_listed(free):
+    free(BFLOAT16)
+    with pytest.raises(mistral.NotEnoughMemory, match=r"would fit with dtype=torch\.bfloat16"):
+        load(SMALL, dtype=torch.float32)
+
+
+def test_a_hash_has_32_digits_or_more():
+    assert checkpoint_name(Path("/x") / ("b" * 32), "its name") == "its name"
+    assert checkpoint_name(Path("/x") / ("b" * 31), "its name") == "b" * 31

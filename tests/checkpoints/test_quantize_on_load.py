@@ -187,6 +187,7 @@ def test_memory_is_asked_for_what_the_blocks_take(monkeypatch):
     assert asked == [sum(tensor.nbytes for tensor in model.state_dict().values())]
 
 
+@pytest.mark.slow
 def test_the_scripts_take_it():
     command = [
         sys.executable,

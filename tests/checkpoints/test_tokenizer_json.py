@@ -9,9 +9,9 @@ import pytest
 import small
 import tokenizer_files as files
 import tokenizers
-import transformers
 
 import mistral
+from mistral.checkpoints.added_tokens import tokens_of_list
 from mistral.checkpoints.hugging_face_tokenizer import read_tokenizer, save_tokenizer
 from mistral.pieces import JsonPieces
 
@@ -137,6 +137,7 @@ def test_text_that_the_vocabulary_cannot_spell_is_refused():
 def test_the_begin_token_is_added_as_in_transformers(form, begins, folder):
     content = files.content_with_begin(form) if begins else files.content(form)
     path = folder(content, tokenizer_class="TokenizersBackend", bos_token="<s>", eos_token="</s>")
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(path)
     ours = read_tokenizer(path, config())
     assert ours.adds_bos == begins
@@ -239,6 +240,15 @@ def test_one_usable_vocabulary_is_enough(folder):
         assert read_tokenizer(path, sizes).control_id("<|im_start|>") == 461
 
 
+def test_a_vocabulary_that_cannot_spell_gives_way_to_one_that_can(folder):
+    content = spm_content()
+    content["model"]["byte_fallback"] = False
+    path = both(folder, content, bos_token="<s>")
+    with pytest.warns(UserWarning, match="no pieces for a part of .*; tokenizer.model is used"):
+        made = read_tokenizer(path, config(vocab_size=480, eos_token_id=(460,)))
+    assert made.decode(made.encode("日本語 😀")) == "日本語 😀"
+
+
 def test_a_folder_without_a_tokenizer_says_what_to_do(folder):
     with pytest.raises(mistral.CheckpointError, match="copy them from the checkpoint's base model"):
         read_tokenizer(folder(), config())
@@ -324,6 +334,7 @@ def test_what_save_writes_is_read_again(form, tmp_path):
         assert again.chat_templates == templates
         for text in TEXTS:
             assert again.encode(text, special=True) == made.encode(text, special=True)
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         ids = theirs.encode(text, add_special_tokens=False)
@@ -346,6 +357,17 @@ def test_templates_of_a_folder(folder):
     (path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(mistral.CheckpointError, match="jinja: .utf-8. codec can"):
         read_tokenizer(path, config())
+    (path / "chat_template.jinja").write_text("")
+    with pytest.raises(mistral.CheckpointError, match="jinja is empty: the download did not fin"):
+        read_tokenizer(path, config())
+
+
+@pytest.mark.parametrize("form", ["list", "object", "text"])
+def test_a_template_that_is_empty_is_not_one(form, folder):
+    listed = [{"name": "default", "template": ""}]
+    given = {"list": listed, "object": {"default": ""}, "text": ""}[form]
+    path = folder(files.content("legacy"), bos_token="<s>", chat_template=given)
+    assert read_tokenizer(path, config()).chat_templates == {}
 
 
 def test_a_begin_token_that_does_not_exist_is_said_once(folder):
@@ -357,3 +379,48 @@ def test_a_begin_token_that_does_not_exist_is_said_once(folder):
     path = folder(files.content("legacy"), bos_token="\ud800")
     with pytest.raises(mistral.CheckpointError, match="special token .* is not valid Unicode"):
         read_tokenizer(path, config())
+
+
+def test_a_vocabulary_with_a_gap_reaches_to_its_last_id():
+    content = copy.deepcopy(files.content("legacy", words=False))
+    content["model"]["vocab"]["zz"] = 5000
+    pieces = JsonPieces(content)
+    assert pieces.size == 5001
+    assert pieces.entries()[4999:] == [("[PAD4999]", -1000.0, 5), ("zz", 0.0, 5)]
+
+
+def test_scores_are_the_ranks_of_first_merges_and_a_piece_without_one_is_unused():
+    content = copy.deepcopy(files.content("legacy", words=False))
+    merges = content["model"]["merges"]
+    left, right = merges[3]
+    merges.append([left, right])  # a second way to the same piece
+    entries = {text: (score, kind) for text, score, kind in JsonPieces(content).entries()}
+    assert entries[left + right] == (-3.0, 1)
+
+
+def test_an_added_token_without_flags_is_text():
+    [token] = tokens_of_list([{"id": 800, "content": "capital"}]).values()
+    assert not token.special
+    assert token.normalized
+
+
+def test_characters_that_the_library_would_drop_are_refused():
+    content = copy.deepcopy(files.content("legacy", words=False))
+    content["model"] |= dict(byte_fallback=False, unk_token=None)
+    made = mistral.Tokenizer(JsonPieces(content), bos_id=1, added={1: "<s>"})
+    assert made.decode(made.encode("hello")) == "hello"
+    with pytest.raises(ValueError, match="no pieces for a part of .a 😀"):
+        made.encode("a 😀")
+
+
+def test_two_pieces_of_one_id_are_refused():
+    content = copy.deepcopy(files.content("legacy", words=False))
+    content["model"]["vocab"]["zz"] = 300
+    with pytest.raises(mistral.CheckpointError, match="is that of another piece"):
+        JsonPieces(content)
+
+
+def test_two_added_tokens_of_one_id_are_refused():
+    entry = {"id": 800, "special": True}
+    with pytest.raises(mistral.CheckpointError, match="have the id 800"):
+        tokens_of_list([entry | {"content": "<a>"}, entry | {"content": "<b>"}])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mistral import CheckpointError
 from mistral.quantization.dequantize import FUNCTIONS, dequantize, unpack
 from mistral.quantization.ggml_types import GGML_TYPES, GgmlType, ggml_type
-from mistral.quantization.packed import PackedEmbedding, PackedLinear
+from mistral.quantization.packed import Keeper, PackedEmbedding, PackedLinear
 
 BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
 GENUINE = np.load(small.DATA / "gguf/genuine_blocks.npz")
@@ -131,3 +131,29 @@ def test_a_gpu_gives_the_same_bits(name):
     ours = dequantize(data.cuda(), BY_NAME[name]).cpu()
     theirs = dequantize(data, BY_NAME[name])
     assert ((ours == theirs) | (ours.isnan() & theirs.isnan())).all()
+
+
+def test_products_are_those_of_weights_rounded_to_the_dtype_of_the_input():
+    kind = GGML_TYPES[2]
+    blocks = torch.randint(0, 256, (24, 64 // 32 * 18), dtype=torch.uint8)
+    blocks.view(-1, 18)[:, :2] = torch.tensor([0.01]).half().view(torch.uint8)
+    layer = PackedLinear(blocks, kind)
+    x = torch.randn(3, 64).bfloat16()
+    weight = dequantize(blocks, kind).bfloat16()
+    assert torch.equal(layer(x), F.linear(x, weight))
+
+
+def test_a_layer_that_is_moved_takes_its_blocks_back():
+    """`model.to` moves registered tensors, and a keeper's are not registered."""
+    blocks = torch.arange(36, dtype=torch.uint8).view(2, 18)
+
+    class Keeps(Keeper):
+        def blocks(self):
+            return blocks
+
+    layer = PackedLinear(blocks.clone(), GGML_TYPES[2])
+    layer.hand_over(Keeps())
+    assert layer.blocks is None
+    layer.to(torch.float16)
+    assert layer.keeper is None
+    assert torch.equal(layer.blocks, blocks)
