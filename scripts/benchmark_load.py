@@ -6,7 +6,6 @@ first time may compile kernels; the second counts.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -104,11 +103,11 @@ def main() -> None:
         warm = Path(folder) / "warm.gguf"
         write(path, args.layers)
         write(warm, 1, width=256, mlp=512, kv_width=64)
-        print(
+        common.show(
             f"{path.name}: {format_bytes(path.stat().st_size)}, {args.layers} layers, "
             "just written: in the file cache"
         )
-        print(
+        common.show(
             f"{'':<12}{'seconds':>10}{'CPU seconds':>14}{'peak memory':>14}"
             f"{'stays':>12}{'ratio':>8}"
         )
@@ -116,7 +115,7 @@ def main() -> None:
             results[way] = (
                 first_token(path) if way == "first token" else measure(way, path, warm, args)
             )
-    print(json.dumps({"layers": args.layers, **results}))
+    common.show_json({"layers": args.layers, **results})
 
 
 def measure(way: str, path: Path, warm: Path, args: argparse.Namespace) -> dict[str, float] | None:
@@ -130,7 +129,7 @@ def measure(way: str, path: Path, warm: Path, args: argparse.Namespace) -> dict[
     stays = {"read": size, "packed": size, "bfloat16": 2 * parameters}.get(way)
     ratio = f"{peak * 1024 / stays:>8.2f}" if stays else ""
     memory = f"{format_bytes(peak * 1024):>14}{format_bytes(stays) if stays else '':>12}{ratio}"
-    print(f"{way:<12}{seconds:>10.2f}{cpu_seconds:>14.2f}{memory}")
+    common.show(f"{way:<12}{seconds:>10.2f}{cpu_seconds:>14.2f}{memory}")
     return {
         "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu_seconds, 2),
@@ -145,11 +144,11 @@ def first_token(path: Path) -> dict[str, float | str] | None:
         if result is None:
             return None
     seconds, cpu_seconds, peak, note = result.split(maxsplit=3)
-    print(
+    common.show(
         f"{'first token':<12}{float(seconds):>10.2f}{float(cpu_seconds):>14.2f}"
         f"{format_bytes(int(peak) * 1024):>14}"
     )
-    print(f"  {note.strip()}")
+    common.show(f"  {note.strip()}")
     rest = {"peak_bytes": int(peak) * 1024, "engine": note.strip()}
     return {
         "seconds": round(float(seconds), 2),
@@ -169,7 +168,7 @@ def run_child(way: str, arguments: list[str]) -> str | None:
         text=True,
     )
     if result.returncode:
-        print(f"{way:<12}not measured: {result.stderr.strip().splitlines()[-1]}")
+        common.show(f"{way:<12}not measured: {result.stderr.strip().splitlines()[-1]}")
         return None
     return result.stdout
 

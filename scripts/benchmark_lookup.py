@@ -6,7 +6,6 @@ code edits, JSON and questions. The last line is JSON.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -115,7 +114,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default: 1)")
     parser.add_argument(
-        "--page", type=Path, help="write the results into the model's section of this page"
+        "--page", type=common.path, help="write the results into the model's section of this page"
     )
     args = parser.parse_args()
     if args.kinds is None:
@@ -148,14 +147,14 @@ def main() -> None:
         results[kind] = measure((plain, lookup), cases, args, stop_tokens)
     table = to_table(results, args.counts)
     facts = machine.facts(model.device, model.dtype)
-    print(f"{engine}\n\n{table}")
+    common.show(f"{engine}\n\n{table}")
     if args.page:
         requests = [len(plain.texts) for plain, _ in results.values()]
         heading = args.model if args.model in ("demo", "smollm2") else Path(args.model).name
         write_section(args.page, heading, section(args, facts, table, engine, requests))
         common.note(f"wrote {args.page}")
     rows = {kind: row(*sides) for kind, sides in results.items()}
-    print(json.dumps(facts | {"engine": engine, "lookup": args.lookup, "results": rows}))
+    common.show_json(facts | {"engine": engine, "lookup": args.lookup, "results": rows})
 
 
 def make_cases(

@@ -6,16 +6,18 @@
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import common
 
+import mistral
 from mistral.chat import Conversation, events
 from mistral.chat.saved import read_lines
 
 HELP = """/reset          forget what was said
 /undo           forget the last question and its answer
-/retry          answer the last question again
+/retry          answer the last question again; with --seed, with the next seed
 /system TEXT    begin anew with this system message (none: without one)
 /save FILE      write the conversation as JSON lines
 /load FILE      continue a saved one
@@ -31,7 +33,7 @@ def arguments() -> argparse.Namespace:
     )
     common.add_model_arguments(parser)
     parser.add_argument("--system", help="the system message")
-    parser.add_argument("--load", type=Path, help="continue a conversation that /save wrote")
+    parser.add_argument("--load", type=common.path, help="continue a conversation that /save wrote")
     common.add_chat_arguments(parser)
     common.add_sampling_arguments(parser, temperature=0.7)
     common.add_engine_argument(parser)
@@ -99,6 +101,7 @@ def command(
             conversation.undo()
             common.note(f"{len(conversation.messages)} messages")
         case "/retry":
+            conversation.sampling = with_next_seed(conversation.sampling)
             answer(conversation, conversation.retry())
         case "/system":
             conversation = begin(rest or None)
@@ -109,10 +112,23 @@ def command(
             conversation = resume(Path(rest))
             common.note(f"{len(conversation.messages)} messages")
         case "/help":
-            common.note(HELP)
+            show_help()
         case _:
             raise ValueError(f"there is no command {name}; /help lists them")
     return conversation
+
+
+def with_next_seed(sampling: mistral.Sampling) -> mistral.Sampling:
+    """The same with the next seed: with the same one an answer would be the same again."""
+    if sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + 1) % 2**64)
+
+
+def show_help() -> None:
+    """The commands, on stderr."""
+    for line in HELP.splitlines():
+        common.note(line)
 
 
 def answer(conversation: Conversation, heard: Iterator[events.Event]) -> None:
@@ -125,18 +141,18 @@ def answer(conversation: Conversation, heard: Iterator[events.Event]) -> None:
         for event in heard:
             if isinstance(event, events.Text):
                 first = first or time.perf_counter()
-                print(common.printable(event.text), end="", flush=True)
+                common.show(event.text, end="")
             elif isinstance(event, events.End):
                 reason = event.reason
     except KeyboardInterrupt:
         pass
     except ValueError as error:
-        print("\n" if first else "", end="", flush=True)
+        common.show("\n" if first else "", end="")
         common.note(common.problem(error))
         return
     end = time.perf_counter()
     written = conversation.tokens_written - before
-    print(flush=True)
+    common.show()
     window = conversation.decoder.config.sliding_window
     length = conversation.tokens_held
     rolled = f", {length - window:,} have left the window" if window and length > window else ""

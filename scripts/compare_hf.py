@@ -173,26 +173,28 @@ def report(
         if window is None
         else f"window {window}, {'reached' if window <= T else 'not reached'}"
     )
-    print(f"{T} tokens, {reach}, {str(logits.dtype).removeprefix('torch.')} on {logits.device}\n")
-    print(f"{'':<12}{'max |d|':>12}{'mean |d|':>12}{'max |theirs|':>14}")
+    common.show(
+        f"{T} tokens, {reach}, {str(logits.dtype).removeprefix('torch.')} on {logits.device}\n"
+    )
+    common.show(f"{'':<12}{'max |d|':>12}{'mean |d|':>12}{'max |theirs|':>14}")
     worst = 0.0
     for name in theirs:
         difference = (ours[name].double() - theirs[name].double()).abs()
         largest = difference.max().item()
         worst = max(worst, largest) if largest == largest else float("nan")
-        print(
+        common.show(
             f"{name:<12}{largest:>12.2e}{difference.mean().item():>12.2e}{theirs[name].abs().max().item():>14.3f}"
         )
         if worst != worst:
             break
     agree = (ours["logits"].argmax(-1) == logits.argmax(-1)).float().mean().item()
-    print(f"\nmost probable next token: the same at {agree:.2%} of the positions")
+    common.show(f"\nmost probable next token: the same at {agree:.2%} of the positions")
     if worst == 0:
-        print("bit-identical")
+        common.show("bit-identical")
     elif worst <= tolerance:
-        print(f"within the tolerance of {tolerance:g}")
+        common.show(f"within the tolerance of {tolerance:g}")
     else:
-        print(f"DIFFERENT: {worst:.2e}, and the tolerance is {tolerance:g}")
+        common.show(f"DIFFERENT: {worst:.2e}, and the tolerance is {tolerance:g}")
     return 0 if worst <= tolerance else 1
 
 

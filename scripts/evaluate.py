@@ -1,9 +1,7 @@
 """Score function calling or JSON mode by the model card's rules and by corrected ones."""
 
 import argparse
-import json
 from hashlib import sha256
-from pathlib import Path
 
 import common
 from tqdm import tqdm
@@ -30,7 +28,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=common.path,
         help="keep every answer in this .jsonl; the same command continues there",
     )
     parser.add_argument(
@@ -105,11 +103,11 @@ def fingerprint(model: mistral.Mistral) -> str:
 def report(results: dict[str, dict], settings: dict) -> None:
     """A table, and all of it as one line of JSON."""
     [n] = {result["n"] for result in results.values()}
-    print(
+    common.show(
         f"{settings['task']}, {n} rows, seed {settings['seed']}, temperature "
         f"{settings['temperature']}"
     )
-    print("".join([f"{'rules':<18}", *(f"{name:>16}" for name in results)]))
+    common.show("".join([f"{'rules':<18}", *(f"{name:>16}" for name in results)]))
     lines = {"passed": [str(result["passed"]) for result in results.values()]}
     lines["rate"] = [f"{result['rate']:.1%}" for result in results.values()]
     lines["95% interval"] = [
@@ -120,8 +118,8 @@ def report(results: dict[str, dict], settings: dict) -> None:
             str(result["reasons"].get(reason, 0)) for result in results.values()
         ]
     for title, values in lines.items():
-        print("".join([f"{title:<18}", *(f"{value:>16}" for value in values)]))
-    print(json.dumps(settings | results))
+        common.show("".join([f"{title:<18}", *(f"{value:>16}" for value in values)]))
+    common.show_json(settings | results)
 
 
 if __name__ == "__main__":

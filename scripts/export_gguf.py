@@ -4,7 +4,6 @@ It is read and written tensor by tensor: a checkpoint of 7 billion weights takes
 """
 
 import argparse
-from pathlib import Path
 
 import common
 
@@ -18,7 +17,7 @@ def arguments() -> argparse.Namespace:
         __doc__, "python scripts/export_gguf.py ~/Mistral-7B-v0.1 mistral.Q8_0.gguf --type Q8_0"
     )
     common.add_model_arguments(parser, optional=False)
-    parser.add_argument("output", type=Path, help="the file to write; it must not exist")
+    parser.add_argument("output", type=common.path, help="the file to write; it must not exist")
     parser.add_argument(
         "--type", choices=KINDS, default="Q8_0", help="of the matrices (default: Q8_0)"
     )

@@ -4,7 +4,6 @@ Without --prompt it asks you.
 """
 
 import argparse
-import json
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from mistral.chat import Conversation, events
 from mistral.chat.formats import render_chat
 from mistral.chat.tool_choice import check_tool_choice
 from mistral.chat.tools import Tool, tool_table
+from mistral.printable import on_one_line, printable_json
 
 TOOLS = Path(__file__).with_name("example_tools.py")
 _WORDS = {events.Error: "error", events.Altered: "note", events.Unfinished: "unknown"}
@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", help="what to ask; repeatable: a conversation")
     parser.add_argument(
         "--tools",
-        type=Path,
+        type=common.path,
         default=TOOLS,
         help="a Python file that makes tools with @tool; it is run",
     )
@@ -93,10 +93,11 @@ def main() -> None:
     common.note(f"format {conversation.format}; {engine}; tools: {', '.join(conversation.tools)}")
     if args.show_prompt:
         messages = [{"role": "user", "content": "..."}]
-        print(render_chat(tokenizer, messages, tools=tools, format=conversation.format), "\n")
+        text = render_chat(tokenizer, messages, tools=tools, format=conversation.format)
+        common.show(f"{text}\n")
     for prompt in args.prompt or asked():
         if args.prompt:
-            print(f"> {prompt}")
+            common.show(f"> {prompt}")
         try:
             show(conversation.say(prompt))
         except (ValueError, KeyboardInterrupt) as error:
@@ -139,20 +140,20 @@ def show(answer) -> None:
     within_line = False
     for event in answer:
         if isinstance(event, events.Text):
-            print(common.printable(event.text), end="", flush=True)
+            common.show(event.text, end="")
             within_line = not event.text.endswith("\n")
             continue
-        print("\n" if within_line else "", end="", flush=True)
+        common.show("\n" if within_line else "", end="")
         within_line = False
         if isinstance(event, events.Call):
-            line = f"  call    {event.name}({json.dumps(event.arguments, ensure_ascii=False)})"
+            line = f"  call    {event.name}({printable_json(event.arguments)})"
         elif isinstance(event, events.Result):
-            line = f"  result  {json.dumps(event.content, ensure_ascii=False)}"
+            line = f"  result  {printable_json(event.content)}"
         elif isinstance(event, events.End):
             line = "" if event.reason == "stop" else f"  ended   {event.reason}"
         else:
             line = f"  {_WORDS[type(event)]:<8}{event.message}"
-        print(common.printable(line) + "\n" * bool(line), end="", flush=True)
+        common.show(on_one_line(line) + "\n" * bool(line), end="")
 
 
 if __name__ == "__main__":

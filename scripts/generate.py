@@ -95,10 +95,10 @@ def main() -> None:
     interrupted = False
     try:
         for piece in pieces:
-            print(common.printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+            common.show_text(piece)
     except KeyboardInterrupt:
         interrupted = True
-    print(flush=True)
+    common.show()
     report(clock, len(ids), model.device, engine)
     if args.lookup:
         common.note(f"[{decoder.summary}]")

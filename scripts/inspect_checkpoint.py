@@ -16,6 +16,7 @@ from mistral.checkpoints.paths import local_path, open_reader
 from mistral.checkpoints.reader import StoredTensor, dtype_name
 from mistral.config import Config
 from mistral.files import format_bytes
+from mistral.printable import on_one_line
 from mistral.tokenizer import Tokenizer
 
 SAMPLE = 'Hello, world! {"naïve": [1, 234]}\n'
@@ -49,14 +50,14 @@ def main() -> None:
 def print_config(config: Config) -> None:
     heading(f"config: {config.num_parameters:,} parameters")
     for name, value in vars(config).items():
-        print(f"  {name:<24} {value}")
+        common.show(f"  {name:<24} {value}")
 
 
 def print_metadata(metadata: dict[str, Any]) -> None:
     heading(f"metadata: {len(metadata)} keys")
     for key, value in metadata.items():
         text = f"{len(value):,} entries" if isinstance(value, (list, np.ndarray)) else repr(value)
-        print(f"  {key:<42} {text if len(text) < 70 else text[:66] + ' ...'}")
+        common.show(f"  {on_one_line(key):<42} {text if len(text) < 70 else text[:66] + ' ...'}")
 
 
 def print_tensors(stored: Mapping[str, StoredTensor], every: bool) -> None:
@@ -68,17 +69,19 @@ def print_tensors(stored: Mapping[str, StoredTensor], every: bool) -> None:
     rows: dict[tuple, list[StoredTensor]] = defaultdict(list)
     by_type: dict[str, int] = defaultdict(int)
     for name, tensor in stored.items():
+        name = on_one_line(name)
         name = name if every else re.sub(r"^((?:model\.)?(?:layers|blk))\.\d+\.", r"\1.*.", name)
-        rows[name, tensor.shape, tensor.type_name].append(tensor)
-        by_type[tensor.type_name] += tensor.num_bytes
+        type_name = on_one_line(tensor.type_name)
+        rows[name, tensor.shape, type_name].append(tensor)
+        by_type[type_name] += tensor.num_bytes
     for (name, shape, type_name), tensors in rows.items():
         count = f"{len(tensors)} x " if len(tensors) > 1 else ""
         total = format_bytes(sum(tensor.num_bytes for tensor in tensors))
-        print(f"  {name:<52} {count + str(list(shape)):>22} {type_name:>9} {total:>10}")
-    print("  in all " + ", ".join(f"{name} {format_bytes(n)}" for name, n in by_type.items()))
+        common.show(f"  {name:<52} {count + str(list(shape)):>22} {type_name:>9} {total:>10}")
+    common.show("  in all " + ", ".join(f"{name} {format_bytes(n)}" for name, n in by_type.items()))
     if len(sizes) > 1:
         for file, size in sorted(sizes.items()):
-            print(f"  {file}: {format_bytes(size)}")
+            common.show(f"  {on_one_line(file)}: {format_bytes(size)}")
 
 
 def print_memory(config: Config, packed: int | None = None) -> None:
@@ -86,16 +89,16 @@ def print_memory(config: Config, packed: int | None = None) -> None:
     heading("memory: weights, and the key/value cache of one row by length of the text")
     lengths = sorted({n for n in (1024, 4096, 8192, 32768) if n < config.max_position_embeddings})
     lengths.append(config.max_position_embeddings)
-    print(f"  {'':<10}{'weights':>12}" + "".join(f"{n:>12,}" for n in lengths))
+    common.show(f"  {'':<10}{'weights':>12}" + "".join(f"{n:>12,}" for n in lengths))
     for dtype in (torch.float32, torch.bfloat16):
         slots = [cache_slots(window, n) for n in lengths]
         caches = "".join(
             f"{format_bytes(config.cache_bytes(n, dtype.itemsize)):>12}" for n in slots
         )
         weights = format_bytes(config.num_parameters * dtype.itemsize)
-        print(f"  {dtype_name(dtype):<10}{weights:>12}{caches}")
+        common.show(f"  {dtype_name(dtype):<10}{weights:>12}{caches}")
     if packed is not None:
-        print(
+        common.show(
             f"  {'packed':<10}{format_bytes(packed):>12}   "
             "(as in the file, with --packed; the cache as above)"
         )
@@ -104,22 +107,26 @@ def print_memory(config: Config, packed: int | None = None) -> None:
         if window
         else "no window: the cache grows with the text"
     )
-    print(f"  ({rolls})")
+    common.show(f"  ({rolls})")
 
 
 def print_tokenizer(tokenizer: Tokenizer, config: Config) -> None:
     heading(f"tokenizer: {tokenizer.vocab_size:,} ids for {config.vocab_size:,} rows of the model")
-    print(f"  begin {tokenizer.bos_id}, stop {', '.join(map(str, tokenizer.stop_ids)) or 'none'}")
-    control = [f"{id} {tokenizer.control_text(id)}" for id in sorted(tokenizer.control_ids)]
+    common.show(
+        f"  begin {tokenizer.bos_id}, stop {', '.join(map(str, tokenizer.stop_ids)) or 'none'}"
+    )
+    control = [
+        f"{id} {on_one_line(tokenizer.control_text(id))}" for id in sorted(tokenizer.control_ids)
+    ]
     shown = control[:8] + [f"... {len(control) - 8} more"] * (len(control) > 8)
-    print(f"  control tokens: {', '.join(shown)}")
+    common.show(f"  control tokens: {', '.join(shown)}")
     ids = tokenizer.encode(SAMPLE)
-    print(f"  {SAMPLE!r} -> {ids}")
-    print(f"  and back -> {tokenizer.decode(ids)!r}")
+    common.show(f"  {SAMPLE!r} -> {ids}")
+    common.show(f"  and back -> {tokenizer.decode(ids)!r}")
 
 
 def heading(text: str) -> None:
-    print(f"\n{text}")
+    common.show(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """Ask for JSON that follows a schema; the answer goes to stdout."""
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
 import common
 
@@ -33,7 +31,7 @@ def arguments() -> argparse.Namespace:
     )
     common.add_model_arguments(parser)
     parser.add_argument(
-        "--schema", type=Path, help="a file with a JSON schema (default: a built-in example)"
+        "--schema", type=common.path, help="a file with a JSON schema (default: a built-in example)"
     )
     parser.add_argument(
         "--prompt",
@@ -90,12 +88,12 @@ def main() -> int:
         )
     except JSONError as error:
         common.note(f"{common.problem(error)}; the last answer was:")
-        print(common.printable(error.text))
+        common.show(error.text)
         return 1
     finally:
         if args.lookup:
             common.note(f"[{decoder.summary}]")
-    print(common.printable(json.dumps(answer, indent=2, ensure_ascii=False)))
+    common.show_json(answer, indent=2)
     common.note(f"[valid after {time.perf_counter() - start:.1f} s | {engine}]")
     return 0
 

@@ -21,7 +21,7 @@ import mistral
 from mistral.chat.formats import chat_format, encode_chat
 from mistral.checkpoints.labels import checkpoint_name
 from mistral.checkpoints.reader import dtype_name
-from mistral.files import format_bytes
+from mistral.files import format_bytes, write_text
 from mistral.tracing import Recorder, Stopwatch, logit_lens, most_tokens
 
 TEMPLATES = Path(__file__).parent / "look_inside_page"
@@ -76,7 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=common.path,
         default=Path("look_inside.html"),
         help=(
             "the page (default: look_inside.html); an earlier page is replaced, another file is not"
@@ -105,7 +105,7 @@ def main() -> None:
     name = checkpoint_name(path) if path.exists() else path.name
     data = page_data(model, tokenizer, trace, watch, prompt=len(ids), top=args.top, name=name)
     page = render(data, trace)
-    args.output.write_text(page, encoding="utf-8")
+    write_text(args.output, page)
     new = len(trace.tokens) - len(ids)
     common.note(
         f"wrote {args.output}, {format_bytes(len(page.encode()))}: "
@@ -116,7 +116,7 @@ def main() -> None:
 def check_output(path: Path) -> None:
     """ValueError unless the page can be written there without the loss of another file."""
     common.check_output(path)
-    if path.exists() and not is_ours(path):
+    if path.is_file() and not is_ours(path):
         raise ValueError(
             f"{path} exists and is not a page of this script; remove it or name another file"
         )

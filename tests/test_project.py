@@ -1,6 +1,7 @@
 """Rules of the house that a reader can rely on."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -91,6 +92,30 @@ def test_every_dependency_is_pinned():
         assert need.split(">=")[0].replace("-", "_") in {
             name.replace("-", "_") for name in pinned
         }, need
+
+
+def numbers(version):
+    """A version as a tuple; 2.10.0 is 2.10."""
+    return tuple(map(int, re.sub(r"(\.0)+$", "", version).split(".")))
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed():
+    project = tomllib.loads((small.ROOT / "pyproject.toml").read_text())["project"]
+    needs = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    floors = {}
+    for name, version in re.findall(r"([\w-]+)>=([\d.]+)", " ".join(needs)):
+        assert floors.setdefault(name.replace("-", "_"), version) == version, name
+    lines = (small.ROOT / "constraints-oldest.txt").read_text().splitlines()[1:]
+    pinned = dict(line.replace("-", "_").split("==") for line in lines)
+    assert {name: numbers(version) for name, version in floors.items()} == {
+        name: numbers(version) for name, version in pinned.items()
+    }
+    python = project["requires-python"].removeprefix(">=")
+    assert f"python{python} -m venv" in (small.ROOT / "scripts/dev/oldest.sh").read_text()
+    # 0.2.0 crashes on a damaged tokenizer.model; 2.9 corrupts memory on a damaged pickle
+    # (CVE-2026-24747), which other code of a user may still read with torch.load.
+    assert numbers(floors["sentencepiece"]) >= (0, 2, 2)
+    assert numbers(floors["torch"]) >= (2, 10)
 
 
 @pytest.mark.parametrize(

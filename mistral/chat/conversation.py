@@ -22,7 +22,7 @@ from mistral.chat.tool_choice import call_constraints, check_tool_choice
 from mistral.chat.tools import Tool, feedback, tool_table
 from mistral.chat.tools.outcomes import OpenCall, call_key, run_calls
 from mistral.engine.base import Engine
-from mistral.errors import ConversationError
+from mistral.errors import ConversationError, shown
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ class Conversation:
         trim: bool = False,
     ):
         if isinstance(stop, str) or not all(stop):
-            raise ConversationError(f"stop takes a list of non-empty strings, not {stop!r}")
+            raise ConversationError(f"stop takes a list of non-empty strings, not {shown(stop)}")
         if max_rounds < 1 or max_new_tokens < 1:
             raise ConversationError("max_rounds and max_new_tokens must be 1 or more")
         self.tools = tool_table(tools)

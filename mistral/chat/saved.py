@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mistral.errors import ConversationError
-from mistral.files import whole_file
+from mistral.files import expanded, read_text, write_text
+
+_LARGEST = 64_000_000  # bytes
 
 
 def write_lines(path: Path, lines: Sequence[Any]) -> None:
@@ -18,8 +20,7 @@ def write_lines(path: Path, lines: Sequence[Any]) -> None:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConversationError(f"a message cannot be saved as JSON: {error}") from None
-    with whole_file(path) as file:
-        file.write_text(text, encoding="utf-8")
+    write_text(expanded(path), text)
 
 
 def without_descriptions(tools: Any) -> Any:
@@ -39,11 +40,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The first line and the messages.
 
     Raises ConversationError, naming file and line, for a file that is not a saved conversation,
-    OSError if the file does not exist.
+    OSError if the file cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+        text = read_text(path, _LARGEST)
+    except ValueError as error:  # also what is not UTF-8
         raise ConversationError(f"{path} is not a saved conversation: {error}") from None
     lines: list[dict[str, Any]] = []
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):

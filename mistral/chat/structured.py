@@ -25,11 +25,13 @@ from mistral.chat.tools.json_schema import (
 )
 from mistral.engine.base import Constraint, Engine
 from mistral.errors import MistralError, one_line
+from mistral.files import read_text
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
 
 Schema = Mapping[str, Any] | str | Path | type
+_LARGEST_SCHEMA = 16_000_000  # bytes
 
 
 class JSONError(MistralError, ValueError):
@@ -136,11 +138,14 @@ def read_schema(schema: Schema) -> dict[str, Any]:
         return pydantic_schema(schema)
     if isinstance(schema, str | Path):
         try:
-            schema = json.loads(Path(schema).read_text(encoding="utf-8"))
+            text = read_text(schema, _LARGEST_SCHEMA)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SchemaError(f"the schema {schema} cannot be read: {reason}") from None
+        try:
+            schema = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SchemaError(f"{schema} is not valid JSON: {error}") from None
-        except OSError as error:
-            raise SchemaError(f"the schema {schema} cannot be read: {error.strerror}") from None
     if not isinstance(schema, Mapping):
         raise SchemaError(f"a JSON schema is an object, not {type(schema).__name__}")
     return as_json(dict(schema))

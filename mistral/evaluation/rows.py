@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from mistral.chat.formats.prompts import tool_prompt
 from mistral.checkpoints import hub
 from mistral.errors import MistralError
+from mistral.files import expanded
 
 Task = Literal["function-calling", "json-mode"]
 _ENDINGS = (".parquet", ".jsonl")
@@ -78,7 +79,10 @@ def read_rows(source: str, task: Task, limit: int | None = None) -> list[Row]:
 
 
 def _files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
+    try:
+        path = expanded(source)
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from None
     if path.is_file():
         return [path]
     if not path.exists():

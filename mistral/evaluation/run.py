@@ -12,6 +12,7 @@ from mistral.engine.generation import generate_batch
 from mistral.evaluation import fixed_rules, paper_rules
 from mistral.evaluation.rows import DataError, Row, Task
 from mistral.evaluation.verdict import Verdict
+from mistral.files import append_line
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -123,8 +124,7 @@ class Answers:
         record["settings"] = self._settings
         if self._path is None or record == self._records.get(row.index):
             return
-        with self._path.open("ab") as file:
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        append_line(self._path, json.dumps(record, ensure_ascii=False).encode())
         self._records[row.index] = record
 
     def _read(self, path: Path) -> None:
@@ -146,8 +146,7 @@ class Answers:
             return
         record = self._record(f"{path}, line {len(lines) + 1}", rest)
         self._records[record["id"]] = record
-        with path.open("ab") as file:
-            file.write(b"\n")
+        append_line(path, b"")
 
     def _record(self, where: str, line: bytes) -> dict[str, Any]:
         try:

@@ -25,6 +25,7 @@ from mistral.chat.formats.tool_calls import parse_tool_calls
 from mistral.chat.grammar import json_constraint, tool_call_constraint
 from mistral.chat.tools.json_schema import compile_schema, problem
 from mistral.checkpoints.paths import DEMO
+from mistral.files import write_text
 
 MAX_NEW_TOKENS = 200
 
@@ -74,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=50, help="default: 50")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--page", type=Path, help="write the results as a page of the documentation"
+        "--page", type=common.path, help="write the results as a page of the documentation"
     )
     return parser.parse_args()
 
@@ -252,7 +253,7 @@ def main() -> None:
     share = f"{right_talk / all_talk:.0%}"
     rows.append(f"| questions about this project (seen in training) | {all_talk} | {share} | - |")
     errors = error_rows(calls[:3])
-    print("\n".join([*rows, "", *errors]))
+    common.show("\n".join([*rows, "", *errors]))
     if args.page:
         page = PAGE.format(
             parameters=CONFIG.num_parameters / 1e6,
@@ -265,7 +266,7 @@ def main() -> None:
             errors="\n".join(errors),
             examples=examples(calls),
         )
-        args.page.write_text(page, encoding="utf-8")
+        write_text(args.page, page)
         common.note(f"wrote {args.page}")
 
 

@@ -7,9 +7,11 @@ and the rate that a run of that length would have reached.
 import argparse
 import math
 import pickle
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py, demo/
 
@@ -29,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__, "python scripts/demo/train_demo.py /tmp/demo")
     parser.add_argument(
         "folder",
-        type=Path,
+        type=common.path,
         help="where the state of the training is kept, and demo.gguf is written",
     )
     parser.add_argument(
@@ -85,17 +87,32 @@ def main() -> None:
 
 
 def train(trainer: Trainer, state: Path, before: float) -> float:
-    """Train to the end and save now and then; returns all seconds, those `before` included."""
+    """Train to the end and save now and then; returns all seconds, those `before` included.
+
+    KeyboardInterrupt after Ctrl-C, when the step in progress has ended and its state is saved. A
+    second Ctrl-C does not wait.
+    """
     start = time.perf_counter() - before
     mean = None
+    interrupts: list[int] = []
+
+    def notice(number: int, _: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, notice)
     with tqdm(total=trainer.steps, initial=trainer.step, unit="step", mininterval=5) as bar:
         for step, loss in trainer.run():
             if not math.isnan(loss):  # a batch may have nothing that the model is to write
                 mean = loss if mean is None else 0.98 * mean + 0.02 * loss
                 bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
             bar.update()
-            if step % SAVE_EVERY == 0 or step == trainer.steps:
+            if step % SAVE_EVERY == 0 or step == trainer.steps or interrupts:
                 save(trainer, state, time.perf_counter() - start)
+            if interrupts:
+                common.note(f"saved step {step}; the same command continues there")
+                raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return time.perf_counter() - start
 
 

@@ -80,14 +80,16 @@ def main() -> None:
 def print_table(title: str, tasks: dict, target: int, dtype: torch.dtype) -> None:
     from compile_ahead import compile_ahead, instructions_per_weight
 
-    print(f"\n{title}\n{HEADER}")
+    common.show(f"\n{title}\n{HEADER}")
     for name, task in tasks.items():
         made = compile_ahead(task, dtype, target)
         CTAs = "x".join(str(n) for n in task.launch.grid)
         threads = 32 * task.launch.options["num_warps"]
         rate = instructions_per_weight(made, task.launch)
         facts = f"{made.registers:>9} {made.spilled:>7} {made.shared:>8,} {len(made.sass):>6,}"
-        print(f"{name:<10} {CTAs:>6} {threads:>7} {facts} {f'{rate:.2f}' if rate else '-':>8}")
+        common.show(
+            f"{name:<10} {CTAs:>6} {threads:>7} {facts} {f'{rate:.2f}' if rate else '-':>8}"
+        )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from demo.dialogues import record, unseen_request
 
 from mistral.chat.formats.prompts import json_prompt, to_json
 from mistral.chat.tools import wrapped
+from mistral.files import write_text
 
 
 def arguments() -> argparse.Namespace:
@@ -21,7 +22,7 @@ def arguments() -> argparse.Namespace:
         __doc__,
         "python scripts/dev/make_eval_rows.py rows.jsonl --task function-calling --rows 100",
     )
-    parser.add_argument("file", type=Path, help="a new .jsonl")
+    parser.add_argument("file", type=common.path, help="a new .jsonl")
     parser.add_argument("--task", choices=ROWS, required=True)
     parser.add_argument(
         "--rows", type=int, default=100, help="default: 100, as many as in the card's data sets"
@@ -30,6 +31,9 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rows < 1:
         raise ValueError("--rows must be 1 or more")
+    common.check_output(args.file)
+    if args.file.is_file():
+        raise ValueError(f"{args.file} is there already; name a new file")
     return args
 
 
@@ -62,11 +66,7 @@ def main() -> None:
     args = arguments()
     random = Random(args.seed)
     text = "".join(json.dumps(ROWS[args.task](random)) + "\n" for _ in range(args.rows))
-    try:
-        with args.file.open("x") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ValueError(f"{args.file} is there already; name a new file") from None
+    write_text(args.file, text)
     common.note(f"wrote {args.rows} rows to {args.file}")
 
 

@@ -7,7 +7,6 @@ values that its blocks have.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -94,17 +93,19 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--text",
-        type=Path,
+        type=common.path,
         nargs="+",
         help="files to compare on, in equal parts (default: for the demo requests for functions "
         f"and its answers, for others {', '.join(TEXTS)} of this project)",
     )
     parser.add_argument(
-        "--page", type=Path, help="write the results into the model's section of this page"
+        "--page", type=common.path, help="write the results into the model's section of this page"
     )
     args = parser.parse_args()
     if args.positions < 1:
         raise ValueError("--positions must be 1 or more")
+    if args.page:
+        common.check_output(args.page)
     if not args.text and args.model != "demo":
         args.text = [ROOT / name for name in TEXTS]
     return args
@@ -123,13 +124,13 @@ def main() -> None:
     for name in chosen:
         common.note(f"{name} ...")
         results.append(measure(name, model, rows, wanted))
-        print(line(results[-1]), flush=True)
+        common.show(line(results[-1]))
     positions = sum(map(len, rows))
     if args.page:
         heading = args.model if args.model in UNPACKED else Path(args.model).name
         write_section(args.page, heading, section(args, model.config, positions, results))
         common.note(f"wrote {args.page}")
-    print(json.dumps({"model": args.model, "positions": positions, "results": results}))
+    common.show_json({"model": args.model, "positions": positions, "results": results})
 
 
 def texts(

@@ -6,7 +6,6 @@ determine them.
 """
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -83,12 +82,12 @@ def main() -> None:
         note = "engine: kernels, pdl"
     else:
         decoder, note = mistral_kernels.open_engine(args.engine, model, args.batch_size, room)
-    print(
+    common.show(
         f"{note}; {machine.facts(device, dtype)['machine']}, {args.format}, "
         f"{str(dtype).removeprefix('torch.')}, batch {args.batch_size}, context {args.context:,}"
     )
     bandwidth = machine.read_bandwidth(device)
-    print(f"the machine reads {bandwidth / 1e9:,.1f} GB/s (measured: sums over 1 GB)\n")
+    common.show(f"the machine reads {bandwidth / 1e9:,.1f} GB/s (measured: sums over 1 GB)\n")
 
     decoder.prefill(
         torch.randint(3, model.config.vocab_size, (args.batch_size, args.context)).tolist()
@@ -113,7 +112,7 @@ def main() -> None:
         "context": args.context,
         "batch": args.batch_size,
     }
-    print(json.dumps(facts | {"step_s": wall, "rows": rows}))
+    common.show_json(facts | {"step_s": wall, "rows": rows})
 
 
 def run_steps(decoder: mistral.Decoder, n: int) -> None:
@@ -211,20 +210,20 @@ def _row(name: str, calls: int, microseconds: float, moved: int | None, steps: i
 def show(rows: Sequence[dict], wall: float, least: float) -> None:
     """The table: what takes a thousandth of the time or more, and the sums."""
     total = sum(row["us"] for row in rows) or 1.0
-    print(f"{'one step':<70}{'calls':>8}{'us':>11}{'share':>8}{'bytes':>12}{'GB/s':>9}")
+    common.show(f"{'one step':<70}{'calls':>8}{'us':>11}{'share':>8}{'bytes':>12}{'GB/s':>9}")
     for row in rows:
         if row["us"] < total / 1000:
             continue
         moved = format_bytes(row["bytes"]) if row["bytes"] else "-"
         rate = f"{row['GB_per_s']:,.1f}" if row["GB_per_s"] else "-"
         name = row["name"] if len(row["name"]) < 70 else row["name"][:66] + "..."
-        print(
+        common.show(
             f"{name:<70}{row['calls']:>8,.1f}{row['us']:>11,.1f}{row['us'] / total:>8.1%}"
             f"{moved:>12}{rate:>9}"
         )
-    print(f"{'all of them':<70}{sum(row['calls'] for row in rows):>8,.1f}{total:>11,.1f}")
-    print(f"{'the whole step, gaps included':<78}{1e6 * wall:>11,.1f}")
-    print(f"{'reading the weights once at the measured rate':<78}{1e6 * least:>11,.1f}")
+    common.show(f"{'all of them':<70}{sum(row['calls'] for row in rows):>8,.1f}{total:>11,.1f}")
+    common.show(f"{'the whole step, gaps included':<78}{1e6 * wall:>11,.1f}")
+    common.show(f"{'reading the weights once at the measured rate':<78}{1e6 * least:>11,.1f}")
 
 
 if __name__ == "__main__":

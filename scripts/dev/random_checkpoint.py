@@ -60,9 +60,11 @@ def main() -> None:
     arguments = common.parser(
         __doc__, "python scripts/dev/random_checkpoint.py /tmp/small --hidden-size 512"
     )
-    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("folder", type=common.path)
     arguments.add_argument(
-        "--tokenizer", type=Path, help="a tokenizer.model to use; none: a small one is trained"
+        "--tokenizer",
+        type=common.path,
+        help="a tokenizer.model to use; none: a small one is trained",
     )
     arguments.add_argument(
         "--hidden-size", type=int, default=256, help="a multiple of 128 (default: 256)"

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py
 
 import common
 
+from mistral.files import whole_file, write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs/pictures"
 SESSION = ("scripts/function_calling.py", "--prompt", "How many miles are 42 kilometers?")
@@ -49,7 +51,7 @@ def main() -> None:
     args = arguments()
     PICTURES.mkdir(exist_ok=True)
     if args.only != "look_inside":
-        (PICTURES / "session.svg").write_text(draw(record_session()), encoding="utf-8")
+        write_text(PICTURES / "session.svg", draw(record_session()))
         common.note(f"wrote {PICTURES / 'session.svg'}")
     if args.only != "session":
         take_screenshot(PICTURES / "look_inside.png")
@@ -155,10 +157,12 @@ def take_screenshot(path: Path) -> None:
             f"--user-data-dir={folder}/profile",
             f"--force-device-scale-factor={PIXEL_RATIO}",
             "--window-size={},{}".format(*PAGE_SIZE),
-            f"--screenshot={path}",
+            f"--screenshot={folder}/page.png",
             page.as_uri(),
         ]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=120)
+        with whole_file(path) as file:
+            shutil.copyfile(f"{folder}/page.png", file)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from mistral.chat.formats.prompts import json_prompt
 from mistral.chat.grammar import GrammarError, UnsupportedSchema, json_constraint
 from mistral.chat.grammar.token_masks import GrammarConstraint
 from mistral.chat.tools.json_schema import compile_schema, problem
+from mistral.printable import on_one_line
 
 SLOW = 10.0  # seconds; a grammar or a mask that took longer hung
 
@@ -142,7 +143,7 @@ def main() -> int:
     failed = 0
     for name, model in ((args.model, demo), ("random weights", noise)):
         counts, masks, seconds = stress(model, tokenizer, args, name)
-        print(
+        common.show(
             f"{name}: {json.dumps(counts)}, mean mask {1e6 * seconds / max(masks, 1):.0f} µs over "
             f"{masks:,} masks"
         )
@@ -177,7 +178,7 @@ def stress(
     ]
     room = max(map(len, prompts), default=0) + args.max_new_tokens
     empty_decoder = common.open_batch_engines(args, model, room)
-    for i in tqdm(range(0, len(cases), args.batch_size), desc=name, leave=False):
+    for i in tqdm(range(0, len(cases), args.batch_size), desc=on_one_line(name), leave=False):
         batch = cases[i : i + args.batch_size]
         told = prompts[i : i + args.batch_size]
         constraints = [constraint for _, constraint in batch]

@@ -11,7 +11,6 @@ from random import Random
 import pytest
 import small
 import tokenizer_files
-import transformers
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from pydantic import BaseModel
@@ -873,6 +872,7 @@ def test_chatml_is_what_transformers_makes_of_the_template(form, begins, tmp_pat
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
     settings |= {"chat_template": template, "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     config = small.config(vocab_size=800, eos_token_id=(700,))
     ours = read_tokenizer(tmp_path, config)
@@ -933,3 +933,10 @@ def test_the_template_decides_about_the_begin_token():
     for adds_bos in (True, False):
         made = mistral.Tokenizer(proto, added, adds_bos=adds_bos)
         assert (encode_chat(made, hello)[0] == 1) == adds_bos
+
+
+def test_results_of_two_answers_are_two_turns(hermes):
+    messages = [user("Weather?"), calling(PARIS), result("first"), calling(PARIS), result("second")]
+    text = render_chat(hermes, messages, generate=False)
+    assert text.count("<|im_start|>tool") == 2
+    assert text.count("first") == text.count("second") == 1

@@ -1162,3 +1162,37 @@ def test_a_conversation_rolls_over_the_window_of_a_real_model():
 def encode_ids(conversation):
     """The ids that the conversation's decoder holds."""
     return conversation.decoder._history[0, : conversation.tokens_held].tolist()
+
+
+def test_a_prompt_that_fills_the_cache_leaves_no_room_for_an_answer():
+    tokens = len(encode_chat(TOKENIZER, [{"role": "user", "content": "Hi"}]))
+    with pytest.raises(ConversationError, match=f"would have {tokens} tokens"):
+        list(talk(Scripted("Hello", limit=tokens)).say("Hi"))
+    options = dict(
+        tokenizer=TOKENIZER,
+        chat=chat_format(TOKENIZER),
+        sampling=mistral.Sampling(temperature=0),
+        constraint=None,
+        max_new_tokens=5,
+    )
+    with pytest.raises(ValueError, match="there is room for 3: shorten it"):
+        Answer(decoder=Scripted(limit=3), prompt_ids=[1, 2, 3], **options)
+
+
+def test_a_reset_empties_the_decoder():
+    engine = Scripted("Hello!")
+    conversation = talk(engine)
+    list(conversation.say("Hi"))
+    conversation.reset()
+    assert engine.ids == []
+    assert conversation.tokens_held == 0
+
+
+def test_an_answer_that_is_edited_in_place_is_read_again():
+    engine = Scripted("Hello!", "Yes")
+    conversation = talk(engine)
+    list(conversation.say("Hi"))
+    conversation.messages[-1]["content"] = "Goodbye!"
+    list(conversation.say("Really?"))
+    assert "Goodbye!" in TOKENIZER.decode(engine.ids)
+    assert "Hello!" not in TOKENIZER.decode(engine.ids)

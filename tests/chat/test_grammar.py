@@ -1321,3 +1321,39 @@ def test_a_missing_library_is_an_error_that_names_the_extra(tokenizer, monkeypat
     ):
         with pytest.raises(GrammarError, match=r"llguidance.*\[chat\]"):
             make()
+
+
+def test_a_copy_of_an_ended_constraint_has_ended(tokenizer):
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, {"const": True})
+    for id in [*encode(tokenizer, "true"), STOP]:
+        constraint.accept(id)
+    with pytest.raises(GrammarError, match="the text has ended"):
+        constraint.copy().mask()
+
+
+def test_every_32nd_token_is_in_the_mask(tokenizer):
+    """The last bit of a word of llguidance's mask is its sign."""
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, STRING)
+    constraint.accept(encode(tokenizer, '"')[0])
+    mask = constraint.mask()
+    assert mask[31:32000:32].sum() > 900
+    assert mask[30:32000:32].sum() > 900
+
+
+def test_bounds_that_meet_leave_one_number(tokenizer):
+    for type in ("integer", "number"):
+        constraint = json_constraint(
+            tokenizer, VOCAB_SIZE, {"type": type, "minimum": 5, "maximum": 5}
+        )
+        assert allows(constraint, tokenizer, "5")
+        assert not any(allows(constraint, tokenizer, text) for text in ("4", "6", "50", "-5"))
+        with pytest.raises(GrammarError, match="no value is valid"):
+            json_constraint(
+                tokenizer, VOCAB_SIZE, {"type": type, "minimum": 5, "exclusiveMaximum": 5}
+            )
+
+
+def test_a_power_of_ten_that_crosses_a_bound_has_no_exponent(tokenizer):
+    constraint = json_constraint(tokenizer, VOCAB_SIZE, {"type": "number", "maximum": 50})
+    assert allows(constraint, tokenizer, "9e0")
+    assert not any(allows(constraint, tokenizer, text) for text in ("9e1", "1e2", "51"))

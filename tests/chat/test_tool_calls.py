@@ -707,3 +707,21 @@ def test_call_of_reads_arguments_in_a_string():
     assert call_of({"name": "f", "arguments": '{"x": 1}'}) == ("f", {"x": 1})
     with pytest.raises(ValueError, match="an object with"):
         call_of([])
+
+
+def test_100_brackets_inside_each_other_are_the_limit():
+    assert read_literals("[" * 100 + "]" * 100)
+    with pytest.raises(ValueError, match="more than 100 brackets"):
+        read_literals("[" * 101 + "]" * 101)
+
+
+def test_a_number_of_640_characters_is_the_limit():
+    assert read_literals("1" * 640) == [int("1" * 640)]
+    with pytest.raises(ValueError, match="641 characters; the limit is 640"):
+        read_literals("1" * 641)
+
+
+def test_an_escape_beyond_unicode_is_named():
+    assert read_literals('"\\U0010FFFF"') == [chr(0x10FFFF)]
+    with pytest.raises(ValueError, match="an escape beyond Unicode"):
+        read_literals('"\\U00110000"')

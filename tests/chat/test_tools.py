@@ -27,6 +27,7 @@ from typing import (  # noqa: UP035
     Dict,
     List,
     Literal,
+    NotRequired,
     Optional,
     Tuple,
     TypedDict,
@@ -38,7 +39,6 @@ import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel, Field
-from transformers.utils import get_json_schema
 from typing_extensions import Doc
 
 from mistral.chat.formats.messages import check_messages
@@ -215,7 +215,8 @@ FUNCTIONS = [
 
 def same(function):
     """As text: the order of the keys is what a model sees."""
-    return json.dumps(tool(function).schema()) == json.dumps(get_json_schema(function))
+    theirs = pytest.importorskip("transformers").utils.get_json_schema(function)
+    return json.dumps(tool(function).schema()) == json.dumps(theirs)
 
 
 @pytest.mark.parametrize("hint", HINTS, ids=str)
@@ -1587,3 +1588,35 @@ except ToolError as error:
     assert (result.returncode, result.stdout) == (0, "f did not finish within 0.05 seconds\n"), (
         result.stderr
     )
+
+
+def test_the_limit_of_a_tool_counts_from_its_start():
+    free = threading.Event()
+    running_tool = running.RunningTool(runner(lambda: free.wait(20)), {})
+    running_tool._start -= 100
+    start = time.monotonic()
+    with pytest.raises(StillRunning):
+        running_tool.wait(8)
+    free.set()
+    assert time.monotonic() - start < 4
+
+
+def test_a_key_of_a_dict_may_be_left_out():
+    class Place(TypedDict):
+        city: str
+        country: NotRequired[str]
+
+    def f(place: Place) -> None:
+        """Go.
+
+        Args:
+            place: where to
+        """
+
+    assert tool(f).parameters["properties"]["place"]["required"] == ["city"]
+
+
+@pytest.mark.parametrize("name", ["auto", "none", "required"])
+def test_a_tool_is_not_named_like_a_choice(name):
+    with pytest.raises(ValueError, match="which is a tool_choice"):
+        tool_table([Tool(name, "", {}, print)])

@@ -924,3 +924,20 @@ def test_the_scripts_report_an_error_in_one_line(tmp_path, script):
         result = script("evaluate", *arguments)
         assert result.code == 1
         assert problem in result.err.splitlines()[-1]
+
+
+def test_lists_of_unequal_lengths_are_not_equal():
+    assert fixed_rules._equal([1, 2], [1.0, 2])
+    assert not fixed_rules._equal([1], [1, 2])
+    assert not fixed_rules._equal([1, 2], [1])
+
+
+def test_a_required_argument_counts_even_if_it_is_null():
+    schema = {"properties": {"a": {}}, "required": ["a"]}
+    assert fixed_rules._without_defaults({"a": None, "b": None}, schema) == {"a": None}
+
+
+def test_an_interval_ends_exactly_at_0_and_1():
+    for n in range(1, 300):
+        assert wilson(0, n)[0] == 0.0
+        assert wilson(n, n)[1] == 1.0
