@@ -24,13 +24,18 @@ def arguments() -> argparse.Namespace:
     parser = common.parser(
         __doc__, "python scripts/benchmark.py --suite sweep --engines kernels eager --plot cost.png"
     )
-    parser.add_argument("--suite", choices=("core", "sweep"), default="core", help="default: core")
+    parser.add_argument(
+        "--suite", choices=("core", "sweep", "chunks"), default="core", help="default: core"
+    )
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     parser.add_argument(
         "--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16"
     )
     parser.add_argument(
         "--size", choices=SIZES, help="default: 7b on a GPU, else small (175 million parameters)"
+    )
+    parser.add_argument(
+        "--layers", type=int, help="of the model of --size (default: as many as it has)"
     )
     parser.add_argument(
         "--format",
@@ -53,6 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)"
     )
+    parser.add_argument(
+        "--busy", type=int, default=0, help="keep so many cores busy with other work (default: 0)"
+    )
     parser.add_argument("--prompt-tokens", type=int, help="of core's first case (default: 200)")
     parser.add_argument("--new-tokens", type=int, help="a turn (default: 64 on a GPU, else 40)")
     parser.add_argument(
@@ -63,6 +71,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batches", type=int, nargs="+", help="of sweep (default: 1 2 4 8)")
     parser.add_argument(
+        "--chunks", type=int, nargs="+", help="tokens a forward pass, of chunks (default: 2 4 8 16)"
+    )
+    parser.add_argument(
         "--time-limit", type=float, help="begin nothing after so many seconds (default: core 300)"
     )
     parser.add_argument(
@@ -72,11 +83,11 @@ def arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     counts = [args.threads, args.prompt_tokens, args.new_tokens, args.repeats, args.time_limit]
-    counts += [*(args.contexts or ()), *(args.batches or ())]
-    if any(n is not None and n < 1 for n in counts):
+    counts += [args.layers, *(args.contexts or ()), *(args.batches or ()), *(args.chunks or ())]
+    if args.busy < 0 or any(n is not None and n < 1 for n in counts):
         raise ValueError(
-            "--threads, --prompt-tokens, --new-tokens, --repeats, --contexts, --batches and "
-            "--time-limit must be 1 or more"
+            "--threads, --prompt-tokens, --new-tokens, --repeats, --layers, --contexts, --batches, "
+            "--chunks and --time-limit must be 1 or more, and --busy 0 or more"
         )
     if args.plot:
         report.require_matplotlib()
@@ -104,12 +115,14 @@ def main() -> None:  # noqa: PLR0915
     if args.file:
         model, _ = mistral.load(args.file, device=device, dtype=dtype, packed=True)
     else:
-        model = sizes.make_model(size, device, dtype, format)
+        model = sizes.make_model(size, device, dtype, format, args.layers)
     facts = machine.facts(device, dtype) | {"size": size, "format": format}
     facts |= {"parameters": model.config.num_parameters}
     introduce(facts, model, bandwidth, rate)
 
     # 2. All engines in turns, case by case.
+    facts |= {"busy": args.busy}
+    machine.keep_busy(args.busy)
     results = []
     field = turns.Field(model, names, args.file)
     cases = suite(args, on_gpu)
@@ -183,6 +196,9 @@ def suite(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
         contexts = args.contexts or CONTEXTS
         batches = args.batches or (1, 2, 4, 8)
         return [Case(batch, context, new) for batch in batches for context in contexts]
+    if args.suite == "chunks":
+        context = args.prompt_tokens or 200
+        return [Case(1, context, new, chunk) for chunk in args.chunks or (2, 4, 8, 16)]
     cases = [Case(1, args.prompt_tokens or 200, new)]
     return [*cases, Case(8, 512, new), Case(1, 2048, new)] if on_gpu else cases
 

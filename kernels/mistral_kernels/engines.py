@@ -6,7 +6,7 @@
     cpu       mistral_kernels.cpu.Decoder                the fastest on a CPU; needs numba
 
 All are an `Engine` (mistral/engine/base.py), with the same logits up to rounding. `auto` tries
-kernels, compile and eager in this order on a GPU. Without one it is eager, which compiles nothing.
+kernels, compile and eager in this order on a GPU, and cpu and eager on a CPU.
 """
 
 import gc
@@ -61,7 +61,7 @@ def open_engine(
         decoder = _open_kernels(model, sizes)
         return decoder, f"engine: kernels ({_kernels_place(model)}){_slow_part(decoder)}"
     if model.device.type != "cuda":
-        return Decoder(model, **sizes), f"engine: eager: {_no_gpu(model.device)}"
+        return _open_without_gpu(model, sizes, say)
     return _open_fastest(model, sizes)
 
 
@@ -108,6 +108,18 @@ def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
         # After the `except` block: its traceback keeps the memory of the failed engine alive.
         _put_back(model, in_planes)
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
+
+
+def _open_without_gpu(
+    model: Mistral, sizes: dict, say: Callable[[str], object]
+) -> tuple[Engine, str]:
+    """The CPU's engine, or eager, and its line with the problem of the CPU's."""
+    reason = _no_gpu(model.device)
+    try:
+        decoder = _open_cpu(model, sizes, say)
+        return decoder, f"engine: cpu ({_place(model)}): {reason}{_cache_note()}"
+    except ValueError as error:
+        return Decoder(model, **sizes), f"engine: eager: {reason}; not cpu: {error}"
 
 
 def _kernels_problem(model: Mistral, batch_size: int = 1) -> str | None:
@@ -217,7 +229,7 @@ def _open_cpu(model: Mistral, sizes: dict, say: Callable[[str], object]) -> Engi
     from mistral_kernels.cpu.compiled import is_cached
 
     if not is_cached():
-        say("compiling the CPU kernels, for some ten seconds; the next start finds them")
+        say("compiling the CPU kernels, for up to half a minute; the next start finds them")
     return CpuDecoder(model, **sizes)
 
 

@@ -1,7 +1,7 @@
 """Everything that can continue a sequence, with the same two methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Contestant(ABC):
         Each is read back after the next step was launched, as by a program that stops a token late.
         """
 
+    def score(self, ids: Sequence[int]) -> None:
+        """Append ids to the only row, and read the best id after each of them back."""
+        raise ValueError("it takes one token a forward pass here")
+
 
 class Ours(Contestant):
     """An engine of this project; kernels-pdl are the kernels with programmatic dependent launch."""
@@ -62,6 +66,9 @@ class Ours(Contestant):
                 previous.ids()
             previous = ids
         previous.ids()
+
+    def score(self, ids: Sequence[int]) -> None:
+        self.decoder.verify(ids).argmax(-1).tolist()
 
 
 class Theirs(Contestant):
@@ -130,3 +137,6 @@ class LlamaCppContestant(Contestant):
         """`n` steps."""
         for _ in range(n):
             self.id = int(self.llama.append([self.id]).argmax())
+
+    def score(self, ids: Sequence[int]) -> None:
+        self.llama.append_all(ids).argmax(-1).tolist()

@@ -175,8 +175,7 @@ class LlamaCpp:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """[T, V] float32, of a new sequence."""
         self.reset()
-        starts = range(0, len(ids), self._chunk)
-        return torch.cat([self._decode(ids[i : i + self._chunk], every=True) for i in starts])
+        return self.append_all(ids)
 
     def reset(self) -> None:
         """Forget the sequence."""
@@ -188,6 +187,11 @@ class LlamaCpp:
         for i in range(0, len(ids), self._chunk):
             last = self._decode(ids[i : i + self._chunk], every=False)
         return last[0]
+
+    def append_all(self, ids: Sequence[int]) -> Tensor:
+        """Append ids to the sequence; the logits after each of them, [T, V] float32."""
+        starts = range(0, len(ids), self._chunk)
+        return torch.cat([self._decode(ids[i : i + self._chunk], every=True) for i in starts])
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text without a token at its begin; special: control tokens are read."""

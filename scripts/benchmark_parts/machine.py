@@ -1,7 +1,9 @@
 """What the machine is, and the two rates that bound everything else, measured."""
 
+import atexit
 import importlib.util
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -48,6 +50,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(device, lambda: a @ b) for _ in range(20))
+
+
+def keep_busy(cores: int) -> None:
+    """Start processes that each keep a core busy until this process ends."""
+    for _ in range(cores):
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        atexit.register(busy.kill)
 
 
 def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:

@@ -7,14 +7,18 @@ from pathlib import Path
 from mistral.files import format_bytes, whole_file, write_text
 
 HEAD = (
-    f"{'tokens/s':<23}{'decode':>9}{'of roof':>9}{'to hf':>7}{'medians':>9}"
+    f"{'tokens/s':<23}{'decode':>9}{'of roof':>9}{'to peer':>9}{'medians':>9}"
     f"{'prefill':>11}{'of roof':>9}{'first':>10}{'peak':>11}"
 )
 
 
 def table(title: str, results: Sequence[dict]) -> str:
-    """One case: tokens/s, their share of the roof, and the ratio to transformers."""
-    peer = next((r for r in results if r["engine"] == "transformers" and "failed" not in r), None)
+    """One case: tokens/s, their share of the roof, and the ratio to the peer.
+
+    The peer is transformers, or llama.cpp if transformers was not measured.
+    """
+    measured = {r["engine"]: r for r in results if "failed" not in r}
+    peer = measured.get("transformers") or measured.get("llama.cpp")
     lines = [title, HEAD]
     for result in results:
         if "failed" in result:
@@ -28,7 +32,7 @@ def table(title: str, results: Sequence[dict]) -> str:
         first = f"{1e3 * result['first_token_s']:,.1f} ms"
         peak = result["peak_bytes"]
         lines.append(
-            f"{result['engine']:<23}{result['decode_tokens_per_s']:>9,.1f}{result['decode_of_roof']:>9.1%}{ratio:>7}"
+            f"{result['engine']:<23}{result['decode_tokens_per_s']:>9,.1f}{result['decode_of_roof']:>9.1%}{ratio:>9}"
             f"{medians:>9}{result['prefill_tokens_per_s']:>11,.1f}{result['prefill_of_roof']:>9.1%}{first:>10}"
             f"{format_bytes(peak) if peak else '-':>11}"
         )

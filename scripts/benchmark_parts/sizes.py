@@ -51,30 +51,42 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: prefill `batch` rows of `context` tokens, then generate `tokens` more."""
+    """One measurement: prefill `batch` rows of `context` tokens, then generate `tokens` more.
+
+    chunk  how many tokens a forward pass takes after the prompt: above 1 they are given ones, as in
+           speculation, and there are logits after each of them
+    """
 
     batch: int
     context: int
     tokens: int
+    chunk: int = 1
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, context {self.context:,}"
+        chunk = f", chunks of {self.chunk}" if self.chunk > 1 else ""
+        return f"batch {self.batch}, context {self.context:,}{chunk}"
 
 
-def config(size: str) -> mistral.Config:
-    """The numbers of a size by its name."""
-    return mistral.Config(**SIZES[size], **_COMMON, eos_token_id=(2,))
+def config(size: str, layers: int | None = None) -> mistral.Config:
+    """The numbers of a size by its name; layers: another number of them."""
+    numbers = SIZES[size] | ({} if layers is None else {"num_hidden_layers": layers})
+    return mistral.Config(**numbers, **_COMMON, eos_token_id=(2,))
 
 
 def make_model(
-    size: str, device: torch.device, dtype: torch.dtype, format: str = "plain"
+    size: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    format: str = "plain",
+    layers: int | None = None,
 ) -> mistral.Mistral:
-    """Random weights of the size's shapes, made where they are used: nothing is read or copied.
+    """Random weights of the size's shapes, created on the device: nothing is read or copied.
 
-    format  "plain" or one of `formats.FORMATS`. ValueError where rows are no whole blocks of it.
+    format  "plain" or one of `formats.FORMATS`. ValueError if rows are not whole blocks of it.
+    layers  None: as many as the size has
     """
     with torch.device("meta"):
-        model = mistral.Mistral(config(size)).to(dtype)
+        model = mistral.Mistral(config(size, layers)).to(dtype)
     if format != "plain":
         formats.replace_matrices(model, format)
     model = model.to_empty(device=device)
@@ -105,7 +117,7 @@ def decode_roof(model: mistral.Mistral, case: Case, bandwidth: float) -> float:
     held = case.context + case.tokens // 2
     slots = min(held, model.config.sliding_window or held)
     step = weight_bytes(model) + case.batch * model.config.cache_bytes(slots, model.dtype.itemsize)
-    return case.batch * bandwidth / step
+    return case.batch * case.chunk * bandwidth / step
 
 
 def prefill_roof(model: mistral.Mistral, case: Case, bandwidth: float, rate: float) -> float:

@@ -102,6 +102,7 @@ class Row:
             "batch": case.batch,
             "context": case.context,
             "new_tokens": case.tokens,
+            "chunk": case.chunk,
         }
         if self.failed:
             return facts | {"failed": self.failed}
@@ -112,7 +113,7 @@ class Row:
             "decode_tokens_per_s": round(decode, 2),
             "decode_median": round(case.batch * case.tokens / statistics.median(self.decodes), 2),
             "decode_of_roof": round(decode / sizes.decode_roof(model, case, bandwidth), 4),
-            "ms_per_step": round(1e3 * min(self.decodes) / case.tokens, 4),
+            "ms_per_step": round(1e3 * min(self.decodes) * case.chunk / case.tokens, 4),
             "prefill_tokens_per_s": round(prefill, 1),
             "prefill_median": round(
                 case.batch * case.context / statistics.median(self.prefills), 1
@@ -168,7 +169,7 @@ def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
     if on_gpu:  # without the peak of opening: the kernels' trial runs the model itself
         torch.cuda.reset_peak_memory_stats(device)
     contestant.prefill()
-    contestant.generate(row.case.tokens)
+    _continue(contestant, row.case)
     machine.synchronize(device)
     row.note = contestant.note
     if on_gpu and row.engine != "llama.cpp":  # PyTorch's counters do not see llama.cpp
@@ -181,7 +182,15 @@ def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
 
 def _turn(row: Row, contestant: Contestant, device: torch.device) -> None:
     row.prefills.append(machine.seconds(device, contestant.prefill))
-    row.decodes.append(machine.seconds(device, lambda: contestant.generate(row.case.tokens)))
+    row.decodes.append(machine.seconds(device, lambda: _continue(contestant, row.case)))
+
+
+def _continue(contestant: Contestant, case: Case) -> None:
+    if case.chunk == 1:
+        contestant.generate(case.tokens)
+        return
+    for at in range(0, case.tokens, case.chunk):
+        contestant.score(range(300 + at, 300 + at + min(case.chunk, case.tokens - at)))
 
 
 def _attempt(row: Row, work: Callable[[], object]) -> None:

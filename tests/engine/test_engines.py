@@ -2,6 +2,7 @@
 what is missing.
 """
 
+import re
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ import torch
 
 import mistral
 import mistral.engine.compiled
+import mistral_kernels.cpu
 from mistral.quantization.packed import PackedLinear
 from mistral.quantization.quantize import KINDS
 from mistral_kernels import engines, open_engine
@@ -64,10 +66,22 @@ def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("tried 9 GB")
 
 
-def test_auto_without_a_gpu_is_the_reference(no_gpu):
-    decoder, note = open_engine("auto", model(), batch_size=2, max_tokens=9)
+def test_auto_without_a_gpu_is_the_cpus_engine_or_says_why_not(no_gpu, monkeypatch):
+    pytest.importorskip("numba")
+    sizes = dict(batch_size=2, max_tokens=9)
+    decoder, note = open_engine("auto", model(), **sizes)
+    assert type(decoder) is mistral_kernels.cpu.Decoder
+    assert (decoder.batch_size, decoder.limit) == (2, 9)
+    assert re.fullmatch(r"engine: cpu \(cpu, \d+ threads\): no GPU", note)
+
+    decoder, note = open_engine("auto", model().double(), **sizes)
     assert type(decoder) is mistral.Decoder
-    assert (decoder.batch_size, note) == (2, "engine: eager: no GPU")
+    assert note.startswith("engine: eager: no GPU; not cpu: the CPU kernels know no torch.float64")
+
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    decoder, note = open_engine("auto", model(), **sizes)
+    assert type(decoder) is mistral.Decoder
+    assert note == ("engine: eager: no GPU; not cpu: the CPU engine needs numba: pip install numba")
 
 
 def test_slack_and_room_reach_the_decoder():
@@ -84,7 +98,7 @@ def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "a newer NVIDIA driver" in open_engine("auto", model())[1]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert open_engine("auto", model())[1] == "engine: eager: the model is on cpu"
+    assert open_engine("auto", model())[1].endswith(": the model is on cpu")
 
 
 def test_auto_on_a_gpu_is_the_kernels(a_gpu, monkeypatch):

@@ -1,5 +1,8 @@
 """The CPU's tiles and products against gguf-py's weights in float64."""
 
+import os
+import signal
+
 import gguf
 import pytest
 import torch
@@ -7,7 +10,8 @@ import torch
 numba = pytest.importorskip("numba")
 
 from mistral.quantization.ggml_types import GGML_TYPES  # noqa: E402
-from mistral_kernels.cpu.activations import round_groups  # noqa: E402
+from mistral_kernels.cpu import linear  # noqa: E402
+from mistral_kernels.cpu.activations import Activations  # noqa: E402
 from mistral_kernels.cpu.plain import plain_product  # noqa: E402
 from mistral_kernels.cpu.products import product  # noqa: E402
 from mistral_kernels.cpu.shared import call_product  # noqa: E402
@@ -36,27 +40,11 @@ def _multiply(function, weights, first, last, groups, columns, activations, out,
     call_product(function, weights, first, last, groups, columns, activations, out, stride)
 
 
-@numba.njit
-def _round(values, groups, q, d, s, sixteens):
-    round_groups(values, 0, groups, q, d, s, sixteens)
-
-
-class Rounded:
-    """Rows of activations as products take them."""
-
-    def __init__(self, x):
-        C, k = x.shape
-        room = -(-C // 4) * 4
-        self.values = torch.zeros(room, k)
-        self.values[:C] = x
-        self.q = torch.zeros(room, k, dtype=torch.int16)
-        self.d = torch.zeros(room, k // 32)
-        self.s = torch.zeros(room, k // 32)
-        self.sixteens = torch.zeros(room, k // 16, dtype=torch.int32)
-        parts = (self.values, self.q, self.d, self.s, self.sixteens)
-        self.table = torch.tensor([part.data_ptr() for part in parts])
-        addresses = [part.data_ptr() for part in parts]
-        _round(addresses[0], room * k // 32, *addresses[1:])
+def rounded_rows(x):
+    """Rows of activations [C, k] as products take them."""
+    rounded = Activations(x)
+    rounded.round()
+    return rounded
 
 
 def blocks_of(kind, rows, columns, seed=0):
@@ -79,9 +67,9 @@ def exactly(kind, blocks):
 
 def multiplied(function, data, x, tiles):
     """The product of `tiles` tiles with x [C, k]: float32 [C, 8 * tiles]."""
-    rounded = Rounded(x)
-    out = torch.full((len(rounded.values), 8 * tiles), torch.nan)
-    table = rounded.table.data_ptr()
+    rounded = rounded_rows(x)
+    out = torch.full((len(x), 8 * tiles), torch.nan)
+    table = rounded.tables[0].data_ptr()
     stride = 4 * out.shape[1]
     half = tiles // 2  # as two threads would
     for first, last in ((0, half), (half, tiles)):
@@ -89,7 +77,7 @@ def multiplied(function, data, x, tiles):
         _multiply(
             function, data.data_ptr(), first, last, groups, len(x), table, out.data_ptr(), stride
         )
-    return out[: len(x)]
+    return out
 
 
 def distance(got, want):
@@ -115,7 +103,7 @@ def test_a_product_is_within_3e_5_of_float64(kind):
     weights = exactly(kind, blocks)
     tiles = repack(blocks, TYPES[kind])
     generator = torch.Generator().manual_seed(1)
-    for C in (1, 2, 5, 16):
+    for C in (1, 2, 5, 64):
         x = torch.randn(C, columns, generator=generator)
         got = multiplied(product(kind), tiles.data, x, 5)
         assert distance(got, x.double() @ weights.T) < 3e-5, C
@@ -125,12 +113,47 @@ def test_a_product_is_within_3e_5_of_float64(kind):
 
 
 @pytest.mark.parametrize("kind", EACH)
-def test_a_prompt_is_multiplied_with_the_exact_weights(kind):
-    blocks = blocks_of(kind, 21, 512)
-    x = torch.randn(2, 3, 512)
-    got = InTiles(repack(blocks, TYPES[kind])).linear(x, TYPES[kind])
-    assert got.shape == (2, 3, 21)
-    assert distance(got, x.double() @ exactly(kind, blocks).T) < 1e-6
+def test_a_prompt_is_multiplied_within_3e_5_of_float64(kind):
+    blocks = blocks_of(kind, 301, 512)  # 38 tiles: an odd number of rows and of pieces
+    layer = InTiles(repack(blocks, TYPES[kind]))
+    for shape in ((1, 512), (2, 3, 512), (131, 512)):
+        x = torch.randn(shape)
+        got = layer.linear(x, TYPES[kind])
+        assert got.shape == (*shape[:-1], 301)
+        assert distance(got, x.double() @ exactly(kind, blocks).T) < 3e-5
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_threads_and_pieces_change_no_bit_of_a_prompts_product(threads, monkeypatch):
+    tiles = repack(blocks_of("Q4_K", 301, 512), TYPES["Q4_K"])
+    x = torch.randn(131, 512)
+    before = torch.get_num_threads()
+    whole = linear.linear(x, tiles)
+    monkeypatch.setattr(linear, "_ROWS", 64)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(linear.linear(x, tiles), whole)
+        # Columns that are not contiguous, and no rows at all
+        assert torch.equal(linear.linear(x.T.contiguous().T, tiles), whole)
+        assert linear.linear(x[:0], tiles).shape == (0, 301)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_child_process_multiplies_although_it_has_no_threads_of_its_parent():
+    tiles = repack(blocks_of("Q8_0", 301, 64), TYPES["Q8_0"])
+    x = torch.randn(5, 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole = linear.linear(x, tiles)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            os._exit(int(not torch.equal(linear.linear(x, tiles), whole)))
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", EACH)
@@ -157,13 +180,16 @@ def test_a_matrix_that_is_not_packed_is_widened(dtype):
 
 
 def test_rounding_is_to_15_bits_of_the_largest_of_32():
-    x = torch.randn(4, 128) * torch.logspace(-20, 20, 4)[:, None]
-    rounded = Rounded(x)
-    back = rounded.q.view(4, 4, 32) * rounded.d[..., None]
-    most = x.view(4, 4, 32).abs().amax(-1, keepdim=True)
-    assert ((back - x.view(4, 4, 32)).abs() <= most * 1.6e-5).all()
-    assert torch.allclose(rounded.s, rounded.q.view(4, 4, 32).sum(-1) * rounded.d)
-    assert torch.equal(rounded.sixteens.long(), rounded.q.view(4, 8, 16).sum(-1))
+    x = torch.randn(4, 512) * torch.logspace(-20, 20, 4)[:, None]
+    rounded = rounded_rows(x)
+    # 256 columns of all rows lie together
+    q = rounded.q.view(2, 4, 256).transpose(0, 1).reshape(4, 16, 32)
+    d, s = (part.view(2, 4, 8).transpose(0, 1).reshape(4, 16) for part in (rounded.d, rounded.s))
+    most = x.view(4, 16, 32).abs().amax(-1, keepdim=True)
+    assert ((q * d[..., None] - x.view(4, 16, 32)).abs() <= most * 1.6e-5).all()
+    assert torch.allclose(s, q.sum(-1) * d)
+    sixteens = rounded_rows(x[1:2]).sixteens  # which only the product of one row reads
+    assert torch.equal(sixteens.view(-1).long(), q[1].reshape(32, 16).sum(-1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -172,5 +198,5 @@ def test_an_activation_that_is_not_finite_makes_all_that_depends_on_it_nan(value
     x[0, 77] = value
     tiles = repack(blocks_of("Q8_0", 16, 512), TYPES["Q8_0"])
     assert multiplied(product("Q8_0"), tiles.data, x, 2).isnan().all()
-    assert Rounded(torch.zeros(1, 64)).d.eq(0).all()
-    assert Rounded(torch.full((1, 32), 3e38)).d.isfinite().all()
+    assert rounded_rows(torch.zeros(1, 64)).d.eq(0).all()
+    assert rounded_rows(torch.full((1, 32), 3e38)).d.isfinite().all()

@@ -7,25 +7,13 @@ import torch
 
 from mistral.cache import RollingCache
 from mistral.config import Config
+from mistral_kernels.cpu.activations import Activations
 from mistral_kernels.cpu.attention import attention, cell_bytes, storing
 from mistral_kernels.cpu.layout import MAX_COLUMNS, ORDERS, Addresses, Sizes
 from mistral_kernels.cpu.step import shares_of
 from mistral_kernels.cpu.team import PHASE_BYTES
 
 _NO_WINDOW = 1 << 40
-
-
-class _Activations:
-    """Float32 [16, width] and its rounded form: see activations.py."""
-
-    def __init__(self, width: int):
-        self.values = torch.zeros(MAX_COLUMNS, width)
-        self._rounded = torch.zeros(MAX_COLUMNS, width, dtype=torch.int16)
-        self._d = torch.zeros(MAX_COLUMNS, width // 32)
-        self._s = torch.zeros(MAX_COLUMNS, width // 32)
-        self._sixteens = torch.zeros(MAX_COLUMNS, width // 16, dtype=torch.int32)
-        parts = (self.values, self._rounded, self._d, self._s, self._sixteens)
-        self.table = torch.tensor([part.data_ptr() for part in parts])
 
 
 class Buffers:
@@ -58,9 +46,9 @@ class Buffers:
         self._threads = threads
         self._orders = torch.zeros(ORDERS, dtype=torch.int64)
         self._phases = np.zeros(PHASE_BYTES * (5 * config.num_hidden_layers + 1) // 8, np.int64)
-        self._normed = _Activations(D)
-        self._attended = _Activations(N * H)
-        self._gated = _Activations(F)
+        self._normed = Activations(torch.zeros(C, D))
+        self._attended = Activations(torch.zeros(C, N * H))
+        self._gated = Activations(torch.zeros(C, F))
         self._qkv = torch.zeros(C, (N + 2 * K) * H)
         self._queries = torch.zeros(C, N, H)
         self._parts = torch.zeros(C * N * most_shares * (H + 8))
@@ -69,14 +57,14 @@ class Buffers:
         self.addresses = Addresses(
             x=self.x.data_ptr(),
             normed=self._normed.values.data_ptr(),
-            normed_activations=self._normed.table.data_ptr(),
+            normed_activations=self._normed.tables[0].data_ptr(),
             qkv=self._qkv.data_ptr(),
             queries=self._queries.data_ptr(),
             parts=self._parts.data_ptr(),
             attended=self._attended.values.data_ptr(),
-            attended_activations=self._attended.table.data_ptr(),
+            attended_activations=self._attended.tables[0].data_ptr(),
             gated=self._gated.values.data_ptr(),
-            gated_activations=self._gated.table.data_ptr(),
+            gated_activations=self._gated.tables[0].data_ptr(),
             up=self._up.data_ptr(),
             added=self._added.data_ptr(),
             logits=self.logits.data_ptr(),

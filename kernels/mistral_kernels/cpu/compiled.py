@@ -4,6 +4,11 @@ Numba's own cache notices a change of the file that a function is in, and not of
 functions it calls. So each version of the package has a folder of its own in the cache, named
 after a hash of all its files. Numba adds the processor and its own version to the key.
 
+A process may load functions that several earlier ones have compiled. Numba names the symbols of
+compiled code after functions and a number that each process counts from 1, so two functions of the
+same name could get the same symbol, and one would be called in place of the other. Therefore a
+cached function is named after its key, and a part after the process that compiles it.
+
 The folder is in NUMBA_CACHE_DIR if that is set, else in the user's cache. If it cannot be written,
 everything is compiled at every start (`cache_problem` says so).
 """
@@ -11,6 +16,8 @@ everything is compiled at every start (`cache_problem` says so).
 import functools
 import hashlib
 import os
+import re
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +55,7 @@ def cache_problem() -> str | None:
 def is_cached() -> bool:
     """Whether an earlier start has compiled something for this version of the package."""
     folder = _folder()
-    return folder is not None and any(folder.iterdir())
+    return folder is not None and any(folder.rglob("*.nbi"))  # numba's indices
 
 
 class _ByName(FunctionCache):
@@ -86,6 +93,7 @@ def compiled(name: str) -> Callable:
     """
 
     def decorate(function: Callable) -> Callable:
+        function.__qualname__ = _symbol(name)
         return _with_cache(numba.njit(nogil=True, fastmath=_FAST)(function), function, name)
 
     return decorate
@@ -93,6 +101,7 @@ def compiled(name: str) -> Callable:
 
 def address_of(function: Callable, signature: Any, name: str) -> int:
     """Compile a function of numbers now, for other compiled code to call it by its address."""
+    function.__qualname__ = _symbol(name)
     made = CFunc(function, (signature.args, signature.return_type), {}, dict(fastmath=_FAST))
     _with_cache(made, function, name).compile()
     _kept.append(made)  # the code lives as long as this object
@@ -101,5 +110,14 @@ def address_of(function: Callable, signature: Any, name: str) -> int:
 
 _kept: list[CFunc] = []
 
-# For parts that are only called by compiled code: they become part of their callers, cache and all.
-part = functools.partial(numba.njit, nogil=True, fastmath=_FAST)
+_PROCESS = secrets.token_hex(8)
+
+
+def part(function: Callable) -> Callable:
+    """Decorates a function that only compiled code calls: it becomes part of its callers."""
+    function.__qualname__ += f"_{_PROCESS}"
+    return numba.njit(nogil=True, fastmath=_FAST)(function)
+
+
+def _symbol(name: str) -> str:
+    return re.sub(r"\W", "_", name)

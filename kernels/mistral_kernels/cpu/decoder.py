@@ -13,6 +13,7 @@ from mistral.engine.given import only_model
 from mistral.model import Mistral
 from mistral_kernels.cpu.buffers import Buffers
 from mistral_kernels.cpu.layout import MAX_COLUMNS
+from mistral_kernels.cpu.prompt import LONGEST, read_prompt
 from mistral_kernels.cpu.step import LEAD, take_part
 from mistral_kernels.cpu.team import Team
 from mistral_kernels.cpu.weights import Weights, problem
@@ -26,15 +27,15 @@ class Decoder(ReferenceDecoder):
     max_tokens, slack  as there
     threads            None: as many as PyTorch uses
 
-    Up to 16 tokens at once, of one row or of several, are read by the compiled step (step.py);
-    longer chunks by PyTorch's products, for which packed weights are unpacked piece by piece.
+    Up to 32 tokens at once, of one row or of several, are read by the compiled step (step.py);
+    longer chunks, a row at a time, with PyTorch's attention (prompt.py).
 
-    Differences: logits are float32. In a packed model the activations are rounded to 15 bits before
-    each product (activations.py), so logits differ from the reference's by about 1e-4 of their
-    size; in one that is not, sums of float32 have another order.
+    Differences: activations and logits are float32. In a packed model the activations are rounded
+    to 15 bits before each product (activations.py), so logits differ from the reference's by about
+    1e-4 of their size; in one that is not, sums of float32 have another order.
 
     Packed weights are regrouped: the model's layers hold tiles instead of blocks. The model works
-    as before, and its products with a few rows are faster. Raises ValueError if the kernels cannot
+    as before, faster, with the same rounded activations. Raises ValueError if the kernels cannot
     run the model, and for what is attached to it (hooks, adapters, biases).
     """
 
@@ -55,6 +56,7 @@ class Decoder(ReferenceDecoder):
             raise ValueError(f"{reason}; or use the eager engine, mistral.Decoder")
         super().__init__(model, batch_size, max_tokens, slack=slack)
         self._threads = threads or torch.get_num_threads()
+        self._chunk = min(self._chunk, LONGEST)
         with torch.inference_mode():
             self._weights = Weights(model)
             self._prepare()
@@ -91,34 +93,57 @@ class Decoder(ReferenceDecoder):
         self._weights.check(self.model)
 
     def _forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
-        growth = self._cache.grow(counts)
-        if not self._is_short(growth, counts):
-            return super()._forward(tokens, counts).float()
-        # The last token of each row first: those have logits.
-        last = [(b, count - 1) for b, count in enumerate(counts) if count]
-        others = [(b, i) for b, count in enumerate(counts) for i in range(count - 1)]
-        logits = self._read(tokens, last + others, len(last), growth)
-        if len(last) == self.batch_size:
-            return logits
-        rows = torch.tensor([b for b, _ in last])
-        return logits.new_zeros(self.batch_size, logits.shape[1]).index_copy_(0, rows, logits)
+        logits = torch.zeros(self.batch_size, self.config.vocab_size)
+        for rows in self._passes(counts):
+            if self._is_short(rows[0], counts[rows[0]]):
+                growth = self._cache.grow([counts[b] * (b in rows) for b in range(self.batch_size)])
+                # The last token of each row first: those have logits.
+                last = [(b, counts[b] - 1) for b in rows]
+                others = [(b, i) for b in rows for i in range(counts[b] - 1)]
+                logits[rows] = self._read(tokens, last + others, len(last), growth)
+            else:
+                b = rows[0]
+                logits[b] = self._read_prompt(tokens[b, : counts[b]], b, last_only=True)[0]
+        return logits
 
     def _forward_all(self, tokens: Tensor) -> Tensor:
-        B, T = tokens.shape
-        growth = self._cache.grow([T] * B)
-        if not self._is_short(growth, [T] * B):
-            return super()._forward_all(tokens).float()
-        columns = [(b, i) for b in range(B) for i in range(T)]
-        return self._read(tokens, columns, B * T, growth).view(B, T, -1)
+        T = tokens.shape[1]
+        rows = []
+        for b in range(self.batch_size):
+            if not self._is_short(b, T):
+                rows.append(self._read_prompt(tokens[b], b, last_only=False))
+                continue
+            growth = self._cache.grow([T * (a == b) for a in range(self.batch_size)])
+            rows.append(self._read(tokens, [(b, i) for i in range(T)], T, growth))
+        return torch.stack(rows)
 
-    def _is_short(self, growth: Growth, counts: list[int]) -> bool:
-        """Whether the step reads these tokens: few, and none evicts what another one needs."""
-        if sum(counts) > MAX_COLUMNS:
+    def _passes(self, counts: list[int]) -> list[list[int]]:
+        """Which rows are read together: by one step if they are short, and else alone."""
+        passes: list[list[int]] = []
+        columns = MAX_COLUMNS  # of the last step; no step yet
+        for b, count in enumerate(counts):
+            if count and not self._is_short(b, count):
+                passes.insert(0, [b])
+            elif count and columns + count <= MAX_COLUMNS:
+                passes[-1].append(b)
+                columns += count
+            elif count:
+                passes.append([b])
+                columns = count
+        return passes
+
+    def _is_short(self, b: int, count: int) -> bool:
+        """Whether a step reads these tokens: few, and none evicts what another one needs."""
+        if count > MAX_COLUMNS:
             return False
         cache = self._cache
-        if max(growth.peaks) <= cache.num_slots:
+        if max(cache.lengths[b] + count, cache.peaks[b]) <= cache.num_slots:
             return True
-        return cache.window is not None and max(counts) <= cache.num_slots - cache.window + 1
+        return cache.window is not None and count <= cache.num_slots - cache.window + 1
+
+    def _read_prompt(self, tokens: Tensor, b: int, last_only: bool) -> Tensor:
+        """Tokens [T] of row b by PyTorch's attention: float32 [T, V], or of the last one [1, V]."""
+        return read_prompt(self.model, self._weights, tokens, self._cache.row(b), last_only)
 
     def _read(
         self, tokens: Tensor, columns: list[tuple[int, int]], scored: int, growth: Growth

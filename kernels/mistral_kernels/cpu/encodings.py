@@ -82,6 +82,7 @@ def byte_sums(vectors, x):
 
 
 # ---- The same 32 columns unpacked: 16 vectors of int16, one for each pair of columns ----
+# 64 bytes apart: the vectors of another tile lie between them (groups.py)
 
 
 @part
@@ -90,7 +91,7 @@ def unpack_nibbles(vectors, to):
     for i in range(4):
         w = words_at(vectors + 32 * i)
         for p in range(4):
-            store_words(to + 128 * i + 32 * p, (w >> (4 * p)) & 0xF)
+            store_words(to + 256 * i + 64 * p, (w >> (4 * p)) & 0xF)
 
 
 @part
@@ -100,10 +101,10 @@ def unpack_five_bits(vectors, to):
     for i in range(4):
         w = words_at(vectors + 32 + 32 * i)
         f = fifth >> i
-        store_words(to + 128 * i, (w & 0xF) | (f & 0x10))
-        store_words(to + 128 * i + 32, ((w >> 4) & 0xF) | ((f >> 4) & 0x10))
-        store_words(to + 128 * i + 64, ((w >> 8) & 0xF) | ((f >> 8) & 0x10))
-        store_words(to + 128 * i + 96, (w >> 12) | ((f & 1) << 4))
+        store_words(to + 256 * i, (w & 0xF) | (f & 0x10))
+        store_words(to + 256 * i + 64, ((w >> 4) & 0xF) | ((f >> 4) & 0x10))
+        store_words(to + 256 * i + 128, ((w >> 8) & 0xF) | ((f >> 8) & 0x10))
+        store_words(to + 256 * i + 192, (w >> 12) | ((f & 1) << 4))
 
 
 @part
@@ -113,17 +114,17 @@ def unpack_six_bits(vectors, to):
     for i in range(2):
         w = words_at(vectors + 32 + 32 * i)
         u = upper >> (2 * i)
-        store_words(to + 128 * i, ((w & 0xF) | (u & 0x30)) - 32)
-        store_words(to + 128 * i + 32, (((w >> 4) & 0xF) | ((u >> 4) & 0x30)) - 32)
-        store_words(to + 128 * i + 64, (((w >> 8) & 0xF) | ((u >> 8) & 0x30)) - 32)
-        store_words(to + 128 * i + 96, ((w >> 12) | ((u & 3) << 4)) - 32)
+        store_words(to + 256 * i, ((w & 0xF) | (u & 0x30)) - 32)
+        store_words(to + 256 * i + 64, (((w >> 4) & 0xF) | ((u >> 4) & 0x30)) - 32)
+        store_words(to + 256 * i + 128, (((w >> 8) & 0xF) | ((u >> 8) & 0x30)) - 32)
+        store_words(to + 256 * i + 192, ((w >> 12) | ((u & 3) << 4)) - 32)
 
 
 @part
 def unpack_bytes(vectors, to):
     """The same for signed bytes."""
     for j in range(16):
-        store_words(to + 32 * j, words_of_bytes_at(vectors + 16 * j))
+        store_words(to + 64 * j, words_of_bytes_at(vectors + 16 * j))
 
 
 # ---- Scales of Q4_K and Q5_K ----

@@ -8,9 +8,9 @@ matter of luck. So this file adds three types and the few operations that the pr
     Floats  8 lanes of float32     scales and results
 
 An operation is written in LLVM IR, which names no processor; LLVM chooses the instructions. The
-central one, `pair_products`, becomes vpmaddwd on x86 (one instruction for 16 products and 8 sums)
-and smull + smlal + addp on ARM. Everything that is built from these is plain numba
-(products.py, attention.py).
+central one, `pair_products`, becomes vpmaddwd on x86 (one instruction for 16 products and 8 sums),
+or vpdpwssd, which also adds to a third vector; and smull + smlal + addp on ARM. Everything that is
+built from these is plain numba (products.py, attention.py). wide.py has vectors of twice the size.
 
 An address is an int64. Loads need no alignment beyond that of one value.
 """
@@ -25,14 +25,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 _I8 = ir.IntType(8)
-_I16 = ir.IntType(16)
+I16 = ir.IntType(16)
 I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 _F16 = ir.HalfType()
-_F32 = ir.FloatType()
+F32 = ir.FloatType()
 
 
-class _Vector(types.Type):
+class Vector(types.Type):
     """A numba type whose values are LLVM vectors."""
 
     def __init__(self, name: str, lane: ir.Type, count: int):
@@ -40,14 +40,14 @@ class _Vector(types.Type):
         self.llvm = ir.VectorType(lane, count)
 
 
-Words = _Vector("Words", _I16, 16)
-Sums = _Vector("Sums", I32, 8)
-Floats = _Vector("Floats", _F32, 8)
+Words = Vector("Words", I16, 16)
+Sums = Vector("Sums", I32, 8)
+Floats = Vector("Floats", F32, 8)
 
 
-@register_model(_Vector)
+@register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: _Vector):
+    def __init__(self, manager: Any, vector: Vector):
         super().__init__(manager, vector, vector.llvm)
 
 
@@ -82,18 +82,19 @@ def pointer(b: ir.IRBuilder, address: ir.Value, to: ir.Type) -> ir.Value:
     return b.inttoptr(address, to.as_pointer())
 
 
-def _load(b: ir.IRBuilder, address: ir.Value, of: ir.Type, align: int) -> ir.Value:
+def load(b: ir.IRBuilder, address: ir.Value, of: ir.Type, align: int) -> ir.Value:
+    """The value of a type at an int64 address."""
     return b.load(pointer(b, address, of), align=align)
 
 
-def _splat(b: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
+def splat(b: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
     """One value in all lanes."""
     vector = ir.VectorType(scalar.type, count)
     first = b.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return _pick(b, first, [0] * count)
+    return pick(b, first, [0] * count)
 
 
-def _pick(b: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
+def pick(b: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
     """A vector of these lanes."""
     mask = ir.Constant(ir.VectorType(I32, len(lanes)), lanes)
     return b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
@@ -113,10 +114,25 @@ def _fold(b: ir.IRBuilder, vector: ir.Value, combine: Callable) -> ir.Value:
     count = vector.type.count
     while count > 1:
         count //= 2
-        low = _pick(b, vector, list(range(count)))
-        high = _pick(b, vector, list(range(count, 2 * count)))
+        low = pick(b, vector, list(range(count)))
+        high = pick(b, vector, list(range(count, 2 * count)))
         vector = combine(low, high)
     return b.extract_element(vector, ir.Constant(I32, 0))
+
+
+def add_pairs(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """Products of int16 lanes as int32; those of lanes 2r and 2r + 1 are added."""
+    count = x.type.count
+    wide = ir.VectorType(I32, count)
+    products = b.mul(b.sext(x, wide), b.sext(y, wide))
+    even = pick(b, products, list(range(0, count, 2)))
+    odd = pick(b, products, list(range(1, count, 2)))
+    return b.add(even, odd)
+
+
+def add_products(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x y + z, in one rounding if the processor can."""
+    return b.fadd(b.fmul(x, y, flags=["contract"]), z, flags=["contract"])
 
 
 # ---- Loads and stores ----
@@ -125,50 +141,50 @@ def _fold(b: ir.IRBuilder, vector: ir.Value, combine: Callable) -> ir.Value:
 @operation(Words, types.int64)
 def words_at(b, address):
     """16 int16."""
-    return _load(b, address, Words.llvm, 2)
+    return load(b, address, Words.llvm, 2)
 
 
 @operation(Words, types.int64)
 def words_of_bytes_at(b, address):
     """16 signed bytes, widened."""
-    return b.sext(_load(b, address, ir.VectorType(_I8, 16), 1), Words.llvm)
+    return b.sext(load(b, address, ir.VectorType(_I8, 16), 1), Words.llvm)
 
 
 @operation(Words, types.int64)
 def pair_at(b, address):
     """Two int16 in all 8 pairs of lanes."""
-    return b.bitcast(_splat(b, _load(b, address, I32, 2), 8), Words.llvm)
+    return b.bitcast(splat(b, load(b, address, I32, 2), 8), Words.llvm)
 
 
 @operation(Floats, types.int64)
 def floats_at(b, address):
     """8 float32."""
-    return _load(b, address, Floats.llvm, 4)
+    return load(b, address, Floats.llvm, 4)
 
 
 @operation(Floats, types.int64)
 def floats_of_halves_at(b, address):
     """8 float16, widened."""
-    return b.fpext(_load(b, address, ir.VectorType(_F16, 8), 2), Floats.llvm)
+    return b.fpext(load(b, address, ir.VectorType(_F16, 8), 2), Floats.llvm)
 
 
 @operation(Floats, types.int64)
 def floats_of_brains_at(b, address):
     """8 bfloat16, each the upper half of a float32."""
-    upper = b.zext(_load(b, address, ir.VectorType(_I16, 8), 2), Sums.llvm)
+    upper = b.zext(load(b, address, ir.VectorType(I16, 8), 2), Sums.llvm)
     return b.bitcast(b.shl(upper, _lanes(16, Sums.llvm)), Floats.llvm)
 
 
 @operation(Sums, types.int64)
 def bytes_at(b, address):
     """8 unsigned bytes, widened."""
-    return b.zext(_load(b, address, ir.VectorType(_I8, 8), 1), Sums.llvm)
+    return b.zext(load(b, address, ir.VectorType(_I8, 8), 1), Sums.llvm)
 
 
 @operation(Sums, types.int64)
 def signed_bytes_at(b, address):
     """8 signed bytes, widened."""
-    return b.sext(_load(b, address, ir.VectorType(_I8, 8), 1), Sums.llvm)
+    return b.sext(load(b, address, ir.VectorType(_I8, 8), 1), Sums.llvm)
 
 
 @operation(types.void, types.int64, Words)
@@ -198,7 +214,7 @@ def store_brains(b, address, value):
     up = b.add(bits, b.add(odd, _lanes(0x7FFF, Sums.llvm)))
     is_nan = b.fcmp_unordered("uno", value, value)
     kept = b.select(is_nan, b.or_(bits, _lanes(0x400000, Sums.llvm)), up)
-    words = ir.VectorType(_I16, 8)
+    words = ir.VectorType(I16, 8)
     upper = b.trunc(b.lshr(kept, _lanes(16, Sums.llvm)), words)
     b.store(upper, pointer(b, address, words), align=2)
 
@@ -206,7 +222,7 @@ def store_brains(b, address, value):
 @operation(types.void, types.int64, Sums)
 def store_low_words(b, address, value):
     """The lower halves of 8 int32, as int16."""
-    words = ir.VectorType(_I16, 8)
+    words = ir.VectorType(I16, 8)
     b.store(b.trunc(value, words), pointer(b, address, words), align=2)
 
 
@@ -219,41 +235,34 @@ def prefetch(b, address):
     b.call(call, [pointer(b, address, _I8), read, keep, data])
 
 
-@operation(Floats, types.int64)
-def floats_of_words_at(b, address):
-    """The even lanes of 16 int16, that is 8 int16 two apart."""
-    words = _load(b, address, Words.llvm, 2)
-    return b.sitofp(_pick(b, words, list(range(0, 16, 2))), Floats.llvm)
-
-
 @operation(types.float32, types.int64)
 def float_at(b, address):
     """One float32."""
-    return _load(b, address, _F32, 4)
+    return load(b, address, F32, 4)
 
 
 @operation(types.int32, types.int64)
 def short_at(b, address):
     """An int16, widened."""
-    return b.sext(_load(b, address, _I16, 2), I32)
+    return b.sext(load(b, address, I16, 2), I32)
 
 
 @operation(types.int32, types.int64)
 def int_at(b, address):
     """One int32."""
-    return _load(b, address, I32, 4)
+    return load(b, address, I32, 4)
 
 
 @operation(types.int64, types.int64)
 def long_at(b, address):
     """One int64."""
-    return _load(b, address, I64, 8)
+    return load(b, address, I64, 8)
 
 
 @operation(types.void, types.int64, types.float32)
 def store_float(b, address, value):
     """Write one float32."""
-    b.store(value, pointer(b, address, _F32), align=4)
+    b.store(value, pointer(b, address, F32), align=4)
 
 
 @operation(types.void, types.int64, types.int32)
@@ -263,11 +272,17 @@ def store_int(b, address, value):
 
 
 def local_memory(size: int) -> Callable:
-    """A function of numba code that returns the address of `size` bytes of the caller's stack."""
+    """A function of numba code that returns the address of `size` bytes of the caller's stack.
+
+    They hold what was there before.
+    """
 
     @operation(types.int64, types.int64)
     def local(b, unused):
-        memory = cgutils.alloca_once(b, ir.ArrayType(_I8, size))
+        # Not cgutils.alloca_once, which also stores zeros: for an array of kilobytes LLVM needs
+        # ten seconds for that.
+        with b.goto_entry_block():
+            memory = b.alloca(ir.ArrayType(_I8, size))
         memory.align = 64
         return b.ptrtoint(memory, I64)
 
@@ -280,23 +295,19 @@ def local_memory(size: int) -> Callable:
 @operation(Sums, Words, Words)
 def pair_products(b, weights, activations):
     """Lane r: the products of lanes 2r and 2r + 1, added."""
-    wide = ir.VectorType(I32, 16)
-    products = b.mul(b.sext(weights, wide), b.sext(activations, wide))
-    even = _pick(b, products, list(range(0, 16, 2)))
-    odd = _pick(b, products, list(range(1, 16, 2)))
-    return b.add(even, odd)
+    return add_pairs(b, weights, activations)
 
 
 @operation(Sums, types.int32)
 def sums_of(b, value):
     """An int32 in all lanes."""
-    return _splat(b, value, 8)
+    return splat(b, value, 8)
 
 
 @operation(Floats, types.float32)
 def floats_of(b, value):
     """A float32 in all lanes."""
-    return _splat(b, value, 8)
+    return splat(b, value, 8)
 
 
 @operation(Floats, Sums)
@@ -314,7 +325,7 @@ def rounded(b, values):
 @operation(Floats, Floats, Floats, Floats)
 def multiply_add(b, x, y, z):
     """x y + z, in one rounding if the processor can."""
-    return b.fadd(b.fmul(x, y, flags=["contract"]), z, flags=["contract"])
+    return add_products(b, x, y, z)
 
 
 @operation(Floats, Floats, Floats)
@@ -360,7 +371,7 @@ def sum_of_lanes(b, values):
     return _fold(b, values, b.add)
 
 
-def _operator(symbol: Callable, left: _Vector, right: types.Type, emit: Callable) -> None:
+def operator_of(symbol: Callable, left: Vector, right: types.Type, emit: Callable) -> None:
     """Make `x symbol y` of numba code what emit(builder, x, y) writes, for x a vector of this type.
 
     right  the same type, or an integer, which emit gets in all lanes
@@ -379,20 +390,20 @@ def _operator(symbol: Callable, left: _Vector, right: types.Type, emit: Callable
         if right is types.int64:
             lane = left.llvm.element
             narrow = context.cast(builder, y, signature.args[1], types.int64)
-            y = _splat(builder, builder.trunc(narrow, lane), left.llvm.count)
+            y = splat(builder, builder.trunc(narrow, lane), left.llvm.count)
         return emit(builder, x, y)
 
 
 for _lane_type in (Words, Sums):
-    _operator(operator.or_, _lane_type, _lane_type, ir.IRBuilder.or_)
-    _operator(operator.and_, _lane_type, types.int64, ir.IRBuilder.and_)
-    _operator(operator.lshift, _lane_type, types.int64, ir.IRBuilder.shl)
-    _operator(operator.sub, _lane_type, types.int64, ir.IRBuilder.sub)
+    operator_of(operator.or_, _lane_type, _lane_type, ir.IRBuilder.or_)
+    operator_of(operator.and_, _lane_type, types.int64, ir.IRBuilder.and_)
+    operator_of(operator.lshift, _lane_type, types.int64, ir.IRBuilder.shl)
+    operator_of(operator.sub, _lane_type, types.int64, ir.IRBuilder.sub)
 # Words are bits, so zeros come in at the top; Sums are numbers, whose sign stays.
-_operator(operator.rshift, Words, types.int64, ir.IRBuilder.lshr)
-_operator(operator.rshift, Sums, types.int64, ir.IRBuilder.ashr)
-_operator(operator.add, Sums, Sums, ir.IRBuilder.add)
-_operator(operator.add, Floats, Floats, ir.IRBuilder.fadd)
-_operator(operator.sub, Floats, Floats, ir.IRBuilder.fsub)
-_operator(operator.mul, Floats, Floats, ir.IRBuilder.fmul)
-_operator(operator.truediv, Floats, Floats, ir.IRBuilder.fdiv)
+operator_of(operator.rshift, Words, types.int64, ir.IRBuilder.lshr)
+operator_of(operator.rshift, Sums, types.int64, ir.IRBuilder.ashr)
+operator_of(operator.add, Sums, Sums, ir.IRBuilder.add)
+operator_of(operator.add, Floats, Floats, ir.IRBuilder.fadd)
+operator_of(operator.sub, Floats, Floats, ir.IRBuilder.fsub)
+operator_of(operator.mul, Floats, Floats, ir.IRBuilder.fmul)
+operator_of(operator.truediv, Floats, Floats, ir.IRBuilder.fdiv)

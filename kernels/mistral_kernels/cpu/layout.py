@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-MAX_COLUMNS = 16
+MAX_COLUMNS = 32  # tokens of a step
+AT_ONCE = 64  # rows of activations of one call of a product
+AHEAD = 4096  # bytes that products ask for in advance
 ORDERS = 3 + 2 * MAX_COLUMNS
 
 
@@ -28,20 +30,20 @@ class Addresses(NamedTuple):
     An `activations` is the table of five addresses that products take.
     """
 
-    x: int  # float32 [16, D]: the residual stream
-    normed: int  # float32 [16, D]
+    x: int  # float32 [32, D]: the residual stream
+    normed: int  # float32 [32, D]
     normed_activations: int
-    qkv: int  # float32 [16, (N + 2K) H], rows padded to 8 for each of the three
-    queries: int  # float32 [16, N, H]: rotated and scaled
-    parts: int  # float32 [16, K, shares, N/K, H + 8]: of the attention
-    attended: int  # float32 [16, N H]
+    qkv: int  # float32 [32, (N + 2K) H], rows padded to 8 for each of the three
+    queries: int  # float32 [32, N, H]: rotated and scaled
+    parts: int  # float32 [32, K, shares, N/K, H + 8]: of the attention
+    attended: int  # float32 [32, N H]
     attended_activations: int
-    gated: int  # float32 [16, F]
+    gated: int  # float32 [32, F]
     gated_activations: int
-    up: int  # float32 [16, F]
-    added: int  # float32 [16, D]: what O or down adds to x
-    logits: int  # float32 [16, V padded to 8]
-    cos: int  # float32 [16, H/2]: of the columns' positions
+    up: int  # float32 [32, F]
+    added: int  # float32 [32, D]: what O or down adds to x
+    logits: int  # float32 [32, V padded to 8]
+    cos: int  # float32 [32, H/2]: of the columns' positions
     sin: int
     attend: int  # the compiled attention
     store: int  # the compiled function that stores keys and values
@@ -49,4 +51,4 @@ class Addresses(NamedTuple):
     values: int
     phases: int  # of team.py
     tickets: int
-    orders: int  # int64: columns, columns with logits, threads, then 16 rows and 16 positions
+    orders: int  # int64: columns, columns with logits, threads, then 32 rows and 32 positions

@@ -21,7 +21,8 @@ from mistral_kernels.cpu.lanes import (
     store_float,
     total,
 )
-from mistral_kernels.cpu.products import AHEAD, SIGNATURE
+from mistral_kernels.cpu.layout import AHEAD
+from mistral_kernels.cpu.products import SIGNATURE
 
 
 def _plain_loop(load: Callable, size: int) -> Callable:

@@ -1,4 +1,4 @@
-"""One forward pass for up to 16 tokens, as one compiled function that every thread runs.
+"""One forward pass for up to 32 tokens, as one compiled function that every thread runs.
 
 The tokens are columns of the activations: one token of each row of a batch, or a few tokens of one
 row, or both. Each layer is five phases, whose items the threads claim (team.py):
@@ -87,9 +87,19 @@ def _attend_all(sizes, addresses, layer, columns, threads, phase, ticket):
 
 @part
 def _add_product(
-    sizes, addresses, matrix, width, activations, norm_after, columns, threads, phase, ticket
+    sizes,
+    addresses,
+    matrix,
+    width,
+    activations,
+    norm_after,
+    normed,
+    columns,
+    threads,
+    phase,
+    ticket,
 ):
-    """3. and 5. O or down, added to x; then the next norm."""
+    """3. and 5. O or down, added to x; then the next norm, of the first `normed` columns."""
     tiles = matrix[2]
     items = min(tiles, _ITEMS * threads)
     i = claim(phase, ticket, items)
@@ -98,7 +108,7 @@ def _add_product(
         last = tiles * (i + 1) // items
         add_rows(sizes, addresses, matrix, first, last, width, columns, activations)
         if completes(phase, items):
-            norm(sizes, addresses, norm_after, columns)
+            norm(sizes, addresses, norm_after, normed)
             release(phase, ticket)
         i = claim(phase, ticket, items)
     await_release(phase, ticket)
@@ -153,19 +163,22 @@ def _run(sizes, addresses, matrices, norms, ticket):
         own = matrices[layer]
         after_attention = norms[2 * layer + 1]
         after_mlp = norms[2 * layer + 2]
+        # How many columns lie together depends on how many are rounded: for the output matrix,
+        # those that have logits.
+        normed = scored if layer == sizes.layers - 1 else columns
         _read_qkv(sizes, addresses, own, layer, columns, threads, phase, ticket)
         phase += PHASE_BYTES
         _attend_all(sizes, addresses, layer, columns, threads, phase, ticket)
         phase += PHASE_BYTES
         _add_product(
-            sizes, addresses, own[3], NH, attended, after_attention,
+            sizes, addresses, own[3], NH, attended, after_attention, columns,
             columns, threads, phase, ticket,
         )  # fmt: skip
         phase += PHASE_BYTES
         _read_gate_and_up(sizes, addresses, own, columns, threads, phase, ticket)
         phase += PHASE_BYTES
         _add_product(
-            sizes, addresses, own[6], sizes.F, gated, after_mlp,
+            sizes, addresses, own[6], sizes.F, gated, after_mlp, normed,
             columns, threads, phase, ticket,
         )  # fmt: skip
         phase += PHASE_BYTES

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mistral.model import Mistral
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import Keeper, Packed, TiedOutput
+from mistral_kernels.cpu.groups import row_of_tiles
+from mistral_kernels.cpu.linear import linear
 from mistral_kernels.cpu.plain import PLAIN, plain_product
-from mistral_kernels.cpu.products import columns_of_tiles, product, row_of_tiles
+from mistral_kernels.cpu.products import product
 from mistral_kernels.cpu.tiles import KINDS, ROWS, Tiles, repack, restore, restore_rows
-
-_AT_ONCE = 1 << 19  # weights that `linear` unpacks at a time: 2 MB, which stay in the caches
 
 
 class InTiles(Keeper):
@@ -36,27 +36,14 @@ class InTiles(Keeper):
         return restore_rows(self.tiles, which)
 
     def linear(self, x: Tensor, kind: GgmlType) -> Tensor:
-        """x W^T in float32, then in the dtype of x.
+        """x W^T in float32, then in the dtype of x; the activations are rounded to 15 bits.
 
-        A few tiles at a time are unpacked into one buffer, transposed, and multiplied. If a
-        gradient is recorded, the blocks are restored instead: the buffer would not stay as it was.
+        If a gradient is recorded, the blocks are restored instead.
         """
         if x.requires_grad and torch.is_grad_enabled():
             return super().linear(x, kind)
-        tiles = self.tiles
-        unpack = columns_of_tiles(kind.name)
-        rows = x.reshape(-1, tiles.columns).float()  # [n, in]
-        out = rows.new_empty(len(rows), ROWS * len(tiles.data))  # [n, out, padded]
-        at_once = max(1, _AT_ONCE // (ROWS * tiles.columns))  # tiles
-        buffer = rows.new_empty(tiles.columns * ROWS * at_once)
-        for first in range(0, len(tiles.data), at_once):
-            last = min(first + at_once, len(tiles.data))
-            groups = tiles.columns // 32
-            unpack(tiles.data.data_ptr(), first, last, groups, buffer.data_ptr())
-            width = ROWS * (last - first)
-            matrix = buffer[: tiles.columns * width].view(tiles.columns, width)  # [in, some out]
-            torch.mm(rows, matrix, out=out[:, ROWS * first : ROWS * last])
-        return out[:, : tiles.rows].to(x.dtype).view(*x.shape[:-1], tiles.rows)
+        out = linear(x.reshape(-1, self.tiles.columns).float(), self.tiles)
+        return out.to(x.dtype).view(*x.shape[:-1], self.tiles.rows)
 
 
 class Matrix(NamedTuple):

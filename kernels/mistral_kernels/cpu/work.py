@@ -6,7 +6,7 @@ Each function does a part of what `Block` (mistral/model.py) does, for all colum
 
 import numpy as np
 
-from mistral_kernels.cpu.activations import round_groups
+from mistral_kernels.cpu.activations import round_row, rows_together
 from mistral_kernels.cpu.attention import merge
 from mistral_kernels.cpu.compiled import part
 from mistral_kernels.cpu.exponential import swiglu
@@ -31,15 +31,20 @@ def multiply(matrix, first, last, groups, columns, activations, out, stride):
 @part
 def _round_all(activations, width, columns):
     """The float32 of an `activations` to its int16."""
-    round_groups(
-        long_at(activations),
-        0,
-        columns * width // 32,
-        long_at(activations + 8),
-        long_at(activations + 16),
-        long_at(activations + 24),
-        long_at(activations + 32),
-    )
+    for c in range(columns):
+        round_row(activations, width, rows_together(columns), c, 0, width // 32)
+
+
+@part
+def norm_row(x, weight, D, eps, out):
+    """RMSNorm of one row; x, weight and out are addresses of float32 [D]."""
+    squares = floats_of(np.float32(0))
+    for i in range(0, 4 * D, 32):
+        squares = multiply_add(floats_at(x + i), floats_at(x + i), squares)
+    mean = total(squares) / np.float32(D)
+    scale = floats_of(np.float32(1) / np.sqrt(mean + np.float32(eps)))
+    for i in range(0, 4 * D, 32):
+        store_floats(out + i, floats_at(x + i) * scale * floats_at(weight + i))
 
 
 @part
@@ -47,21 +52,13 @@ def norm(sizes, addresses, weight, columns):
     """RMSNorm of x, rounded."""
     D = sizes.D
     for c in range(columns):
-        x = addresses.x + 4 * D * c
-        squares = floats_of(np.float32(0))
-        for i in range(0, 4 * D, 32):
-            squares = multiply_add(floats_at(x + i), floats_at(x + i), squares)
-        mean = total(squares) / np.float32(D)
-        scale = floats_of(np.float32(1) / np.sqrt(mean + np.float32(sizes.eps)))
-        out = addresses.normed + 4 * D * c
-        for i in range(0, 4 * D, 32):
-            w = floats_at(weight.ctypes.data + i)
-            store_floats(out + i, floats_at(x + i) * scale * w)
+        at = 4 * D * c
+        norm_row(addresses.x + at, weight.ctypes.data, D, sizes.eps, addresses.normed + at)
     _round_all(addresses.normed_activations, D, columns)
 
 
 @part
-def _rotate(head, cos, sin, scale, H, out):
+def rotate(head, cos, sin, scale, H, out):
     """out = the head [H] rotated: element i with element i + H/2, as in mistral/rotary.py."""
     half = 2 * H  # bytes
     factor = floats_of(scale)
@@ -119,20 +116,10 @@ def gate_and_up(sizes, addresses, matrices, first, last, columns):
     a = addresses.normed_activations
     multiply(matrices[4], 4 * first, 4 * last, sizes.D // 32, columns, a, addresses.gated, 4 * F)
     multiply(matrices[5], 4 * first, 4 * last, sizes.D // 32, columns, a, addresses.up, 4 * F)
-    to = addresses.gated_activations
     for c in range(columns):
         at = 4 * F * c + 128 * first
         swiglu(addresses.gated + at, addresses.up + at, 32 * (last - first), addresses.gated + at)
-        g = F // 32 * c
-        round_groups(
-            long_at(to),
-            g + first,
-            g + last,
-            long_at(to + 8),
-            long_at(to + 16),
-            long_at(to + 24),
-            long_at(to + 32),
-        )
+        round_row(addresses.gated_activations, F, rows_together(columns), c, first, last)
 
 
 @part
@@ -148,11 +135,11 @@ def rotate_and_store(sizes, addresses, layer, columns):
         qkv = addresses.qkv + 4 * (N + 2 * K) * H * c
         for h in range(N):
             to = addresses.queries + 4 * H * (N * c + h)
-            _rotate(qkv + 4 * H * h, cos, sin, scale, H, to)
+            rotate(qkv + 4 * H * h, cos, sin, scale, H, to)
         for h in range(K):
             key = qkv + 4 * H * (N + h)
             value = qkv + 4 * H * (N + K + h)
-            _rotate(key, cos, sin, np.float32(1), H, key)
+            rotate(key, cos, sin, np.float32(1), H, key)
             head = (layer * sizes.batch + row) * K + h
             slot = sizes.cell * H * (head * (S + 1) + position % S)
             call_store(addresses.store, key, H, addresses.keys + slot)

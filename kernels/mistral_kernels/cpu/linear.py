@@ -1,0 +1,46 @@
+"""x W^T for many rows of x, with W in tiles, as a prompt needs it, by several threads."""
+
+import ctypes
+
+from torch import Tensor
+
+from mistral_kernels.cpu.activations import Activations
+from mistral_kernels.cpu.layout import AT_ONCE
+from mistral_kernels.cpu.pool import share
+from mistral_kernels.cpu.products import product
+from mistral_kernels.cpu.tiles import ROWS, Tiles
+
+_TILES = 16  # of a piece: with 4,096 columns 300 kB of Q4_K, which stay in the second cache
+_ROWS = 512  # that are rounded before they are multiplied
+
+
+def linear(x: Tensor, tiles: Tiles) -> Tensor:
+    """x W^T: float32 [n, in] -> float32 [n, out]; the activations are rounded (activations.py)."""
+    out = x.new_empty(len(x), ROWS * len(tiles.data))  # [n, out, padded]
+    for first in range(0, len(x), _ROWS):
+        rows = slice(first, first + _ROWS)
+        activations = Activations(x[rows].contiguous())
+        activations.round()
+        multiply(activations, tiles, out[rows])
+    return out[:, : tiles.rows]
+
+
+def multiply(activations: Activations, tiles: Tiles, out: Tensor) -> None:
+    """The product of rounded activations [n, in] with tiles, into out [n, 8 * tiles]."""
+    n, width = activations.values.shape
+    call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(product(tiles.kind.name))
+
+    def some(first: int, last: int) -> None:
+        for start, table in zip(range(0, n, AT_ONCE), activations.tables):
+            call(
+                tiles.data.data_ptr(),
+                first,
+                last,
+                width // 32,
+                min(AT_ONCE, n - start),
+                table.data_ptr(),
+                out[start:].data_ptr(),
+                out.stride(0) * out.itemsize,
+            )
+
+    share(some, len(tiles.data), _TILES)
