@@ -310,7 +310,7 @@ class RollingCache:
         counts = rewind_counts(n, self.lengths)
         lengths = [length - count for length, count in zip(self.lengths, counts)]
         for count, length, peak in zip(counts, lengths, self.peaks):
-            if length and self._has_lost(length, peak):
+            if length and peak > self.num_slots and peak - length > self.slack:
                 raise ValueError(
                     f"cannot forget {count} tokens: that is {peak - length} below the "
                     f"high-water mark, and the slack is {self.slack}; what they evicted is gone"
@@ -319,9 +319,27 @@ class RollingCache:
             row.length = length
             row.peak = row.peak if length else 0
 
+    def read_again(self, rows: Sequence[bool]) -> None:
+        """Forget the last token of some rows, which must be the next one that they read.
+
+        Needs no slack: the token returns to its slot, and what it evicted is outside its window.
+        """
+        for row, again in zip(self._rows, rows):
+            row.length -= bool(again)
+            row.peak = row.peak if row.length else 0
+
+    def forget_lost(self) -> None:
+        """Empty the rows of which an interrupted forward pass has overwritten needed tokens."""
+        for row in self._rows:
+            if self._has_lost(row.length, row.peak):
+                row.length = row.peak = 0
+
     def _has_lost(self, length: int, peak: int) -> bool:
-        """Whether a row of `length` tokens would need a slot that a later token has overwritten."""
-        return peak > self.num_slots and peak - length > self.slack
+        """Whether a later token has overwritten one that the next token of a row sees."""
+        if not self.wraps:
+            return False
+        first_seen = max(length - self.window + 1, 0)
+        return first_seen < min(length, peak - self.num_slots)
 
     def _may_write_before_read(self, num_tokens: int, growth: Growth) -> bool:
         """Whether a chunk may be written before its queries read the ring, which saves copying it.

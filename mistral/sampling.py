@@ -1,6 +1,9 @@
 """Logits to the next id, by the rules of Hugging Face's `generate`, in its order, ties included.
 
-penalties: repetition (CTRL, section 4.1, https://arxiv.org/abs/1909.05858), n-grams
+bias:      a number added to the logits of some ids
+penalties: repetition (CTRL, section 4.1, https://arxiv.org/abs/1909.05858); frequency and presence
+           (https://platform.openai.com/docs/api-reference/chat), which Hugging Face does not have;
+           n-grams
 mask:      the ids that a grammar allows
 warpers:   temperature, top-k, top-p (https://arxiv.org/abs/1904.09751), min-p
            (https://arxiv.org/abs/2407.01082), typical-p (https://arxiv.org/abs/2202.00666). Each
@@ -10,8 +13,9 @@ warpers:   temperature, top-k, top-p (https://arxiv.org/abs/1904.09751), min-p
 import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +45,16 @@ class Sampling:
                           reached; 1: all
     repetition_penalty    divides the scores of ids that occurred (prompt included) if they are
                           positive, and multiplies them if they are negative; 1: none
+    frequency_penalty     subtracted from the score of an id as often as the answer has it; 0: none
+    presence_penalty      subtracted once from the score of every id that the answer has; 0: none
     no_repeat_ngram_size  never complete an n-gram that occurred before (prompt included); 0: off
+    logit_bias            added to the logits of these ids, before the penalties; -inf excludes an
+                          id. A mapping from id to number, stored as a sorted tuple of pairs
     seed                  of the random numbers, see `RandomNumbers`; None: PyTorch's global
                           generator
+
+    The answer is what follows the prompt (`Engine.answer_starts`): of the repetition penalty's ids
+    the prompt is a part, of those of the frequency and presence penalties it is not, as in vLLM.
 
     Raises ValueError for values out of range.
     """
@@ -54,12 +65,16 @@ class Sampling:
     min_p: float = 0.0
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
+    logit_bias: Any = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        counted = ("frequency_penalty", "presence_penalty")
         numbers = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty")
-        for name in numbers:
+        for name in (*numbers, *counted):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(is_number, name, "a number", value)
@@ -71,11 +86,32 @@ class Sampling:
         _require(0 < self.typical_p <= 1, "typical_p", "above 0 and at most 1", self.typical_p)
         sane = 1e-5 <= self.repetition_penalty <= 1e5
         _require(sane, "repetition_penalty", "between 0.00001 and 100000", self.repetition_penalty)
+        for name in counted:
+            value = getattr(self, name)
+            _require(-100 <= value <= 100, name, "between -100 and 100", value)
+        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
         for name in ("top_k", "no_repeat_ngram_size"):
             value = getattr(self, name)
             _require(_is_whole(value) and value >= 0, name, "a whole number of 0 or more", value)
         valid_seed = self.seed is None or (_is_whole(self.seed) and 0 <= self.seed < 2**64)
         _require(valid_seed, "seed", "a whole number from 0 to 2**64 - 1", self.seed)
+
+    @property
+    def counts_answer(self) -> bool:
+        """Whether a score depends on how often its id is in the answer."""
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether a score depends on earlier ids."""
+        return self.repetition_penalty != 1 or self.no_repeat_ngram_size > 0 or self.counts_answer
+
+    def check_ids(self, V: int) -> None:
+        """Raises ValueError for a biased id outside a vocabulary of V."""
+        if self.logit_bias and self.logit_bias[-1][0] >= V:
+            raise ValueError(
+                f"logit_bias: token id {self.logit_bias[-1][0]} lies outside the vocabulary of {V}"
+            )
 
 
 def next_ids(
@@ -85,6 +121,7 @@ def next_ids(
     lengths: Sequence[int],
     mask: Tensor | None,
     generator: torch.Generator | None,
+    starts: Sequence[int] = (),
 ) -> Tensor:
     """One id a row, NO_NUMBERS or NOTHING_LEFT: int64 [B] on the logits' device.
 
@@ -93,10 +130,11 @@ def next_ids(
     lengths    how many ids each row has
     mask       bool [B, V] or [V]: True for an id that is allowed
     generator  of the logits' device; None: the global one
+    starts     where the answer of each row starts; empty: all of its ids count
 
     Never synchronizes: whether there was a choice is part of the result.
     """
-    scores = processed_scores(logits, sampling, history, lengths, mask)
+    scores = processed_scores(logits, sampling, history, lengths, mask, starts)
     if sampling.temperature == 0:
         best, ids = scores.max(dim=-1)
         return _checked(ids, best.isfinite(), best)
@@ -120,16 +158,14 @@ def processed_scores(
     history: Tensor,
     lengths: Sequence[int],
     mask: Tensor | None = None,
+    starts: Sequence[int] = (),
 ) -> Tensor:
-    """Scores after penalties, mask and warpers: float32 [B, V], -inf for an id that is excluded.
+    """Scores after bias, penalties, mask and warpers: float32 [B, V], -inf for an excluded id.
 
-    Shapes as in `next_ids`. At temperature 0 no warper runs.
+    Shapes as in `next_ids`. At temperature 0 no warper runs. Raises ValueError for a bias on an id
+    outside the vocabulary.
     """
-    scores = logits.float()
-    if sampling.repetition_penalty != 1:
-        scores = penalize_repetition(scores, history, sampling.repetition_penalty)
-    if sampling.no_repeat_ngram_size:
-        scores = ban_repeated_ngrams(scores, history, lengths, sampling.no_repeat_ngram_size)
+    scores = _penalized(logits.float(), sampling, history, lengths, starts)
     if mask is not None:
         scores = scores.masked_fill(~mask.to(scores.device, non_blocking=True), NEVER)
     if sampling.temperature == 0:
@@ -145,6 +181,36 @@ def processed_scores(
     if sampling.typical_p < 1:
         scores = keep_typical(scores, sampling.typical_p)
     return scores
+
+
+def _penalized(
+    scores: Tensor,
+    sampling: Sampling,
+    history: Tensor,
+    lengths: Sequence[int],
+    starts: Sequence[int],
+) -> Tensor:
+    """The scores after bias and penalties: [B, V] -> [B, V]."""
+    if sampling.logit_bias:
+        sampling.check_ids(scores.shape[-1])
+        scores = add_bias(scores, sampling.logit_bias)
+    if sampling.repetition_penalty != 1:
+        scores = penalize_repetition(scores, history, sampling.repetition_penalty)
+    if sampling.counts_answer:
+        occurrences = _occurrences(scores, history, starts)
+        scores = scores - sampling.frequency_penalty * occurrences
+        scores = scores - sampling.presence_penalty * (occurrences > 0)
+    if sampling.no_repeat_ngram_size:
+        scores = ban_repeated_ngrams(scores, history, lengths, sampling.no_repeat_ngram_size)
+    return scores
+
+
+def add_bias(scores: Tensor, pairs: Sequence[tuple[int, float]]) -> Tensor:
+    """Add a number to the scores of some ids: [B, V] -> [B, V]."""
+    ids, values = zip(*pairs)
+    index = torch.tensor(ids).to(scores.device, non_blocking=True)
+    bias = torch.tensor(values, dtype=torch.float32).to(scores.device, non_blocking=True)
+    return scores.index_add(1, index, bias.expand(len(scores), -1))
 
 
 def penalize_repetition(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
@@ -249,6 +315,10 @@ class RandomNumbers:
             stream.begin_draw(shape, lengths)
         return stream.generator
 
+    def restart(self, row: int) -> None:
+        """Begin the random numbers of a row anew at its next draw."""
+        self._streams.pop(row, None)
+
     def settle(self, lengths: Sequence[int]) -> None:
         """Give back the random numbers of ids beyond the rows' lengths: they are drawn again.
 
@@ -258,28 +328,44 @@ class RandomNumbers:
             stream.settle(lengths if row is None else lengths[row : row + 1])
 
 
-class _Stream:
-    """One seeded generator, and the draws that count.
+class Draws:
+    """The draws from one seed that count: as long as one of their rows holds the id they chose."""
 
-    A draw counts as long as one of its rows holds the id that it chose.
-    """
+    def __init__(self):
+        self._draws: list[Sequence[float]] = []  # for each: the rows' lengths before it
+
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    def add(self, lengths: Sequence[float]) -> None:
+        """One more; `lengths` as in `RandomNumbers.generator`."""
+        self._draws.append(tuple(lengths))
+
+    def settle(self, lengths: Sequence[int]) -> None:
+        """Give back the draws of ids that no row holds."""
+        while self._draws and all(map(operator.ge, self._draws[-1], lengths)):
+            self._draws.pop()
+
+
+class _Stream(Draws):
+    """One seeded generator, and its draws."""
 
     def __init__(self, seed: int, device: torch.device):
+        super().__init__()
         self.seed = seed
         self.generator = torch.Generator(device).manual_seed(seed)
-        self._draws: list[tuple[float, ...]] = []  # for each: the rows' lengths before it
         self._used = 0  # how many draws the generator is away from its seed; -1: unknown
         self._states: list[Tensor] = []  # of the generator: before every _STATE_EVERY-th draw
 
     def begin_draw(self, shape: Sequence[int], lengths: Sequence[float]) -> None:
         """Bring the generator to the next draw, which counts from now on."""
-        count = len(self._draws)
+        count = len(self)
         if self._used != count:  # draws were given back
             self._go_back(count, shape)
         if count == len(self._states) * _STATE_EVERY:
             self._states.append(self.generator.get_state())
         self._used = count + 1
-        self._draws.append(tuple(lengths))
+        self.add(lengths)
 
     def _go_back(self, count: int, shape: Sequence[int]) -> None:
         """Bring the generator to where it was before a draw: to the state before it, and on."""
@@ -290,11 +376,6 @@ class _Stream:
             noise = torch.empty(*shape, dtype=torch.float32, device=self.generator.device)
             noise.exponential_(1, generator=self.generator)
 
-    def settle(self, lengths: Sequence[int]) -> None:
-        """Give back the draws of ids that no row holds."""
-        while self._draws and all(map(operator.ge, self._draws[-1], lengths)):
-            self._draws.pop()
-
 
 def sample_rows(
     logits: Tensor,
@@ -304,18 +385,20 @@ def sample_rows(
     mask: Tensor | None,
     random: RandomNumbers,
     counts: Sequence[int],
+    starts: Sequence[int] = (),
 ) -> Tensor:
     """`next_ids` with one Sampling for all rows, or one per row: int64 [B].
 
     lengths  of the rows, for the random numbers too
     counts   0 for a row that is idle, which gets IDLE. If the rows share a Sampling, it still draws
              its share of the random numbers.
+    starts   where the answer of each row starts; empty: all of its ids count
     """
     random.settle(lengths)
     if isinstance(sampling, Sampling):
         places = [length if count else math.inf for length, count in zip(lengths, counts)]
         generator = random.generator(sampling, logits.shape, places)
-        ids = next_ids(logits, sampling, history, lengths, mask, generator)
+        ids = next_ids(logits, sampling, history, lengths, mask, generator, starts)
         if all(counts):
             return ids
         takes_part = torch.tensor(counts).to(ids.device, non_blocking=True) > 0
@@ -326,7 +409,8 @@ def sample_rows(
             row = slice(b, b + 1)
             own_mask = mask[row] if mask is not None and mask.dim() == 2 else mask
             generator = random.generator(own, logits[row].shape, lengths[row], b)
-            ids[row] = next_ids(logits[row], own, history[row], lengths[row], own_mask, generator)
+            args = (history[row], lengths[row], own_mask, generator, starts[row])
+            ids[row] = next_ids(logits[row], own, *args)
     return ids
 
 
@@ -335,6 +419,31 @@ def _marked(scores: Tensor, ids: Tensor) -> Tensor:
     B, V = scores.shape
     marked = torch.zeros(B, V + 1, dtype=torch.bool, device=scores.device)
     return marked.scatter_(1, torch.where(ids < 0, V, ids), True)[:, :V]
+
+
+def _occurrences(scores: Tensor, history: Tensor, starts: Sequence[int]) -> Tensor:
+    """How often each id is in the answer of each row: float32 [B, V]."""
+    B, V = scores.shape
+    counted = history >= 0  # [B, n]
+    if starts:
+        first = torch.tensor(starts).to(history.device, non_blocking=True)[:, None]  # [B, 1]
+        counted = counted & (torch.arange(history.shape[1], device=history.device) >= first)
+    ids = torch.where(counted, history, V)
+    counts = torch.zeros(B, V + 1, device=scores.device)
+    return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))[:, :V]
+
+
+def _bias_pairs(given: object) -> tuple[tuple[int, float], ...]:
+    """A logit bias as sorted pairs. Raises ValueError for what is not one."""
+    pairs = given.items() if isinstance(given, Mapping) else given or ()
+    must = "a mapping from token ids to numbers"
+    try:
+        pairs = [(id, float(value)) for id, value in pairs]
+    except (TypeError, ValueError):
+        raise ValueError(f"logit_bias must be {must}, not {shown(given)}") from None
+    sane = all(_is_whole(id) and id >= 0 and value < math.inf for id, value in pairs)
+    _require(sane and len(dict(pairs)) == len(pairs), "logit_bias", must, given)
+    return tuple(sorted(pairs))
 
 
 def _is_whole(value: object) -> bool:

@@ -69,6 +69,56 @@ def test_each_rule_is_transformers_rule(ours, theirs, ties):
         )
 
 
+def test_frequency_and_presence_penalties_count_the_answer_alone():
+    """vLLM's rule: logits -= frequency * count, and -= presence for each that occurred."""
+    logits = random_logits(0, False).repeat(2, 1)[:2]
+    history = torch.tensor([[5, 5, 7, 5, 9, 9, 9], [4, 9, 9, 4, -1, -1, -1]])
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
+    scores = processed_scores(logits, sampling, history, [7, 4], starts=[2, 1])
+    expected = logits.clone()
+    for row, counts in enumerate(({7: 1, 5: 1, 9: 3}, {9: 2, 4: 1})):
+        for id, count in counts.items():
+            expected[row, id] -= 0.5 * count + 0.25
+    assert torch.allclose(scores, expected, atol=1e-6)
+    everything = processed_scores(logits, sampling, history, [7, 4])
+    assert everything[0, 5] == logits[0, 5] - 0.5 * 3 - 0.25
+    # The repetition penalty comes before them.
+    both = Sampling(repetition_penalty=2.0, presence_penalty=0.25)
+    scores = processed_scores(torch.ones(2, V), both, history, [7, 4], starts=[2, 1])
+    assert (scores[0, 5], scores[1, 4], scores[0, 3]) == (0.25, 0.25, 1.0)
+
+
+def test_a_bias_is_added_before_everything_else():
+    bias = {3: 2.0, 8: -math.inf, 5: -1.0}
+    sampling = Sampling(logit_bias=bias, repetition_penalty=2.0)
+    assert sampling.logit_bias == ((3, 2.0), (5, -1.0), (8, -math.inf))
+    assert hash(sampling) == hash(Sampling(logit_bias=list(bias.items()), repetition_penalty=2.0))
+    history = torch.tensor([[5, 6]])
+    logits = torch.full((1, V), 0.5)
+    scores = processed_scores(logits, sampling, history, [2])
+    assert scores[0, [3, 5, 6, 7, 8]].tolist() == [2.5, -1.0, 0.25, 0.5, -math.inf]
+    assert (logits == 0.5).all()
+    mask = torch.ones(V, dtype=torch.bool)
+    mask[3] = False
+    forced = Sampling(logit_bias={3: 100.0, 4: 50.0}, temperature=0)
+    assert next_ids(logits, forced, history, [2], mask, None).tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [5, "5", {5: "x"}, {-1: 1.0}, {5: math.nan}, {5: math.inf}, {True: 1.0}, [(5, 1), (5, 2)]],
+)
+def test_what_is_no_bias_is_refused(bias):
+    with pytest.raises(ValueError, match="logit_bias must be a mapping from token ids to numbers"):
+        Sampling(logit_bias=bias)
+
+
+def test_a_bias_outside_the_vocabulary_is_refused():
+    sampling = Sampling(logit_bias={V: 1.0})
+    with pytest.raises(ValueError, match=f"token id {V} lies outside the vocabulary of {V}"):
+        processed_scores(torch.ones(1, V), sampling, torch.tensor([[1]]), [1])
+
+
 def test_n_grams_are_banned_for_short_histories_as_well():
     for n in (1, 2, 3):
         for length in range(5):

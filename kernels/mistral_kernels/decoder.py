@@ -10,7 +10,7 @@ from mistral.engine.attached import addresses, refuse_attachments, refuse_moved
 from mistral.engine.base import IDLE
 from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder as ReferenceDecoder
-from mistral.engine.decoder import computes
+from mistral.engine.decoder import computes, one_thread, only_row
 from mistral.engine.given import only_model
 from mistral.model import Mistral
 from mistral.sampling import Sampling, sample_rows
@@ -132,6 +132,7 @@ class Decoder(ReferenceDecoder):
         active: Sequence[bool] | None = None,
     ) -> Tensor:
         """As the reference's."""
+        self._begin_use()
         self._check_model()
         counts = self._step_counts(sampling, mask, active)
         # 1. Settings that the sampling kernel lacks are left to the reference.
@@ -176,9 +177,9 @@ class Decoder(ReferenceDecoder):
         self._sampler.prepare(own, mask, self._history, ours, self._lengths)
         self._run("sample for some rows", self._choose_for_some)
         self._sampler.forget()  # it does not know the ids of the others
-        ids = sample_rows(
-            self._logits, sampling, self._history, self._lengths, mask, self._random, others
-        )
+        rows = (self._history, self._lengths)
+        starts = self.answer_starts
+        ids = sample_rows(self._logits, sampling, *rows, mask, self._random, others, starts)
         ids = torch.where(self._sampler.problems == IDLE, ids, self._chosen())
         self._append(ids[:, None], counts)
         self._sampler.confirm()
@@ -192,7 +193,7 @@ class Decoder(ReferenceDecoder):
     def _read_and_sample(self, counts: list[int], sampled: bool) -> None:
         """Sample an id for each row with a count; `sampled`: `_step.tokens` are the last ids."""
         pending = {length - read for length, read in zip(self._lengths, self._cache.lengths)}
-        if pending == {1} and sampled and all(counts):
+        if pending == {1} and sampled and all(counts) and self.rows_together:
             self._stale = [True] * self.batch_size
             self._advance_by_one(counts, "forward and sample", self._read_and_choose)
             self._stale = [False] * self.batch_size
@@ -211,12 +212,18 @@ class Decoder(ReferenceDecoder):
         self._sampler.forget()
         super().rewind(n)
 
+    @one_thread
+    def restart_random(self, row: int) -> None:
+        """As the reference's."""
+        super().restart_random(row)
+        self._sampler.restart(row)
+
     def _settle(self) -> None:
         if self._unsettled:
             self._sampled = False
             self._sampler.forget()
+            self._sampler.settle(self._lengths)
         super()._settle()
-        self._sampler.settle(self._lengths)
 
     @computes
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
@@ -232,6 +239,13 @@ class Decoder(ReferenceDecoder):
         self._sampler.forget()
         return super().verify(ids)
 
+    @computes
+    def score(self, row: int, ids: Sequence[int]) -> Tensor:
+        """As the reference's, computed by the model itself."""
+        self._sampled = False
+        self._sampler.forget()
+        return super().score(row, ids)
+
     def _forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
         if tokens.shape[1] == 1:
             return self._read_one(tokens, counts)
@@ -243,7 +257,12 @@ class Decoder(ReferenceDecoder):
             return super()._forward(tokens, counts)
         if room := self._short_room(tokens.shape[1]):
             return self._read_short(tokens, counts, room, last_only=True)
-        return read_chunk(self.model, tokens, self._cache, counts, self._step.workspace)
+        workspace = self._step.workspace
+        if (b := only_row(counts)) is not None:
+            row = self._cache.row(b)
+            logits = read_chunk(self.model, tokens[b : b + 1], row, None, workspace)
+            return logits.expand(self.batch_size, -1)
+        return read_chunk(self.model, tokens, self._cache, counts, workspace)
 
     def _forward_all(self, tokens: Tensor) -> Tensor:
         if self._plain:

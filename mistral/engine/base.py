@@ -25,11 +25,18 @@ class Engine(ABC):
     slack        how many tokens `rewind` can roll back once the window has begun to roll
     steps_in_flight  how many more steps `generate` may launch before it reads the ids of one back;
                  `step` must not synchronize if it is above 0
+    rows_together  False: every row has a forward pass of its own, so that its logits are bit for
+                 bit the same in any company; a batch is then no faster than its rows one by one
     unpacked_kinds  the types of packed matrices that a step unpacks, which is slow
     holder       whose tokens the engine holds: a conversation stores itself here, to notice
                  whether another one used the engine in between
     in_flight    how many of each row's last ids were not yielded yet: `generate` stores it here
-                 while it keeps steps in flight; a copy is made without them
+                 while it is suspended. They do not count in `lengths`, a copy is made without them,
+                 and the next change of the rows rolls them back.
+    uses         how often the rows were changed: `generate` compares it, to leave an engine alone
+                 that another one has used since
+    answer_starts  where the answer of each row starts: frequency and presence penalties count the
+                 ids from there on. `generate` stores it here after each prompt; empty: all count
 
     An exception inside a method, Ctrl-C or out of memory, leaves the rows as they were or with the
     ids appended; `lengths` says which. The engine continues either way as one that nothing has
@@ -42,9 +49,12 @@ class Engine(ABC):
     batch_size: int = 1
     slack: int = 0
     steps_in_flight: int = 0
+    rows_together: bool = True
     unpacked_kinds: Sequence[str] = ()
     holder: object = None
     in_flight: Sequence[int] = ()
+    uses: int = 0
+    answer_starts: Sequence[int] = ()
     # What copies and pickles leave out: whoever uses the engine, and the thread that is inside.
     _not_copied: Sequence[str] = ("holder", "in_flight", "_thread")
 
@@ -118,6 +128,20 @@ class Engine(ABC):
         Raises ValueError for more than can be rolled back; nothing is forgotten then.
         """
 
+    def restart_random(self, row: int) -> None:  # noqa: B027  (a default)
+        """Begin the random numbers of a row anew: its seed starts again at the next step.
+
+        For a new sequence on a row that keeps tokens of another one. This default is for an engine
+        without random numbers.
+        """
+
+    def erase(self, row: int) -> None:
+        """Empty a row, and forget what was computed for it, which may be NaN."""
+        counts = [0] * self.batch_size
+        counts[row] = self.lengths[row]
+        self.rewind(counts)
+        self.restart_random(row)
+
     def verify(self, ids: Sequence[int]) -> Tensor:
         """`prefill` for one row that also returns the logits after each of the ids: [T, V].
 
@@ -129,6 +153,32 @@ class Engine(ABC):
         for id in ids:
             self.prefill([[id]])
             rows.append(self.logits[0].clone())
+        return torch.stack(rows)
+
+    def _begin_use(self) -> None:
+        """What every method that changes the rows does before it looks at them."""
+        self.uses += 1
+        if any(self.in_flight):
+            in_flight = self.in_flight
+            self.in_flight = ()
+            self.rewind(in_flight)
+
+    def _yielded(self, lengths: Sequence[int]) -> list[int]:
+        """The lengths without the ids in flight."""
+        if not self.in_flight:
+            return list(lengths)
+        return [length - extra for length, extra in zip(lengths, self.in_flight)]
+
+    def score(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Append ids to one row, and return the logits after each of them: [T, V].
+
+        For the log-probabilities of a prompt. Raises what `prefill` raises. This default takes a
+        forward pass for each id.
+        """
+        rows = []
+        for id in ids:
+            self.prefill([[id] if b == row else [] for b in range(self.batch_size)])
+            rows.append(self.logits[row])
         return torch.stack(rows)
 
     def _to_verify(self, ids: Sequence[int]) -> list[int]:

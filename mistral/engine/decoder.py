@@ -17,6 +17,8 @@ from mistral.model import Mistral
 from mistral.sampling import RandomNumbers, Sampling, sample_rows
 
 _LONGEST_CHUNK = 2048  # longer chunks take memory and are no faster
+# So few tokens a row are read in about the time of one: it goes into reading the weights.
+_FEW = 16
 
 
 def one_thread(method: Callable) -> Callable:
@@ -114,7 +116,7 @@ class Decoder(Engine):
     @property
     def lengths(self) -> list[int]:
         """How many tokens each row holds."""
-        return list(self._lengths)
+        return self._yielded(self._lengths)
 
     @property
     def limit(self) -> int:
@@ -148,6 +150,18 @@ class Decoder(Engine):
         return torch.cat(parts)[-len(ids) :]
 
     @computes
+    def score(self, row: int, ids: Sequence[int]) -> Tensor:
+        """`prefill` for one row of several that also returns the logits after each id: [T, V]."""
+        self._catch_up()
+        self._append_rows([ids if b == row else [] for b in range(self.batch_size)])
+        parts: list[Tensor] = []
+        while counts := self._next_counts():
+            tokens = self._pending_ids(counts)[row : row + 1]
+            parts.append(self.model(tokens, self._cache.row(row))[0])  # [T, V]
+            self._keep_logits(counts, parts[-1][-1:].expand(self.batch_size, -1))
+        return torch.cat(parts)
+
+    @computes
     def step(
         self,
         sampling: Sampling | Sequence[Sampling | None],
@@ -163,13 +177,15 @@ class Decoder(Engine):
 
         Never synchronizes. Raises ValueError while a row is empty and if there is no more room.
         """
+        self._begin_use()
         self._check_model()
         self._settle()
         counts = self._step_counts(sampling, mask, active)
         self._catch_up()
-        ids = sample_rows(
-            self._logits, sampling, self._history, self._lengths, mask, self._random, counts
-        )
+        self._unsettled = True  # from the first random number on
+        rows = (self._history, self._lengths)
+        starts = self.answer_starts
+        ids = sample_rows(self._logits, sampling, *rows, mask, self._random, counts, starts)
         self._append(ids[:, None], counts)
         return ids
 
@@ -180,8 +196,10 @@ class Decoder(Engine):
         All of a row can always be forgotten. Otherwise raises ValueError for more than the cache
         can roll back; nothing is forgotten then.
         """
+        self._begin_use()
         counts = self._rewind_counts(n)
         # 1. How much of each row stays in the cache.
+        self._cache.forget_lost()
         cached = self._cache.lengths
         kept = list(cached)
         for b, count in enumerate(counts):
@@ -189,7 +207,7 @@ class Decoder(Engine):
             if count > pending or (count == pending and self._stale[b]):
                 # Shrinking the cache loses the logits of the last kept token: drop that token too.
                 # It is fed again later, alone or together with what comes next.
-                kept[b] = max(self._lengths[b] - count - 1, 0)
+                kept[b] = min(cached[b], max(self._lengths[b] - count - 1, 0))
         # 2. Shrink the cache; if it cannot, nothing has changed yet. A row whose cache is shorter
         #    than its ids is read again, so an interrupt between here and 3. costs only time.
         stale = self._stale
@@ -207,13 +225,27 @@ class Decoder(Engine):
         self._lengths = [length - count for length, count in zip(self._lengths, counts)]
         self._settle()
 
+    @one_thread
+    def restart_random(self, row: int) -> None:
+        """Begin the random numbers of a row anew."""
+        self._random.restart(row)
+
+    @computes
+    def erase(self, row: int) -> None:
+        """Empty a row. Its keys and values become zeros: a masked NaN would still spread."""
+        super().erase(row)
+        storage = self._cache.row(row)
+        storage.keys.zero_()
+        storage.values.zero_()
+
     def _check_model(self) -> None:
         """Raises ValueError if the model was converted or moved after the decoder was created."""
-        cache = self._cache.keys[0]
-        if (cache.dtype, cache.device) != (self.model.dtype, self.model.device):
+        keys = self._cache.keys
+        weight = self.model.model.norm.weight
+        if keys.dtype != weight.dtype or keys.device != weight.device:
             raise ValueError(
-                f"the decoder was created for {cache.dtype} on {cache.device}, and the model is "
-                f"now {self.model.dtype} on {self.model.device}: create a new decoder"
+                f"the decoder was created for {keys.dtype} on {keys.device}, and the model is "
+                f"now {weight.dtype} on {weight.device}: create a new decoder"
             )
 
     def _check_attached(self) -> None:
@@ -227,11 +259,12 @@ class Decoder(Engine):
         if self._unsettled:
             for b, length in enumerate(self._lengths):
                 self._history[b, length:] = -1
+            self._random.settle(self._lengths)
             self._unsettled = False
-        self._random.settle(self._lengths)
 
     def _append_rows(self, rows: Sequence[Sequence[int]]) -> None:
         """`_append` for lists of ids from outside."""
+        self._begin_use()
         self._check_model()
         self._check_attached()
         self._settle()
@@ -274,26 +307,30 @@ class Decoder(Engine):
     @computes
     def _catch_up(self) -> None:
         """Prefill the ids that the cache lacks, chunk by chunk."""
-        self._check_model()
         while counts := self._next_counts():
+            self._check_model()
             self._keep_logits(counts, self._forward(self._pending_ids(counts), counts))
 
     def _next_counts(self) -> list[int] | None:
         """How many ids of each row the next forward pass reads; None: there are none left."""
         cached = self._cache.lengths
-        # A forward pass that was interrupted after its commit has left no logits: read the last id
-        # again.
-        again = [0] * self.batch_size
-        for b, stale in enumerate(self._stale):
-            if stale and self._lengths[b] == cached[b] > 0:
-                again[b] = 1
-        if any(again):
-            self._cache.rewind(again)
+        if any(self._stale):
+            # A forward pass that was interrupted may have overwritten what the row still needs:
+            # read the whole row again. One that was interrupted after its commit has left no
+            # logits: read the last id again.
+            self._cache.forget_lost()
+            cached = self._cache.lengths
+            again = [
+                stale and length == read > 0
+                for stale, length, read in zip(self._stale, self._lengths, cached)
+            ]
+            self._cache.read_again(again)
             cached = self._cache.lengths
         pending = [length - read for length, read in zip(self._lengths, cached)]
         if not any(pending):
             return None
         counts = [min(count, self._chunk) for count in pending]
+        counts = _worth_padding(counts) if self.rows_together else _longest_alone(counts)
         self._stale = [stale or count > 0 for stale, count in zip(self._stale, counts)]
         return counts
 
@@ -302,7 +339,7 @@ class Decoder(Engine):
         T = max(counts)
         cached = self._cache.lengths
         if len(set(cached)) == 1 and min(counts) == T:  # rows of one length
-            return self._history[:, cached[0] : cached[0] + T]
+            return self._history[:, cached[0] : cached[0] + T].clamp(min=0)
         columns, _ = self._columns(cached, counts)
         return self._history.gather(1, columns).clamp(min=0)  # [B, T]
 
@@ -316,9 +353,37 @@ class Decoder(Engine):
 
     def _forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
         """Read the first counts[b] of tokens [B, T] of row b; returns the last logits, [B, V]."""
+        if (b := only_row(counts)) is not None:
+            logits = self.model(tokens[b : b + 1], self._cache.row(b), last_only=True)
+            return logits.expand(self.batch_size, -1)
         whole = min(counts) == tokens.shape[1]
         return self.model(tokens, self._cache, None if whole else counts, last_only=True)
 
     def _forward_all(self, tokens: Tensor) -> Tensor:
         """Let every row read tokens [B, T]; returns the logits after each of them, [B, T, V]."""
         return self.model(tokens, self._cache)
+
+
+def only_row(counts: Sequence[int]) -> int | None:
+    """The row that alone has a count, in a batch of several; None: there is no such row."""
+    if len(counts) > 1 and sum(map(bool, counts)) == 1:
+        return counts.index(max(counts))
+    return None
+
+
+def _worth_padding(counts: list[int]) -> list[int]:
+    """The counts of the next forward pass: all of them, or that of the longest row alone.
+
+    The rows of a forward pass are padded to the longest. If that more than doubled the work, and
+    the longest is not short, it is read alone: the prompt of one row costs what it costs alone.
+    """
+    longest = max(counts)
+    if longest <= _FEW or len(counts) * longest <= 2 * sum(counts):
+        return counts
+    return _longest_alone(counts)
+
+
+def _longest_alone(counts: list[int]) -> list[int]:
+    """The count of the first of the longest rows; 0 for the others."""
+    b = counts.index(max(counts))
+    return [count if other == b else 0 for other, count in enumerate(counts)]

@@ -19,6 +19,9 @@ Item = TypeVar("Item")
 class Generated(Iterator[Item]):
     """An iterator over what is generated, as it is chosen.
 
+    It uses its decoder until it ends or is closed. If the decoder is used otherwise before, it
+    keeps what was yielded and what that use adds, and the iterator raises ValueError.
+
     reasons  why each row ended; None until then
     """
 
@@ -72,9 +75,10 @@ def generate_naive(
     if sampling.seed is not None:
         generator = torch.Generator(model.device).manual_seed(sampling.seed)
     ids = torch.tensor([token_ids(prompt_ids)], device=model.device)  # [1, T]
+    starts = [ids.shape[1]]  # of the answer
     for _ in range(max_new_tokens):
         logits = model(ids, last_only=True)  # [1, V]
-        new = next_ids(logits, sampling, ids, [ids.shape[1]], None, generator)  # [1]
+        new = next_ids(logits, sampling, ids, [ids.shape[1]], None, generator, starts)  # [1]
         check_choice(new.tolist())
         ids = torch.cat((ids, new[:, None]), dim=1)
         yield new.item()

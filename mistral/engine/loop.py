@@ -50,11 +50,13 @@ class Loop:
     reasons: list[Reason | None]
     _starts: list[int] = field(init=False)  # lengths of the rows after their prompts
     _chosen: list[int] = field(init=False)  # how many ids each row got
+    _is_ours: bool = field(init=False, default=True)  # False: another one has used the decoder
 
     def steps(self) -> Iterator[list]:
         """Yields one list a step: each row's id (or Token), None for a row that took no part."""
         self.decoder.prefill(self.prompts)
         self._starts = self.decoder.lengths
+        self.decoder.answer_starts = self._starts
         self._chosen = [0] * len(self.prompts)
         self._end_rows()
         is_static = all(constraint.is_static for constraint in self.constraints or ())
@@ -62,13 +64,28 @@ class Loop:
         if self.decoder.steps_in_flight and is_static and not self.logprobs:
             run = self._steps_in_flight
         try:
-            yield from run()
+            for step in run():
+                uses = self.decoder.uses
+                try:
+                    yield step
+                finally:
+                    self._is_ours = self.decoder.uses == uses
+                self._resume()
         except BaseException:
             # An interrupt may have cost the cache what the rewind needs; the next call says so.
             with suppress(ValueError):
                 self._roll_back()
             raise
         self._roll_back()
+
+    def _resume(self) -> None:
+        """Continue after a step was yielded. Raises ValueError if the decoder was used since."""
+        if not self._is_ours:
+            raise ValueError(
+                "the decoder was used while this text was suspended, so the text cannot continue: "
+                "finish or close it before, or give each text a decoder of its own"
+            )
+        self.decoder.in_flight = ()
 
     def _single_steps(self) -> Iterator[list]:
         """`steps`, each read back before the next."""
@@ -92,11 +109,12 @@ class Loop:
 
     def _step(self, active: Sequence[bool]) -> tuple[list[int], list]:
         """One step of the active rows, read back: (ids, ids or Tokens)."""
-        logits = self.decoder.logits  # [B, V]
         mask = None
         if self.constraints is not None:
-            mask = stack_masks(self.constraints, active, logits)
-        log_p = logits.float().log_softmax(dim=-1) if self.logprobs else None  # [B, V]
+            mask = stack_masks(self.constraints, active, self.decoder.logits)
+        log_p = None
+        if self.logprobs:
+            log_p = self.decoder.logits.float().log_softmax(dim=-1)  # [B, V]
         ids = self._launch(mask, active)  # [B]
         chosen = ids.tolist()
         check_choice(chosen)
@@ -181,7 +199,9 @@ class Loop:
         return [held - length for held, length in zip(self.decoder.lengths, taken)]
 
     def _roll_back(self) -> None:
-        """Forget the ids that were not taken."""
+        """Forget the ids that were not taken, unless another one has used the decoder since."""
+        if not self._is_ours:
+            return
         self.decoder.in_flight = ()
         if any(surplus := self._surplus()):
             self.decoder.rewind(surplus)
@@ -289,12 +309,17 @@ def check_sampling(sampling: Sampling) -> None:
 def check_choice(ids: Sequence[int]) -> None:
     """Raises ValueError if a row had no choice, see `Engine.step`."""
     for b, id in enumerate(ids):
-        if id == NO_NUMBERS:
-            raise ValueError(
-                f"row {b}: the logits are NaN or infinite (float16 overflows in some fine-tunes); "
-                "load the model in bfloat16 or float32"
-            )
-        if id == NOTHING_LEFT:
-            raise ValueError(
-                f"row {b}: constraint and penalties forbid every token, so none can be chosen"
-            )
+        if problem := choice_problem(id):
+            raise ValueError(f"row {b}: {problem}")
+
+
+def choice_problem(id: int) -> str | None:
+    """Why a step returned this instead of an id; None for an id."""
+    if id == NO_NUMBERS:
+        return (
+            "the logits are NaN or infinite (float16 overflows in some fine-tunes); load the model "
+            "in bfloat16 or float32"
+        )
+    if id == NOTHING_LEFT:
+        return "constraint and penalties forbid every token, so none can be chosen"
+    return None

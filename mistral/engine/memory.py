@@ -72,6 +72,12 @@ def has_room(needed: int, device: torch.device) -> bool:
     return free is None or needed <= free
 
 
+def how_often_fits(needed: int, device: torch.device) -> int | None:
+    """How often `needed` bytes are free on `device`; None if that is unknown."""
+    free = _available_memory(device)
+    return None if free is None else free // needed
+
+
 def require_memory(
     needed: int, device: torch.device, what: str, fits: Callable[[int], str]
 ) -> None:

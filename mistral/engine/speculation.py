@@ -103,7 +103,7 @@ class LookupDecoder(Engine):
     @property
     def lengths(self) -> list[int]:
         """How many tokens the row holds; guesses do not count."""
-        return [len(self._text)]
+        return self._yielded([len(self._text)])
 
     @property
     def limit(self) -> int:
@@ -124,6 +124,7 @@ class LookupDecoder(Engine):
     @one_thread
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
         """Append ids to the row: a prompt, or ids that a grammar leaves no choice about."""
+        self._begin_use()
         (ids,) = check_rows(rows, 1, self.config.vocab_size)
         self._check_room([len(ids)])
         if ids:
@@ -142,6 +143,7 @@ class LookupDecoder(Engine):
         active: Sequence[bool] | None = None,
     ) -> Tensor:
         """Sample an id and append it: int64 [1] on the device."""
+        self._begin_use()
         counts = self._step_counts(sampling, mask, active)
         self._catch_up()
         logits = self._last_scores()
@@ -149,10 +151,12 @@ class LookupDecoder(Engine):
             return torch.full((1,), IDLE, device=logits.device)
         own = sampling if isinstance(sampling, Sampling) else sampling[0]
         self._random = self._random or RandomNumbers(logits.device)
-        remembers = own.repetition_penalty != 1 or own.no_repeat_ngram_size
-        history = torch.tensor([list(map(ord, self._text)) if remembers else []], dtype=torch.int64)
+        ids = list(map(ord, self._text)) if own.reads_history else []
+        history = torch.tensor([ids], dtype=torch.int64)
         history = history.to(logits.device, non_blocking=True)
-        ids = sample_rows(logits, own, history, self.lengths, mask, self._random, counts)
+        rows = (history, self.lengths)
+        starts = self.answer_starts
+        ids = sample_rows(logits, own, *rows, mask, self._random, counts, starts)
         chosen = ids.item()
         self._new = True
         # Without a choice the id is negative; 0 takes its place until the row is rewound.
@@ -165,6 +169,7 @@ class LookupDecoder(Engine):
 
         All can always be forgotten. Raises ValueError beyond `slack` once the window rolls.
         """
+        self._begin_use()
         (count,) = self._rewind_counts(n)
         if count == 0:
             return
@@ -174,6 +179,11 @@ class LookupDecoder(Engine):
             self._scored = None
         self._new = True
         self._text = self._text[:stays]
+
+    @one_thread
+    def restart_random(self, row: int) -> None:
+        """Begin the random numbers anew."""
+        self._random = None
 
     def _right(self) -> int:
         """How many ids the decoder holds that are the row's first."""

@@ -183,30 +183,12 @@ def _pieces(loop: Loop, readers: Sequence["UntilStop"]) -> Iterator[tuple[int, s
                         yield b, piece
 
 
-def text_until(
-    ids: Iterator[int],
-    tokenizer: Tokenizer,
-    stop: Sequence[str],
-    strip_leading_space: bool = False,
-    is_quoted: Callable[[str, int], bool] = lambda text, at: False,
-) -> Iterator[str]:
-    """Decode ids up to the first stop string; yields pieces of text. See `UntilStop`."""
-    reader = UntilStop(tokenizer, stop, strip_leading_space, is_quoted)
-    for id in ids:
-        if piece := reader.feed(id):
-            yield piece
-        if reader.has_stopped:
-            return
-    if piece := reader.finish():
-        yield piece
-
-
 class UntilStop:
     """Ids to text up to the first stop string, holding back what could be the beginning of one.
 
     strip_leading_space  see `Tokenizer.stream`
     is_quoted            whether the stop string at a place of the text is quoted, and ends nothing
-    has_stopped          a stop string was complete; later ids are ignored
+    stopped_at           the stop string that was complete; later ids are ignored
     """
 
     def __init__(
@@ -216,12 +198,22 @@ class UntilStop:
         strip_leading_space: bool = False,
         is_quoted: Callable[[str, int], bool] = lambda text, at: False,
     ):
-        self.has_stopped = False
+        self.stopped_at: str | None = None
         self._stop = stop
         self._is_quoted = is_quoted
         self._stream = tokenizer.stream(strip_leading_space)
         self._text = ""
         self._given = 0  # characters that were returned
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop string was complete."""
+        return self.stopped_at is not None
+
+    @property
+    def length(self) -> int:
+        """How many characters were decoded, those held back included."""
+        return len(self._text)
 
     def feed(self, id: int) -> str:
         """The text that one more id makes final."""
@@ -230,15 +222,15 @@ class UntilStop:
         self._text += self._stream.feed(id)
         # The one that ends first; of two that end together, the longer.
         places = sorted(
-            (match.end(), match.start())
+            (match.end(), match.start(), s)
             for s in self._stop
             for match in re.compile(re.escape(s)).finditer(self._text, self._given)
         )
         # From left to right, up to the first that is not quoted: is_quoted parses as it goes.
-        at = next((at for _, at in places if not self._is_quoted(self._text, at)), None)
-        if at is not None:
-            self.has_stopped = True
-            return self._until(at)
+        for _, at, s in places:
+            if not self._is_quoted(self._text, at):
+                self.stopped_at = s
+                return self._until(at)
         # How much of the text's end could be the beginning of a stop string.
         open_end = max(
             (n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])),

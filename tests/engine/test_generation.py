@@ -453,8 +453,6 @@ def test_a_stop_string_ends_the_text_wherever_the_tokens_break(with_true_tokeniz
 
 
 def test_the_stop_string_that_is_complete_first_counts_however_the_text_is_cut():
-    from mistral.engine.text import text_until
-
     class Pieces:
         """A tokenizer whose ids are places in a list of pieces."""
 
@@ -481,7 +479,9 @@ def test_the_stop_string_that_is_complete_first_counts_however_the_text_is_cut()
         for _ in range(6):
             cuts = sorted(generator.sample(range(13), generator.randint(0, 8)))
             pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 12])]
-            results.add("".join(text_until(iter(range(len(pieces))), Pieces(pieces), stop)))
+            reader = UntilStop(Pieces(pieces), stop)
+            found = [reader.feed(id) for id in range(len(pieces))]
+            results.add("".join([*found, reader.finish()]))
         ends = [text.find(s) + len(s) for s in stop if s in text]
         expected = (
             text

@@ -106,7 +106,7 @@ def test_after_interrupts_anywhere_the_logits_are_those_of_the_ids(engine, seed)
         copy.deepcopy(model),
         random.choice([1, 1, 2, 3]),
         None if window else 60,
-        slack=random.choice([1, 3, 8]),
+        slack=random.choice([0, 1, 3, 8]),
     )
     decoder.prefill([[random.randrange(101) for _ in range(3)] for _ in decoder.lengths])
     for _ in range(40):
@@ -120,13 +120,8 @@ def test_after_interrupts_anywhere_the_logits_are_those_of_the_ids(engine, seed)
         except Interrupt:
             pass
         except ValueError as error:
-            if "interrupted after it had overwritten" in str(error):
-                return  # more than the slack was lost, and the engine says so
+            assert "interrupted" not in str(error)  # noqa: PT017
         finally:
             undo()
         if random.random() < 0.4:
-            try:
-                assert_right(model, decoder)
-            except ValueError as error:
-                assert "interrupted after it had overwritten" in str(error)
-                return
+            assert_right(model, decoder)

@@ -45,20 +45,20 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-def eager(model, rows=1):
-    return Decoder(model, rows)
+def eager(model, rows=1, slack=16):
+    return Decoder(model, rows, slack=slack)
 
 
-def compiled(model, rows=1):
-    return CompiledDecoder(model, rows, sums=False)
+def compiled(model, rows=1, slack=16):
+    return CompiledDecoder(model, rows, slack=slack, sums=False)
 
 
-def kernels(model, rows=1):
-    return KernelsDecoder(model, rows, plain=True)
+def kernels(model, rows=1, slack=16):
+    return KernelsDecoder(model, rows, slack=slack, plain=True)
 
 
-def cpu(model, rows=1):
-    return CpuDecoder(model, rows, threads=2)
+def cpu(model, rows=1, slack=16):
+    return CpuDecoder(model, rows, slack=slack, threads=2)
 
 
 def lookup(inner):
@@ -156,6 +156,37 @@ def check_every_operation(decoder, sampling, every):
 @pytest.mark.parametrize("make", ENGINES, ids=lambda make: make.__name__)
 def test_an_exception_at_any_operation_changes_no_text(model, make, every):
     check_every_operation(make(model), SAMPLED, every)
+
+
+@pytest.mark.parametrize("every", [41, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", BATCHES)
+def test_without_slack_an_exception_at_any_operation_changes_no_text(model, make, every):
+    check_every_operation(make(model, slack=0), SAMPLED, every)
+
+
+@pytest.mark.parametrize("make", BATCHES)
+def test_without_slack_an_exception_in_the_head_changes_no_text(make, monkeypatch):
+    model = small.model(torch.float32, **SIZES)
+    expected = list(generate(make(model, slack=0), PROMPTS[0], SAMPLED, max_new_tokens=12))
+    decoder = make(model, slack=0)
+    stops = {6, 9, 10}  # the window has rolled
+    calls = itertools.count()
+
+    def interrupted(kept):
+        def keep(counts, new):
+            if next(calls) in stops:
+                raise Interrupt
+            kept(counts, new)
+
+        return keep
+
+    monkeypatch.setattr(decoder, "_keep_logits", interrupted(decoder._keep_logits))
+    decoder.prefill(PROMPTS[:1])
+    written = []
+    while len(written) < 12:
+        with contextlib.suppress(Interrupt):
+            written.append(decoder.step(SAMPLED).item())
+    assert written == expected
 
 
 @pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])

@@ -17,6 +17,7 @@ import mistral
 from mistral import Decoder, LookupDecoder, Sampling, generate, generate_batch, generate_naive
 from mistral.engine.compiled import CompiledDecoder
 from mistral.engine.ids import token_ids, unpadded
+from mistral.engine.loop import batch_loop
 from mistral_kernels import Decoder as KernelDecoder
 from mistral_kernels.cpu import Decoder as CpuDecoder
 
@@ -109,6 +110,59 @@ def test_each_row_says_why_it_ended(make):
     assert answers.reasons == ["stop", "length", "full"]
     assert [len(answer) for answer in answers] == [4, 7, 4]
     assert decoder.lengths == [13, 19, 24]
+
+
+COUNTING = Sampling(
+    temperature=0, frequency_penalty=0.9, presence_penalty=0.4, logit_bias={5: 3.0, 6: -9.0}
+)
+
+
+@ENGINES
+def test_penalties_count_the_answer_and_biases_are_added_by_every_engine(make):
+    m = model(sliding_window=6)
+    ids = prompt(9)
+    expected = list(generate_naive(m, ids, COUNTING, max_new_tokens=30, stop_tokens=()))
+    assert expected != run(m, ids, 30)
+    decoder = make(m)
+    assert run(decoder, ids, 30, COUNTING) == expected
+    # In the next turn the first answer is a part of the prompt.
+    told = ids + expected + [7, 8]
+    expected = list(generate_naive(m, told, COUNTING, max_new_tokens=9, stop_tokens=()))
+    assert run(decoder, [7, 8], 9, COUNTING) == expected
+    with pytest.raises(ValueError, match="logit_bias: token id 128 lies outside"):
+        run(decoder, [7], 1, Sampling(logit_bias={128: 1.0}))
+
+
+@BATCHES
+def test_each_row_has_its_own_penalties(make):
+    m = model(sliding_window=None)
+    prompts = [prompt(9), prompt(5, 3), prompt(1, 7)]
+    sampling = [COUNTING, GREEDY, Sampling(temperature=0, frequency_penalty=-1.0)]
+    got = generate_batch(make(m, 3), prompts, sampling, max_new_tokens=12, stop_tokens=())
+    assert got == [run(m, p, 12, s) for p, s in zip(prompts, sampling)]
+
+
+def test_a_long_prompt_of_one_row_is_not_padded_to_all_rows(monkeypatch):
+    m = model(sliding_window=None)
+    passes = []
+    forward = mistral.Mistral.forward
+
+    def noted(self, tokens, *args, **options):
+        passes.append(tuple(tokens.shape))
+        return forward(self, tokens, *args, **options)
+
+    monkeypatch.setattr(mistral.Mistral, "forward", noted)
+    decoder = eager(m, 4)
+    decoder.prefill([prompt(9), prompt(12, 1), [], prompt(3, 2)])
+    decoder.step([GREEDY, GREEDY, None, GREEDY])
+    expected = copy.deepcopy(decoder)
+    decoder.prefill([[], [], prompt(40, 3), []])
+    # Few tokens a row are read together; the long prompt alone, then the ids of the step.
+    assert passes == [(4, 12), (1, 40), (4, 1)]
+    for id in prompt(40, 3):
+        expected.prefill([[], [], [id], []])
+    assert passes[-1] == (1, 1)
+    assert torch.allclose(decoder.logits, expected.logits, atol=1e-4)
 
 
 def test_generate_says_why_it_ended():
@@ -852,3 +906,93 @@ def test_a_hook_on_all_modules_keeps_what_a_gate_computed():
     finally:
         hook.remove()
     assert torch.equal(kept[0][1], F.linear(kept[0][0], gate.weight))
+
+
+@BATCHES
+def test_the_random_numbers_of_a_shared_sampling_continue_while_a_row_is_emptied(make):
+    m = model(sliding_window=6)
+    sampling = Sampling(seed=3, temperature=3.0)
+    first, second = prompt(4), prompt(5, 3)
+
+    def three_steps(decoder, active=None):
+        return [decoder.step(sampling, None, active).tolist()[1] for _ in range(3)]
+
+    emptied, idle, new = (make(m, 2) for _ in range(3))
+    emptied.prefill([first, [5]])
+    three_steps(emptied)
+    emptied.rewind([0, 4])
+    idle.prefill([first, []])
+    three_steps(idle, [True, False])
+    for decoder in (emptied, idle):
+        decoder.prefill([[], second])
+    new.prefill([first, second])
+    after = three_steps(emptied)
+    assert after == three_steps(idle) != three_steps(new)
+    # When all rows are emptied, they start anew.
+    emptied.rewind(emptied.lengths)
+    emptied.prefill([first, second])
+    new.rewind([3, 3])
+    assert three_steps(emptied) == three_steps(new)
+
+
+# A text that is left unfinished
+
+
+@ENGINES
+@pytest.mark.parametrize("use", ["prefill", "step", "rewind", "generate"])
+def test_an_unfinished_text_leaves_a_decoder_alone_that_was_used_since(make, use):
+    m = model(sliding_window=6)
+    decoder = make(m)
+    unfinished = generate(decoder, prompt(9), GREEDY, max_new_tokens=20, stop_tokens=())
+    ids = prompt(9) + [next(unfinished) for _ in range(4)]
+    assert decoder.lengths == [len(ids)]  # not those of steps in flight
+    if use == "prefill":
+        decoder.prefill([[5, 6, 7]])
+        ids += [5, 6, 7]
+    elif use == "step":
+        ids.append(decoder.step(GREEDY).item())
+    elif use == "rewind":
+        decoder.rewind(2)
+        ids = ids[:-2]
+    else:
+        ids += [5, *run(decoder, [5], 3)]
+    if use != "step":
+        with pytest.raises(ValueError, match="used while this text was suspended"):
+            next(unfinished)
+    del unfinished
+    gc.collect()
+    assert decoder.lengths == [len(ids)]
+    assert run(decoder, [8]) == run(make(m), [*ids, 8])
+
+
+@ENGINES
+def test_forced_ids_that_were_not_yielded_are_rolled_back_by_the_next_use(make):
+    class Forced(mistral.Constraint):
+        def forced(self):
+            return [5, 6, 7, 8]
+
+    m = model(sliding_window=None)
+    decoder = make(m)
+    text = generate(decoder, prompt(9), GREEDY, max_new_tokens=20, constraint=Forced())
+    assert [next(text), next(text)] == [5, 6]
+    assert decoder.lengths == [11]
+    decoder.prefill([[20]])
+    text.close()
+    assert run(decoder, [8]) == run(make(m), [*prompt(9), 5, 6, 20, 8])
+
+
+@BATCHES
+def test_a_batch_that_is_left_unfinished_keeps_what_was_yielded(make):
+    m = model(sliding_window=6)
+    prompts = [prompt(9), prompt(5, 3)]
+    decoder = make(m, 2)
+    loop = batch_loop(decoder, prompts, GREEDY, 20, (), None)
+    steps = loop.steps()
+    rows = [list(ids) for ids in zip(*(next(steps) for _ in range(3)))]
+    decoder.prefill([[5], [6, 7]])
+    del steps
+    gc.collect()
+    assert decoder.lengths == [13, 10]
+    found = generate_batch(decoder, [[], []], GREEDY, max_new_tokens=4, stop_tokens=())
+    histories = [p + row + more for p, row, more in zip(prompts, rows, [[5], [6, 7]])]
+    assert found == [run(m, ids, 4) for ids in histories]

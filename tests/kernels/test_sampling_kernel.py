@@ -381,7 +381,7 @@ def test_without_seeds_each_row_draws_its_own_from_the_global_generator():
 def test_a_sampling_for_each_row_is_asked_for():
     with pytest.raises(ValueError, match="1 samplings for 2 rows"):
         Sampler(2, V, DEVICE).prepare([Sampling()], None, nothing(2))
-    with pytest.raises(ValueError, match="typical_p nor no_repeat_ngram_size"):
+    with pytest.raises(ValueError, match="has no typical_p, no_repeat_ngram_size, logit_bias"):
         Sampler(2, V, DEVICE).prepare([None, Sampling(typical_p=0.5)], None, nothing(2))
 
 
@@ -503,7 +503,7 @@ def test_what_the_kernel_does_not_have_is_left_to_the_reference():
         Sampling(temperature=0, no_repeat_ngram_size=1),
     ):
         assert not Sampler.supports(sampling)
-        with pytest.raises(ValueError, match="typical_p nor no_repeat_ngram_size"):
+        with pytest.raises(ValueError, match="has no typical_p, no_repeat_ngram_size, logit_bias"):
             Sampler(1, V, DEVICE).prepare(sampling, None, nothing(1))
     with pytest.raises(
         ValueError, match="logits in torch.float16: the sampling kernel takes float32"
@@ -582,16 +582,31 @@ def test_a_top_k_of_any_size_is_taken(plain):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize(("seed", "counts"), [(1, [0, 1]), (None, [1, 1])])
-def test_rows_that_share_a_sampling_draw_again_each_by_itself(seed, counts):
+@pytest.mark.parametrize("seed", [1, None])
+def test_rows_that_share_a_sampling_draw_again_together(seed):
     sampler = Sampler(2, 40, DEVICE, plain=True)
     ids = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    sampler.prepare(Sampling(seed=seed), None, nothing(2), lengths=[5, 9])
-    sampler.run(torch.zeros(2, 40, device=DEVICE), ids)
-    sampler.confirm()
-    sampler.settle([5, 10])  # the first row's id is gone
-    sampler.prepare(Sampling(seed=seed), None, nothing(2), lengths=[5, 10])
-    assert sampler.counts.tolist() == counts  # without a seed, none are drawn again
+
+    def step(lengths, counts=None):
+        sampler.settle(lengths)
+        sampler.prepare(Sampling(seed=seed), None, nothing(2), counts, lengths)
+        before = sampler.counts.tolist()
+        sampler.run(torch.zeros(2, 40, device=DEVICE), ids)
+        sampler.confirm()
+        return before
+
+    def counts_of(*seeded_and_not):  # without a seed, none are drawn again
+        return [seeded_and_not[seed is None]] * 2
+
+    assert step([5, 9]) == counts_of(0, 0)
+    assert step([5, 10]) == counts_of(1, 1)  # the second row holds the id of the first draw
+    assert step([6, 11], [1, 0]) == counts_of(2, 2)
+    assert step([6, 12]) == counts_of(2, 3)  # no row holds an id of the third
+    assert step([7, 13], [1, 0]) == counts_of(3, 4)
+    assert step([8, 13]) == counts_of(4, 5)  # an idle row draws its share
+    assert step([7, 12]) == counts_of(3, 6)
+    assert step([1, 0]) == counts_of(0, 7)
+    assert step([0, 0]) == counts_of(0, 0)
 
 
 def test_scores_have_room_for_a_shift_by_three():

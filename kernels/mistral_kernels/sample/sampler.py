@@ -1,30 +1,28 @@
 """The inputs of the sampling kernel besides the logits, and how they get to the device."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mistral.sampling import Sampling
+from mistral.sampling import Draws, Sampling
 from mistral_kernels.portable import require
 from mistral_kernels.sample import kernel
 
 
 @dataclass
 class _Numbers:
-    """A row's random numbers.
+    """The random numbers of a row, or of all rows that share a Sampling.
 
     seed    as in `Sampling`
-    stream  of the kernel
     number  the seed itself, or one from PyTorch's global generator if it is None
-    drawn   the row's length before each of its draws
     """
 
     seed: int | None
-    stream: int
     number: int
-    drawn: list[int] = field(default_factory=list)
+    draws: Draws = field(default_factory=Draws)
 
 
 class Sampler:
@@ -33,10 +31,10 @@ class Sampler:
 
     plain  run the kernel's plain-PyTorch twin instead
 
-    A seed starts a row's random numbers at the first step that brings it, and they continue as long
-    as it stays the same. Those of ids that the row does not hold any more are drawn again, see
-    `settle`. Without a seed they start from a number of PyTorch's global generator, anew after the
-    row was emptied, and none are drawn again.
+    Which random numbers belong to which step is the rule of `mistral.sampling.RandomNumbers`: rows
+    that share a Sampling draw together, others each by itself. Without a seed they start from a
+    number of PyTorch's global generator, anew after the row was emptied (or all that draw
+    together), and none are drawn again.
 
     counts    int64 [B]: how many ids each row has drawn, which is the position in its random
               numbers
@@ -54,18 +52,20 @@ class Sampler:
         self._integers = torch.zeros(batch_size, kernel.INTEGERS, dtype=torch.int64, device=device)
         self.counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.problems = torch.zeros_like(self.counts)
-        self._numbers: list[_Numbers | None] = [None] * batch_size  # of each row; None: not begun
-        self._counts_are_right = True  # False: `counts` must be brought to the device again
+        self._numbers: dict[int | None, _Numbers] = {}  # by row; None: of all rows together
+        self._placed: list[int] | None = [0] * batch_size  # what `counts` holds; None: unknown
+        self._advanced: list[int] = []  # what it holds after the next run
         self._written: list[tuple] | None = None  # what `_floats` and `_integers` were last set to
         self._knows_history = False  # whether `_seen` has all ids of the rows
 
     @staticmethod
     def supports(sampling: Sampling) -> bool:
-        """Whether the kernel has the rules of `sampling`: all but typical_p and
-        no_repeat_ngram_size.
+        """Whether the kernel has the rules of `sampling`: all but typical_p, no_repeat_ngram_size,
+        logit_bias, and the frequency and presence penalties.
         """
         typical = sampling.typical_p < 1 and sampling.temperature != 0
-        return not typical and sampling.no_repeat_ngram_size == 0
+        is_biased = bool(sampling.logit_bias) or sampling.counts_answer
+        return not typical and not is_biased and sampling.no_repeat_ngram_size == 0
 
     def prepare(
         self,
@@ -100,13 +100,12 @@ class Sampler:
         active = [row for row in rows if row is not None]
         require(
             all(map(self.supports, active)),
-            "the sampling kernel has neither typical_p nor no_repeat_ngram_size",
+            "the sampling kernel has no typical_p, no_repeat_ngram_size, logit_bias, "
+            "frequency_penalty and presence_penalty",
         )
-        if not self._counts_are_right:
-            drawn = [0 if own is None else len(own.drawn) for own in self._numbers]
-            self.counts.copy_(torch.tensor(drawn), non_blocking=True)
-        self._counts_are_right = lengths is None
         self._begin(rows, shared)
+        if lengths is not None:
+            self._draw(rows, shared, lengths)
         settings = [
             self._settings(b, row, shared, masked=mask is not None) for b, row in enumerate(rows)
         ]
@@ -121,28 +120,26 @@ class Sampler:
         if not self._knows_history and any(row.repetition_penalty != 1 for row in active):
             self._mark(history)
             self._knows_history = True
-        if lengths is not None:
-            for row, own, length in zip(rows, self._numbers, lengths):
-                if row is not None:
-                    own.drawn.append(length)
 
     def confirm(self) -> None:
         """The ids of the last `run` were appended."""
-        self._counts_are_right = True
+        self._placed = self._advanced
 
     def settle(self, lengths: Sequence[int]) -> None:
         """Give back the random numbers of ids beyond the rows' lengths: they are drawn again.
 
         Must be called before a row that was rolled back grows again.
         """
-        for b, (own, length) in enumerate(zip(self._numbers, lengths)):
-            if own is None:
-                continue
-            if own.seed is None and length == 0:
-                self._numbers[b] = None
-            while own.seed is not None and own.drawn and own.drawn[-1] >= length:
-                own.drawn.pop()
-                self._counts_are_right = False
+        for key, numbers in list(self._numbers.items()):
+            held = lengths if key is None else lengths[key : key + 1]
+            if numbers.seed is not None:
+                numbers.draws.settle(held)
+            elif not any(held):
+                del self._numbers[key]
+
+    def restart(self, row: int) -> None:
+        """Begin the random numbers of a row anew at its next draw."""
+        self._numbers.pop(row, None)
 
     def forget(self) -> None:
         """The rows hold other ids than `run` has chosen: read their history at the next penalty."""
@@ -157,25 +154,41 @@ class Sampler:
         self._sample(logits, *tables, *settings, self.counts, ids, self.problems)
 
     def _begin(self, rows: Sequence[Sampling | None], shared: bool) -> None:
-        """Begin the random numbers of each active row whose seed or stream is new."""
-        drawn = None  # the seed of all rows that share a Sampling without one
+        """Begin the random numbers of each active row whose seed is new."""
         begins = [False] * len(rows)
         for b, row in enumerate(rows):
-            stream = _stream(b, shared)
-            own = self._numbers[b]
-            if row is None or (own and (own.seed, own.stream) == (row.seed, stream)):
+            key = None if shared else b
+            if row is None or (key in self._numbers and self._numbers[key].seed == row.seed):
                 continue
-            begins[b] = True
             number = row.seed
             if number is None:
-                if drawn is None or not shared:
-                    drawn = int(torch.randint(2**63 - 1, ()))
-                number = drawn
-            self._numbers[b] = _Numbers(row.seed, stream, number)
+                number = int(torch.randint(2**63 - 1, ()))
+            self._numbers[key] = _Numbers(row.seed, number)
+            begins = [True] * len(rows) if shared else [*begins[:b], True, *begins[b + 1 :]]
         if any(begins):
-            self.counts.masked_fill_(
-                torch.tensor(begins).to(self.counts.device, non_blocking=True), 0
-            )
+            self._placed = None
+            begins = torch.tensor(begins).to(self.counts.device, non_blocking=True)
+            self.counts.masked_fill_(begins, 0)
+
+    def _draw(self, rows: Sequence[Sampling | None], shared: bool, lengths: Sequence[int]) -> None:
+        """Bring each row's count to the device, and let the draws of this step count."""
+        # 1. Bring the counts to the device, if they are not there.
+        counts = [0] * len(rows)
+        for b in range(len(rows)):
+            if numbers := self._numbers.get(None if shared else b):
+                counts[b] = len(numbers.draws)
+        if self._placed != counts:
+            self.counts.copy_(torch.tensor(counts), non_blocking=True)
+        self._placed = None  # until `confirm`
+        self._advanced = [count + (row is not None) for count, row in zip(counts, rows)]
+        # 2. Draw.
+        if shared:
+            places = [math.inf if row is None else n for row, n in zip(rows, lengths)]
+            self._numbers[None].draws.add(places)
+            return
+        for b, row in enumerate(rows):
+            if row is not None:
+                self._numbers[b].draws.add(lengths[b : b + 1])
 
     def _settings(
         self, b: int, sampling: Sampling | None, shared: bool, masked: bool
@@ -185,7 +198,7 @@ class Sampler:
             return (0.0,) * kernel.FLOATS, (0,) * kernel.INTEGERS
         floats = (sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
         top_k = min(sampling.top_k, self._seen.shape[1])
-        seed = self._numbers[b].number
+        seed = self._numbers[None if shared else b].number
         seed = seed if seed < 2**63 else seed - 2**64  # the same bits as int64
         return floats, (top_k, seed, int(masked), _stream(b, shared), 1)
 
