@@ -8,13 +8,20 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mistral.errors import CheckpointError
+from mistral.exchange import take_place
 from mistral.printable import on_one_line
-from mistral.temporary import complete, new_file, new_folder, sync_folder, wait_for_lock
+from mistral.temporary import (
+    complete,
+    new_file,
+    new_folder,
+    sync_folder,
+    wait_for_lock,
+)
 from mistral.unreadable import is_there, unreadable, what_is
 
 _FULL = {
@@ -85,22 +92,26 @@ def whole_folder(folder: Path, last: str, size: int = 0) -> Iterator[Path]:
     """Yields a temporary folder to write files to; at the end they are in `folder`.
 
     A new folder appears in one step, with all of its files. In one that exists they replace the
-    files of the same names, one by one, after all are written; its other files stay.
+    files of the same names after all are written; its other files stay. On Linux that is one step,
+    too, unless a folder is in it, or the file system cannot. Then `last` is removed, the others are
+    replaced one by one, `last` at the end.
 
-    last  the name of the file to replace last: without it the folder is not complete
+    last  the file without which no reader takes the folder for complete
     size  bytes that will be written, if that is known: checked against the free space before
 
     Raises OSError, in one line that names the folder, if they cannot be written. Then nothing is
-    changed. A process that is killed leaves a folder NAME.<16 hex digits>.unfinished next to a new
-    folder, or in one that exists; the next one that writes there deletes it.
+    changed. A process that is killed leaves a folder NAME.<16 hex digits>.unfinished next to the
+    folder, or in it if nothing may be written there; the next one that writes there deletes it.
     """
     target = Path(os.path.realpath(folder))
     with _naming(folder, target, size):
         is_new = not target.exists()
         if is_new:
             target.parent.mkdir(parents=True, exist_ok=True)
-        _require_space(target.parent if is_new else target, size)
-        unfinished, lock = new_folder(target if is_new else target / target.name)
+        # In the folder itself if it cannot be next to it; then files are replaced one by one.
+        is_inside = not os.access(target.parent, os.W_OK) or os.path.ismount(target)
+        _require_space(target if is_inside else target.parent, size)
+        unfinished, lock = new_folder(target / target.name if is_inside else target)
         mode = os.fstat(lock).st_mode & 0o666
         try:
             yield unfinished
@@ -176,22 +187,51 @@ def _is_replaceable(path: Path, earlier: os.stat_result) -> bool:
 
 def _publish(unfinished: Path, names: list[str], target: Path) -> None:
     """Make `target` of a finished folder, or move its files there if `target` exists."""
-    if unfinished.parent == target.parent:
+    is_outside = unfinished.parent == target.parent
+    if is_outside:
         try:
             unfinished.rename(target)
-        except OSError as error:  # another process was faster
+        except OSError as error:  # there is one with files in it
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
         else:
             return sync_folder(target.parent)
-    descriptor = os.open(target, os.O_RDONLY)
+    with _locked(target):  # first the files of one process, then those of another
+        if is_outside and take_place(unfinished, target, names):
+            return sync_folder(target.parent)
+        _replace_files(unfinished, names, target)
+    return sync_folder(target)
+
+
+def _replace_files(unfinished: Path, names: list[str], target: Path) -> None:
+    """Move the files of a finished folder to `target`, one by one."""
+    last = names[-1]
+    earlier = unfinished / f"earlier {last}"
+    # Without `last` the folder is not taken for complete if the process is killed from here on.
+    with suppress(FileNotFoundError):
+        (target / last).rename(earlier)
     try:
-        wait_for_lock(descriptor)  # first the files of one process, then those of another
         for name in names:
             (unfinished / name).replace(target / name)
+    except OSError:
+        if (unfinished / names[0]).exists() and earlier.exists():  # nothing is replaced yet
+            earlier.rename(target / last)
+        raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Waits until no other process writes to a folder, and lets none until the end."""
+    while True:
+        descriptor = os.open(folder, os.O_RDONLY)
+        wait_for_lock(descriptor)
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            break
+        os.close(descriptor)  # another folder has taken its place meanwhile
+    try:
+        yield
     finally:
         os.close(descriptor)
-    return sync_folder(target)
 
 
 @contextmanager

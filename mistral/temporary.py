@@ -39,8 +39,8 @@ def new_folder(target: Path) -> tuple[Path, int]:
 
 
 def _new(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    _delete_leftovers(target.parent, target.name)
     name = target.name[:_MOST_LETTERS]
-    _delete_leftovers(target.parent, name)
     while True:
         path = target.with_name(f"{name}.{secrets.token_hex(8)}.unfinished")
         descriptor = make(path)
@@ -65,14 +65,16 @@ def _lock(descriptor: int) -> bool | None:
     return True
 
 
+def is_temporary(entry: str, name: str) -> bool:
+    """Whether a name in a folder is that of a temporary file or folder for `name`."""
+    begin = name[:_MOST_LETTERS]
+    return entry.startswith(begin) and bool(_ENDING.fullmatch(entry[len(begin) :]))
+
+
 def _delete_leftovers(folder: Path, name: str) -> None:
     """Delete the temporary files and folders of processes that were killed."""
     with os.scandir(folder) as entries:
-        leftovers = [
-            Path(entry.path)
-            for entry in entries
-            if entry.name.startswith(name) and _ENDING.fullmatch(entry.name[len(name) :])
-        ]
+        leftovers = [Path(entry.path) for entry in entries if is_temporary(entry.name, name)]
     for path in leftovers:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             continue

@@ -370,7 +370,105 @@ def test_a_folder_of_files_is_there_with_all_of_them_or_not_at_all(tmp_path):
     assert len(list(folder.iterdir())) == 3
 
 
+def saved_forever(folder, letter):
+    def work():
+        while True:
+            with whole_folder(folder, last="config.json") as unfinished:
+                fill(unfinished, letter)
+
+    return work
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_process_that_is_killed_at_any_moment_leaves_a_whole_folder(tmp_path, inner):
+    folder = tmp_path / "model"
+    folder.mkdir(mode=0o750)
+    fill(folder, "a")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "link").symlink_to("notes.txt")
+    if inner:  # then files are replaced one by one
+        (folder / "inner").mkdir()
+    moments = random.Random(0)
+    for _ in range(10):
+        children = [in_a_child(saved_forever(folder, letter)) for letter in "ab"]
+        time.sleep(moments.uniform(0, 0.02))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        read = {name: folder / name for name in ("config.json", "weights")}
+        letters = {name: path.read_text() for name, path in read.items() if path.exists()}
+        assert (inner and "config.json" not in letters) or letters in (
+            {"config.json": "a", "weights": "a"},
+            {"config.json": "b", "weights": "b"},
+        )
+    with whole_folder(folder, last="config.json") as unfinished:
+        fill(unfinished, "c")
+    assert (folder / "link").read_text() == "mine"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    left = {"config.json", "weights", "notes.txt", "link"} | ({"inner"} if inner else set())
+    assert {path.name for path in folder.iterdir()} == left
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_others_write_while_a_folder_takes_the_place_of_another_stays(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    fill(folder, "a")
+    for name in ("replaced", "kept", "deleted"):
+        (folder / name).write_text("earlier")
+    exchange = mistral.exchange._exchange
+
+    def late(new, target):
+        write_text(target / "replaced", "now")
+        write_text(target / "added", "now")
+        exchange(new, target)
+        (target / "deleted").unlink()
+
+    monkeypatch.setattr(mistral.exchange, "_exchange", late)
+    with whole_folder(folder, last="config.json") as unfinished:
+        fill(unfinished, "b")
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    assert texts == dict(replaced="now", added="now", kept="earlier", weights="b") | {
+        "config.json": "b"
+    }
+
+
+def test_a_folder_that_this_process_works_in_stays_the_same(tmp_path, monkeypatch):
+    fill(tmp_path, "a")
+    monkeypatch.chdir(tmp_path)
+    with whole_folder(Path(), last="config.json") as unfinished:
+        fill(unfinished, "b")
+    assert {path.name: path.read_text() for path in Path().iterdir()} == {
+        "config.json": "b",
+        "weights": "b",
+    }
+
+
+def test_a_file_that_cannot_be_replaced_leaves_the_earlier_folder(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    fill(tmp_path, "a")
+
+    def refuse(file, target):
+        raise PermissionError(errno.EACCES, "", str(target))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError), whole_folder(tmp_path, last="config.json") as unfinished:
+        fill(unfinished, "b")
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "weights").read_text() == "a"
+
+
+@pytest.mark.parametrize("place", ["", "model"])
+def test_a_folder_that_a_killed_process_left_says_so(tmp_path, place):
+    folder = tmp_path / "model"
+    shutil.copytree(small.DATA / "small", folder)
+    (folder / "config.json").unlink()
+    (tmp_path / place / f"model.{'0' * 16}.unfinished").mkdir()
+    with pytest.raises(mistral.CheckpointError, match="the process that was saving it .* again"):
+        mistral.load(folder)
+
+
 def test_the_file_that_completes_a_folder_is_replaced_last(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()  # then they are replaced one by one
     replaced = []
     monkeypatch.setattr(Path, "replace", lambda file, target: replaced.append(target.name))
     for last in ("config.json", "weights"):

@@ -50,15 +50,15 @@ _QUANTISATION = re.compile(r"(IQ|TQ|Q|F|BF|MXFP|NVFP)\d", re.IGNORECASE)
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
 _NO_MODEL = re.compile(r"mmproj|imatrix", re.IGNORECASE)  # GGUF files of other kinds, by name
 
-# Why there was no answer: (what the error says, what that means and what to do)
+# Why the hub did not answer: (a pattern of the error, its meaning and the remedy)
 _REASONS = [
     (r"OfflineModeIsEnabled", "offline: HF_HUB_OFFLINE is set"),
     (r"HTTP 401", "the hub refuses HF_TOKEN (401): set a valid one, or none"),
     (r"HTTP 403", "the hub forbids it (403): ask for access on the page, and set HF_TOKEN"),
-    (r"HTTP 404", "the server knows no such address (404): check HF_ENDPOINT"),
+    (r"HTTP 404", "the server does not know this address (404): check HF_ENDPOINT"),
     (r"HTTP 407|ProxyError", "the proxy refuses the request: check HTTPS_PROXY"),
     (r"HTTP 429", "too many requests (429): wait, or set HF_TOKEN"),
-    (r"HTTP 5(?P<code>\d\d)", "the hub has trouble of its own (5{code}): try again later"),
+    (r"HTTP 5(?P<code>\d\d)", "the hub failed (5{code}): try again later"),
     (r"HTTP (?P<code>\d+)", "the hub answered with the status {code}"),
     (
         r"(?i)certificate",
@@ -165,9 +165,10 @@ def download(source: str, revision: str | None) -> Path:
 def snapshot(repository: Path, revision: str = "main") -> Path:
     """The folder of a revision in a folder of the hub's cache, models--owner--repo.
 
-    revision  a branch or tag that was asked for, or a commit; if there is no main, the only one.
+    revision  a branch or tag that was downloaded by name, or a commit. If "main" does not exist,
+              it is the only snapshot.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if the snapshot does not exist.
     """
     folder = repository / "snapshots"
     ref = repository / "refs" / revision
@@ -189,8 +190,8 @@ def snapshot(repository: Path, revision: str = "main") -> Path:
 def gguf_sets(names: Iterable[str]) -> dict[str, list[str]]:
     """The GGUF models among files: the name without its ending -> the file, or all of a split set.
 
-    Sets that are not complete are left out, and projectors of images (mmproj) and importance
-    matrices, unless there is nothing else.
+    Incomplete sets are left out. Projectors of images (mmproj) and importance matrices are left out
+    unless there is no other file.
     """
     sets: dict[tuple[str, int], list[str]] = {}
     for name in sorted(name for name in names if name.endswith(".gguf")):
@@ -205,13 +206,13 @@ def gguf_sets(names: Iterable[str]) -> dict[str, list[str]]:
 def choose_files(
     source: str, files: Iterable[str], quantisation: str | None, fetch: Callable[[str], Path]
 ) -> list[str]:
-    """The files of a repository that are needed; the first one is the one to open.
+    """The needed files of a repository, the one to open first.
 
     fetch  downloads a file by name and returns its local path: the index of sharded weights names
            the shards
 
-    Raises CheckpointError, with what there is, if there is no complete checkpoint, or not exactly
-    one quantisation that fits.
+    Raises CheckpointError, with the files in the repository, if no checkpoint in it is complete, or
+    if not exactly one quantisation fits.
     """
     files = set(files)
     if quantisation is not None:
@@ -246,8 +247,7 @@ def choose_files(
 
 def _is_plain(name: str) -> bool:
     """Whether a name in a repository's listing is that of a file below its folder."""
-    parts = name.split("/")
-    return name.isprintable() and all(is_file_name(part) for part in parts)
+    return all(is_file_name(part) for part in name.split("/"))
 
 
 def _choose_gguf(source: str, files: set[str], quantisation: str | None) -> list[str]:
@@ -294,7 +294,7 @@ def _wanted(source: str, name: Name, files: list[str], fetch: Callable[[str], Pa
 
 
 def _cached(source: str, name: Name, revision: str | None, reason: str) -> Path:
-    """The folder or file in the cache, if all is there; `reason` is why the hub is not asked."""
+    """The folder or file in the cache, if it is complete; `reason`: why the hub is not asked."""
     repository = Path(constants.HF_HUB_CACHE) / f"models--{name.repo.replace('/', '--')}"
     if not is_there(repository / "snapshots"):
         raise CheckpointError(

@@ -18,6 +18,7 @@ from mistral.checkpoints.other_kinds import ADAPTER, other_kind
 from mistral.checkpoints.reader import Reader
 from mistral.errors import CheckpointError, one_line
 from mistral.files import expanded
+from mistral.temporary import is_temporary
 from mistral.unreadable import ARIA2, is_there, unreadable, what_is
 
 DEMO = Path(__file__).parents[1] / "demo/demo.gguf"
@@ -78,6 +79,13 @@ def open_reader(path: Path) -> Reader:
         reader = HuggingFaceReader(path) if with_config else ConsolidatedReader(path)
         reader.tensors()  # says which weights are missing
         return reader
+    place = path.resolve()
+    names = _names_below(place.parent) + _names_below(place)
+    if left := [name for name in names if is_temporary(name, place.name)]:
+        raise CheckpointError(
+            f"{path} has no config.json, but there is {left[0]}: the process that was saving it "
+            "has not ended, or was killed; save it again"
+        )
     raise CheckpointError(
         f"{path} has no config.json (Hugging Face's layout) and no params.json (Mistral's own); "
         "copy it from the base model, or name another folder"

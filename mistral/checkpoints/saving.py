@@ -12,9 +12,13 @@ from mistral.tokenizer import Tokenizer
 def save(model: Mistral, tokenizer: Tokenizer | None, folder: str | PathLike[str]) -> None:
     """Write a folder that `mistral.load`, transformers and llama.cpp's converter read.
 
-    A new folder appears with all of its files; in one that exists, files of the same names are
-    replaced after all are written. Without a tokenizer only config and weights are written. Raises
-    ValueError for a packed model, OSError, with nothing changed, if a file cannot be written.
+    A new folder appears with all of its files. In one that exists, files of the same names are
+    replaced after all are written, on Linux all in one step. A process that is killed leaves the
+    earlier files or the new ones. On other systems, and in a folder with folders in it, it may also
+    leave one without config.json, which no reader accepts.
+
+    Without a tokenizer only config and weights are written. Raises ValueError for a packed model,
+    OSError, with nothing changed, if a file cannot be written.
     """
     hugging_face.save(only_model(model), tokenizer, expanded(folder))
 

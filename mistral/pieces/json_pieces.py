@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,13 @@ from tokenizers.models import Model as LibraryModel
 from mistral.errors import CheckpointError, one_line, shown
 from mistral.pieces.added import AddedToken
 from mistral.pieces.base import SPACE, Pieces, Place
+from mistral.pieces.library import guarded
 from mistral.pieces.model_proto import BYTE, NORMAL, UNKNOWN, UNUSED
+from mistral.pieces.regex_cost import require_linear
 
 MOST_IDS = 1 << 20  # a file with a larger id is damaged: memory grows with it
 _MOST_STEPS = 16  # of a normalizer, a pre-tokenizer; those in use have up to 8
+_MOST_EXPRESSIONS = 10  # different ones; each is measured
 _MOST_GROWTH = 128  # how many times longer than a text its normalized form may be
 # How many characters the steps of these types make of one, at most; other types: 1
 _GROWTH = {
@@ -89,7 +92,7 @@ class JsonPieces(Pieces):
 
     def normalize(self, text: str, place: Place) -> str:
         normalizer = self._libraries[place].normalizer
-        return text if normalizer is None else _guarded(lambda: normalizer.normalize_str(text))
+        return text if normalizer is None else guarded(lambda: normalizer.normalize_str(text))
 
     def encode_normalized(self, text: str, place: Place) -> list[int]:
         return self._ids_of(text, place, self._after_normalizer[place])
@@ -153,7 +156,7 @@ class JsonPieces(Pieces):
         return {place: _library([], splits, model) for place, (_, splits) in self._steps.items()}
 
     def _ids_of(self, text: str, place: Place, library: Library) -> list[int]:
-        ids = _guarded(lambda: library.encode(text, add_special_tokens=False).ids)
+        ids = guarded(lambda: library.encode(text, add_special_tokens=False).ids)
         unusable = not self._unusable.isdisjoint(ids)
         if unusable or not (self._spells_all or self._is_spelled(ids, text, place)):
             shown = one_line(text.replace(SPACE, " "), 80)
@@ -196,7 +199,7 @@ def leaves(step: Any, inner: str) -> list[dict[str, Any]]:
 
 
 def _require_bounded(normalizer: list[dict[str, Any]], splits: list[dict[str, Any]]) -> None:
-    """CheckpointError for steps that make a short text too long for any memory."""
+    """CheckpointError for steps that make a short text long, or take long for a long text."""
     if max(len(normalizer), len(splits)) > _MOST_STEPS:
         raise CheckpointError(f"it has more than {_MOST_STEPS} steps before the model")
     growth = 1
@@ -208,6 +211,13 @@ def _require_bounded(normalizer: list[dict[str, Any]], splits: list[dict[str, An
         growth *= _GROWTH.get(kind, 1) if isinstance(kind, str) else 1
     if growth > _MOST_GROWTH:
         raise CheckpointError("its normalizer replaces characters by strings that are too long")
+    patterns = [step.get("pattern") for step in (*normalizer, *splits)]
+    found = [pattern.get("Regex") for pattern in patterns if isinstance(pattern, dict)]
+    expressions = {one for one in found if isinstance(one, str)}
+    if len(expressions) > _MOST_EXPRESSIONS:
+        raise CheckpointError(f"it has more than {_MOST_EXPRESSIONS} regular expressions")
+    for expression in expressions:
+        require_linear(expression)
 
 
 def _bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,6 +233,16 @@ def _bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not vocab:
         raise CheckpointError("the model has no vocabulary")
+    _require_ids(vocab)
+    if not isinstance(model.get("merges"), list):
+        raise CheckpointError("the model has no merges")
+    if not isinstance(model.get("unk_token"), str | None):
+        raise CheckpointError(f"the unk_token is {shown(model['unk_token'])}")
+    return model
+
+
+def _require_ids(vocab: dict[str, Any]) -> None:
+    """CheckpointError unless every piece has an id of its own."""
     for piece, id in vocab.items():
         if type(id) is not int or not 0 <= id < MOST_IDS:
             raise CheckpointError(f"the piece {shown(piece)} has the id {shown(id)}")
@@ -232,9 +252,6 @@ def _bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
         counts = Counter(vocab.values())
         twice = next(piece for piece, id in vocab.items() if counts[id] > 1)
         raise CheckpointError(f"the id of the piece {shown(twice)} is that of another piece, too")
-    if not isinstance(model.get("merges"), list):
-        raise CheckpointError("the model has no merges")
-    return model
 
 
 def _visible(model: dict[str, Any], hidden: Collection[int]) -> dict[str, Any]:
@@ -270,21 +287,10 @@ def _library(
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits} if splits else None,
         "model": model if is_content else {"type": "BPE", "vocab": {}, "merges": []},
     }
-    library = _guarded(lambda: Library.from_str(json.dumps(content)))
+    library = guarded(lambda: Library.from_str(json.dumps(content)))
     if not is_content:
         library.model = model
     return library
-
-
-def _guarded(action: Callable[[], Any]) -> Any:
-    """What `action` returns; CheckpointError for everything that the library raises."""
-    try:
-        return action()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the library is not an Exception
-        reason = one_line(str(error), 200)
-        raise CheckpointError(f"the library tokenizers cannot use it: {reason}") from error
 
 
 def _space_at(steps: list[dict[str, Any]]) -> frozenset[Place]:

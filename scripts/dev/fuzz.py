@@ -2,10 +2,15 @@
 
 The generators are those of tests/fuzz/, which a short run in the suite uses, too. A case that fails
 is saved, and printed with the command that runs it alone.
+
+A long run may be made in parts, each with a seed of its own. What each part found is kept in the
+folder of `--save`; `--page` writes the sums of all parts of a target that are there, and
+`--cases 0 --page` runs nothing before.
 """
 
 import argparse
 import faulthandler
+import json
 import pickle
 import re
 import sys
@@ -52,7 +57,7 @@ def main() -> int:
     parser = common.parser(__doc__, "python scripts/dev/fuzz.py gguf safetensors --cases 10000")
     parser.add_argument("target", nargs="*", help=f"none: all of {', '.join(TARGETS)}")
     parser.add_argument("--cases", type=int, default=1000, help="of each target (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of this part (default: 0)")
     parser.add_argument("--save", type=common.path, default=Path("fuzz-failures"), help="folder")
     parser.add_argument("--case", type=common.path, help="run this saved case of the target, alone")
     parser.add_argument("--page", action="store_true", help=f"write the table of {PAGE.name}")
@@ -65,11 +70,13 @@ def main() -> int:
         return 0
     failed = 0
     for target in targets:
-        run = fuzz(target, args)
-        failed += len(run.failures)
-        common.show(line(target, run))
+        if args.cases:
+            run = fuzz(target, args)
+            failed += len(run.failures)
+            common.show(line(target, run))
+            _keep(target, run, args)
         if args.page:
-            write_row(target, run)
+            write_row(target, all_parts(target, args.save))
     return 1 if failed else 0
 
 
@@ -109,6 +116,27 @@ def fuzz(target: Target, args: argparse.Namespace) -> Run:
     run_one()
     current.unlink()
     return run
+
+
+def _keep(target: Target, run: Run, args: argparse.Namespace) -> None:
+    """Write down what a part found; one that is run again replaces itself."""
+    values = vars(run) | {"failures": [str(path) for path in run.failures.values()]}
+    write_text(args.save / f"{target.name}-seed-{args.seed}.json", json.dumps(values))
+
+
+def all_parts(target: Target, folder: Path) -> Run:
+    """The sum of a target's parts."""
+    whole = Run()
+    for path in sorted(folder.glob(f"{target.name}-seed-*.json")):
+        part = json.loads(path.read_text())
+        whole.cases += part["cases"]
+        whole.cpu_seconds += part["cpu_seconds"]
+        whole.slowest = max(whole.slowest, part["slowest"])
+        whole.megabytes = max(whole.megabytes, part["megabytes"])
+        whole.errors.update(part["errors"])
+    if not whole.cases:
+        raise ValueError(f"{folder} has no run of {target.name}: run it first, with --cases")
+    return whole
 
 
 def _pickled(case: Any) -> bytes:

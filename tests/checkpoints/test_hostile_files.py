@@ -26,10 +26,12 @@ from mistral.checkpoints.hugging_face_tokenizer import read_tokenizer, save_toke
 from mistral.checkpoints.hugging_face_weights import shards
 from mistral.checkpoints.load import open_reader, read_config_and_tokenizer
 from mistral.checkpoints.names import consolidated_names
+from mistral.checkpoints.pre_tokenizers import PRE_TOKENIZERS
 from mistral.checkpoints.sentencepiece_model import write_model
 from mistral.files import read_json
 from mistral.pieces import AddedToken, JsonPieces, SentencePieces, Splitter
 from mistral.pieces.model_proto import bytes_field
+from mistral.pieces.regex_cost import require_linear
 from mistral.rotary import Rotary
 
 SMALL = small.DATA / "small"
@@ -448,21 +450,68 @@ GROWING = {
     "twice as long, often": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 8,
     "bytes of bytes": [{"type": "ByteLevel"}] * 8,
     "many steps": [{"type": "NFC"}] * 17,
+    "many expressions": [
+        {"type": "Replace", "pattern": {"Regex": f"a{i}"}, "content": ""} for i in range(11)
+    ],
 }
 
 
 @pytest.mark.parametrize("what", GROWING)
-def test_a_normalizer_that_lengthens_a_text_without_bound_is_refused(what):
+def test_a_normalizer_without_bound_is_refused(what):
     content = copy.deepcopy(files.content("legacy"))
     content["normalizer"] = {"type": "Sequence", "normalizers": GROWING[what]}
     assert "it" in refusal(lambda: JsonPieces(content))
 
 
-def test_an_expression_that_backtracks_without_end_is_an_error():
+# What reads a run of characters again from each of them, or in every way
+TOO_LONG = {
+    "exponential": "(a+)+b",
+    "exponential by a choice": "(a|aa)+$",
+    "a run before an end": r"\s+$",
+    "a run before what other texts have": r"\p{L}+@",
+    "a run that a shorter match follows": r"\s+x|\s",
+    "a period": "(ab)+c",
+    "a word and all after it": "foo.*bar",
+    "a long look ahead": r"\d{1,3}(?=(\d{3})+(?!\d))",
+    "what the library looks for again": r"(.)\1*#",
+}
+
+
+@pytest.mark.parametrize("what", TOO_LONG)
+def test_an_expression_that_takes_too_long_is_refused(what):
+    assert "may take hours for a long text" in refusal(lambda: require_linear(TOO_LONG[what]))
+
+
+@pytest.mark.parametrize("step", ["normalizer", "pre_tokenizer"])
+def test_every_step_with_an_expression_is_checked(step):
     content = copy.deepcopy(files.content("split"))
-    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a+)+b"}
-    made = mistral.Tokenizer(JsonPieces(content), {1: "<s>"}, bos_id=1)
-    assert "retry-limit-in-match" in refusal(lambda: made.encode("a" * 40))
+    pattern = {"Regex": "(a+)+b"}
+    if step == "normalizer":
+        content[step] = {"type": "Replace", "pattern": pattern, "content": ""}
+    else:
+        content[step]["pretokenizers"][0]["pattern"] = pattern
+    assert "may take hours for a long text" in refusal(lambda: JsonPieces(content))
+
+
+# The expressions of GPT-4o and DeepSeek-V3, which GGUF files here have no name for
+OTHERS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m"
+    r"|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t"
+    r"|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    *(r"[一-龥\u3040-ゟ゠-ヿ]+", " {2,}", r"\s+", "."),
+)
+
+
+def test_the_expressions_in_use_are_read():
+    in_use = {pattern for known in PRE_TOKENIZERS.values() for pattern in known.patterns}
+    for pattern in sorted({*in_use, *OTHERS}):
+        require_linear(pattern)
+
+
+def test_an_expression_that_is_too_long_is_refused():
+    assert "more than 20000 characters" in refusal(lambda: require_linear("a" * 20_001))
 
 
 def test_an_id_far_beyond_the_vocabulary_makes_no_list(folder):

@@ -1,7 +1,6 @@
 """Names on a hub, against a small hub of our own on the loopback interface."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import small
 
 from mistral import CheckpointError
 from mistral.checkpoints import hub as hub_module
-from mistral.checkpoints.hub import choose_files, is_name
+from mistral.checkpoints.hub import choose_files, is_name, snapshot
 
 SMALL = small.DATA / "small"
 COMMIT = "a" * 40
@@ -84,37 +83,59 @@ def hub():
     server.server_close()
 
 
+# huggingface_hub reads its settings when it is imported, so each call of `run` has a process of its
+# own: a fork of this one, which has imported the rest.
+LOADER = """
+import json, os, sys, warnings
+import safetensors.torch, sentencepiece, tokenizers, torch, tqdm
+warnings.simplefilter("ignore")
+for line in sys.stdin:
+    loads, environment = json.loads(line)
+    if os.fork():
+        print("status", os.wait()[1], flush=True)
+        continue
+    os.environ.update(environment)
+    import mistral
+    for source, options in loads:
+        try:
+            model, tokenizer = mistral.load(source, device="cpu", **options)
+            print("ok", model.config.num_parameters, tokenizer.vocab_size)
+        except mistral.MistralError as error:
+            print("error", error)
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def loader():
+    command = [sys.executable, "-c", LOADER]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **streams) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def run(hub, tmp_path):
+def run(hub, loader, tmp_path):
     """Load names in a process of its own, whose hub is ours; returns a line for each."""
 
     def run(*loads, **environment):
         Hub.asked.clear()
-        code = (
-            "import json, sys, warnings, mistral\n"
-            "warnings.simplefilter('ignore')\n"
-            "for source, options in json.loads(sys.argv[1]):\n"
-            "    try:\n"
-            "        model, tokenizer = mistral.load(source, device='cpu', **options)\n"
-            "        print('ok', model.config.num_parameters, tokenizer.vocab_size)\n"
-            "    except mistral.MistralError as error:\n"
-            "        print('error', error)\n"
-        )
-        variables = (
-            os.environ
-            | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-            | environment
-        )
-        variables["HF_HUB_DISABLE_XET"] = "1"
-        result = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(loads)],
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout.splitlines()
+        variables = {
+            "HF_ENDPOINT": hub,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            **environment,
+        }
+        print(json.dumps([loads, variables]), file=loader.stdin, flush=True)
+        lines = []
+        while not (line := loader.stdout.readline()).startswith("status"):
+            assert line, "the process has ended"
+            lines.append(line.removesuffix("\n"))
+        assert line == "status 0\n", lines
+        return lines
 
     return run
 
@@ -195,7 +216,7 @@ def test_the_cache_serves_offline_and_without_a_hub(run):
     assert run(("some/mistral", {"revision": COMMIT}), ("some/mistral", {}))[1].startswith("ok ")
     assert run(("some/mistral", {}), HF_HUB_OFFLINE="1")[0].startswith("ok ")
     assert Hub.asked == []
-    closed = "http://127.0.0.1:9"  # nobody listens there
+    closed = "http://127.0.0.1:9"  # no server listens there
     lines = run(("some/mistral", {}), ("some/mistral-GGUF:Q8_0", {}), HF_ENDPOINT=closed)
     assert lines[0].startswith("ok ")
     assert "is not in the cache, and the hub cannot be reached" in lines[1]
@@ -205,9 +226,7 @@ def test_the_cache_serves_offline_and_without_a_hub(run):
     ("place", "reason"),
     [
         ("/429", "too many requests (429): wait, or set HF_TOKEN"),
-        pytest.param(
-            "/503", "the hub has trouble of its own (503): try again later", marks=pytest.mark.slow
-        ),
+        pytest.param("/503", "the hub failed (503): try again later", marks=pytest.mark.slow),
         pytest.param("/401", "HF_TOKEN", marks=pytest.mark.slow),
         pytest.param("/page", "a proxy or a login page", marks=pytest.mark.slow),
     ],
@@ -298,7 +317,7 @@ def test_split_sets_are_fetched_whole(quantisation, expected):
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "IQ4_XS", "TQ2_0", "F16", "BF16", "MXFP4", "NVFP4"])
-def test_a_quantisation_may_stand_behind_an_underscore(kind):
+def test_a_quantisation_may_follow_an_underscore(kind):
     assert choose_files("a/b", [f"model_{kind}.gguf", "model_x.gguf"], kind, None) == [
         f"model_{kind}.gguf"
     ]
@@ -327,6 +346,32 @@ def test_names_in_use_are_understood(files, expected):
     assert choose_files("a/b", files, "Q8_0", None) == expected
 
 
+def test_a_set_that_is_not_whole_is_not_chosen():
+    part = "model-Q8_0-00001-of-00002.gguf"
+    with pytest.raises(CheckpointError, match="a/b has no whole GGUF file"):
+        choose_files("a/b", [part], "Q8_0", None)
+    assert choose_files("a/b", [part, "other.gguf"], None, None) == ["other.gguf"]
+
+
+def test_a_projector_is_chosen_if_there_is_nothing_else():
+    projector = "mmproj-model-Q8_0.gguf"
+    assert choose_files("a/b", [projector], None, None) == [projector]
+    assert choose_files("a/b", [projector, "model-Q8_0.gguf"], None, None) == ["model-Q8_0.gguf"]
+
+
+def test_a_revision_that_the_cache_does_not_have_is_not_another_one(tmp_path):
+    (tmp_path / "snapshots/abc").mkdir(parents=True)
+    assert snapshot(tmp_path).name == snapshot(tmp_path, "abc").name == "abc"
+    with pytest.raises(CheckpointError, match="no snapshot of 'v9'; name one of .*abc"):
+        snapshot(tmp_path, "v9")
+    (tmp_path / "snapshots/def").mkdir()
+    with pytest.raises(CheckpointError, match="no snapshot of 'main'"):
+        snapshot(tmp_path)
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs/v9").write_text("def\n")
+    assert snapshot(tmp_path, "v9").name == "def"
+
+
 @pytest.mark.parametrize("places", [{"x": 1}, {"x": "../../evil"}, [], {}])
 def test_hostile_indexes_are_refused(places, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"weight_map": places}))
@@ -335,7 +380,7 @@ def test_hostile_indexes_are_refused(places, tmp_path):
         choose_files("a/b", files, None, lambda name: tmp_path / "index.json")
 
 
-def test_nothing_is_fetched_where_something_is_missing():
+def test_nothing_is_fetched_when_a_file_is_missing():
     for files in (
         ["config.json", "model.safetensors"],
         ["params.json"],

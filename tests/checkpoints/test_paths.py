@@ -194,6 +194,12 @@ def test_a_folder_with_one_gguf_is_that_file(tmp_path):
     assert loads(folder)
 
 
+def test_of_several_ggufs_one_must_be_named(tmp_path):
+    folder = one_gguf(tmp_path / "m")
+    shutil.copy(folder / "m.Q8_0.gguf", folder / "m.Q4_0.gguf")
+    assert "has 2 GGUF files; name one of them: m.Q4_0.gguf, m.Q8_0.gguf" in refusal(folder)
+
+
 def test_a_folder_of_the_cache_is_its_snapshot(tmp_path):
     cache = tmp_path / "models--a--b"
     snapshot = copy(cache / "snapshots" / COMMIT)
@@ -326,6 +332,10 @@ def test_an_unfinished_download_is_named(tmp_path):
     (folder / "model.safetensors").write_bytes(data[:9999])
     (folder / "model.safetensors.crdownload").touch()
     assert "model.safetensors.crdownload is a download that has not ended" in refusal(folder)
+    (folder / "model.safetensors.crdownload").unlink()
+    (folder / ".cache/huggingface/download").mkdir(parents=True)
+    (folder / ".cache/huggingface/download/abc.incomplete").touch()
+    assert "abc.incomplete is a download that has not ended" in refusal(folder)
 
 
 def special_gguf(path, architecture="llama", type=None, tensor=None):

@@ -291,6 +291,9 @@ HOSTILE = {
             "invert": False,
         }
     ),
+    "an expression that is a list": lambda c: c.update(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": ["a"]}, "behavior": "Isolated"}
+    ),
     "a pre-tokenizer in itself": lambda c: c.update(
         pre_tokenizer={"type": "Sequence", "pretokenizers": 5}
     ),
@@ -299,6 +302,7 @@ HOSTILE = {
     "two ids of one text": lambda c: c["added_tokens"][3].update(content="<|im_start|>"),
     "added tokens that are text": lambda c: c.update(added_tokens="<s>"),
     "an added token without an id": lambda c: c["added_tokens"][3].pop("id"),
+    "an unknown token that is a list": lambda c: c["model"].update(unk_token=["<unk>"]),
     "dropout": lambda c: c["model"].update(dropout=0.5),
     "an end of words": lambda c: c["model"].update(end_of_word_suffix="</w>"),
 }

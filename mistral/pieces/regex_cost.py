@@ -1,0 +1,90 @@
+"""Whether a regular expression of a tokenizer.json takes time in proportion to the text.
+
+The library `tokenizers` backtracks. `\\s+$` reads a run of spaces again from each space in it, and
+`(a+)+$` tries every way to divide a run: a text of a few kilobytes takes minutes. The form of an
+expression does not tell: `\\s*[\\r\\n]+|\\s+` of Llama 3 looks alike and is linear, because its
+second part takes the whole run. So the time is measured at load, on texts that repeat one or two
+characters: of each class that expressions distinguish, and those of the expression itself.
+"""
+
+import functools
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator
+
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+
+from mistral.errors import CheckpointError, shown
+from mistral.pieces.library import guarded
+
+# Space, line end, tab, letters of each case and of none, digit, punctuation, mark, symbol
+_CHARACTERS = " \n\taA\u02b0日1.'_\u0301$"
+_MOST_LITERALS = 6  # characters, and words, of the expression that are tried in addition
+_SYNTAX = re.compile(r"\\[pP]\{[^}]*\}|\\[a-zA-Z]|(?<!\\)[()\[\]{}|?*+^.:]")
+_MOST_LETTERS = 20_000  # of an expression
+# Characters of each text. The steps are small at first: exponential time shows before it is long.
+_LENGTHS = (16, 24, 40, 64, 512)
+_LONGEST = 8192  # of the texts that took longest
+_KEPT = 8  # how many these are
+# Allowed CPU seconds of a character. The expressions in use take less than a tenth of this,
+# and quadratic ones 8 times as much for the longest texts.
+_SECONDS = 3e-6
+_CALL = 1e-4  # and of a call of the library
+_PATIENCE = 0.5  # CPU seconds of calls that take longer, ten of them at most
+
+
+@functools.lru_cache(64)
+def require_linear(expression: str) -> None:
+    """CheckpointError if a text may take far longer than its length explains."""
+    if len(expression) > _MOST_LETTERS:
+        raise CheckpointError(
+            f"the regular expression {shown(expression)} has more than {_MOST_LETTERS} characters"
+        )
+    split = guarded(lambda: Split(Regex(expression), "removed").pre_tokenize_str)
+    parts = list(_parts(expression))
+    for length in _LENGTHS:
+        took = [_checked(expression, split, part, length) for part in parts]
+    slowest = sorted(zip(took, parts), reverse=True)[:_KEPT]
+    for _, part in slowest:
+        _checked(expression, split, part, _LONGEST)
+
+
+def _parts(expression: str) -> Iterator[tuple[str, str]]:
+    """What a text repeats, and how it ends."""
+    literals = _SYNTAX.sub(" ", expression)
+    words = re.findall(r"[^\W\d_]{2,}|\d{2,}", literals)[:_MOST_LITERALS]
+    others = [one for one in dict.fromkeys(literals) if one not in _CHARACTERS]
+    characters = [*_CHARACTERS, *others[:_MOST_LITERALS]]
+    # The library first looks for text that each match has: without it nothing is tried.
+    everything = "".join((*characters, *words))
+    for first, second in itertools.permutations(characters, 2):
+        yield first, second + everything
+    for first, second in itertools.combinations(characters, 2):
+        yield first + second, "\n" + everything
+    for word in words:
+        yield word, "\n" + everything
+
+
+def _checked(
+    expression: str, split: Callable[[str], object], part: tuple[str, str], length: int
+) -> float:
+    """The CPU seconds of one text."""
+    repeated, end = part
+    text = repeated * (length // len(repeated)) + end
+    allowed = _CALL + _SECONDS * len(text)
+    least, spent = float("inf"), 0.0
+    # Again, because a busy machine makes single calls seem slow.
+    while spent < _PATIENCE:
+        start = time.thread_time()
+        guarded(lambda: split(text))
+        took = time.thread_time() - start
+        if took <= allowed:
+            return took
+        least = min(least, took)
+        spent += max(took, _PATIENCE / 10)
+    raise CheckpointError(
+        f"the regular expression {shown(expression)} may take hours for a long text: "
+        f"{len(text):,} characters took {least:.1g} s"
+    )
