@@ -3,15 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mistral.chat.events import Call, Event, Text
+from mistral.chat.events import Call, Event
 from mistral.chat.formats import ChatFormat
-from mistral.chat.formats.call_list import call_list_message, read_call_list
-from mistral.chat.formats.tool_calls import ToolCallStream
+from mistral.chat.reader import AnswerReader
 from mistral.engine.base import Constraint, Engine
 from mistral.engine.constraints import CountsForced
 from mistral.engine.decoder import Decoder
 from mistral.engine.generation import generate
-from mistral.engine.text import text_until
 from mistral.model import Mistral
 from mistral.sampling import Sampling
 from mistral.tokenizer import Tokenizer
@@ -51,27 +49,12 @@ class Answer:
         spelled_ends: bool = True,
         stop: Sequence[str] = (),
     ):
-        self.text = ""
-        self.ids: list[int] = []
         self.whole = True
         self.reason = "interrupted"
         self.prompt_ids = prompt_ids
         self._decoder = decoder
-        self._tokenizer = tokenizer
-        self._stop_tokens = chat.stop_ids(tokenizer)
         self._constraint = CountsForced(constraint)
-        self._strip_leading_space = chat.strip_leading_space
-        self._spelled = (*(chat.spelled_ends if spelled_ends else ()), *stop)
-        self._call_token: int | None = None
-        if chat.call_token is not None:
-            self._call_token = tokenizer.control_id(chat.call_token)
-        self._exhausted = False
-        # The only parser of the text: finds the calls, and knows which places are in a string.
-        self._stream = ToolCallStream()
-        self._parsed = 0  # characters that it was fed
-        self._found: list[Event] = []  # by it, not yet yielded
-        self._calls: list[Call] = []  # in the text
-        self._listed: list[Call] = []  # calls of a list
+        self._reader = AnswerReader(tokenizer, chat, stop, spelled_ends)
         self._start = decoder.lengths[0] + len(prompt_ids)
         if (room := decoder.limit - self._start) < 1:
             raise ValueError(
@@ -83,29 +66,22 @@ class Answer:
             prompt_ids,
             sampling,
             max_new_tokens=min(max_new_tokens, room),
-            stop_tokens=self._stop_tokens,
+            stop_tokens=chat.stop_ids(tokenizer),
             constraint=self._constraint,
         )
 
     def __iter__(self) -> Iterator[str]:
-        pieces = text_until(
-            self._record(),
-            self._tokenizer,
-            self._spelled,
-            self._strip_leading_space,
-            self._is_quoted,
-        )
-        for piece in pieces:
-            self.text += piece
+        reader = self._reader
+        for id in self._generated:
+            if piece := reader.feed(id):
+                yield piece
+            if reader.ended_by is not None:
+                break
+        if piece := reader.finish():
             yield piece
-        if not self._exhausted:  # a spelled end
-            self._drop_unwritten()
-            self.reason = "stop"
-        elif self.ids and self.ids[-1] in self._stop_tokens:
-            self.ids.pop()
-            self.reason = "stop"
-        else:
-            self.reason = "length"
+        if reader.ended_by == "string":
+            self.whole = reader.drop_unwritten()
+        self.reason = "stop" if reader.ended_by else "length"
         self._generated.close()  # rolls back an engine's steps in flight
         self._decoder.rewind(self._decoder.lengths[0] - self._start - len(self.ids))
 
@@ -116,28 +92,27 @@ class Answer:
                 need some
         """
         for piece in self:
-            if self._call_token is None:
-                self._parse(self.text, len(self.text))
-                yield from self._take_found()
-            elif not self._is_list:
-                yield Text(piece)
-        if self._call_token is None:
-            self._add_found(self._stream.finish())
-        elif self._is_list:
-            self._found = [*read_call_list(self.text, number)]
-            self._listed = [event for event in self._found if isinstance(event, Call)]
-        yield from self._take_found()
+            yield from self._reader.events(piece)
+        yield from self._reader.last_events(number)
+
+    @property
+    def text(self) -> str:
+        """Written so far."""
+        return self._reader.text
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the text, without the one that ended it."""
+        return self._reader.ids
 
     @property
     def calls(self) -> list[Call]:
         """The calls in `message`; the listener may not have heard all of them."""
-        return self._listed or [call for call in self._calls if call.span[1] <= len(self.text)]
+        return self._reader.calls
 
     def message(self) -> dict[str, Any]:
         """The answer as a message; a list of calls takes the place of its text."""
-        if self._listed:
-            return call_list_message(self._listed)
-        return {"role": "assistant", "content": self.text}
+        return self._reader.message()
 
     @property
     def saved(self) -> int:
@@ -148,51 +123,7 @@ class Answer:
         """End the answer; if it was interrupted, reduce `ids` to the tokens of `text`."""
         self._generated.close()
         if self.reason == "interrupted":
-            self._drop_unwritten()
-
-    @property
-    def _is_list(self) -> bool:
-        """Whether the text is a list of calls: the call token says so."""
-        return self.ids[:1] == [self._call_token]
-
-    def _record(self) -> Iterator[int]:
-        for id in self._generated:
-            self.ids.append(id)
-            yield id
-        self._exhausted = True
-
-    def _is_quoted(self, text: str, at: int) -> bool:
-        """Whether a place of the text lies in a string of a call; places come in their order."""
-        if self._is_list:
-            return True
-        self._parse(text, at)
-        return self._stream.in_string
-
-    def _parse(self, text: str, end: int) -> None:
-        """Feed the text up to `end` to the parser, each character once."""
-        self._add_found(self._stream.feed(text[self._parsed : end]))
-        self._parsed = max(self._parsed, end)
-
-    def _add_found(self, events: list[Event]) -> None:
-        self._found += events
-        self._calls += [event for event in events if isinstance(event, Call)]
-
-    def _take_found(self) -> list[Event]:
-        events = self._found
-        self._found = []
-        return events
-
-    def _drop_unwritten(self) -> None:
-        """Reduce `ids` to those that spell the text; those after them spell the end of the turn."""
-        stream = self._tokenizer.stream(self._strip_leading_space)
-        length = 0
-        for n, id in enumerate(self.ids):
-            before = length
-            length += len(stream.feed(id))
-            if before >= len(self.text) or length > len(self.text):
-                self.ids = self.ids[:n]
-                self.whole = before >= len(self.text)
-                return
+            self.whole = self._reader.drop_unwritten()
 
 
 def one_row(model_or_decoder: Mistral | Engine, max_tokens: int | None = None) -> Engine:

@@ -1,6 +1,6 @@
 """The events of an answer, in their order: `ToolCallStream` and `Conversation` return them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Span = tuple[int, int]  # begin and end in the model's text
@@ -21,12 +21,14 @@ class Call:
     span       of the call in the model's text, its tags included; None if it was not parsed from
                text
     id         names the call in its result, in formats that need one
+    written    the arguments as the model wrote them, if that is JSON: numbers have all their digits
     """
 
     name: str
     arguments: dict[str, Any]
     span: Span | None = None
     id: str | None = None
+    written: str | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,10 @@ def generate_json(  # noqa: PLR0913
     decoder.rewind(decoder.lengths[0])
     chat = chat_format(tokenizer, format)
     constraint = _constraint(decoder, tokenizer, rules, chat, grammar)
-    ids = chat.begin(tokenizer, _messages(prompt, json_prompt(rules)))
+    messages = prompt
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+    ids = chat.begin(tokenizer, with_instruction(messages, json_prompt(rules)))
     sampling = sampling or Sampling(temperature=0)
     # Under a grammar, a spelled end of turn can only be in a string.
     spelled_ends = isinstance(constraint, TextOnly)
@@ -117,19 +120,20 @@ def generate_json(  # noqa: PLR0913
     raise JSONError(f"no valid answer in {attempt + 1} attempts: {wrong}", answer.text, attempt + 1)
 
 
-def _messages(prompt: str | Sequence[Message], instruction: str) -> list[Message]:
-    """The conversation, with the instruction in its system message."""
-    if isinstance(prompt, str):
-        return [{"role": "system", "content": instruction}, {"role": "user", "content": prompt}]
-    checked = check_messages(prompt)
+def with_instruction(messages: Sequence[Message], instruction: str) -> list[Message]:
+    """The conversation, with the instruction at the beginning of its system message.
+
+    ValueError for messages that are malformed, or that end with an answer.
+    """
+    checked = check_messages(messages)
     if checked[-1].role == "assistant":
         raise ValueError(
             f"{checked[-1].where} is an answer already: end with what is to be answered"
         )
     if checked[0].role != "system":
-        return [{"role": "system", "content": instruction}, *prompt]
+        return [{"role": "system", "content": instruction}, *messages]
     system = {"role": "system", "content": f"{instruction}\n\n{checked[0].content}"}
-    return [system, *prompt[1:]]
+    return [system, *messages[1:]]
 
 
 def read_schema(schema: Schema) -> dict[str, Any]:

@@ -1,11 +1,18 @@
 """Which calls an answer may have: `tool_choice` as constraints."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mistral.chat.formats import FORMATS, ChatFormat
-from mistral.chat.grammar import UnsupportedSchema, call_list_constraint, tool_call_constraint
+from mistral.chat.grammar import (
+    UnsupportedSchema,
+    call_list_constraint,
+    json_constraint,
+    tool_call_constraint,
+)
 from mistral.chat.grammar.free_text import TextOnly, TextOrCalls
+from mistral.chat.grammar.token_masks import GrammarConstraint
 from mistral.chat.tools import Tool
 from mistral.engine.base import Constraint, Engine
 from mistral.errors import ConversationError
@@ -39,27 +46,17 @@ def call_constraints(
     a tool's schema (a warning). Raises ConversationError without one for a choice that demands a
     call: only a grammar can guarantee one.
     """
-    stop_tokens = chat.stop_ids(tokenizer)
-    text = TextOnly(decoder, tokenizer, stop_tokens)
+    text = TextOnly(decoder, tokenizer, chat.stop_ids(tokenizer))
     constraints: dict[str, Constraint] = {"auto": text, "none": text}
-    call_token = None if chat.call_token is None else tokenizer.control_id(chat.call_token)
-    if tools and call_token is not None:
-        constraints["auto"] = TextOrCalls(text, None, call_token, required=False)
+    if tools:
+        constraints["auto"] = free_calls(tokenizer, chat, text)
     if tools and grammar:
-        vocab_size = decoder.config.vocab_size
         schemas = [tool.schema() for tool in tools.values()]
-        with_grammar: dict[str, Constraint] = {}  # all of them or none
         try:
-            for one in {choice, "none" if choice == "none" else "auto"}:
-                options = {"choice": one, "stop_tokens": stop_tokens}
-                if call_token is None:
-                    with_grammar[one] = tool_call_constraint(
-                        tokenizer, vocab_size, schemas, **options
-                    )
-                elif one != "none":
-                    calls = call_list_constraint(tokenizer, vocab_size, schemas, **options)
-                    with_grammar[one] = TextOrCalls(text, calls, call_token, required=one != "auto")
-            constraints |= with_grammar
+            constraints |= {  # all of them or none
+                one: constraint_on_calls(decoder, tokenizer, chat, schemas, one, text)
+                for one in {choice, "none" if choice == "none" else "auto"}
+            }
         except UnsupportedSchema as error:
             warnings.warn(f"calls are checked only after they are written: {error}", stacklevel=3)
     if choice not in constraints:
@@ -68,3 +65,53 @@ def call_constraints(
             "schemas that a grammar can express"
         )
     return constraints
+
+
+def free_calls(tokenizer: Tokenizer, chat: ChatFormat, text: TextOnly) -> Constraint:
+    """Any text, and the token before a list of calls in a format that has one."""
+    if chat.call_token is None:
+        return text
+    return TextOrCalls(text, None, tokenizer.control_id(chat.call_token), required=False)
+
+
+def constraint_on_calls(  # noqa: PLR0913
+    decoder: Engine,
+    tokenizer: Tokenizer,
+    chat: ChatFormat,
+    schemas: Sequence[Mapping[str, Any]],
+    choice: str,
+    text: TextOnly,
+    *,
+    parallel: bool = True,
+    answer: Mapping[str, Any] | None = None,
+) -> Constraint:
+    """A grammar of text and calls in the form of the format.
+
+    schemas   of the tools
+    choice    "auto", "required", "none", or a tool's name
+    text      the constraint on text that is not a call
+    parallel  False: one call at most
+    answer    a schema of text that is not a call; None: any text
+
+    Raises the errors of `tool_call_constraint`.
+    """
+    vocab_size = decoder.config.vocab_size
+    options: dict[str, Any] = {"choice": choice, "stop_tokens": chat.stop_ids(tokenizer)}
+    if chat.call_token is None:
+        return tool_call_constraint(
+            tokenizer, vocab_size, schemas, parallel=parallel, answer=answer, **options
+        )
+    if choice == "none":
+        return text
+    calls = call_list_constraint(tokenizer, vocab_size, schemas, parallel=parallel, **options)
+    other: TextOnly | GrammarConstraint = text
+    if answer is not None:
+        other = json_constraint(
+            tokenizer,
+            vocab_size,
+            answer,
+            stop_tokens=options["stop_tokens"],
+            strip_leading_space=chat.strip_leading_space,
+        )
+    call_token = tokenizer.control_id(chat.call_token)
+    return TextOrCalls(other, calls, call_token, required=choice != "auto")

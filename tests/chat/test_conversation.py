@@ -310,6 +310,55 @@ def test_ctrl_c_before_the_first_word_removes_the_question():
     assert text_of(conversation.say("Again")) == "Two"
 
 
+def answer_of(engine, **options):
+    options = dict(max_new_tokens=50, sampling=mistral.Sampling(temperature=0)) | options
+    return Answer(
+        decoder=engine,
+        tokenizer=TOKENIZER,
+        chat=chat_format(TOKENIZER),
+        prompt_ids=[1, 2, 3],
+        constraint=FixedMask(engine, [True] * engine.config.vocab_size),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "whole"),
+    [(" Sam", "Hello", True), ("o Sam", "Hell", False), ("nothing", "Hello Sam!", True)],
+)
+def test_an_answer_knows_whether_its_ids_spell_its_text(stop, text, whole):
+    engine = Scripted("Hello Sam!", slack=40)
+    answer = answer_of(engine, stop=[stop])
+    assert "".join(answer) == answer.text == text
+    assert (answer.reason, answer.whole) == ("stop", whole)
+    spelled = TOKENIZER.decode(answer.ids)
+    assert (spelled == text) is whole and text.startswith(spelled)
+    assert engine.ids == [1, 2, 3, *answer.ids]
+
+
+def test_an_interrupted_answer_has_the_tokens_of_its_text():
+    engine = Scripted("One two STOOL", slack=40)
+    answer = answer_of(engine, stop=["STOP"])
+    pieces = iter(answer)
+    while len(answer.ids) < len(written("One two ST", end=False)):
+        heard = next(pieces)
+    del heard, pieces
+    assert answer.reason == "interrupted"
+    assert len(TOKENIZER.decode(answer.ids)) > len(answer.text)  # it may be the begin of STOP
+    answer.settle()
+    spelled = TOKENIZER.decode(answer.ids)
+    assert answer.text == "One two " and answer.text.startswith(spelled)
+    assert (answer.reason, answer.whole) == ("interrupted", spelled == answer.text)
+
+
+@pytest.mark.parametrize(("max_new_tokens", "length"), [(2, 2), (50, 5)])
+def test_an_answer_that_is_cut_off_says_so(max_new_tokens, length):
+    engine = Scripted("one two three four five six seven", limit=8)
+    answer = answer_of(engine, max_new_tokens=max_new_tokens)
+    assert "".join(answer) == answer.text == TOKENIZER.decode(answer.ids)
+    assert (answer.reason, len(answer.ids)) == ("length", length)
+
+
 def test_a_conversation_that_becomes_too_long_is_unchanged():
     engine = Scripted("Hello", "Never", limit=60)
     conversation = talk(engine)
@@ -880,12 +929,31 @@ def test_a_saved_conversation_continues(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "not json", "[1]", '{"role": "user", "content": "x"}', '{"format": "x"}\n3']
+    ("content", "words"),
+    [
+        ("", "x.jsonl, line 1, is not valid JSON"),
+        ("not json", "x.jsonl, line 1, is not valid JSON"),
+        ("[1]", "x.jsonl, line 1, is not a message"),
+        ('{"role": "user", "content": "x"}', "its first line must name the format"),
+        ('{"format": "chatml"}\n3', "x.jsonl, line 2, is not a message"),
+        ('{"format": "chatml"}\n{}\n{', "x.jsonl, line 3, is not valid JSON"),
+    ],
 )
-def test_a_file_that_is_not_a_conversation_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_conversation_is_refused(tmp_path, content, words):
     (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(ConversationError, match="x.jsonl|format"):
+    with pytest.raises(ConversationError, match=words):
         Conversation.load(tmp_path / "x.jsonl", Scripted(), TOKENIZER)
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}])
+def test_a_message_that_json_cannot_hold_is_not_saved(tmp_path, value):
+    path = tmp_path / "talk.jsonl"
+    path.write_text("earlier")
+    conversation = talk(Scripted())
+    conversation.messages.append({"role": "user", "content": value})
+    with pytest.raises(ConversationError, match="a message cannot be saved as JSON"):
+        conversation.save(path)
+    assert path.read_text() == "earlier"
 
 
 def test_control_tokens_and_rows_without_a_token_are_never_allowed_in_text():
@@ -944,6 +1012,23 @@ def test_a_choice_that_demands_a_call_always_gets_one(choice):
     assert isinstance(first, Call)
     assert first.arguments.keys() == {"a", "b"}
     assert all(value == int(value) for value in first.arguments.values())  # 5.0 is an integer
+
+
+@pytest.mark.parametrize("choice", ["required", "add", "auto"])
+def test_only_the_first_answer_must_be_a_call(choice):
+    chosen = []
+
+    class Constraints(dict):
+        def __getitem__(self, name):
+            chosen.append(name)
+            return super().__getitem__("none")  # the script is what is written
+
+    engine = Scripted(call("add", a=1, b=2), "It is 3.", "Yes")
+    conversation = talk(engine, tools=[add], tool_choice=choice, grammar=True)
+    conversation._constraints = Constraints(conversation._constraints)
+    for said, answer in (("1 + 2?", "It is 3."), ("Sure?", "Yes")):
+        assert text_of(conversation.say(said)) == answer
+    assert chosen == [choice, "auto", choice]
 
 
 def test_two_conversations_on_one_decoder_are_an_error():

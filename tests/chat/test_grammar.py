@@ -651,6 +651,33 @@ def test_an_object_may_have_more_names_than_a_rule_has_bits(tokenizer):
     assert not allows(constraint, tokenizer, json.dumps(dict.fromkeys(names[:150], 1)))
 
 
+@pytest.mark.parametrize("draft", (4, 6))
+def test_an_integer_of_draft_4_has_no_fraction_and_no_exponent(tokenizer, draft):
+    dialect = {"$schema": f"http://json-schema.org/draft-0{draft}/schema#"}
+    for schema in (
+        {"type": "integer"},
+        {"type": "integer", "minimum": -50, "maximum": 10**6},
+        {"type": "integer", "multipleOf": 0.1},
+        {"type": ["integer", "null"], "enum": [50, 5, None]},
+        {"allOf": [{"type": "integer"}, {"type": "number", "maximum": 500}]},
+    ):
+        constraint = json_constraint(tokenizer, VOCAB_SIZE, dialect | schema)
+        assert allows(constraint, tokenizer, "50"), schema
+        # Of an enum there are the forms that json.dumps writes.
+        known = {"50.0"} if "enum" in schema else {"50.0", "5e1"}
+        for form in ("50.0", "5e1"):
+            assert allows(constraint, tokenizer, form) == (draft > 4 and form in known), schema
+
+
+def test_a_multiple_that_is_an_integer_of_draft_4_has_no_exponent(tokenizer):
+    dialect = {"$schema": "http://json-schema.org/draft-04/schema#"}
+    constraint = json_constraint(
+        tokenizer, VOCAB_SIZE, {**dialect, "type": "integer", "multipleOf": 5}
+    )
+    assert allows(constraint, tokenizer, "50")
+    assert not any(allows(constraint, tokenizer, form) for form in ("50.0", "5e1"))
+
+
 def test_references_and_tuples_are_read_by_the_dialect(tokenizer):
     draft = "http://json-schema.org/draft-{}/schema#"
     four = {"$schema": draft.format("04"), "minimum": 3, "exclusiveMinimum": True}
@@ -990,6 +1017,30 @@ def test_when_no_tool_may_be_called_the_tag_cannot_be_written(tokenizer):
         constraint, tokenizer, "so <tool_call>"
     )
     assert allows(tool_constraint(tokenizer, "none", tools=[]), tokenizer, "Hello.")
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "now"])
+def test_without_parallel_calls_an_answer_has_one_at_most(tokenizer, choice):
+    one = tool_call_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, parallel=False)
+    assert allows(one, tokenizer, NOW)
+    assert allows(one, tokenizer, f"Now: {NOW} Done") == (choice == "auto")
+    for text in (NOW + NOW, f"{NOW}\n{NOW}", f"{NOW} and {NOW}"):
+        assert not allows(one, tokenizer, text), text
+    listed = call_list_constraint(tokenizer, VOCAB_SIZE, TOOLS, choice=choice, parallel=False)
+    call = '{"name": "now", "arguments": {}}'
+    assert allows(listed, tokenizer, f"[{call}]")
+    assert not allows(listed, tokenizer, f"[{call}, {call}]")
+
+
+def test_an_answer_with_a_schema_is_calls_or_json_and_nothing_else(tokenizer):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    options = {"choice": "auto", "answer": schema}
+    for parallel in (True, False):
+        either = tool_call_constraint(tokenizer, VOCAB_SIZE, TOOLS, parallel=parallel, **options)
+        assert allows(either, tokenizer, NOW) and allows(either, tokenizer, '{"n": 1}')
+        assert allows(either, tokenizer, NOW + NOW) == parallel
+        for text in ("", "Hello", '{"n": "1"}', f'{{"n": 1}}{NOW}', f'{NOW}{{"n": 1}}'):
+            assert not allows(either, tokenizer, text), text
 
 
 @pytest.mark.parametrize("choice", ["auto", "required", "add"])

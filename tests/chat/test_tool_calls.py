@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from mistral.chat.events import Call, Error, Text
+from mistral.chat.formats.call_list import read_call_list
 from mistral.chat.formats.call_objects import call_of
 from mistral.chat.formats.literals import MAX_DEPTH, MAX_NUMBER, read_literals
 from mistral.chat.formats.tool_calls import Reply, ToolCallStream, parse_tool_calls
@@ -725,3 +726,26 @@ def test_an_escape_beyond_unicode_is_named():
     assert read_literals('"\\U0010FFFF"') == [chr(0x10FFFF)]
     with pytest.raises(ValueError, match="an escape beyond Unicode"):
         read_literals('"\\U00110000"')
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        ('{"name": "f", "arguments": {"x": 1.00000000000000000001, "y": 1E2}}', True),
+        ('{"arguments": {"x": [{"}": "]"}], "y": "\\u00e9<"}, "name": "f"}', True),
+        ('{"name":"f","arguments":{}}', True),
+        ('{"arguments": {"x": 1}, "name": "f", "arguments": {"x": 2}}', True),
+        ("{'name': 'f', 'arguments': {'x': 1}}", False),
+        ('{"name": "f", "arguments": "{\\"x\\": 1}"}', False),
+        ('{"name": "f", "arguments": {"x": True}}', False),
+        ('{"name": "f"}', False),
+    ],
+)
+def test_arguments_in_json_are_there_as_they_were_written(content, written):
+    blocks = parse_tool_calls(f"<tool_call>\n{content}\n</tool_call>").calls
+    listed = read_call_list(f" [{content}, {content}]", 0)
+    assert len(blocks) == 1 and len(listed) == 2
+    for call in [*blocks, *listed]:
+        assert (call.written is not None) == written
+        if written:
+            assert call.written in content and json.loads(call.written) == call.arguments

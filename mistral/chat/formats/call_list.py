@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mistral.chat.events import Call, Error
-from mistral.chat.formats.call_objects import CALL_ID, call_of
+from mistral.chat.formats.call_objects import CALL_ID, call_of, written_lists
 from mistral.chat.formats.literals import read_literals
 
 
@@ -25,13 +25,16 @@ def read_call_list(text: str, number: int) -> list[Call] | list[Error]:
         named = [(*call_of(value), value.get("id")) for value in _flattened(read_literals(text))]
     except ValueError as error:
         return [Error(str(error), whole, text)]
+    written = written_lists(text)
+    if len(written) != len(named):
+        written = [None] * len(named)
     calls: list[Call] = []
     taken: set[str] = set()
     for i, (name, arguments, id) in enumerate(named):
         if not isinstance(id, str) or not CALL_ID.fullmatch(id) or id in taken:
             id = f"{number:06d}{i:03d}"
         taken.add(id)
-        calls.append(Call(name, arguments, whole, id))
+        calls.append(Call(name, arguments, whole, id, written[i]))
     return calls or [Error("an empty list of calls", whole, text)]
 
 

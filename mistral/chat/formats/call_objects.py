@@ -1,10 +1,13 @@
 """A call as an object in JSON: {"name": ..., "arguments": {...}}, in some formats with an "id"."""
 
+import json
 import re
 from typing import Any
 
 from mistral.chat.formats.literals import read_literals
 
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*+")
 CALL_ID = re.compile("[A-Za-z0-9]{9}")  # the ids that Mistral's models were trained with
 
 
@@ -36,6 +39,52 @@ def call_of(value: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(arguments, dict):
         raise ValueError(f'the "arguments" of {name!r} are not an object')
     return name, arguments
+
+
+def written_arguments(text: str, at: int) -> tuple[str | None, int]:
+    """The arguments of the call that begins at `at`, as they are written, and its end.
+
+    None if they are not an object. Raises ValueError for a call that is not valid JSON.
+    """
+    found = None
+    if text[at : at + 1] != "{":
+        raise ValueError("a call is an object")
+    while text[at] != "}":
+        key, at = _DECODER.raw_decode(text, _after_space(text, at + 1))
+        start = _after_space(text, _after(text, at, ":"))
+        value, at = _DECODER.raw_decode(text, start)
+        if key == "arguments":
+            found = text[start:at] if isinstance(value, dict) else None
+        at = _after_space(text, at)
+        if text[at : at + 1] not in (",", "}"):
+            raise ValueError("a comma or a brace is missing")
+    return found, at + 1
+
+
+def written_lists(text: str) -> list[str | None]:
+    """The arguments of the calls of a list, as they are written; none if it is not JSON."""
+    found = []
+    try:
+        at = _after(text, 0, "[") - 1
+        while text[at : at + 1] in ("[", ","):
+            written, at = written_arguments(text, _after_space(text, at + 1))
+            found.append(written)
+            at = _after_space(text, at)
+    except (ValueError, RecursionError):
+        return []
+    return found
+
+
+def _after_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()
+
+
+def _after(text: str, at: int, symbol: str) -> int:
+    """The place after a symbol that may have spaces before it."""
+    at = _after_space(text, at)
+    if text[at : at + 1] != symbol:
+        raise ValueError(f"{symbol!r} is missing")
+    return at + 1
 
 
 def _misplaced(value: dict[str, Any], arguments: Any) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral.chat.events import Call, Error, Event, Span, Text
-from mistral.chat.formats.call_objects import call_of
+from mistral.chat.formats.call_objects import call_of, written_arguments
 from mistral.chat.formats.literals import read_literals
 
 _OPEN = "<tool_call>"
@@ -267,9 +267,14 @@ def _call_or_error(values: list[Any], span: Span, source: str) -> Call | Error:
         message = f"{len(values)} values in one <tool_call>: each call needs its own tags"
         return Error(message, span, source)
     try:
-        return Call(*call_of(values[0]), span)
+        name, arguments = call_of(values[0])
     except ValueError as error:
         return Error(str(error), span, source)
+    try:
+        written, _ = written_arguments(source, source.find("{"))
+    except (ValueError, RecursionError):  # not JSON, but what was meant is known
+        written = None
+    return Call(name, arguments, span, written=written)
 
 
 def _begun(text: str, *tags: str) -> int:

@@ -72,6 +72,8 @@ def tool_call_constraint(
     tools: Sequence[Mapping[str, Any]],
     *,
     choice: str = "auto",
+    parallel: bool = True,
+    answer: Mapping[str, Any] | None = None,
     one_line: bool = False,
     stop_tokens: Sequence[int] | None = None,
 ) -> GrammarConstraint:
@@ -86,18 +88,30 @@ def tool_call_constraint(
             required  only calls, one or more
             none      any text without `<tool_call>`
             a name    like required, of this tool only
+    parallel  False: one call at most
+    answer    a schema: with the choice auto, either calls or JSON that is valid for it, alone
 
     The other arguments and errors are those of `json_constraint`; an error names its tool.
     GrammarError, too, for an unknown choice.
     """
     if choice == "none":
         return grammar_constraint(_TEXT_GRAMMAR, tokenizer, vocab_size, stop_tokens)
-    start = "text_call* TEXT" if choice == "auto" else 'call ("\\n"? call)*'
+    calls = 'call ("\\n"? call)*' if parallel else "call"
+    start = calls
+    answer_rules: list[str] = []
+    if choice == "auto" and answer is None:
+        start = "text_call* TEXT" if parallel else "text_call? TEXT"
+    elif choice == "auto":
+        first, answer_rules, dropped = _rules(_written(answer), "v")
+        _warn(dropped)
+        start = f"{calls} | {first}"
+    grammar = _TOOL_GRAMMAR.replace("{start}", start) + terminals(one_line)
     return _calls_constraint(
         _chosen(tools, choice),
-        _TOOL_GRAMMAR.replace("{start}", start) + terminals(one_line),
+        grammar,
         {},
         (tokenizer, vocab_size, stop_tokens),
+        answer_rules,
     )
 
 
@@ -107,12 +121,14 @@ def call_list_constraint(
     tools: Sequence[Mapping[str, Any]],
     *,
     choice: str = "auto",
+    parallel: bool = True,
     one_line: bool = False,
     stop_tokens: Sequence[int] | None = None,
 ) -> GrammarConstraint:
     """A constraint to the list of calls that Mistral's models write after `[TOOL_CALLS]`.
 
-    It is JSON, one call or more, each with an optional "id" of nine letters or digits.
+    It is JSON, one call or (if `parallel`) more, each with an optional "id" of nine letters or
+    digits.
 
     choice  auto, required  calls of any of the tools
             a name          of this tool only
@@ -121,7 +137,8 @@ def call_list_constraint(
     """
     id = {"type": "string", "pattern": f"^{CALL_ID.pattern}$"}
     # The optional space is the leading space of the first token.
-    grammar = f'start: " "? LIST json (COMMA json)* END\n{terminals(one_line)}'
+    more = "(COMMA json)*" if parallel else ""
+    grammar = f'start: " "? LIST json {more} END\n{terminals(one_line)}'
     return _calls_constraint(
         _chosen(tools, choice), grammar, {"id": id}, (tokenizer, vocab_size, stop_tokens)
     )
@@ -147,8 +164,12 @@ def _calls_constraint(
     grammar: str,
     optional: Mapping[str, Any],
     options: tuple[Tokenizer, int, Sequence[int] | None],
+    other_rules: Sequence[str] = (),
 ) -> GrammarConstraint:
-    """`grammar` with a rule `json` for a call; too large tools lose their schemas."""
+    """`grammar` with a rule `json` for a call; too large tools lose their schemas.
+
+    other_rules  that the grammar uses
+    """
     calls = []
     open_tools: list[str] = []
     for i, function in enumerate(functions):
@@ -157,7 +178,8 @@ def _calls_constraint(
         open_tools += [function["name"]] * any_object
     while True:
         starts = " | ".join(call[0] for call in calls)
-        rules = "\n".join(dict.fromkeys(line for call in calls for line in call[1]))
+        lines = [line for call in calls for line in call[1]]
+        rules = "\n".join(dict.fromkeys([*other_rules, *lines]))
         try:
             constraint = grammar_constraint(f"{grammar}\njson: {starts}\n{rules}", *options)
             break

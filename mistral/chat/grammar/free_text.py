@@ -33,7 +33,11 @@ class TextOrCalls(Constraint):
     """
 
     def __init__(
-        self, text: TextOnly, calls: GrammarConstraint | None, call_token: int, required: bool
+        self,
+        text: TextOnly | GrammarConstraint,
+        calls: GrammarConstraint | None,
+        call_token: int,
+        required: bool,
     ):
         self._text = text
         self._calls = calls
@@ -58,6 +62,7 @@ class TextOrCalls(Constraint):
             self._now = self._calls
         else:
             self._now = self._text
+            self._text.accept(id)
 
     def forced(self) -> list[int]:
         """The ids that a grammar of calls forces; the call token first, if a call is required."""
@@ -68,4 +73,4 @@ class TextOrCalls(Constraint):
     def copy(self) -> "TextOrCalls":
         """One for another answer."""
         calls = self._calls and self._calls.copy()
-        return TextOrCalls(self._text, calls, self._call_token, self._required)
+        return TextOrCalls(self._text.copy(), calls, self._call_token, self._required)

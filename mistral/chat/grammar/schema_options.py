@@ -34,11 +34,13 @@ NOTHING: dict[str, Any] = {"enum": []}
 class SchemaOptions:
     """The options of a schema's parts.
 
+    draft    the dialect; in Draft 4 alone 5.0 is not an integer
     dropped  the keywords that the options leave to the validator, and why
     """
 
     def __init__(self, validator: Validator):
         self.root = rewritten(validator.schema, lambda node: _as_in_2020(node, validator.draft))
+        self.draft = validator.draft
         self.dropped: dict[str, str] = {}
         self._references = References(self.root)
         addresses = [str(node["$id"]) for node in self._references.nodes()[1:] if "$id" in node]

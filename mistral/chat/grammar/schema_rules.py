@@ -180,7 +180,8 @@ class SchemaRules:
             rule = self.rule(schema)
             return rule, [rule]
         forms = [value]
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and self._options.draft > 4:
             whole = value == int(value) and abs(value) < 2**53
             forms += [int(value), float(value)] * whole
         texts = dict.fromkeys(_literal(json.dumps(form, ensure_ascii=False)) for form in forms)
@@ -193,6 +194,9 @@ class SchemaRules:
 
     def _number(self, option: dict[str, Any], type: str) -> list[Line]:
         body = number_terminal(option, type == "integer")
+        digits_only = type == "integer" and self._options.draft == 4
+        if body and digits_only:
+            body = f"({body}) & /-?[0-9]+/"
         if body is not None:
             return [(self._terminal(body), [])] if body else []
         keywords = {key: option[key] for key in _NUMBERS if key in option}
@@ -200,7 +204,7 @@ class SchemaRules:
             if key != "multipleOf" and abs(value) > _EXACT:
                 self._options.drop(key, f"{value} together with multipleOf")
                 del keywords[key]
-        exponents = number_exponents(option, type == "integer")
+        exponents = "" if digits_only else number_exponents(option, type == "integer")
         lines = self._leaf({"type": type}, [(key, {key: keywords[key]}) for key in keywords])
         return lines + [(self._terminal(exponents), [])] * bool(exponents)
 
