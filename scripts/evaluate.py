@@ -1,15 +1,25 @@
-"""Score function calling or JSON mode by the model card's rules and by corrected ones."""
+"""Score function calling or JSON mode by the model card's rules and by corrected ones.
+
+bfcl is the Berkeley function-calling suite, version 4, scored by its own checker.
+"""
 
 import argparse
 from hashlib import sha256
+from pathlib import Path
 
 import common
 from tqdm import tqdm
 
 import mistral
+from mistral.chat.answer import SLACK
 from mistral.evaluation.rows import read_rows
 from mistral.evaluation.run import RULES, Answers, ModelAnswers, evaluate
 from mistral.evaluation.verdict import REASONS, Verdict, summary
+from mistral_kernels import open_engine
+
+_SETTINGS = (
+    "task model revision window packed quantize engine temperature max_new_tokens seed batch_size"
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -18,23 +28,23 @@ def arguments() -> argparse.Namespace:
         "python scripts/evaluate.py function-calling --model ~/Hermes-2-Pro-Mistral-7B "
         "--data NousResearch/func-calling-eval --output answers.jsonl",
     )
-    parser.add_argument("task", choices=RULES)
+    parser.add_argument("task", choices=(*RULES, "bfcl"))
     common.add_model_arguments(parser, name="--model")
     common.add_engine_argument(parser)
     parser.add_argument(
         "--data",
-        required=True,
-        help="rows: .jsonl, .parquet, or owner/name of a dataset on the hub",
+        help="rows: .jsonl, .parquet, or owner/name of a dataset on the hub; for bfcl a folder "
+        "with the package bfcl-eval (default: where Python finds it)",
     )
     parser.add_argument(
         "--output",
         type=common.path,
         help="keep every answer in this .jsonl; the same command continues there",
     )
+    parser.add_argument("--rules", choices=("paper", "fixed", "both"), help="default: both")
     parser.add_argument(
-        "--rules", choices=("paper", "fixed", "both"), default="both", help="default: both"
+        "--limit", type=int, help="only so many rows, from the first; for bfcl, of each category"
     )
-    parser.add_argument("--limit", type=int, help="only so many rows, from the first")
     parser.add_argument(
         "--batch-size", type=int, default=1, help="rows that are answered at once (default: 1)"
     )
@@ -48,6 +58,10 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
         raise ValueError("--limit and --batch-size must be 1 or more")
+    if args.task == "bfcl" and (args.output or args.rules):
+        raise ValueError("bfcl has neither --output nor --rules")
+    if args.task != "bfcl" and args.data is None:
+        raise ValueError(f"{args.task} needs --data: .jsonl, .parquet, or a dataset on the hub")
     mistral.Sampling(temperature=args.temperature, seed=args.seed)  # ValueError
     if args.output:
         common.check_output(args.output)
@@ -57,12 +71,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if args.task == "bfcl":
+        evaluate_bfcl(args)
+        return
     rows = read_rows(args.data, args.task, args.limit)
-    names = (
-        "task model revision window packed quantize engine "
-        "temperature max_new_tokens seed batch_size"
-    )
-    settings = {name: vars(args)[name] for name in names.split()}
+    settings = {name: vars(args)[name] for name in _SETTINGS.split()}
     model, tokenizer = common.load(args)
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": fingerprint(model)}
     answers = Answers(args.output, settings)
@@ -86,8 +99,46 @@ def main() -> None:
             }
             bar.set_postfix(passed, refresh=False)
             bar.update()
-    wanted = list(verdicts) if args.rules == "both" else [args.rules]
+    wanted = list(verdicts) if args.rules in (None, "both") else [args.rules]
     report({name: summary(verdicts[name]) for name in wanted}, settings)
+
+
+def evaluate_bfcl(args: argparse.Namespace) -> None:
+    """Ask a model the Berkeley suite, and report by category."""
+    from mistral.evaluation import bfcl
+
+    data = bfcl.open_suite(args.data and Path(args.data))
+    checker = bfcl.load_checker()
+    rows = [
+        row for category in bfcl.CATEGORIES for row in bfcl.read_suite(data, category, args.limit)
+    ]
+    settings = {name: vars(args)[name] for name in _SETTINGS.split()}
+    model, tokenizer = common.load(args)
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": fingerprint(model)}
+    room = model.config.max_position_embeddings
+    engine, line = open_engine(args.engine, model, args.batch_size, room, slack=SLACK)
+    common.note(line)
+    options = {name: vars(args)[name] for name in ("temperature", "seed", "max_new_tokens")}
+    scored = []
+    for row, answer in tqdm(
+        bfcl.ask(engine, tokenizer, rows, **options), total=len(rows), unit="row"
+    ):
+        scored.append((row, answer, bfcl.judge(row, answer, checker)))
+    report_bfcl(bfcl.bfcl_summary(scored), settings)
+
+
+def report_bfcl(results: dict[str, dict], settings: dict) -> None:
+    """A table, and all of it as one line of JSON."""
+    columns = f"{'rows':>6}{'passed':>8}{'rate':>8}{'95% interval':>18}"
+    common.show(f"{'category':<16}{columns}{'calls':>8}{'invalid':>9}{'cut off':>9}")
+    for category, result in results.items():
+        interval = "{:.1%} - {:.1%}".format(*result["interval"])
+        scores = f"{result['n']:>6}{result['passed']:>8}{result['rate']:>8.1%}{interval:>18}"
+        counts = f"{result['calls']:>8}{len(result['invalid_calls']):>9}{result['cut']:>9}"
+        common.show(f"{category:<16}{scores}{counts}")
+        for reason, count in sorted(result["reasons"].items(), key=lambda pair: -pair[1]):
+            common.show(f"  {count:>4} {reason}")
+    common.show_json(settings | results)
 
 
 def fingerprint(model: mistral.Mistral) -> str:

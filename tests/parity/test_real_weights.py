@@ -5,6 +5,7 @@ values; llama.cpp multiplies the blocks, and rounds the activations to 8 bits fo
 """
 
 import copy
+import functools
 
 import gguf
 import numpy as np
@@ -20,7 +21,8 @@ from mistral.chat.formats import chat_format, encode_chat
 
 pytestmark = real_model.needs_it
 
-T = 1320
+T = 1320  # of the long form
+T_SHORT = 330
 # What the file's chat template puts before a conversation that has no system message
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -36,6 +38,17 @@ CONVERSATION = [
 def pair():
     """(model, tokenizer) in float32."""
     return mistral.load(PATH, device="cpu", dtype=torch.float32, sliding_window=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """transformers parses the file for each of config, weights and tokenizer, and makes a table of
+    names for each tensor: remember both.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +79,23 @@ def llama_cpp():
 
 
 @pytest.fixture(scope="module")
-def ids(pair):
+def long_ids(pair):
     """English, then Python code, then other languages: [1, T]."""
+    return mixed_ids(pair, 1500, T)
+
+
+@pytest.fixture(scope="module")
+def ids(pair):
+    """As `long_ids`: [1, T_SHORT]."""
+    return mixed_ids(pair, 320, T_SHORT)
+
+
+def mixed_ids(pair, longest, count):
     texts = real_texts.texts()
-    text = texts[60][:1500] + texts[125] + texts[7] + texts[126] + texts[191]
+    text = "".join(texts[i][:longest] for i in (60, 125, 7, 126, 191))
     found = pair[1].encode(text)
-    assert len(found) >= T
-    return torch.tensor([found[:T]])
+    assert len(found) >= count
+    return torch.tensor([found[:count]])
 
 
 def difference(ours, reference):
@@ -80,8 +103,10 @@ def difference(ours, reference):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("length", ["ids", pytest.param("long_ids", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logits_are_transformers_to_the_last_bit(pair, theirs, ids, dtype):
+def test_logits_are_transformers_to_the_last_bit(pair, theirs, request, dtype, length):
+    ids = request.getfixturevalue(length)
     ours = pair[0]
     if dtype != torch.float32:
         ours, _ = mistral.load(PATH, device="cpu", dtype=dtype, sliding_window=None)
@@ -95,7 +120,7 @@ def test_logits_are_transformers_to_the_last_bit(pair, theirs, ids, dtype):
 @pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_are_those_of_from_pretrained_in_16_bits(ids, dtype):
+def test_logits_are_those_of_from_pretrained_in_16_bits(long_ids, dtype):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     ours, _ = mistral.load(PATH, device="cpu", dtype=dtype, sliding_window=None)
@@ -107,7 +132,7 @@ def test_logits_are_those_of_from_pretrained_in_16_bits(ids, dtype):
         quantization_config=transformers.GgufConfig(dequantize=True),
     ).eval()
     assert theirs.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert difference(ours(ids), theirs(ids, use_cache=False).logits) == 0.0
+    assert difference(ours(long_ids), theirs(long_ids, use_cache=False).logits) == 0.0
 
 
 @torch.inference_mode()
@@ -198,11 +223,12 @@ def greedy(pair, max_new_tokens):
 
 
 @torch.inference_mode()
-def test_each_of_200_greedy_tokens_is_transformers_most_likely_one(pair, theirs):
-    prompt, ours = greedy(pair, 200)
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_each_greedy_token_is_transformers_most_likely_one(pair, theirs, count):
+    prompt, ours = greedy(pair, count)
     logits = theirs(torch.tensor([prompt + ours]), use_cache=False).logits[0]
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == ours
-    assert len(ours) == 200
+    assert len(ours) == count
 
 
 @pytest.mark.slow

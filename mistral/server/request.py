@@ -1,0 +1,161 @@
+"""What goes into the slots and what comes out of them, in ids: a request, its run, its tokens."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Self
+
+from torch import Tensor
+
+from mistral.engine.base import Constraint
+from mistral.engine.ids import stop_ids, token_ids
+from mistral.engine.loop import check_sampling
+from mistral.errors import shown
+from mistral.sampling import Sampling
+
+MOST_TOP_LOGPROBS = 1024
+
+State = Literal["waiting", "reading", "running", "ended"]
+# "stop": a stop token. "length": max_new_tokens. "full": the row has no more room.
+Reason = Literal["stop", "length", "full", "cancelled", "error"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One answer to one prompt. There is no text in it: stop strings are the caller's part.
+
+    prompt_ids      whole numbers of any type, at least one; stored as a tuple
+    max_new_tokens  0: the prompt is only read
+    stop_tokens     an answer ends after one of them; stored as a frozenset
+    constraint      of this request alone: it is told every id that is chosen, but no stop token
+    top_logprobs    how many of the most probable ids to report with each chosen one, next to the
+                    log-probability of the chosen one itself, which 0 reports alone; None: neither
+    score_prompt    report the same of the prompt's ids; no prefix of it is reused then
+
+    Raises ValueError for anything else.
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: Sampling
+    max_new_tokens: int
+    stop_tokens: Any = ()
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+    score_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        prompt = tuple(token_ids(self.prompt_ids))
+        if not prompt:
+            raise ValueError(
+                "the prompt is empty: it needs one token at least, the begin-of-text token for "
+                "example"
+            )
+        check_sampling(self.sampling)
+        if not _is_count(self.max_new_tokens):
+            raise ValueError(
+                "max_new_tokens must be a whole number, 0 or more, not "
+                f"{shown(self.max_new_tokens)}"
+            )
+        top = self.top_logprobs
+        if top is not None and not (_is_count(top) and top <= MOST_TOP_LOGPROBS):
+            raise ValueError(
+                f"top_logprobs must be a whole number from 0 to {MOST_TOP_LOGPROBS}, not "
+                f"{shown(top)}"
+            )
+        object.__setattr__(self, "prompt_ids", prompt)
+        object.__setattr__(self, "stop_tokens", stop_ids(self.stop_tokens, ()))
+        if self.constraint is not None:
+            object.__setattr__(self, "constraint", Constraint.of(self.constraint))
+
+
+class Chosen(NamedTuple):
+    """A token of an answer.
+
+    logprob  the log-probability that the model gave it, before penalties; None: not asked for
+    top      the most probable ids with theirs, the highest first
+    forced   the constraint left no choice, and the model was not asked
+    """
+
+    id: int
+    logprob: float | None = None
+    top: Sequence[tuple[int, float]] = ()
+    forced: bool = False
+
+    @classmethod
+    def scored(cls, id: int, log_p: Tensor, most: int) -> Self:
+        """A token with its log-probability and the `most` highest, from log_p [V]."""
+        values, ids = log_p.topk(min(most, len(log_p)))
+        return cls(id, log_p[id].item(), list(zip(ids.tolist(), values.tolist())))
+
+
+@dataclass(eq=False)
+class Run:
+    """A request on its way through the slots.
+
+    state          waiting for a row, reading its prompt, running, or ended
+    reason         why it ended; None until then
+    error          what ended it, if the reason is "error"
+    generated      how many tokens were chosen
+    cached_tokens  how many tokens of the prompt the row held already
+    prompt         the prompt's ids from the second on, with their log-probabilities, if asked for
+    times          seconds of `time.monotonic`: queued, admitted, first (token), ended
+    """
+
+    request: Request
+    state: State = "waiting"
+    reason: Reason | None = None
+    error: Exception | None = None
+    generated: int = 0
+    cached_tokens: int = 0
+    prompt: list[Chosen] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    _news: list[Chosen] = field(default_factory=list)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the prompt has."""
+        return len(self.request.prompt_ids)
+
+    def add(self, chosen: Chosen) -> None:
+        """Add a token to the answer."""
+        if not self.generated:
+            self.note("first")
+        self.generated += 1
+        self._news.append(chosen)
+
+    def add_prompt(self, log_p: Tensor) -> None:
+        """Add what the model gave the next ids of the prompt: log_p [T, V]."""
+        following = self.request.prompt_ids[len(self.prompt) + 1 :]
+        most = self.request.top_logprobs or 0
+        self.prompt += [Chosen.scored(id, row, most) for id, row in zip(following, log_p)]
+
+    def take(self) -> list[Chosen]:
+        """The tokens that were added since the last call."""
+        news = self._news
+        self._news = []
+        return news
+
+    def end(self, reason: Reason, error: Exception | None = None) -> None:
+        """The last change of a run."""
+        self.state = "ended"
+        self.reason = reason
+        self.error = error
+        self.note("ended")
+
+    def progress(self) -> dict[str, Any]:
+        """How far it has come, for a status page."""
+        return {
+            "state": self.state,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated": self.generated,
+            "max_new_tokens": self.request.max_new_tokens,
+        }
+
+    def note(self, name: str) -> None:
+        """Store the time of an event."""
+        self.times[name] = time.monotonic()
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
