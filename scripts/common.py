@@ -178,6 +178,8 @@ def add_sampling_arguments(to: argparse.ArgumentParser, temperature: float) -> N
     to.add_argument("--min-p", type=float, default=0.0, help="0: off (default)")
     to.add_argument("--typical-p", type=float, default=1.0, help="1: off (default)")
     to.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off (default)")
+    to.add_argument("--frequency-penalty", type=float, default=0.0, help="0: off (default)")
+    to.add_argument("--presence-penalty", type=float, default=0.0, help="0: off (default)")
     to.add_argument("--no-repeat-ngram-size", type=int, default=0, help="0: off (default)")
     to.add_argument("--seed", type=int, help="none: another text every time")
 
@@ -191,6 +193,8 @@ def sampling(arguments: argparse.Namespace) -> mistral.Sampling:
         min_p=arguments.min_p,
         typical_p=arguments.typical_p,
         repetition_penalty=arguments.repetition_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        presence_penalty=arguments.presence_penalty,
         no_repeat_ngram_size=arguments.no_repeat_ngram_size,
         seed=arguments.seed,
     )
@@ -202,7 +206,7 @@ def add_engine_argument(to: argparse.ArgumentParser) -> None:
         "--engine",
         choices=engines.ENGINES,
         default="auto",
-        help="default: auto: the fastest that runs on a GPU, and eager without one",
+        help="default: auto: the fastest that runs here",
     )
 
 

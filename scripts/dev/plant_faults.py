@@ -291,7 +291,9 @@ def _run_pytest(tests: str, copy: Path) -> None:
     os.chdir(copy)
     os.environ["PYTHONPATH"] = os.pathsep.join(own)
     os.environ["NUMBA_CACHE_DIR"] = str(copy.parent / "numba")  # faulty code must not stay
-    sys.path[:] = own + [path for path in sys.path if not Path(path).is_relative_to(ROOT)]
+    # The project's own folders go; a virtual environment in one of them stays.
+    sources = {ROOT, ROOT / "kernels", ROOT / "scripts", ROOT / "scripts/dev", ROOT / "tests"}
+    sys.path[:] = own + [path for path in sys.path if Path(path) not in sources]
     sys.exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests.split()])))
 
 

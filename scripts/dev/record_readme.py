@@ -26,7 +26,14 @@ from mistral.files import whole_file, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs/pictures"
-SESSION = ("scripts/function_calling.py", "--prompt", "How many miles are 42 kilometers?")
+# Not the default engine, whose line differs from machine to machine
+SESSION = (
+    "scripts/function_calling.py",
+    "--engine",
+    "eager",
+    "--prompt",
+    "How many miles are 42 kilometers?",
+)
 QUESTION = "What is a sliding window?"
 COLUMNS = 68  # of the terminal: legible on a telephone, too
 CHARACTER = 8.4  # width in pixels, at a font size of 14
@@ -74,8 +81,8 @@ def record_session() -> list[str]:
     os.close(ours)
     if process.wait():
         raise RuntimeError(f"{SESSION[0]} has failed:\n{output.decode()}")
-    script, option, prompt = SESSION
-    command = [f"$ .venv/bin/python {script} \\", f'    {option} "{prompt}"']
+    script, *options, prompt = SESSION
+    command = [f"$ .venv/bin/python {script} \\", f'    {" ".join(options)} "{prompt}"']
     return command + _screen(output.decode())
 
 

@@ -7,6 +7,7 @@ import sys
 import types
 
 import benchmark
+import benchmark_serve
 import measure_quantization
 import profile_step
 import pytest
@@ -295,6 +296,11 @@ def test_what_a_step_costs_far_beyond_the_window_is_told_beside_one_at_its_end()
     line = "eager, batch 1: a step at 32,768 tokens costs 1.050 times one at 4,096"
     assert report.costs_of_length([*rows, failed]) == [line]
     assert report.costs_of_length(rows[:2]) == []
+    assert report.costs_of_length([]) == []
+    between = [row("eager", 8192, 2.0), row("compile", 8192, 1.0), row("compile", 4096, 1.0)]
+    assert report.costs_of_length([*between, *rows]) == [line]  # at the longest context alone
+    other = row("eager", 32768, 9.0) | {"batch": 8}
+    assert report.costs_of_length([other, *rows]) == [line]  # and of the same batch
 
 
 @pytest.mark.parametrize(
@@ -438,3 +444,22 @@ def test_a_packed_model_that_one_contestant_runs_is_not_copied():
         turns.Field(model, ["eager"]).open("eager", Case(1, 5, 2), small.tokens(1, 5)).decoder.model
         is model
     )
+
+
+def test_percentiles_of_waits():
+    waits = [n / 100 for n in range(101)]
+    assert benchmark_serve.percentiles(waits) == {"p50": 0.5, "p99": 0.99, "most": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["plain", "Q8_0"])
+def test_both_servers_under_load(format, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp")
+    sizes = ("--size", "tiny", "--slots", 2, "--requests", 2, "--threads", 1)
+    short = ("--prompt-tokens", 16, "--new-tokens", 8, "--formats", format, "--engine", "eager")
+    out = run_script(benchmark_serve, monkeypatch, capsys, *sizes, *short)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["server"] for line in lines] == ["ours", "llama-server"]
+    for line in lines:
+        assert line["requests"] == 4 and line["tokens_per_s"] > 0
+        assert line["first_token_s"]["p50"] > 0

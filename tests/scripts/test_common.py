@@ -23,13 +23,15 @@ def test_every_sampling_option_is_a_value_of_sampling():
         min_p=0.1,
         typical_p=0.8,
         repetition_penalty=1.5,
+        frequency_penalty=0.3,
+        presence_penalty=0.2,
         no_repeat_ngram_size=3,
         seed=11,
     )
     words = []
     for name, value in options.items():
         words += ["--" + name.replace("_", "-"), str(value)]
-    assert vars(common.sampling(parsed(*words))) == options
+    assert vars(common.sampling(parsed(*words))) == options | {"logit_bias": ()}
 
 
 def test_a_window_is_auto_none_or_a_number():

@@ -14,6 +14,7 @@ import sys
 import time
 
 import common
+import fuzz
 import pytest
 import small
 import torch
@@ -23,6 +24,7 @@ import mistral
 import mistral_kernels
 from mistral.checkpoints import load as checkpoints
 from mistral.engine import memory
+from mistral.rms_norm import RMSNorm
 
 SMALL = str(small.DATA / "small")
 
@@ -41,11 +43,24 @@ def run(script, *arguments, **options):
 def hermes(tmp_path_factory):
     """Random weights, Mistral's true tokenizer, padded to 32,032 rows as Hermes-2-Pro is."""
     folder = tmp_path_factory.mktemp("hermes") / "checkpoint"
-    made = run(
-        "random_checkpoint", folder, "--tokenizer", small.TRUE_TOKENIZERS / "tokenizer.model.v1"
-    )
-    assert made.returncode == 0, made.stderr
+    tokenizer = small.TRUE_TOKENIZERS / "tokenizer.model.v1"
+    with pytest.MonkeyPatch.context() as patch:
+        script = small.SCRIPTS["random_checkpoint"]
+        patch.setattr(sys, "argv", [script, str(folder), "--tokenizer", str(tokenizer)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(small.ROOT / script), run_name="__main__")
+    assert ended.value.code == 0
     return folder
+
+
+@pytest.fixture
+def standard_input(monkeypatch):
+    """Makes bytes the standard input of a script that runs here."""
+
+    def set_input(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), "utf-8"))
+
+    return set_input
 
 
 def test_generate_lets_an_engine_run_ahead_of_what_it_prints(hermes, monkeypatch, run_here):
@@ -71,7 +86,7 @@ def test_generate_lets_an_engine_run_ahead_of_what_it_prints(hermes, monkeypatch
     assert events[:4] == ["step", "step", "step", "text"]
 
 
-def test_generate_streams_text_and_reports_on_stderr(hermes):
+def test_generate_streams_text_and_reports_on_stderr(hermes, run_here):
     arguments = (
         hermes,
         "--prompt",
@@ -84,9 +99,8 @@ def test_generate_streams_text_and_reports_on_stderr(hermes):
         1,
     )
     first = run("generate", *arguments)
-    again = run("generate", *arguments)
     assert first.returncode == 0, first.stderr
-    assert first.stdout == again.stdout
+    assert run_here("generate", *arguments)[:2] == (0, first.stdout)
     assert len(first.stdout) > 20
     for part in (
         "prompt 6 tokens",
@@ -98,13 +112,15 @@ def test_generate_streams_text_and_reports_on_stderr(hermes):
         assert part in first.stderr
 
 
-def test_generate_takes_a_real_chat_prompt_from_a_pipe_far_past_the_window(hermes):
+def test_generate_takes_a_real_chat_prompt_from_a_pipe_far_past_the_window(
+    hermes, run_here, standard_input
+):
     turn = "<|im_start|>user\nWhat is the weather in Zürich? 🌧️<|im_end|>\n<|im_start|>assistant\n"
-    result = run(
-        "generate", hermes, "--special", "--max-new-tokens", 5, "--temperature", 0, input=turn * 12
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stderr.split("prompt ")[1].split(" tokens")[0].replace(",", "")) > 2 * 128
+    standard_input((turn * 12).encode())
+    options = ("--special", "--max-new-tokens", 5, "--temperature", 0)
+    code, _, err = run_here("generate", hermes, *options)
+    assert code == 0, err
+    assert int(err.split("prompt ")[1].split(" tokens")[0].replace(",", "")) > 2 * 128
 
 
 def test_generate_obeys_its_flags(hermes, run_here):
@@ -154,16 +170,12 @@ def test_compare_hf_finds_no_difference_and_exits_with_0(hermes, run_here):
     assert "layer 1" in out
 
 
-def test_compare_hf_finds_a_difference_and_exits_with_1(tmp_path):
-    # A module that Python loads at the start changes one of our numbers behind the script's back.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import mistral.rms_norm as r\n"
-        "old = r.RMSNorm.__init__\n"
-        "r.RMSNorm.__init__ = lambda self, size, eps: old(self, size, 1e-3)\n"
-    )
-    result = run("compare_hf", SMALL, env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert result.returncode == 1
-    assert "DIFFERENT" in result.stdout
+def test_compare_hf_finds_a_difference_and_exits_with_1(run_here, monkeypatch):
+    made = RMSNorm.__init__
+    monkeypatch.setattr(RMSNorm, "__init__", lambda self, size, eps: made(self, size, 1e-3))
+    code, out, _ = run_here("compare_hf", SMALL)
+    assert code == 1
+    assert "DIFFERENT" in out
 
 
 GGUF = small.DATA / "gguf/q4_k_m.gguf"
@@ -198,11 +210,21 @@ def test_an_exported_checkpoint_generates_the_same_text(run_here, tmp_path):
     assert (code, "exists; remove it" in err) == (1, True)
 
 
-def test_the_fuzzing_script_runs(run_here, tmp_path):
-    code, out, err = run_here("fuzz", "answers", "--cases", 5, "--save", tmp_path)
-    assert code == 0, out + err
-    assert out.startswith("answers: 5 cases")
-    assert "; 0 failures" in out
+def test_the_fuzzing_script_runs_in_parts(run_here, tmp_path, monkeypatch):
+    for number in (0, 1, 1):
+        flags = ("--cases", 5, "--seed", number, "--save", tmp_path)
+        code, out, err = run_here("fuzz", "answers", *flags)
+        assert code == 0, out + err
+        assert out.startswith("answers: 5 cases")
+        assert "; 0 failures" in out
+    page = tmp_path / "fuzzing.md"
+    shutil.copy(fuzz.PAGE, page)
+    monkeypatch.setattr(fuzz, "PAGE", page)
+    fuzz.write_row(fuzz.TARGETS["answers"], fuzz.all_parts(fuzz.TARGETS["answers"], tmp_path))
+    row = next(line for line in page.read_text().splitlines() if line.startswith("| answers |"))
+    assert row.split(" | ")[3:5] == ["10", "0"]
+    code, _, err = run_here("fuzz", "rows", "--cases", 0, "--page", "--save", tmp_path)
+    assert (code, "has no run of rows" in err) == (1, True)
 
 
 def test_inspect_checkpoint_tells_the_facts(hermes, run_here):
@@ -460,29 +482,11 @@ def test_every_argument_that_a_message_names_has_its_flag_in_a_script():
     assert found >= {"packed", "quantize", "sliding_window", "dtype", "revision", "grammar"}
 
 
-def test_input_that_is_not_utf_8_is_said():
-    command = [sys.executable, "scripts/generate.py", SMALL]
-    result = subprocess.run(
-        command, cwd=small.ROOT, input=b"caf\xe9", capture_output=True, timeout=120
-    )
-    assert result.returncode == 1
-    assert b"not UTF-8" in result.stderr
-    assert b"Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_console_that_cannot_show_a_character_gets_the_rest(encoding):
-    program = "import common; common.run(lambda: print('naïve 日本 \\ud800 end'))"
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=small.ROOT / "scripts",
-        env={**os.environ, "PYTHONIOENCODING": encoding},
-        capture_output=True,
-        text=True,
-        encoding=encoding,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ("na?ve ?? ? end\n" if encoding == "ascii" else "naïve ?? ? end\n")
+def test_input_that_is_not_utf_8_is_said(run_here, standard_input):
+    standard_input(b"caf\xe9")
+    code, _, err = run_here("generate", SMALL)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "not UTF-8" in err
 
 
 def test_too_little_memory_is_one_line(tmp_path, run_here):
@@ -597,7 +601,7 @@ def test_ctrl_c_at_any_time_is_quiet(script, seconds):
     )  # the last: while importing, or when Python was leaving
 
 
-def test_a_reader_that_leaves_is_no_error(hermes):
+def test_a_reader_that_leaves_is_not_an_error(hermes):
     command = (
         f"{sys.executable} scripts/generate.py {hermes} --prompt hello --max-new-tokens 4000 "
         f"| head -c 5"
@@ -608,22 +612,25 @@ def test_a_reader_that_leaves_is_no_error(hermes):
     assert b"Error" not in result.stderr
 
 
-def test_a_chat_in_the_terminal_answers_obeys_commands_and_keeps_the_conversation(tmp_path):
+def test_a_chat_in_the_terminal_answers_obeys_commands_and_keeps_the_conversation(
+    tmp_path, run_here, standard_input
+):
     saved = tmp_path / "talk.jsonl"
     typed = (
         f"Hello!\n/system Be brief.\n/nothing\nWhat is\\\nGGUF?\n/retry\n/save {saved}\n/reset\n/load "
         f"{saved}\n/undo\n/undo\n/quit\n"
     )
-    result = run("chat", "--temperature", 0, "--max-new-tokens", 40, input=typed)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("tokens/s") == 3
-    assert "error: there is no command /nothing" in result.stderr
-    assert result.stderr.count("error: the conversation has no message of the user") == 1
+    standard_input(typed.encode())
+    code, out, err = run_here("chat", "--temperature", 0, "--max-new-tokens", 40)
+    assert code == 0, err
+    assert err.count("tokens/s") == 3
+    assert "error: there is no command /nothing" in err
+    assert err.count("error: the conversation has no message of the user") == 1
     head, *messages = map(json.loads, saved.read_text().splitlines())
     assert head["format"] == "chatml"
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert messages[1]["content"] == "What is\nGGUF?"
-    assert messages[2]["content"].strip() in result.stdout
+    assert messages[2]["content"].strip() in out
 
 
 def test_a_retry_with_a_seed_is_another_answer(run_here, monkeypatch, tmp_path):
@@ -750,7 +757,7 @@ def length(request):
     return request.param
 
 
-def test_training_the_demo_goes_on_where_it_stopped(length, run_here, tmp_path, monkeypatch):
+def test_training_the_demo_continues_at_its_last_step(length, run_here, tmp_path, monkeypatch):
     if length == "short":
         tokenizer = mistral.load("demo", device="cpu")[1]
         monkeypatch.setattr(training, "train_tokenizer", lambda seed: tokenizer)
@@ -785,7 +792,7 @@ def test_the_demo_is_measured_and_its_page_written(length, run_here, tmp_path, m
     code, out, err = run_here("measure_demo", "--requests", requests, "--page", page)
     assert code == 0, err
     assert f"| calls, all of the above | {3 * requests} |" in out
-    assert "engine: eager: " in err or "engine: kernels" in err
+    assert re.search(r"engine: (cpu|eager|kernels)\b", err)
     assert page.read_text().startswith("# The demo")
 
 
