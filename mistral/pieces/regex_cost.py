@@ -31,8 +31,11 @@ _KEPT = 8  # how many these are
 # Allowed CPU seconds of a character. The expressions in use take less than a tenth of this,
 # and quadratic ones 8 times as much for the longest texts.
 _SECONDS = 3e-6
-_CALL = 1e-4  # and of a call of the library
-_PATIENCE = 0.5  # CPU seconds of calls that take longer, ten of them at most
+_CALL = 5e-4  # and of a call of the library
+# An expression is refused after so many calls that all take longer, with pauses in between: a busy
+# machine makes single calls seem slow.
+_CALLS = 8
+_PAUSE = 0.02  # seconds
 
 
 @functools.lru_cache(64)
@@ -74,16 +77,19 @@ def _checked(
     repeated, end = part
     text = repeated * (length // len(repeated)) + end
     allowed = _CALL + _SECONDS * len(text)
-    least, spent = float("inf"), 0.0
-    # Again, because a busy machine makes single calls seem slow.
-    while spent < _PATIENCE:
+    least = float("inf")
+    for _ in range(_CALLS):
         start = time.thread_time()
-        guarded(lambda: split(text))
+        try:
+            guarded(lambda: split(text))
+        except CheckpointError as error:  # the library gives up after too many attempts
+            reason = f"may take hours for a long text: {error}"
+            raise CheckpointError(f"the regular expression {shown(expression)} {reason}") from None
         took = time.thread_time() - start
         if took <= allowed:
             return took
         least = min(least, took)
-        spent += max(took, _PATIENCE / 10)
+        time.sleep(_PAUSE)
     raise CheckpointError(
         f"the regular expression {shown(expression)} may take hours for a long text: "
         f"{len(text):,} characters took {least:.1g} s"
