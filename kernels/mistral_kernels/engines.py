@@ -20,6 +20,7 @@ import torch
 from mistral import Decoder, Mistral, NotEnoughMemory
 from mistral.engine.base import Engine
 from mistral.quantization.packed import Packed
+from mistral_kernels.widths import width_problem
 
 ENGINES = ("auto", "eager", "compile", "kernels", "cpu")
 _MOST_ROWS = 16  # MAX_BATCH of the decode kernels, whose file imports Triton
@@ -97,7 +98,7 @@ def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
         ("compile", _open_compiled, _place),
     )
     problems = []
-    in_planes = _in_planes(model)
+    regrouped = _regrouped(model)
     for name, open_it, place in engines:
         try:
             decoder = open_it(model, sizes)
@@ -106,7 +107,7 @@ def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
         # After the `except` block: its traceback keeps the memory of the failed engine alive.
-        _put_back(model, in_planes)
+        _put_back(model, regrouped)
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
 
 
@@ -115,11 +116,14 @@ def _open_without_gpu(
 ) -> tuple[Engine, str]:
     """The CPU's engine, or eager, and its line with the problem of the CPU's."""
     reason = _no_gpu(model.device)
+    regrouped = _regrouped(model)
     try:
         decoder = _open_cpu(model, sizes, say)
         return decoder, f"engine: cpu ({_place(model)}): {reason}{_cache_note()}"
     except ValueError as error:
-        return Decoder(model, **sizes), f"engine: eager: {reason}; not cpu: {error}"
+        problem = str(error)
+    _put_back(model, regrouped)
+    return Decoder(model, **sizes), f"engine: eager: {reason}; not cpu: {problem}"
 
 
 def _kernels_problem(model: Mistral, batch_size: int = 1) -> str | None:
@@ -141,14 +145,8 @@ def _machine_problem(device: torch.device, batch_size: int) -> str | None:
 
 def _shape_problem(model: Mistral) -> str | None:
     config = model.config
-    widths = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
-    }
-    for name, width in widths.items():
-        if width % 32:
-            return f"the kernels need {name} to be a multiple of 32, not {width}"
+    if reason := width_problem(config, "the kernels"):
+        return reason
     if config.head_dim not in (16, 32, 64, 128, 256):
         return f"the kernels need a head_dim of 16, 32, 64, 128 or 256, not {config.head_dim}"
     shared = config.num_attention_heads // config.num_key_value_heads
@@ -225,12 +223,20 @@ def _cpu_problem(device: torch.device) -> str | None:
 def _open_cpu(model: Mistral, sizes: dict, say: Callable[[str], object]) -> Engine:
     if problem := _cpu_problem(model.device):
         raise ValueError(problem)
-    from mistral_kernels.cpu import Decoder as CpuDecoder
-    from mistral_kernels.cpu.compiled import is_cached
+    try:
+        from mistral_kernels.cpu import Decoder as CpuDecoder
+        from mistral_kernels.cpu.compiled import is_cached
 
-    if not is_cached():
-        say("compiling the CPU kernels, for up to half a minute; the next start finds them")
-    return CpuDecoder(model, **sizes)
+        if not is_cached():
+            say("compiling the CPU kernels, for up to half a minute; the next start finds them")
+        return CpuDecoder(model, **sizes)
+    except (ValueError, NotEnoughMemory):
+        raise
+    except Exception as error:  # from numba: it may not fit NumPy or Python, or fail to compile
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise ValueError(
+            f"the CPU kernels do not run here: {reason}; update numba, or use another engine"
+        ) from error
 
 
 def _cache_note() -> str:
@@ -266,21 +272,21 @@ def _open_kernels(model: Mistral, sizes: dict) -> Engine:
         ) from error
 
 
-def _in_planes(model: Mistral) -> set[Packed]:
-    """The packed layers whose blocks the kernels hold as planes."""
+def _regrouped(model: Mistral) -> set[Packed]:
+    """The packed layers whose blocks an engine holds in another order."""
     packed = {module for module in model.modules() if isinstance(module, Packed)}
     return {module for module in packed if module.keeper is not None}
 
 
 def _put_back(model: Mistral, before: set[Packed]) -> None:
-    """Give layers their blocks back after the kernels failed.
+    """Give layers their blocks back after an engine failed.
 
-    Other engines would restore the blocks from the planes at every use.
+    Other engines would restore the blocks at every use.
 
-    before  layers that were in planes already, for another decoder that works with them
+    before  layers that were regrouped already, for another decoder that works with them
     """
     gc.collect()
-    for module in _in_planes(model) - before:
+    for module in _regrouped(model) - before:
         module.take_back()
 
 

@@ -78,7 +78,7 @@ class Stream:
     # Called by the worker's thread
 
     def accept(self, run: Run) -> bool:
-        """The request was queued. False if nobody can be told any more."""
+        """The request was queued. False if its event loop is closed."""
         self.run = run
         return self._tell(lambda: self.accepted.done() or self.accepted.set_result(None))
 
@@ -87,7 +87,7 @@ class Stream:
         self._tell(lambda: self.accepted.done() or self.accepted.set_exception(error))
 
     def deliver(self, news: list[Chosen], has_ended: bool) -> bool:
-        """Add tokens. False if nobody can be told any more."""
+        """Add tokens. False if its event loop is closed."""
         return self._tell(lambda: self._add(news, has_ended))
 
     def _add(self, news: list[Chosen], has_ended: bool) -> None:
@@ -206,7 +206,7 @@ class Worker:
                 self._slots.cancel(run)
 
     def _deliver(self) -> None:
-        """Give the streams their tokens. A run that nobody listens to any more is cancelled."""
+        """Give the streams their tokens. A run whose stream cannot take them is cancelled."""
         for run, stream in list(self._streams.items()):
             news = run.take()
             has_ended = run.state == "ended"

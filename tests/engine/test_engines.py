@@ -84,6 +84,26 @@ def test_auto_without_a_gpu_is_the_cpus_engine_or_says_why_not(no_gpu, monkeypat
     assert note == ("engine: eager: no GPU; not cpu: the CPU engine needs numba: pip install numba")
 
 
+def test_auto_is_eager_where_numba_does_not_run_and_layers_get_their_blocks_back(
+    no_gpu, monkeypatch
+):
+    pytest.importorskip("numba")
+    from mistral_kernels.cpu.weights import Weights
+
+    def failing(model, **_):
+        Weights(model)  # which regroups the blocks
+        raise ImportError("Numba needs NumPy 2.9 or less")
+
+    monkeypatch.setattr(mistral_kernels.cpu, "Decoder", failing, raising=False)
+    packed, _ = mistral.load("demo", packed=True)
+    decoder, note = open_engine("auto", packed, max_tokens=9)
+    assert type(decoder) is mistral.Decoder
+    assert "not cpu: the CPU kernels do not run here: ImportError: Numba needs NumPy 2.9" in note
+    assert all(m.keeper is None for m in packed.modules() if isinstance(m, PackedLinear))
+    with pytest.raises(ValueError, match="update numba, or use another engine"):
+        open_engine("cpu", packed, max_tokens=9)
+
+
 def test_slack_and_room_reach_the_decoder():
     decoder, note = open_engine("eager", model(sliding_window=None), max_tokens=9, slack=0)
     assert (decoder.limit, note) == (9, "engine: eager")

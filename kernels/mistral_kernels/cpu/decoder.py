@@ -114,7 +114,8 @@ class Decoder(ReferenceDecoder):
                 rows.append(self._read_prompt(tokens[b], b, last_only=False))
                 continue
             growth = self._cache.grow([T * (a == b) for a in range(self.batch_size)])
-            rows.append(self._read(tokens, [(b, i) for i in range(T)], T, growth))
+            logits = self._read(tokens, [(b, i) for i in range(T)], T, growth)
+            rows.append(logits.clone())
         return torch.stack(rows)
 
     def _passes(self, counts: list[int]) -> list[list[int]]:
@@ -150,7 +151,8 @@ class Decoder(ReferenceDecoder):
     ) -> Tensor:
         """One step: tokens [B, T], whose places (row, index) are `columns`.
 
-        Returns the logits of the first `scored` columns: float32 [scored, V].
+        Returns the logits of the first `scored` columns: float32 [scored, V], memory that the next
+        step overwrites.
         """
         rows = [b for b, _ in columns]
         positions = [growth.starts[b] + i for b, i in columns]
@@ -167,4 +169,4 @@ class Decoder(ReferenceDecoder):
         self._team.wake()
         self._work(LEAD)
         self._cache.commit(growth)
-        return buffers.logits[:scored, : self.config.vocab_size].clone()
+        return buffers.logits[:scored, : self.config.vocab_size]

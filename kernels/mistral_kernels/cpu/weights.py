@@ -19,6 +19,7 @@ from mistral_kernels.cpu.linear import linear
 from mistral_kernels.cpu.plain import PLAIN, plain_product
 from mistral_kernels.cpu.products import product
 from mistral_kernels.cpu.tiles import KINDS, ROWS, Tiles, repack, restore, restore_rows
+from mistral_kernels.widths import width_problem
 
 
 class InTiles(Keeper):
@@ -124,18 +125,12 @@ class Weights:
 def problem(model: Mistral) -> str | None:
     """Why a step cannot run the model, with the remedy; None if it can."""
     config = model.config
-    widths = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads * head_dim": config.num_attention_heads * config.head_dim,
-    }
-    for name, width in widths.items():
-        if width % 32:
-            return f"the CPU kernels need {name} to be a multiple of 32, not {width}"
+    if reason := width_problem(config, "the CPU kernels"):
+        return reason
     if config.head_dim % 16:
         return f"the CPU kernels need a head_dim that is a multiple of 16, not {config.head_dim}"
     for name, module in model.named_modules():
-        # The embedding is no product: a row of any type can be unpacked.
+        # The embedding is not multiplied: a row of any type can be unpacked.
         layer = module.embedding if isinstance(module, TiedOutput) else module
         is_product = isinstance(layer, Packed) and module is not model.model.embed_tokens
         if is_product and layer.kind.name not in KINDS:

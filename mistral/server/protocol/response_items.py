@@ -12,7 +12,7 @@ _OUTPUT = {"type", "call_id", "output", "id", "status", "caller", "name", "names
 
 
 def messages_of(given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages that an input is. ApiError, which names the item, for what is no text."""
+    """The messages that an input is. ApiError, which names the item, if one is not text."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     messages: list[dict[str, Any]] = []
