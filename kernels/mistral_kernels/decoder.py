@@ -51,6 +51,10 @@ class Decoder(ReferenceDecoder):
     the model (hooks, adapters, biases), which they would leave out.
     """
 
+    # The launches of a step depend on the number of rows alone: splits and tiles are the same
+    # whichever of them are idle, and a column of a tile does not depend on the others.
+    steps_keep_bits = True
+
     def __init__(
         self,
         model: Mistral,
@@ -180,20 +184,22 @@ class Decoder(ReferenceDecoder):
         rows = (self._history, self._lengths)
         starts = self.answer_starts
         ids = sample_rows(self._logits, sampling, *rows, mask, self._random, others, starts)
-        ids = torch.where(self._sampler.problems == IDLE, ids, self._chosen())
+        ids = torch.where(self._sampler.answers == IDLE, ids, self._sampler.answers)
         self._append(ids[:, None], counts)
         self._sampler.confirm()
         return ids
 
     def _chosen(self) -> Tensor:
-        """The ids of the last sampling, or what was wrong with it: int64 [B]."""
-        problems = self._sampler.problems
-        return torch.where(problems < 0, problems, self._step.tokens)
+        """The ids of the last sampling, or what was wrong with it: int64 [B].
+
+        A copy, because the next step may be launched before it is read.
+        """
+        return self._sampler.answers.clone()
 
     def _read_and_sample(self, counts: list[int], sampled: bool) -> None:
         """Sample an id for each row with a count; `sampled`: `_step.tokens` are the last ids."""
         pending = {length - read for length, read in zip(self._lengths, self._cache.lengths)}
-        if pending == {1} and sampled and all(counts) and self.rows_together:
+        if pending == {1} and sampled and all(counts):
             self._stale = [True] * self.batch_size
             self._advance_by_one(counts, "forward and sample", self._read_and_choose)
             self._stale = [False] * self.batch_size
@@ -211,6 +217,13 @@ class Decoder(ReferenceDecoder):
         self._sampled = False
         self._sampler.forget()
         super().rewind(n)
+
+    @computes
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """As the reference's."""
+        self._sampled = False
+        self._sampler.forget()
+        super().copy_row(source, target, length)
 
     @one_thread
     def restart_random(self, row: int) -> None:
@@ -233,11 +246,11 @@ class Decoder(ReferenceDecoder):
         super().prefill(rows)
 
     @computes
-    def verify(self, ids: Sequence[int]) -> Tensor:
+    def verify_rows(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """As the reference's."""
         self._sampled = False
         self._sampler.forget()
-        return super().verify(ids)
+        return super().verify_rows(rows)
 
     @computes
     def score(self, row: int, ids: Sequence[int]) -> Tensor:
@@ -264,14 +277,14 @@ class Decoder(ReferenceDecoder):
             return logits.expand(self.batch_size, -1)
         return read_chunk(self.model, tokens, self._cache, counts, workspace)
 
-    def _forward_all(self, tokens: Tensor) -> Tensor:
+    def _forward_all(self, tokens: Tensor, counts: list[int]) -> Tensor:
         if self._plain:
-            return super()._forward_all(tokens)
+            return super()._forward_all(tokens, counts)
         T = tokens.shape[1]
         if room := self._short_room(T):
-            return self._read_short(tokens, [T] * self.batch_size, room, last_only=False)[:, :T]
+            return self._read_short(tokens, counts, room, last_only=False)[:, :T]
         workspace = self._step.workspace
-        return read_chunk(self.model, tokens, self._cache, None, workspace, last_only=False)
+        return read_chunk(self.model, tokens, self._cache, counts, workspace, last_only=False)
 
     def _short_room(self, T: int) -> int | None:
         """Tokens a row, pads included, of the graph that reads a chunk of T; None: there is none.
@@ -341,13 +354,13 @@ class Decoder(ReferenceDecoder):
         self._positions.add_(self._active)
 
     def _choose(self) -> None:
-        self._sampler.run(self._step.logits, self._step.tokens)
+        self._sampler.run(self._step.wide_logits, self._step.tokens)
         self._history.scatter_(1, self._positions[:, None], self._step.tokens[:, None])
 
     def _choose_for_some(self) -> None:
-        self._sampler.run(self._step.logits, self._step.tokens)
+        self._sampler.run(self._step.wide_logits, self._step.tokens)
         # An idle row has no new id; -1 is what its history holds there already.
-        ids = self._step.tokens.masked_fill(self._sampler.problems == IDLE, -1)
+        ids = self._step.tokens.masked_fill(self._sampler.answers == IDLE, -1)
         self._history.scatter_(1, self._positions[:, None], ids[:, None])
 
     def _read_and_choose(self) -> None:

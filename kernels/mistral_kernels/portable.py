@@ -90,6 +90,15 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+@triton.constexpr_function
+def row_width(V):
+    """Columns of a row of logits, or of flags of tokens: V rounded up to a multiple of 4.
+
+    So every row begins at a multiple of 16 bytes, and no load of 16 bytes reaches into another row.
+    """
+    return (V + 3) // 4 * 4
+
+
 @triton.jit
 def wait_for_producer(ARCH: tl.constexpr):
     """Wait for the previous kernel: between the loads of weights and the first use of its results.

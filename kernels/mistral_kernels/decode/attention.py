@@ -184,15 +184,16 @@ def decode_attention_kernel(  # noqa: PLR0915
     """
     index = tl.program_id(0)  # row * K + head
     split = tl.program_id(1)
-    wait_for_producer(ARCH)
 
-    # 1. The part: of the live positions, oldest first, low .. high - 1.
+    # 1. The part: of the live positions, oldest first, low .. high - 1. The positions are those of
+    # the whole step, so they can be read before the kernel that writes q and the key has ended.
     position = tl.load(positions + index // K).to(tl.int32)  # -1: idle, no live position
     live = tl.minimum(position + 1, window)
     start = (position + 1 - live) % num_slots  # the slot of the oldest
     share = tl.cdiv(live, SPLITS * BLOCK) * BLOCK  # whole blocks: the last parts may be empty
     low = split * share
     high = tl.minimum(low + share, live)
+    wait_for_producer(ARCH)
 
     # 2. The queries: G heads, padded to the 16 rows that `tl.dot` needs at least.
     d = tl.arange(0, H)

@@ -26,7 +26,7 @@ from mistral_kernels.decode.matvec import (
 )
 from mistral_kernels.packed.planes import Planes, dense
 from mistral_kernels.packed.tile import matrix_tile, operands
-from mistral_kernels.portable import Launch, arch_of, release_consumer
+from mistral_kernels.portable import Launch, arch_of, release_consumer, require, row_width
 
 
 def head_reference(
@@ -38,16 +38,19 @@ def head_reference(
     gain: float = 1.0,
 ) -> None:
     """`head` in plain PyTorch."""
-    logits.copy_((x.float() @ dense(weight).T) * inverse_rms_reference(sums, x.shape[1], eps, gain))
+    V, D = weight.shape
+    out = (x.float() @ dense(weight).T) * inverse_rms_reference(sums, D, eps, gain)
+    logits[:, :V].copy_(out)
 
 
 @triton.jit
 def head_kernel(
     x, sums, weight, logits, eps, gain,
-    V: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-    CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
+    V: tl.constexpr, WIDTH: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr, CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
-    """One CTA: 16 tokens of the vocabulary, all rows of the batch."""
+    """One CTA: 16 tokens of the vocabulary, all rows of the batch. A row of logits has WIDTH."""
     first = tl.program_id(0) * 16
     rows = tl.minimum(tile_rows(first, first + 8, WARPS), V - 1)
     out = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
@@ -55,14 +58,27 @@ def head_kernel(
     out = out * inverse_rms(sums, eps, gain, COLUMNS, B, M)[None, :]
     token = first + tl.arange(0, 16)[:, None]
     b = tl.arange(0, M)[None, :]
-    tl.store(logits + b * V + token, out, mask=(b < B) & (token < V))
+    tl.store(logits + b * WIDTH + token, out, mask=(b < B) & (token < V))
 
 
-def launch(batch: int, D: int, V: int, dtype: torch.dtype, arch: int, kind: str = DENSE) -> Launch:
-    """Shape of the launch. ValueError for sizes that the kernel does not support."""
+def launch(
+    batch: int,
+    D: int,
+    V: int,
+    dtype: torch.dtype,
+    arch: int,
+    kind: str = DENSE,
+    width: int | None = None,
+) -> Launch:
+    """Shape of the launch; `width` None: `row_width(V)`.
+
+    ValueError for sizes that the kernel does not support.
+    """
+    width = row_width(V) if width is None else width
+    require(width >= V, f"rows of {width} logits for a vocabulary of {V}")
     require_multiple("hidden_size", D, 32)
     tile = tile_launch(triton.cdiv(V, TILE), batch, D, dtype, arch, (kind,))
-    return tile._replace(constants=tile.constants | dict(V=V, KIND=kind))
+    return tile._replace(constants=tile.constants | dict(V=V, WIDTH=width, KIND=kind))
 
 
 def head(
@@ -81,14 +97,14 @@ def head(
                the model has packed weights fp16 (fp32, if the model is in fp32)
     sums       fp32 [B, D/16]: partial sums of residual^2
     weight     [V, D], plain or packed
-    logits     fp32 [B, V], written
+    logits     fp32 [B, V or more]: the first V columns are written
     eps, gain  of the norm; gain is from `scaled_norm`
     pdl        see `Launch.run`
 
-    Raises ValueError if D is not a multiple of 32 or B is above 16, for other dtypes and
-    non-contiguous tensors, and if no kernel can run on this device.
+    Raises ValueError if D is not a multiple of 32 or B is above 16, for too few columns of
+    logits, other dtypes and non-contiguous tensors, and if no kernel can run on this device.
     """
     V, D = weight.shape
     (matrix,), (kind,), dtype = operands(x, weight)
-    shape = launch(x.shape[0], D, V, dtype, arch_of(x), kind)
+    shape = launch(x.shape[0], D, V, dtype, arch_of(x), kind, logits.shape[1])
     shape.run(head_kernel, x, sums, matrix, logits, eps, gain, pdl=pdl)

@@ -81,11 +81,14 @@ def tile_launch(
         options = dict(num_warps=warps, num_stages=1)
     else:
         chunks = 0  # of dense tiles alone: the warps of a packed tile take groups of 1,024 columns
-        # 8 warps of more than 128 registers would be alone on a multiprocessor; the other types
-        # need up to 180.
-        most_warps = 8 if M == 8 and set(kinds) <= {"Q4_0", "Q4_K"} else 4
-        warps = min(triton.next_power_of_2(triton.cdiv(columns, 1024)), most_warps)
-        options = dict(num_warps=warps, num_stages=1) | (dict(maxnreg=128) if warps == 8 else {})
+        groups = triton.next_power_of_2(triton.cdiv(columns, 1024))
+        most_warps = 8 if M == 8 and "Q8_0" not in kinds else 4
+        warps = min(groups, most_warps)
+        options = dict(num_warps=warps, num_stages=1)
+        # With 128 registers, 2 CTAs of 8 warps or 4 of 4 share a multiprocessor. Q8_0 would take
+        # 140, but spills with 128 if its warps take several groups.
+        if warps == 8 or (M == 8 and "Q8_0" in kinds and groups <= warps):
+            options["maxnreg"] = 128
     constants = dict(B=batch, COLUMNS=columns, WARPS=warps, CHUNKS=chunks, M=M, ARCH=arch)
     return Launch((num_tiles,), constants, options)
 

@@ -52,14 +52,17 @@ def projection_kernel(
 ):  # fmt: skip
     """One CTA: 16 elements of the residual, all rows of the batch."""
     tile = tl.program_id(0)
+    # Once all of these CTAs have begun, those of the next kernel may take the places that are left.
+    release_consumer(ARCH)
     rows = tile_rows(tile * 16, tile * 16 + 8, WARPS)
     out = matrix_tile(y, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
-    release_consumer(ARCH)
     d = tile * 16 + tl.arange(0, 16)
     b = tl.arange(0, M)
     at = b[None, :] * D + d[:, None]
     real = b[None, :] < B
     new = out + tl.load(residual + at, mask=real, other=0.0)  # [16, M]
+    # Several threads may hold, and so load, the same element: all before one of them stores it.
+    tl.debug_barrier()
     tl.store(residual + at, new, mask=real)
     scaled = new * tl.load(norm + d).to(tl.float32)[:, None]
     tl.store(x + at, to_activation(scaled, x.dtype.element_ty), mask=real)

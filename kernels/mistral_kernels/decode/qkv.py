@@ -102,6 +102,9 @@ def qkv_kernel(
     Q_KIND: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
 ):  # fmt: skip
     """One CTA: 8 rotated pairs of one head, all B rows of the batch (padded to M)."""
+    # Once all of these CTAs have begun, those of the next kernel may take the places that are left.
+    release_consumer(ARCH)
+
     # 1. The tile's weight rows. Heads are numbered queries first, then keys, then values.
     HALF: tl.constexpr = H // 2
     head = tl.program_id(0) // (HALF // 8)
@@ -123,7 +126,6 @@ def qkv_kernel(
             head >= N + K, x, k_proj, v_proj, rows, K_KIND, V_KIND, B, COLUMNS, WARPS, CHUNKS, M,
             ARCH,
         )  # fmt: skip
-    release_consumer(ARCH)
 
     # 3. The norm's division, on 16 results instead of D inputs.
     out = out * inverse_rms(sums, eps, gain, COLUMNS, B, M)[None, :]

@@ -32,7 +32,7 @@ from mistral_kernels.decode.matvec import TILE
 from mistral_kernels.packed import dequantize
 from mistral_kernels.packed.dequantize import Blocks, Workspace
 from mistral_kernels.packed.planes import Planes
-from mistral_kernels.portable import require
+from mistral_kernels.portable import require, row_width
 from mistral_kernels.weights import ToUnpack, Weight, weights_of, workspace_size
 
 
@@ -75,7 +75,8 @@ REFERENCES = Operations(
 class DecodeStep:
     """The model with its cache and buffers.
 
-    `run` reads `tokens`, int64 [B], and writes `logits`, fp32 [B, V].
+    `run` reads `tokens`, int64 [B], and writes `logits`, fp32 [B, V]. They are a view of
+    `wide_logits`, whose rows have `row_width(V)` columns.
 
     cache       a RollingCache of the model. Keys and values are written into it; the caller keeps
                 its tables, which say which slot holds which position.
@@ -119,7 +120,8 @@ class DecodeStep:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.tokens = new(B, dtype=torch.int64)
-        self.logits = new(B, V, dtype=torch.float32)
+        self.wide_logits = new(B, row_width(V), dtype=torch.float32)
+        self.logits = self.wide_logits[:, :V]
         self._residual = new(B, D, dtype=torch.float32)
         self._sums = new(B, D // TILE, dtype=torch.float32)
         self._x = new(B, D)
@@ -178,7 +180,7 @@ class DecodeStep:
 
         # 3. The logits.
         weight, early = self._ready(w.head)
-        do.head(x, sums, weight, self.logits, eps, w.norm.gain, **early)
+        do.head(x, sums, weight, self.wide_logits, eps, w.norm.gain, **early)
 
     def _ready(self, weight: Weight) -> tuple[Tensor | Planes | tuple[Planes, ...], dict]:
         """A matrix in a form that its kernel takes, and the options of that kernel's launch.

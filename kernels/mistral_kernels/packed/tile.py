@@ -17,7 +17,10 @@ convert, scale, subtract) a weight takes 6. Three things reduce it to 2, or 3 fo
 * The scales of 256 weights are 16 bytes too, and the lane that multiplies these weights loads them.
 
 A warp takes groups of 1,024 columns, and four lanes take a quarter each of a row in a group. All
-loads of a group are issued before the first use.
+loads of half a group are issued before the first use. Half, because bytes that wait for their use
+take registers, and registers decide how many CTAs share a multiprocessor: others load while one
+multiplies. For gate and up, Q4_K takes 84 registers instead of 129 with whole groups, Q6_K 109
+instead of 172 (sm_90, Triton 3.6): five CTAs instead of three, and four instead of two.
 
 Symbols: u is a piece of low bits, n the place of a value in the words of a piece (nibble or byte).
 
@@ -196,23 +199,24 @@ def _unpacked(
 ):  # fmt: skip
     """Value n of every word of piece u as a finished weight, times the guard: [lines, 32].
 
-    low, high  the pieces, a tuple each of int16 [lines, 32]
+    low   the words of piece u, int16 [lines, 32]
+    high  those with its high bits; of a type without them, anything
     """
     scale, offset = _scale_and_offset(head, d, guard, u, n, KIND)
     offset = _spread(offset, dtype)
     if KIND == "Q8_0":
-        w = scaled_bits(low[u], _spread(scale, dtype), offset, 8 * n, 0xFF, ARCH)
+        w = scaled_bits(low, _spread(scale, dtype), offset, 8 * n, 0xFF, ARCH)
     else:
         # An odd nibble is not shifted down by its last 4 bits: it counts 16 times its value.
         odd: tl.constexpr = n % 2
         scale = _spread(scale * (0.0625 if odd else 1.0), dtype)
         if high_pieces(KIND) == 0:
-            w = scaled_bits(low[u], scale, offset, n // 2 * 8, 0xF << 4 * odd, ARCH)
+            w = scaled_bits(low, scale, offset, n // 2 * 8, 0xF << 4 * odd, ARCH)
         else:
             upper: tl.constexpr = (0x10 if KIND == "Q5_K" else 0x30) << 4 * odd
             w = scaled_joined_bits(
-                low[u], high[u * high_pieces(KIND) // 8], scale, offset, n // 2 * 8, 0xF << 4 * odd,
-                _high_shift(KIND, u, n), upper, ARCH,
+                low, high, scale, offset, n // 2 * 8, 0xF << 4 * odd, _high_shift(KIND, u, n),
+                upper, ARCH,
             )  # fmt: skip
     return w
 
@@ -227,6 +231,45 @@ def _four_words(head):
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
+
+
+@triton.jit
+def _load_pieces(words, here, FIRST: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr):
+    """Pieces FIRST .. FIRST + COUNT - 1 of a group, each int16 [lines, 32]: a tuple."""
+    pieces = ()
+    for u in tl.static_range(FIRST, FIRST + COUNT):
+        # A piece is 512 bytes, or 256 words, after the one before.
+        pieces = pieces + (_load_once(words + 256 * u, here, MASKED),)
+    return pieces
+
+
+@triton.jit
+def _add_products(
+    x, low, high, head, d, guard, column, b, even, odd, HALF: tl.constexpr, KIND: tl.constexpr,
+    COLUMNS: tl.constexpr, WARPS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """The two sums, with the products of half a group, value after value.
+
+    32 columns of x belong to value n of piece u, 8 neighbours in each quarter.
+    """
+    LOW: tl.constexpr = low_pieces(KIND) // 2
+    HIGH: tl.constexpr = high_pieces(KIND) // 2
+    for k in tl.static_range(LOW):
+        for n in tl.static_range(2 if KIND == "Q8_0" else 4):
+            at = column + (16 if KIND == "Q8_0" else 32) * (HALF * LOW + k) + 8 * n
+            if COLUMNS % 1024 == 0:
+                v = tl.load(x + b[:, None] * COLUMNS + at)
+            else:
+                v = tl.load(x + b[:, None] * COLUMNS + at, mask=at < COLUMNS, other=0.0)
+            top = high[k * HIGH // LOW] if HIGH > 0 else low[k]
+            w = _unpacked(low[k], top, head, d, guard, HALF * LOW + k, n, KIND, v.dtype, ARCH)
+            w = weight_fragment(w, WARPS)
+            v = input_fragment(v, WARPS, M)
+            if n % 2 == 0:
+                even = tl.dot(w, v, even, input_precision="ieee")
+            else:
+                odd = tl.dot(w, v, odd, input_precision="ieee")
+    return even, odd
 
 
 @triton.jit
@@ -245,6 +288,8 @@ def _packed_tile(  # noqa: PLR0915
     RAGGED: tl.constexpr = GROUPS % WARPS != 0  # groups past the last count as zeros
     BLOCK: tl.constexpr = row_block_bytes(KIND, COLUMNS)
     BODY: tl.constexpr = body_bytes(KIND, COLUMNS)
+    LOW: tl.constexpr = low_pieces(KIND) // 2  # pieces of half a group
+    HIGH: tl.constexpr = high_pieces(KIND) // 2
     line = tl.arange(0, 16 * WARPS)
     input_line = tl.arange(0, M * WARPS)
     # Row B - 1 replaces the rows >= B.
@@ -255,46 +300,32 @@ def _packed_tile(  # noqa: PLR0915
     even = tl.zeros([WARPS, 16, M], tl.float32)  # two sums, so that one product need not wait for
     odd = even  # the one before
     for i in range((GROUPS + WARPS - 1) // WARPS):
-        # 2. Load a group for each warp: head, low bits, high bits, d of Q6_K. Piece u is 512 bytes,
-        # or 256 words, after piece u - 1, and piece 0 is the head.
+        # 2. Load the head of a group for each warp, and d of Q6_K.
         group = i * WARPS + line // 8 % WARPS
         here = (group < GROUPS)[:, None]
         head = _pointers(data, rows, group, 0, BODY // GROUPS, 64, BLOCK, tl.int32)
         head = _load_once(head + tl.arange(0, 16)[None, :], here, RAGGED)
-        words = _pointers(data, rows, group, 512, BODY // GROUPS, 64, BLOCK, tl.int16) + word
-        low = ()
-        high = ()
         d = 0.0
-        for u in tl.static_range(low_pieces(KIND)):
-            low = low + (_load_once(words + 256 * u, here, RAGGED),)
-        for u in tl.static_range(low_pieces(KIND), low_pieces(KIND) + high_pieces(KIND)):
-            high = high + (_load_once(words + 256 * u, here, RAGGED),)
         if KIND == "Q6_K":
             d = _pointers(data, rows, group, BODY, 64, 8, BLOCK, tl.float16)
             d = _load_once(d + tl.arange(0, 4)[None, :], here, RAGGED).to(tl.float32)
+        # After the head come the pieces: first all low bits, then all high bits.
+        words = _pointers(data, rows, group, 512, BODY // GROUPS, 64, BLOCK, tl.int16) + word
+        input_group = tl.minimum(i * WARPS + input_line // 8 % WARPS, GROUPS - 1)
+        column = (input_group * 1024)[:, None] + 256 * (word // 8) + word % 8
 
-        # 3. Keep these loads before the first use of x, which the previous kernel writes.
-        wait_for_producer(ARCH)
+        for half in tl.static_range(2):
+            # 3. Load half of its pieces; keep all these loads before the first use of x, which the
+            # previous kernel writes.
+            low = _load_pieces(words, here, half * LOW, LOW, RAGGED)
+            high = _load_pieces(words, here, 2 * LOW + half * HIGH, HIGH, RAGGED)
+            wait_for_producer(ARCH)
 
-        # 4. Unpack and multiply value after value: 32 columns of x belong to value n of piece u, 8
-        # neighbours in each quarter.
-        head = _four_words(head)
-        group = tl.minimum(i * WARPS + input_line // 8 % WARPS, GROUPS - 1)
-        column = (group * 1024)[:, None] + 256 * (word // 8) + word % 8
-        for u in tl.static_range(low_pieces(KIND)):
-            for n in tl.static_range(2 if KIND == "Q8_0" else 4):
-                at = column + (16 if KIND == "Q8_0" else 32) * u + 8 * n
-                if COLUMNS % 1024 == 0:
-                    v = tl.load(x + b[:, None] * COLUMNS + at)
-                else:
-                    v = tl.load(x + b[:, None] * COLUMNS + at, mask=at < COLUMNS, other=0.0)
-                w = _unpacked(low, high, head, d, guard, u, n, KIND, v.dtype, ARCH)
-                w = weight_fragment(w, WARPS)
-                v = input_fragment(v, WARPS, M)
-                if n % 2 == 0:
-                    even = tl.dot(w, v, even, input_precision="ieee")
-                else:
-                    odd = tl.dot(w, v, odd, input_precision="ieee")
+            # 4. Unpack and multiply.
+            even, odd = _add_products(
+                x, low, high, _four_words(head), d, guard, column, b, even, odd, half, KIND,
+                COLUMNS, WARPS, M, ARCH,
+            )  # fmt: skip
 
     # 5. Divide by the guards, and add up the warps.
     unguard = tl.permute(tl.reshape(1.0 / guard, [2, WARPS, 8]), [1, 0, 2])

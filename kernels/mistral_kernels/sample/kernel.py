@@ -29,17 +29,15 @@ Source: Parallel random numbers: as easy as 1, 2, 3, https://doi.org/10.1145/206
 (Philox)
 
 Bytes: 4 per logit; 10 more if ids are penalised or forbidden (32,000 tokens: 128 KB per row, and
-320 KB more). Logits are loaded 16 bytes at a time. If V is not a multiple of 4, a row may begin and
-end within such 16 bytes: the load then returns values of its neighbours too, or up to 12 bytes past
-the end of the tensor, and they are dropped. If a row must also be shifted (see `sample_kernel`), it
-passes through memory.
+320 KB more). Logits are loaded 16 bytes at a time, so every row begins at a multiple of 16 bytes:
+rows have `row_width(V)` columns, of which those from V on are never used.
 
 Versions (times not measured)
   torch: topk, sort, softmax, cumsum, scatter, ...   about 20 kernels, two sorts of the vocabulary
   top-p by bisection on the mass                     some 20 passes over the row instead of two
   a random number for every token                    two thirds of all instructions
   flags read while the row is in registers           224 bytes spilled per thread; via memory: none
-  each row loaded from its first logit               128 bytes spilled per thread if V % 4 != 0
+  rows of V columns, loaded from any address         128 bytes spilled per thread if V % 4 != 0
   this one                                           1 kernel; a pass over the row for each round
 """
 
@@ -52,7 +50,14 @@ from torch import Tensor
 
 from mistral.engine.base import IDLE, NO_NUMBERS, NOTHING_LEFT
 from mistral.sampling import Sampling, processed_scores
-from mistral_kernels.portable import Launch, arch_of, release_consumer, require, wait_for_producer
+from mistral_kernels.portable import (
+    Launch,
+    arch_of,
+    release_consumer,
+    require,
+    row_width,
+    wait_for_producer,
+)
 
 FLOATS = 4  # of a row: temperature, top_p, min_p, repetition_penalty
 INTEGERS = 5  # of a row: top_k, seed, whether it has a mask, stream, whether it is active
@@ -75,14 +80,19 @@ def sample_reference(
     integers: Tensor,
     counts: Tensor,
     ids: Tensor,
-    problems: Tensor,
+    answers: Tensor,
+    *,
+    V: int,
 ) -> None:
     """`sample` in plain PyTorch: the same ids with the same probabilities, from other random
     numbers. It does not use `scores`.
     """
+    logits = logits[:, :V]
+    allowed = allowed[:, :V]
+    seen = seen[:, :V]
     for b, (top_k, seed, masked, stream, active) in enumerate(integers.tolist()):
         if not active:
-            problems[b] = IDLE
+            answers[b] = IDLE
             continue
         temperature, top_p, min_p, penalty = floats[b].tolist()
         # As float32 the lowest temperature that `Sampling` accepts, 1e-5, is a little lower.
@@ -103,7 +113,7 @@ def sample_reference(
         nothing_left = torch.where(weights.amax() == -math.inf, NOTHING_LEFT, 0)
         infinite = (logits[b] == math.inf) & (allowed[b] if masked else True)
         broken = logits[b].isnan() | infinite
-        problems[b] = torch.where(broken.any(), NO_NUMBERS, nothing_left)
+        problem = torch.where(broken.any(), NO_NUMBERS, nothing_left)
         # 3. The choice: the first of the best, or a draw as in `next_ids`.
         if temperature:
             generator = torch.Generator(ids.device).manual_seed(
@@ -112,14 +122,9 @@ def sample_reference(
             noise = torch.empty_like(weights).exponential_(1, generator=generator)
             weights = weights.softmax(dim=-1).nan_to_num(0.0) / noise
         ids[b] = weights.argmax()
+        answers[b] = torch.where(problem < 0, problem, ids[b])
         seen[b, ids[b]] = True
         counts[b] += 1
-
-
-@triton.constexpr_function
-def scores_width(V):
-    """Columns of `scores`: V if that is a multiple of 4, else one with room for a shift by 3."""
-    return V if V % 4 == 0 else (V + 6) // 4 * 4
 
 
 @triton.jit
@@ -160,30 +165,27 @@ def _pick(weights, u, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _load_row(numbers, i, before, V: tl.constexpr):
-    """A row's V values, which begin at numbers[before], and -infinity at every other i.
-
-    `numbers` is a multiple of 16 bytes, and `before` is below 4.
-    """
-    z = tl.load(numbers + i, mask=i < (before + V + 3) // 4 * 4)
-    return tl.where((i >= before) & (i < before + V), z, float("-inf"))
+def _load_row(numbers, i, V: tl.constexpr):
+    """A row's V values, and -infinity at every other i."""
+    z = tl.load(numbers + i, mask=i < row_width(V))
+    return tl.where(i < V, z, float("-inf"))
 
 
 @triton.jit
 def _apply_flags(
-    logits, allowed, seen, scores, before, penalty, masked, V: tl.constexpr, BLOCK: tl.constexpr
+    logits, allowed, seen, scores, penalty, masked, V: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write a row's logits after penalty and mask. All four begin as in `_load_row`."""
-    end = (before + V + 3) // 4 * 4
-    for start in range(0, V + 3 if V % 4 else V, BLOCK):
+    """Write a row's logits after penalty and mask."""
+    width: tl.constexpr = row_width(V)
+    for start in range(0, V, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        z = _load_row(logits, i, before, V)
-        again = tl.load(seen + i, mask=i < tl.where(penalty != 1.0, end, 0), other=0) != 0
-        may = tl.load(allowed + i, mask=i < tl.where(masked, end, 0), other=1) != 0
+        z = _load_row(logits, i, V)
+        again = tl.load(seen + i, mask=i < tl.where(penalty != 1.0, width, 0), other=0) != 0
+        may = tl.load(allowed + i, mask=i < tl.where(masked, width, 0), other=1) != 0
         z = tl.where(again, z * tl.where(z < 0.0, penalty, tl.div_rn(1.0, penalty)), z)
         # A NaN is reported, forbidden or not.
         z = tl.where(may | (z != z), z, float("-inf"))
-        tl.store(scores + i, z, mask=(i >= before) & (i < before + V))
+        tl.store(scores + i, z, mask=i < width)
     tl.debug_barrier()  # other threads read these scores
 
 
@@ -227,73 +229,60 @@ def _draw(z, top, i, floats, integers, count, V: tl.constexpr, GROUPS: tl.conste
 
 @triton.jit
 def sample_kernel(  # noqa: PLR0915
-    logits, allowed, seen, scores, floats, integers, counts, ids, problems,
+    logits, allowed, seen, scores, floats, integers, counts, ids, answers,
     V: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One CTA: one row."""
     b = tl.program_id(0)
     floats += b * _ROW_FLOATS
     integers += b * _ROW_INTEGERS
-    i = tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]  # token i - shift
+    i = tl.arange(0, GROUPS)[:, None] * 32 + tl.arange(0, 32)[None, :]  # tokens
+    logits += b * row_width(V)
+    allowed += b * row_width(V)
+    seen += b * row_width(V)
+    scores += b * row_width(V)
     wait_for_producer(ARCH)
     release_consumer(ARCH)
     if tl.load(integers + 4) == 0:
-        tl.store(problems + b, tl.full([], _IDLE, tl.int64))
+        tl.store(answers + b, tl.full([], _IDLE, tl.int64))
         return
 
-    # 1. Where the row begins: in memory at `before` of a 16-byte load, in registers at `shift`. A
-    # draw depends on the shift, because it selects one of 32 neighbours. So the shift comes from
-    # the stream: a row with its own Sampling is not shifted, whatever its index.
-    first = b * V // 4 * 4
-    if V % 4 == 0:
-        before = 0
-        shift = 0
-    else:
-        before = b * V % 4
-        shift = (tl.load(integers + 3) * V % 4).to(tl.int32)
-    row_scores = scores + b * scores_width(V)
-
-    # 2. Scores after penalty, mask and temperature, in registers.
+    # 1. Scores after penalty, mask and temperature, in registers.
     temperature = tl.load(floats)
     penalty = tl.load(floats + 3)
     masked = tl.load(integers + 2) != 0
-    if masked | (penalty != 1.0) | (before != shift):
-        _apply_flags(
-            logits + first, allowed + first, seen + first, row_scores + shift - before, before,
-            penalty, masked, V, BLOCK,
-        )  # fmt: skip
-        z = _load_row(row_scores, i, shift, V)
+    if masked | (penalty != 1.0):
+        _apply_flags(logits, allowed, seen, scores, penalty, masked, V, BLOCK)
+        z = _load_row(scores, i, V)
     else:
-        z = _load_row(logits + first, i, before, V)
+        z = _load_row(logits, i, V)
     if temperature != 0.0:
         # As torch divides on a GPU, so that the same scores tie.
         z = z * tl.div_rn(1.0, temperature)
 
-    # 3. Problems. From here on a NaN counts as -infinity, and +infinity as the largest number.
+    # 2. Problems. From here on a NaN counts as -infinity, and +infinity as the largest number.
     broken = tl.max(tl.where(z < float("inf"), 0, 1)) > 0
     z = tl.minimum(tl.where(z == z, z, float("-inf")), _LARGEST)
     top = tl.max(z)
     problem = tl.where(broken, _NO_NUMBERS, tl.where(top == float("-inf"), _NOTHING_LEFT, 0))
-    tl.store(problems + b, problem.to(tl.int64))
 
-    # 4. The choice: the first of the best, or a draw.
+    # 3. The choice: the first of the best, or a draw.
     chosen = tl.min(tl.where(z == top, i, 32 * GROUPS))
     if temperature != 0.0:
         count = tl.load(counts + b).to(tl.int32)
         chosen = _draw(z, top, i, floats, integers, count, V, GROUPS)
-    chosen = tl.maximum(chosen - shift, 0)  # below 0 only if no token is left
 
-    # 5. Its consequences.
+    # 4. Its consequences.
     tl.store(ids + b, chosen.to(tl.int64))
-    tl.store(seen + b * V + chosen, True)
+    tl.store(answers + b, tl.where(problem < 0, problem, chosen).to(tl.int64))
+    tl.store(seen + chosen, True)
     tl.store(counts + b, tl.load(counts + b) + 1)
 
 
 def launch(batch: int, V: int, arch: int) -> Launch:
     """Shape of the launch. ValueError for a vocabulary that does not fit into registers."""
-    room = V + 3 if V % 4 else V
-    require(room <= 2**17, f"a vocabulary of {V}; the sampling kernel takes up to {2**17}")
-    groups = triton.next_power_of_2(triton.cdiv(room, 32))
+    require(V <= 2**17, f"a vocabulary of {V}; the sampling kernel takes up to {2**17}")
+    groups = triton.next_power_of_2(triton.cdiv(V, 32))
     warps = 16 if groups >= 512 else 4
     constants = dict(V=V, GROUPS=groups, BLOCK=128 * warps, ARCH=arch)
     return Launch((batch,), constants, dict(num_warps=warps))
@@ -308,32 +297,41 @@ def sample(
     integers: Tensor,
     counts: Tensor,
     ids: Tensor,
-    problems: Tensor,
+    answers: Tensor,
+    *,
+    V: int,
 ) -> None:
     """Choose the next id of each active row. `Sampler` owns all tensors but the logits and ids.
 
-    logits    fp32 [B, V]
-    allowed   bool [B, V]: the mask; read only if there is one
-    seen      bool [B, V]: the ids that occurred in a row; the chosen one is added
-    scores    fp32 [B, `scores_width(V)`]: overwritten
+    Of W = `row_width(V)` columns, those from V on are not used.
+
+    logits    fp32 [B, W]
+    allowed   bool [B, W]: the mask; read only if there is one
+    seen      bool [B, W]: the ids that occurred in a row; the chosen one is added
+    scores    fp32 [B, W]: overwritten
     floats    fp32 [B, 4]: temperature, top_p, min_p, repetition_penalty
     integers  int64 [B, 5]: top_k (0: all), seed, whether there is a mask, the number of the row's
               random stream, whether the row is active
     counts    int64 [B]: how many ids each row has drawn; incremented
     ids       int64 [B], written; in range even if there is a problem
-    problems  int64 [B], written: NO_NUMBERS if a logit is NaN, or +inf and allowed; NOTHING_LEFT
-              if no id can be drawn (it is 0 then); else 0
+    answers   int64 [B], written: NO_NUMBERS if a logit is NaN, or +inf and allowed; NOTHING_LEFT
+              if no id can be drawn; else the id
 
-    A row that is not active keeps its seen, counts and ids, and its problem is IDLE.
+    A row that is not active keeps its seen, counts and ids, and its answer is IDLE.
 
-    Raises ValueError for logits of another dtype, more than 131,072 tokens and non-contiguous
-    tensors, and if no kernel can run on this device.
+    Raises ValueError for logits of another dtype or width, more than 131,072 tokens and
+    non-contiguous tensors, and if no kernel can run on this device.
     """
     require(
         logits.dtype == torch.float32,
         f"logits in {logits.dtype}: the sampling kernel takes float32",
     )
+    B, width = logits.shape
+    require(
+        width == row_width(V),
+        f"logits of {width} columns: rows for {V} tokens have {row_width(V)}",
+    )
     settings = (floats, integers)
-    written = (counts, ids, problems)
-    shape = launch(*logits.shape, arch_of(logits))
+    written = (counts, ids, answers)
+    shape = launch(B, V, arch_of(logits))
     shape.run(sample_kernel, logits, allowed, seen, scores, *settings, *written)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mistral.sampling import Draws, Sampling
-from mistral_kernels.portable import require
+from mistral_kernels.portable import require, row_width
 from mistral_kernels.sample import kernel
 
 
@@ -38,20 +38,21 @@ class Sampler:
 
     counts    int64 [B]: how many ids each row has drawn, which is the position in its random
               numbers
-    problems  int64 [B]: what was wrong with the last choice, NO_NUMBERS or NOTHING_LEFT (else 0);
-              IDLE if there was none
+    answers   int64 [B]: the last ids; or what was wrong with the choice, NO_NUMBERS or
+              NOTHING_LEFT; or IDLE
     """
 
     def __init__(self, batch_size: int, V: int, device: torch.device | str, plain: bool = False):
         self._sample = kernel.sample_reference if plain else kernel.sample
-        self._allowed = torch.ones(batch_size, V, dtype=torch.bool, device=device)
-        self._seen = torch.zeros(batch_size, V, dtype=torch.bool, device=device)
-        width = kernel.scores_width(V)
-        self._scores = torch.zeros(batch_size, width, dtype=torch.float32, device=device)
+        self._vocab_size = V
+        rows = (batch_size, row_width(V))
+        self._allowed = torch.ones(rows, dtype=torch.bool, device=device)
+        self._seen = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._scores = torch.zeros(rows, dtype=torch.float32, device=device)
         self._floats = torch.zeros(batch_size, kernel.FLOATS, dtype=torch.float32, device=device)
         self._integers = torch.zeros(batch_size, kernel.INTEGERS, dtype=torch.int64, device=device)
         self.counts = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.problems = torch.zeros_like(self.counts)
+        self.answers = torch.zeros_like(self.counts)
         self._numbers: dict[int | None, _Numbers] = {}  # by row; None: of all rows together
         self._placed: list[int] | None = [0] * batch_size  # what `counts` holds; None: unknown
         self._advanced: list[int] = []  # what it holds after the next run
@@ -91,7 +92,7 @@ class Sampler:
         Raises ValueError for settings that the kernel does not have, and for another number of
         rows.
         """
-        B, V = self._seen.shape
+        B = self._seen.shape[0]
         shared = isinstance(sampling, Sampling)
         rows = [sampling] * B if shared else list(sampling)
         require(len(rows) == B, f"{len(rows)} samplings for {B} rows")
@@ -116,7 +117,7 @@ class Sampler:
             self._integers.copy_(torch.tensor(integers), non_blocking=True)
             self._written = settings
         if mask is not None:
-            self._allowed.copy_(mask, non_blocking=True)
+            self._allowed[:, : self._vocab_size].copy_(mask, non_blocking=True)
         if not self._knows_history and any(row.repetition_penalty != 1 for row in active):
             self._mark(history)
             self._knows_history = True
@@ -146,12 +147,14 @@ class Sampler:
         self._knows_history = False
 
     def run(self, logits: Tensor, ids: Tensor) -> None:
-        """Write each active row's next id, from logits fp32 [B, V], into ids int64 [B]; a CUDA
-        graph can record it.
+        """Write each active row's next id into ids, int64 [B]; a CUDA graph can record it.
+
+        logits  fp32 [B, `row_width(V)`], of which V columns count
         """
         tables = (self._allowed, self._seen, self._scores)
         settings = (self._floats, self._integers)
-        self._sample(logits, *tables, *settings, self.counts, ids, self.problems)
+        written = (self.counts, ids, self.answers)
+        self._sample(logits, *tables, *settings, *written, V=self._vocab_size)
 
     def _begin(self, rows: Sequence[Sampling | None], shared: bool) -> None:
         """Begin the random numbers of each active row whose seed is new."""
@@ -197,16 +200,16 @@ class Sampler:
         if sampling is None:
             return (0.0,) * kernel.FLOATS, (0,) * kernel.INTEGERS
         floats = (sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
-        top_k = min(sampling.top_k, self._seen.shape[1])
+        top_k = min(sampling.top_k, self._vocab_size)
         seed = self._numbers[None if shared else b].number
         seed = seed if seed < 2**63 else seed - 2**64  # the same bits as int64
         return floats, (top_k, seed, int(masked), _stream(b, shared), 1)
 
     def _mark(self, history: Tensor) -> None:
-        B, V = self._seen.shape
-        marked = torch.zeros(B, V + 1, dtype=torch.bool, device=self._seen.device)
-        # Column V takes the -1s.
-        self._seen.copy_(marked.scatter_(1, torch.where(history < 0, V, history), True)[:, :V])
+        V = self._vocab_size
+        marked = torch.zeros(len(history), V + 1, dtype=torch.bool, device=self._seen.device)
+        marked.scatter_(1, torch.where(history < 0, V, history), True)  # column V takes the -1s
+        self._seen[:, :V].copy_(marked[:, :V])
 
 
 def _stream(b: int, shared: bool) -> int:
