@@ -4,14 +4,20 @@
 this needs neither a GPU nor Triton.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mistral_kernels.engines import open_engine
+if TYPE_CHECKING:
+    from mistral_kernels.engines import open_engine
 
 __all__ = ["Decoder", "open_engine"]
 
 
 def __getattr__(name: str) -> Any:
+    # Only now: the engines import PyTorch, which a process that compiles for a CPU does not need.
+    if name == "open_engine":
+        from mistral_kernels.engines import open_engine
+
+        return open_engine
     # Only now: the decoder imports Triton.
     if name == "Decoder":
         try:

@@ -37,11 +37,14 @@ def open_engine(
     *,
     slack: int = 16,
     say: Callable[[str], object] = lambda line: None,
+    progress: Callable[[int, int, str], object] = lambda done, total, name: None,
 ) -> tuple[Engine, str]:
     """A decoder for `model`, and one line about it: "engine: kernels (CUDA sm_90, Triton 3.6)".
 
-    name   auto, eager, compile, kernels or cpu
-    say    receives a line before work that may take minutes
+    name      auto, eager, compile, kernels or cpu
+    say       receives a line before work that may take minutes
+    progress  called while kernels for a CPU are compiled, with the number of those that are done,
+              the number of all, and the name of the last one
     The other arguments are those of `mistral.Decoder`.
 
     `auto` takes the first engine that works, and its line says why it is not a faster one. Any
@@ -53,16 +56,18 @@ def open_engine(
     if name == "eager":
         return Decoder(model, **sizes), "engine: eager"
     if name == "compile":
-        return _open_compiled(model, sizes), f"engine: compile ({_place(model)})"
+        decoder, place = _open_compiled(model, sizes)
+        return decoder, f"engine: compile ({place})"
+    progress = _announced(say, progress)
     if name == "cpu":
-        return _open_cpu(model, sizes, say), f"engine: cpu ({_place(model)}){_cache_note()}"
+        return _open_cpu(model, sizes, progress), f"engine: cpu ({_place(model)}){_cache_note()}"
     if model.device.type == "cuda" and _kernels_problem(model, batch_size) is None:
         say("trying the kernels; the first time on a machine, compiling them takes some minutes")
     if name == "kernels":
-        decoder = _open_kernels(model, sizes)
-        return decoder, f"engine: kernels ({_kernels_place(model)}){_slow_part(decoder)}"
+        decoder, place = _open_kernels(model, sizes)
+        return decoder, f"engine: kernels ({place}){_slow_part(decoder)}"
     if model.device.type != "cuda":
-        return _open_without_gpu(model, sizes, say)
+        return _open_without_gpu(model, sizes, progress)
     return _open_fastest(model, sizes)
 
 
@@ -93,16 +98,12 @@ def _check_name(name: str) -> None:
 
 def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
     """The first engine that works on a GPU, and its line with the problems of faster ones."""
-    engines = (
-        ("kernels", _open_kernels, _kernels_place),
-        ("compile", _open_compiled, _place),
-    )
     problems = []
     regrouped = _regrouped(model)
-    for name, open_it, place in engines:
+    for name, open_it in (("kernels", _open_kernels), ("compile", _open_compiled)):
         try:
-            decoder = open_it(model, sizes)
-            line = f"engine: {name} ({place(model)}){_slow_part(decoder)}"
+            decoder, place = open_it(model, sizes)
+            line = f"engine: {name} ({place}){_slow_part(decoder)}"
             return decoder, "; ".join([line, *problems])
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
@@ -112,13 +113,13 @@ def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
 
 
 def _open_without_gpu(
-    model: Mistral, sizes: dict, say: Callable[[str], object]
+    model: Mistral, sizes: dict, progress: Callable[[int, int, str], object]
 ) -> tuple[Engine, str]:
     """The CPU's engine, or eager, and its line with the problem of the CPU's."""
     reason = _no_gpu(model.device)
     regrouped = _regrouped(model)
     try:
-        decoder = _open_cpu(model, sizes, say)
+        decoder = _open_cpu(model, sizes, progress)
         return decoder, f"engine: cpu ({_place(model)}): {reason}{_cache_note()}"
     except ValueError as error:
         problem = str(error)
@@ -195,11 +196,12 @@ def _no_gpu(device: torch.device) -> str:
     return f"PyTorch sees no GPU: its CUDA {torch.version.cuda} may need a newer NVIDIA driver"
 
 
-def _open_compiled(model: Mistral, sizes: dict) -> Engine:
+def _open_compiled(model: Mistral, sizes: dict) -> tuple[Engine, str]:
+    """The engine, and where it runs."""
     from mistral.engine.compiled import CompiledDecoder
 
     try:
-        return CompiledDecoder(model, **sizes)
+        return CompiledDecoder(model, **sizes), _place(model)
     except (ValueError, NotEnoughMemory):
         raise
     except torch.OutOfMemoryError as error:
@@ -220,16 +222,26 @@ def _cpu_problem(device: torch.device) -> str | None:
     return None
 
 
-def _open_cpu(model: Mistral, sizes: dict, say: Callable[[str], object]) -> Engine:
+def _announced(
+    say: Callable[[str], object], progress: Callable[[int, int, str], object]
+) -> Callable[[int, int, str], object]:
+    """`progress`, and a line before it."""
+
+    def report(done: int, total: int, name: str) -> None:
+        if done == 0:
+            say(f"compiling {total} kernels for this CPU; the next start finds them")
+        progress(done, total, name)
+
+    return report
+
+
+def _open_cpu(model: Mistral, sizes: dict, progress: Callable[[int, int, str], object]) -> Engine:
     if problem := _cpu_problem(model.device):
         raise ValueError(problem)
     try:
         from mistral_kernels.cpu import Decoder as CpuDecoder
-        from mistral_kernels.cpu.compiled import is_cached
 
-        if not is_cached():
-            say("compiling the CPU kernels, for up to half a minute; the next start finds them")
-        return CpuDecoder(model, **sizes)
+        return CpuDecoder(model, **sizes, progress=progress)
     except (ValueError, NotEnoughMemory):
         raise
     except Exception as error:  # from numba: it may not fit NumPy or Python, or fail to compile
@@ -247,29 +259,40 @@ def _cache_note() -> str:
     return f"; compiled at every start: {problem}" if problem else ""
 
 
-def _open_kernels(model: Mistral, sizes: dict) -> Engine:
+def _open_kernels(model: Mistral, sizes: dict) -> tuple[Engine, str]:
+    """The engine, where it runs, and how far its logits are from the model's own."""
     if problem := _kernels_problem(model, sizes["batch_size"]):
         raise ValueError(problem)
     try:
         from mistral_kernels.decoder import Decoder as KernelsDecoder
-        from mistral_kernels.trial import expected_logits, try_out
-
+        from mistral_kernels.trial import WrongLogits, expected_logits, try_out
+    except Exception as error:  # Triton does not fit this Python or this system
+        raise ValueError(_does_not_run(error)) from error
+    try:
         if model.device.type != "cuda":  # a trial in the interpreter would take minutes
-            return KernelsDecoder(model, **sizes)
+            return KernelsDecoder(model, **sizes), _kernels_place(model)
         expected = expected_logits(model)  # before the decoder regroups the model's weights
         decoder = KernelsDecoder(model, **sizes)
-        try_out(decoder, expected)
-        return decoder
+        distance = try_out(decoder, expected)
+        return decoder, f"{_kernels_place(model)}, logits {distance:.1%} from eager's"
     except NotEnoughMemory:
         raise
+    except WrongLogits as error:
+        raise ValueError(
+            f"the kernels compute something else here: {error}; use another engine, and please "
+            "report it"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"the kernels' buffers do not fit: {_one_line(error)}") from error
     except Exception as error:  # from Triton's compiler, its assembler or the driver
-        reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise ValueError(
-            f"the kernels do not run here: {reason}; update the NVIDIA driver and Triton (3.6 "
-            "needs a C compiler, gcc), or use another engine"
-        ) from error
+        raise ValueError(_does_not_run(error)) from error
+
+
+def _does_not_run(error: Exception) -> str:
+    return (
+        f"the kernels do not run here: {type(error).__name__}: {_one_line(error)}; update the "
+        "NVIDIA driver and Triton (3.6 needs a C compiler, gcc), or use another engine"
+    )
 
 
 def _regrouped(model: Mistral) -> set[Packed]:

@@ -1,45 +1,58 @@
 """The engine for a CPU: packed weights are multiplied as they are, by kernels that numba compiles.
 
-    lanes         vectors as values of numba: LLVM IR
-    wide          vectors of twice the size
-    shared        counters of several threads, and calls by address: LLVM IR
+In the process that decodes:
+
+    decoder       the engine
+    weights       a model's weights as tiles
     tiles         ggml's blocks in the order of the products
+    buffers       the memory of a step
+    layout        what a step's threads share: records, sizes
+    team          threads that help with a step
+    prompt        a forward pass over many tokens
+    linear        a prompt's product, shared by threads
+    activations   float32 rounded to int16: the memory for it
+    pool          Python threads that share work
+    compiled      kernels by name, from a cache on disk or from workers
+
+What numba compiles, in a process of its own:
+
+    worker        that process
+    catalog       the kernels, by name
+    compiler      from a Python function to object code
+    emit          how numba gets vectors: LLVM IR
+    lanes         vectors of 8 or 16 lanes, and their operations
+    wide          vectors of twice the size
+    shared        counters of several threads, records, and calls by address
     encodings     32 columns of a tile, times activations or unpacked
     products      packed weights times one row of activations, and the loop over tiles
     groups        32 columns of two tiles unpacked
     several       packed weights times several rows of activations
-    linear        a prompt's product, shared by threads
     plain         products of matrices that are not packed
-    activations   float32 rounded to int16
+    rounding      activations to int16
     exponential   e^x and SwiGLU
     attention     one token and the positions in its window
-    team          threads that share a step
-    layout        what they share
+    phases        counters that threads share a step by
     work          what they do in a layer
     step          one forward pass for up to 32 tokens
-    weights       a model's weights as tiles
-    buffers       the memory of a step
-    decoder       the engine
-    compiled      numba's compiler with a cache on disk
+    rows          what a prompt does with its rows
 
 Importing this needs no numba.
 """
 
+import importlib.util
 from typing import Any
 
 __all__ = ["Decoder"]
 
 
 def __getattr__(name: str) -> Any:
-    # Only now: the decoder imports numba.
+    # Only now: the decoder imports llvmlite, which comes with numba.
     if name == "Decoder":
-        try:
-            from mistral_kernels.cpu.decoder import Decoder
-        except ModuleNotFoundError as error:
-            if error.name not in ("numba", "llvmlite"):
-                raise
+        if importlib.util.find_spec("numba") is None:
             raise ModuleNotFoundError(
                 "mistral_kernels.cpu.Decoder needs numba: pip install numba", name="numba"
-            ) from None
+            )
+        from mistral_kernels.cpu.decoder import Decoder
+
         return Decoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

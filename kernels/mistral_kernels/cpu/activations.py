@@ -12,77 +12,14 @@ into a plausible one.
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mistral_kernels.cpu.compiled import compiled, part
-from mistral_kernels.cpu.lanes import (
-    floats_at,
-    floats_of,
-    larger,
-    largest,
-    long_at,
-    magnitude,
-    rounded,
-    store_float,
-    store_int,
-    store_low_words,
-    sum_of_lanes,
-    total,
-)
-from mistral_kernels.cpu.layout import AT_ONCE
+from mistral_kernels.cpu import compiled
+from mistral_kernels.cpu.layout import AT_ONCE, rows_together
 from mistral_kernels.cpu.pool import share
 
 _PIECE = 16  # rows that a thread takes at a time; a part of AT_ONCE
-
-
-@part
-def round_row(activations, width, rows, c, first, last):
-    """Round groups `first` to `last` of row c, one of `rows`; see `Activations` for the places."""
-    values = long_at(activations) + 4 * width * c
-    q = long_at(activations + 8)
-    d = long_at(activations + 16)
-    s = long_at(activations + 24)
-    sixteens = long_at(activations + 32)
-    for g in range(first, last):
-        x = values + 128 * g
-        place = (g // 8 * rows + c) * 8 + g % 8
-        top = magnitude(floats_at(x))
-        zero = floats_of(np.float32(0))
-        check = floats_at(x) * zero  # 0; of a NaN or an infinity NaN
-        for i in range(1, 4):
-            top = larger(top, magnitude(floats_at(x + 32 * i)))
-            check = check + floats_at(x + 32 * i) * zero
-        biggest = largest(top)
-        scale = biggest * np.float32(1 / 32767) + total(check)
-        inverse = np.float32(0)
-        if biggest > 0 and biggest < np.float32(np.inf):
-            inverse = np.float32(32767) / biggest
-        whole = np.int32(0)
-        for half in range(2):
-            at = x + 64 * half
-            low = rounded(floats_at(at) * floats_of(inverse))
-            high = rounded(floats_at(at + 32) * floats_of(inverse))
-            store_low_words(q + 64 * place + 32 * half, low)
-            store_low_words(q + 64 * place + 32 * half + 16, high)
-            of_half = np.int32(sum_of_lanes(low + high))
-            store_int(sixteens + 8 * place + 4 * half, of_half)
-            whole = np.int32(whole + of_half)
-        store_float(d + 4 * place, scale)
-        store_float(s + 4 * place, scale * np.float32(whole))
-
-
-@part
-def rows_together(columns):
-    """How many rows lie together, for so many rows of activations: 1, or a multiple of 4."""
-    return 1 if columns == 1 else (columns + 3) // 4 * 4
-
-
-@compiled("round rows")
-def _round_rows(activations, width, rows, first, last):
-    for c in range(first, last):
-        round_row(activations, width, rows, c, 0, width // 32)
 
 
 class Activations:
@@ -98,7 +35,7 @@ class Activations:
 
     def __init__(self, values: Tensor):
         n, width = values.shape
-        room = rows_together.py_func(n)
+        room = rows_together(n)
         padded = -(-width // 256) * 256
         self.values = values
         self.q = torch.zeros(room, padded, dtype=torch.int16)
@@ -123,7 +60,7 @@ class Activations:
         def some(first: int, last: int) -> None:
             chunk = first // AT_ONCE
             start = chunk * AT_ONCE
-            rows = rows_together.py_func(min(AT_ONCE, n - start))
+            rows = rows_together(min(AT_ONCE, n - start))
             work(self.tables[chunk].data_ptr(), start, rows, first - start, last - start)
 
         share(some, n, _PIECE)
@@ -131,6 +68,7 @@ class Activations:
     def round(self) -> None:
         """Compute the rounded form of `values`."""
         width = self.values.shape[1]
+        round_rows = compiled.function("round rows")
         self.share_rows(
-            lambda table, start, rows, first, last: _round_rows(table, width, rows, first, last)
+            lambda table, start, rows, first, last: round_rows(table, width, rows, first, last)
         )

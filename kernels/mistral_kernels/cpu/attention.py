@@ -12,13 +12,11 @@ Several threads share a long context: each takes some of the positions and leave
 sum, and the weighted values. `merge` puts the parts together (flash decoding).
 """
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
-from numba import types
 
-from mistral_kernels.cpu.compiled import address_of, part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.exponential import exp
 from mistral_kernels.cpu.lanes import (
     float_at,
@@ -30,21 +28,23 @@ from mistral_kernels.cpu.lanes import (
     largest,
     local_memory,
     multiply_add,
+    prefetch,
     store_brains,
     store_float,
     store_floats,
     store_halves,
     total,
 )
+from mistral_kernels.cpu.layout import AHEAD, VALUE_BYTES
 
-_BLOCK = 64  # positions
+_BLOCK = 32  # positions: with 128 columns in float32 their keys and values are 32 kB
 _LOWEST = np.float32(-1e30)  # a score that weighs nothing
 
-# dtype of the cache -> how to load and store 8 values, bytes of a value
+# dtype of the cache -> how to load and store 8 values
 _CELLS = {
-    "float32": (floats_at, store_floats, 4),
-    "float16": (floats_of_halves_at, store_halves, 2),
-    "bfloat16": (floats_of_brains_at, store_brains, 2),
+    "float32": (floats_at, store_floats),
+    "float16": (floats_of_halves_at, store_halves),
+    "bfloat16": (floats_of_brains_at, store_brains),
 }
 
 
@@ -95,11 +95,16 @@ def _block_of(load: Callable, size: int) -> Callable:
     scratch = local_memory(4 * _BLOCK)
 
     @part
-    def block(q, count, keys, values, H, out):
-        """Up to _BLOCK positions for one query."""
+    def block(q, count, keys, values, H, out, is_first):
+        """Up to _BLOCK positions for one query, the first one that reads them or another."""
         weights = scratch(0)
         # 1. Scores; those that fill up the last vector weigh nothing.
         for t in range(count):
+            if is_first:
+                # The next keys, and the values, which are read when all scores are known.
+                for line in range(size * t * H, size * (t + 1) * H, 64):
+                    prefetch(keys + AHEAD + line)
+                    prefetch(values + line)
             store_float(weights + 4 * t, dot(q, keys + size * t * H, H))
         for t in range(count, (count + 7) // 8 * 8):
             store_float(weights + 4 * t, _LOWEST)
@@ -126,9 +131,8 @@ def _block_of(load: Callable, size: int) -> Callable:
     return block
 
 
-@functools.cache
-def attention(dtype: str) -> int:
-    """The address of attention to some positions, for a cache of this dtype.
+def attention(dtype: str) -> Callable:
+    """Attention to some positions, for a cache of this dtype.
 
     (q, heads, H, keys, values, S, first, last, out)
 
@@ -137,7 +141,8 @@ def attention(dtype: str) -> int:
     first, last  positions
     out          address of float32 [heads, H + 8]: maximum and sum, 6 unused, then the values
     """
-    load, _, size = _CELLS[dtype]
+    load, _ = _CELLS[dtype]
+    size = VALUE_BYTES[dtype]
     block = _block_of(load, size)
 
     def attend(q, heads, H, keys, values, S, first, last, out):
@@ -153,27 +158,23 @@ def attention(dtype: str) -> int:
             count = min(last - position, _BLOCK, S - slot)
             at = size * slot * H
             for g in range(heads):
-                block(q + 4 * g * H, count, keys + at, values + at, H, out + g * part_size)
+                result = out + g * part_size
+                block(q + 4 * g * H, count, keys + at, values + at, H, result, g == 0)
             position += count
 
-    return address_of(attend, types.void(*[types.int64] * 9), f"attention, {dtype}")
+    return attend
 
 
-@functools.cache
-def storing(dtype: str) -> int:
-    """The address of (values, H, to): H float32 to a cache of this dtype."""
-    _, store, size = _CELLS[dtype]
+def storing(dtype: str) -> Callable:
+    """(values, H, to): H float32 to a cache of this dtype."""
+    _, store = _CELLS[dtype]
+    size = VALUE_BYTES[dtype]
 
     def store_all(values, H, to):
         for i in range(0, H, 8):
             store(to + size * i, floats_at(values + 4 * i))
 
-    return address_of(store_all, types.void(*[types.int64] * 3), f"storing, {dtype}")
-
-
-def cell_bytes(dtype: str) -> int:
-    """Bytes of a value of the cache."""
-    return _CELLS[dtype][2]
+    return store_all
 
 
 @part

@@ -2,29 +2,39 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from mistral.cache import RollingCache
 from mistral.config import Config
+from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.activations import Activations
-from mistral_kernels.cpu.attention import attention, cell_bytes, storing
-from mistral_kernels.cpu.layout import MAX_COLUMNS, ORDERS, Addresses, Sizes
-from mistral_kernels.cpu.step import shares_of
-from mistral_kernels.cpu.team import PHASE_BYTES
+from mistral_kernels.cpu.layout import (
+    MAX_COLUMNS,
+    ORDERS,
+    PHASE_BYTES,
+    VALUE_BYTES,
+    Addresses,
+    Sizes,
+    shares_of,
+)
+from mistral_kernels.cpu.weights import Weights
 
 _NO_WINDOW = 1 << 40
 
 
 class Buffers:
-    """What one decoder's step reads and writes, apart from the weights."""
+    """What one decoder's step reads and writes, apart from the weights.
 
-    def __init__(self, config: Config, cache: RollingCache, threads: int, vocab_tiles: int):
+    sizes, addresses  the records of layout.py, int64
+    """
+
+    def __init__(self, config: Config, cache: RollingCache, threads: int, weights: Weights):
         D, N, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         H, F = config.head_dim, config.intermediate_size
         C = MAX_COLUMNS
         dtype = str(cache.keys.dtype).removeprefix("torch.")
-        self.sizes = Sizes(
+        self._eps = torch.tensor([config.rms_norm_eps])
+        sizes = Sizes(
             layers=config.num_hidden_layers,
             D=D,
             N=N,
@@ -34,18 +44,19 @@ class Buffers:
             S=cache.num_slots,
             window=cache.window or _NO_WINDOW,
             batch=cache.batch_size,
-            cell=cell_bytes(dtype),
-            eps=config.rms_norm_eps,
+            cell=VALUE_BYTES[dtype],
+            eps=self._eps.data_ptr(),
         )
-        most_shares = max(shares_of.py_func(self.sizes, c, threads) for c in range(1, C + 1))
+        most_shares = max(shares_of(c, K, threads) for c in range(1, C + 1))
         self.x = torch.zeros(C, D)
         self.cos = torch.zeros(C, H // 2)
         self.sin = torch.zeros(C, H // 2)
-        self.logits = torch.zeros(C, 8 * vocab_tiles)
-        self.tickets = np.zeros(8, np.int64)
+        self.logits = torch.zeros(C, 8 * weights.vocab_tiles)
+        self.tickets = torch.zeros(8, dtype=torch.int64)
         self._threads = threads
         self._orders = torch.zeros(ORDERS, dtype=torch.int64)
-        self._phases = np.zeros(PHASE_BYTES * (5 * config.num_hidden_layers + 1) // 8, np.int64)
+        phases = 5 * config.num_hidden_layers + 1
+        self._phases = torch.zeros(PHASE_BYTES * phases // 8, dtype=torch.int64)
         self._normed = Activations(torch.zeros(C, D))
         self._attended = Activations(torch.zeros(C, N * H))
         self._gated = Activations(torch.zeros(C, F))
@@ -54,7 +65,9 @@ class Buffers:
         self._parts = torch.zeros(C * N * most_shares * (H + 8))
         self._up = torch.zeros(C, F)
         self._added = torch.zeros(C, D)
-        self.addresses = Addresses(
+        addresses = Addresses(
+            matrices=weights.matrices.data_ptr(),
+            norms=weights.norms.data_ptr(),
             x=self.x.data_ptr(),
             normed=self._normed.values.data_ptr(),
             normed_activations=self._normed.tables[0].data_ptr(),
@@ -70,17 +83,30 @@ class Buffers:
             logits=self.logits.data_ptr(),
             cos=self.cos.data_ptr(),
             sin=self.sin.data_ptr(),
-            attend=attention(dtype),
-            store=storing(dtype),
+            attend=compiled.address(f"attention of {dtype}"),
+            store=compiled.address(f"storing of {dtype}"),
             keys=cache.keys.data_ptr(),
             values=cache.values.data_ptr(),
-            phases=self._phases.ctypes.data,
-            tickets=self.tickets.ctypes.data,
+            phases=self._phases.data_ptr(),
+            tickets=self.tickets.data_ptr(),
             orders=self._orders.data_ptr(),
         )
+        self.sizes = torch.tensor(sizes)
+        self.addresses = torch.tensor(addresses)
 
-    def give_orders(self, rows: Sequence[int], positions: Sequence[int], scored: int) -> None:
-        """The next step: row and position of each column; the first `scored` get logits."""
+    def give_orders(
+        self,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        scored: int,
+        columns_of_shares: int,
+    ) -> None:
+        """The next step: row and position of each column; the first `scored` get logits.
+
+        columns_of_shares  contexts are cut as a step of so many columns cuts them
+        """
         padding = [0] * (MAX_COLUMNS - len(rows))
-        orders = [len(rows), scored, self._threads, *rows, *padding, *positions, *padding]
+        most = min(columns_of_shares, MAX_COLUMNS)
+        orders = [len(rows), scored, self._threads, most]
+        orders += [*rows, *padding, *positions, *padding]
         self._orders.copy_(torch.tensor(orders))

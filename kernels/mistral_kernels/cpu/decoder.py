@@ -11,12 +11,13 @@ from mistral.engine.attached import refuse_attachments
 from mistral.engine.decoder import Decoder as ReferenceDecoder
 from mistral.engine.given import only_model
 from mistral.model import Mistral
+from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.buffers import Buffers
-from mistral_kernels.cpu.layout import MAX_COLUMNS
+from mistral_kernels.cpu.compiled import Progress
+from mistral_kernels.cpu.layout import LEAD, MAX_COLUMNS
 from mistral_kernels.cpu.prompt import LONGEST, read_prompt
-from mistral_kernels.cpu.step import LEAD, take_part
 from mistral_kernels.cpu.team import Team
-from mistral_kernels.cpu.weights import Weights, problem
+from mistral_kernels.cpu.weights import Weights, kernels_for, problem
 
 _NAME = "the CPU engine"
 
@@ -26,6 +27,7 @@ class Decoder(ReferenceDecoder):
 
     max_tokens, slack  as there
     threads            None: as many as PyTorch uses
+    progress           called if kernels must be compiled first (compiled.py, `prepare`)
 
     Up to 32 tokens at once, of one row or of several, are read by the compiled step (step.py);
     longer chunks, a row at a time, with PyTorch's attention (prompt.py).
@@ -34,10 +36,17 @@ class Decoder(ReferenceDecoder):
     to 15 bits before each product (activations.py), so logits differ from the reference's by about
     1e-4 of their size; in one that is not, sums of float32 have another order.
 
+    With `rows_together = False` a step still reads all rows at once: a product with several columns
+    computes each of them in the same order, however many there are. One column alone, which has
+    a faster product of another order, is computed twice then; and in how many shares a context is
+    cut does not depend on the columns.
+
     Packed weights are regrouped: the model's layers hold tiles instead of blocks. The model works
     as before, faster, with the same rounded activations. Raises ValueError if the kernels cannot
     run the model, and for what is attached to it (hooks, adapters, biases).
     """
+
+    steps_keep_bits = True
 
     def __init__(
         self,
@@ -47,6 +56,7 @@ class Decoder(ReferenceDecoder):
         *,
         slack: int = 16,
         threads: int | None = None,
+        progress: Progress = compiled.silent,
     ):
         model = only_model(model)
         refuse_attachments(model, _NAME)
@@ -55,6 +65,7 @@ class Decoder(ReferenceDecoder):
         if reason := problem(model):
             raise ValueError(f"{reason}; or use the eager engine, mistral.Decoder")
         super().__init__(model, batch_size, max_tokens, slack=slack)
+        compiled.prepare(kernels_for(model, self._cache.keys.dtype), progress)
         self._threads = threads or torch.get_num_threads()
         self._chunk = min(self._chunk, LONGEST)
         with torch.inference_mode():
@@ -63,12 +74,13 @@ class Decoder(ReferenceDecoder):
 
     def _prepare(self) -> None:
         """What belongs to this decoder alone: buffers, and helpers that hold no decoder."""
-        buffers = Buffers(self.config, self._cache, self._threads, self._weights.vocab_tiles)
-        fixed = (buffers.sizes, buffers.addresses, self._weights.matrices, self._weights.norms)
+        buffers = Buffers(self.config, self._cache, self._threads, self._weights)
+        step = compiled.function("step")
+        fixed = buffers.sizes.data_ptr(), buffers.addresses.data_ptr()
         kept = (buffers, self._weights, self._cache.keys, self._cache.values)
 
         def work(seen: int, kept: Any = kept) -> int:
-            return take_part(*fixed, seen)
+            return step(*fixed, seen)
 
         self._buffers = buffers
         self._work = work
@@ -106,17 +118,21 @@ class Decoder(ReferenceDecoder):
                 logits[b] = self._read_prompt(tokens[b, : counts[b]], b, last_only=True)[0]
         return logits
 
-    def _forward_all(self, tokens: Tensor) -> Tensor:
-        T = tokens.shape[1]
-        rows = []
-        for b in range(self.batch_size):
-            if not self._is_short(b, T):
-                rows.append(self._read_prompt(tokens[b], b, last_only=False))
-                continue
-            growth = self._cache.grow([T * (a == b) for a in range(self.batch_size)])
-            logits = self._read(tokens, [(b, i) for i in range(T)], T, growth)
-            rows.append(logits.clone())
-        return torch.stack(rows)
+    def _forward_all(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        B, T = tokens.shape
+        logits = torch.zeros(B, T, self.config.vocab_size)
+        for rows in self._passes(counts):
+            if self._is_short(rows[0], counts[rows[0]]):
+                growth = self._cache.grow([counts[b] * (b in rows) for b in range(B)])
+                columns = [(b, i) for b in rows for i in range(counts[b])]
+                found = self._read(tokens, columns, len(columns), growth)
+                b, i = zip(*columns)
+                logits[list(b), list(i)] = found
+            else:
+                b = rows[0]
+                found = self._read_prompt(tokens[b, : counts[b]], b, last_only=False)
+                logits[b, : counts[b]] = found
+        return logits
 
     def _passes(self, counts: list[int]) -> list[list[int]]:
         """Which rows are read together: by one step if they are short, and else alone."""
@@ -154,6 +170,10 @@ class Decoder(ReferenceDecoder):
         Returns the logits of the first `scored` columns: float32 [scored, V], memory that the next
         step overwrites.
         """
+        asked = scored
+        if not self.rows_together and len(columns) == 1:
+            columns = 2 * columns  # both write the same bits to the same slot
+            scored = 2
         rows = [b for b, _ in columns]
         positions = [growth.starts[b] + i for b, i in columns]
         flat = tokens.reshape(-1).tolist()
@@ -164,9 +184,10 @@ class Decoder(ReferenceDecoder):
         half = self.config.head_dim // 2
         buffers.cos[: len(columns)] = cos[0, 0, :, :half]
         buffers.sin[: len(columns)] = sin[0, 0, :, :half]
-        buffers.give_orders(rows, positions, scored)
+        columns_of_shares = len(columns) if self.rows_together else self.batch_size
+        buffers.give_orders(rows, positions, scored, columns_of_shares)
         self._cache.begin(growth)
         self._team.wake()
         self._work(LEAD)
         self._cache.commit(growth)
-        return buffers.logits[:scored, : self.config.vocab_size]
+        return buffers.logits[:asked, : self.config.vocab_size]

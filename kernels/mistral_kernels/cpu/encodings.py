@@ -7,7 +7,7 @@ costs a load, a mask and a product for every two columns of 8 rows.
 
 import numpy as np
 
-from mistral_kernels.cpu.compiled import part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.lanes import (
     as_floats,
     bytes_at,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mistral_kernels.cpu.compiled import part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.lanes import (
     as_floats,
     floats_at,

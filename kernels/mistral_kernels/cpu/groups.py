@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mistral_kernels.cpu.compiled import compiled, part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.encodings import (
     scale_and_min,
     unpack_bytes,
@@ -105,9 +105,8 @@ def unpacker(kind: str) -> tuple[Callable, int]:
     }[kind]
 
 
-@functools.cache
 def row_of_tiles(kind: str) -> Callable:
-    """A compiled function that unpacks one row: (weights, row, groups, address of the float32)."""
+    """A function that unpacks one row: (weights, row, groups, address of the float32)."""
     unpack, group_bytes = unpacker(kind)
     scratch = local_memory(GROUP_BYTES)
 
@@ -124,4 +123,4 @@ def row_of_tiles(kind: str) -> Callable:
                     q = np.float32(short_at(to + 64 * j + 4 * lane + 2 * i))
                     store_float(out + 128 * g + 8 * j + 4 * i, d * q + m)
 
-    return compiled(f"row of {kind}")(row)
+    return row

@@ -1,11 +1,35 @@
-"""What the threads of a step share: the sizes, and where everything is."""
+"""What the threads of a step share: the sizes, and where everything is.
+
+Compiled code reads the records as int64, one after another.
+"""
 
 from typing import NamedTuple
 
 MAX_COLUMNS = 32  # tokens of a step
 AT_ONCE = 64  # rows of activations of one call of a product
 AHEAD = 4096  # bytes that products ask for in advance
-ORDERS = 3 + 2 * MAX_COLUMNS
+ORDERS = 4 + 2 * MAX_COLUMNS
+VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of plain weights, and of the cache
+LEAD = -1  # what the calling thread of a step passes as its last step (step.py)
+MATRIX_BYTES = 24  # of a `Matrix`
+GATE, UP = 4, 5  # of the seven matrices of a layer: q, k, v, o, gate, up, down
+PHASE_BYTES = 192  # of a phase's counters: three cache lines (phases.py)
+
+
+# Compiled code calls these two as well.
+
+
+def rows_together(columns):
+    """How many rows lie together, for so many rows of activations: 1, or a multiple of 4."""
+    return 1 if columns == 1 else (columns + 3) // 4 * 4
+
+
+def shares_of(columns, kv_heads, threads):
+    """In how many shares the positions of a head are cut, so that all threads have some."""
+    heads = columns * kv_heads
+    if heads % threads == 0 or heads >= 4 * threads:
+        return 1
+    return (2 * threads + heads - 1) // heads
 
 
 class Sizes(NamedTuple):
@@ -21,15 +45,34 @@ class Sizes(NamedTuple):
     window: int  # very large without one
     batch: int  # rows of the cache
     cell: int  # bytes of a value in the cache
-    eps: float
+    eps: int  # address of a float32
+
+
+class Orders(NamedTuple):
+    """How many tokens the next step has; their rows and positions come after that."""
+
+    columns: int
+    scored: int  # columns with logits: the first ones
+    threads: int
+    columns_of_shares: int  # contexts are cut into shares as a step of so many columns cuts them
+
+
+class Matrix(NamedTuple):
+    """A matrix of the table."""
+
+    product: int  # address of the compiled loop (products.py, plain.py)
+    weights: int
+    tiles: int  # 8 rows each
 
 
 class Addresses(NamedTuple):
-    """Where everything is that the threads share: addresses of arrays.
+    """Where everything is that the threads share.
 
     An `activations` is the table of five addresses that products take.
     """
 
+    matrices: int  # [layers + 1, 7] of `Matrix`: q, k, v, o, gate, up, down; last the output matrix
+    norms: int  # float32 [2 layers + 1, D]
     x: int  # float32 [32, D]: the residual stream
     normed: int  # float32 [32, D]
     normed_activations: int
@@ -49,6 +92,6 @@ class Addresses(NamedTuple):
     store: int  # the compiled function that stores keys and values
     keys: int  # [layers, batch, K, S + 1, H] of the cache's dtype
     values: int
-    phases: int  # of team.py
+    phases: int  # of phases.py
     tickets: int
-    orders: int  # int64: columns, columns with logits, threads, then 32 rows and 32 positions
+    orders: int  # `Orders`, then 32 rows and 32 positions, int64

@@ -1,13 +1,11 @@
 """x W^T for many rows of x, with W in tiles, as a prompt needs it, by several threads."""
 
-import ctypes
-
 from torch import Tensor
 
+from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.activations import Activations
 from mistral_kernels.cpu.layout import AT_ONCE
 from mistral_kernels.cpu.pool import share
-from mistral_kernels.cpu.products import product
 from mistral_kernels.cpu.tiles import ROWS, Tiles
 
 _TILES = 16  # of a piece: with 4,096 columns 300 kB of Q4_K, which stay in the second cache
@@ -28,11 +26,11 @@ def linear(x: Tensor, tiles: Tiles) -> Tensor:
 def multiply(activations: Activations, tiles: Tiles, out: Tensor) -> None:
     """The product of rounded activations [n, in] with tiles, into out [n, 8 * tiles]."""
     n, width = activations.values.shape
-    call = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 8)(product(tiles.kind.name))
+    product = compiled.function(f"product of {tiles.kind.name}")
 
     def some(first: int, last: int) -> None:
         for start, table in zip(range(0, n, AT_ONCE), activations.tables):
-            call(
+            product(
                 tiles.data.data_ptr(),
                 first,
                 last,

@@ -4,12 +4,11 @@ Every value is widened to float32 in a register, so bfloat16 is read at the spee
 processors that have no instructions for it. Arguments are those of products.py.
 """
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
 
-from mistral_kernels.cpu.compiled import address_of, part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.lanes import (
     floats_at,
     floats_of,
@@ -21,8 +20,7 @@ from mistral_kernels.cpu.lanes import (
     store_float,
     total,
 )
-from mistral_kernels.cpu.layout import AHEAD
-from mistral_kernels.cpu.products import SIGNATURE
+from mistral_kernels.cpu.layout import AHEAD, VALUE_BYTES
 
 
 def _plain_loop(load: Callable, size: int) -> Callable:
@@ -54,14 +52,9 @@ def _plain_loop(load: Callable, size: int) -> Callable:
     return loop
 
 
-PLAIN = {
-    "float32": (floats_at, 4),
-    "float16": (floats_of_halves_at, 2),
-    "bfloat16": (floats_of_brains_at, 2),
-}
+_LOADS = {"float32": floats_at, "float16": floats_of_halves_at, "bfloat16": floats_of_brains_at}
 
 
-@functools.cache
-def plain_product(dtype: str) -> int:
-    """The address of the compiled product for rows of float32, float16 or bfloat16."""
-    return address_of(_plain_loop(*PLAIN[dtype]), SIGNATURE, f"product of {dtype}")
+def plain_product(dtype: str) -> Callable:
+    """The loop for rows of float32, float16 or bfloat16."""
+    return _plain_loop(_LOADS[dtype], VALUE_BYTES[dtype])

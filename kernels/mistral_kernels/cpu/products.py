@@ -11,13 +11,11 @@ weight once a token, so what limits it is memory; `AHEAD` bytes are asked for in
 the processor's own prefetching stops at the end of each page of 4 kB.
 """
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
-from numba import types
 
-from mistral_kernels.cpu.compiled import address_of, part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.encodings import (
     byte_sums,
     five_bit_sums,
@@ -129,8 +127,6 @@ def _one_q6_k(tile, groups, x, d, s, sixteens):
 # activations  the address of a table of `Activations`
 # out          float32: row r of the matrix and row c of the activations are at out[c * stride + r]
 
-SIGNATURE = types.void(*[types.int64] * 8)
-
 
 def _loop(kind: str, one: Callable) -> Callable:
     """The loop for a type; one row of activations needs no unpacking."""
@@ -161,7 +157,6 @@ def _loop(kind: str, one: Callable) -> Callable:
     return loop
 
 
-@functools.cache
 def _products_of_a_row() -> dict[str, Callable]:
     return {
         "Q4_0": _of_small_blocks(144, False, 8.0, nibble_sums),
@@ -175,8 +170,6 @@ def _products_of_a_row() -> dict[str, Callable]:
     }
 
 
-@functools.cache
-def product(kind: str) -> int:
-    """The address of the compiled product for a type of packed weights."""
-    loop = _loop(kind, _products_of_a_row()[kind])
-    return address_of(loop, SIGNATURE, f"product of {kind}")
+def product(kind: str) -> Callable:
+    """The loop over tiles for a type of packed weights."""
+    return _loop(kind, _products_of_a_row()[kind])

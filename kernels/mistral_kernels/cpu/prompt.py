@@ -15,47 +15,15 @@ from mistral.cache import LayerCache, RollingCache
 from mistral.config import Config
 from mistral.model import Mistral
 from mistral.quantization.packed import Packed, TiedOutput
-from mistral_kernels.cpu.activations import Activations, round_row
-from mistral_kernels.cpu.compiled import compiled
-from mistral_kernels.cpu.exponential import swiglu
-from mistral_kernels.cpu.lanes import floats_at, long_at, store_floats
+from mistral_kernels.cpu import compiled
+from mistral_kernels.cpu.activations import Activations
 from mistral_kernels.cpu.linear import multiply
 from mistral_kernels.cpu.pool import share
 from mistral_kernels.cpu.tiles import ROWS
 from mistral_kernels.cpu.weights import Weights
-from mistral_kernels.cpu.work import norm_row, rotate
 
 LONGEST = 512  # tokens: more are read in several passes, whose activations take less memory
 _WIDENED = 1 << 20  # 16-bit weights that are widened at a time
-
-
-@compiled("norm of rows")
-def _norm_rows(x, added, weight, D, eps, table, rows, first, last):
-    """x += added; then RMSNorm of x to the activations of `table`, rounded."""
-    for c in range(first, last):
-        at = 4 * D * c
-        for i in range(at, at + 4 * D, 32):
-            store_floats(x + i, floats_at(x + i) + floats_at(added + i))
-        norm_row(x + at, weight, D, eps, long_at(table) + at)
-        round_row(table, D, rows, c, 0, D // 32)
-
-
-@compiled("SwiGLU of rows")
-def _gate_rows(up, F, table, rows, first, last):
-    """SwiGLU of the activations of `table` with `up`, rounded."""
-    for c in range(first, last):
-        gate = long_at(table) + 4 * F * c
-        swiglu(gate, up + 4 * F * c, F, gate)
-        round_row(table, F, rows, c, 0, F // 32)
-
-
-@compiled("rotation of rows")
-def _rotate_rows(qkv, stride, heads, H, cos, sin, first, last):
-    """Rotate the first heads of each row in place."""
-    for c in range(first, last):
-        for h in range(heads):
-            head = qkv + stride * c + 4 * H * h
-            rotate(head, cos + 2 * H * c, sin + 2 * H * c, 1.0, H, head)
 
 
 class _Memory:
@@ -110,11 +78,13 @@ def _norm(memory: _Memory, weights: Weights, index: int, config: Config) -> None
     """Add what the last part of a block computed, and normalise."""
     D = config.hidden_size
     x, added = memory.x.data_ptr(), memory.added.data_ptr()
-    weight = weights.norms[index].ctypes.data
+    weight = weights.norms[index].data_ptr()
+    eps = torch.tensor([config.rms_norm_eps])
+    norm_rows = compiled.function("norm rows")
 
     def some(table: int, start: int, rows: int, first: int, last: int) -> None:
         at = 4 * D * start
-        _norm_rows(x + at, added + at, weight, D, config.rms_norm_eps, table, rows, first, last)
+        norm_rows(x + at, added + at, weight, D, eps.data_ptr(), table, rows, first, last)
 
     memory.normed.share_rows(some)
 
@@ -136,7 +106,8 @@ def _attention(
     values = size // H  # heads that are not rotated
     fixed = (memory.qkv.data_ptr(), 4 * width, width // H - values, H)
     at = [angle.data_ptr() for angle in angles]
-    share(lambda a, b: _rotate_rows(*fixed, *at, a, b), T)
+    rotate_rows = compiled.function("rotate rows")
+    share(lambda a, b: rotate_rows(*fixed, *at, a, b), T)
     heads = memory.qkv.view(1, T, width // H, H).transpose(1, 2)  # [1, N + 2K, T, H]
     q, k, v = heads.split((width // H - 2 * values, values, values), dim=1)
     dtype = cache.keys.dtype
@@ -150,11 +121,12 @@ def _attention(
 def _mlp(memory: _Memory, mlp: nn.Module) -> None:
     F = memory.up.shape[1]
     up = memory.up.data_ptr()
+    gate_rows = compiled.function("gate rows")
     _product(mlp.gate_proj, memory.normed, memory.gated.values)
     _product(mlp.up_proj, memory.normed, memory.up)
 
     def some(table: int, start: int, rows: int, first: int, last: int) -> None:
-        _gate_rows(up + 4 * F * start, F, table, rows, first, last)
+        gate_rows(up + 4 * F * start, F, table, rows, first, last)
 
     memory.gated.share_rows(some)
     _product(mlp.down_proj, memory.gated, memory.added)

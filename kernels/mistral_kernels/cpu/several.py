@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mistral_kernels.cpu.activations import rows_together
-from mistral_kernels.cpu.compiled import part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.groups import FIRST, GROUP_BYTES, LAST, MINS, unpacker
 from mistral_kernels.cpu.lanes import float_at, prefetch, store_floats
 from mistral_kernels.cpu.layout import AHEAD, AT_ONCE
+from mistral_kernels.cpu.rounding import rows_together
 from mistral_kernels.cpu.wide import (
     as_wide_floats,
     high_floats,

@@ -1,6 +1,7 @@
 """What threads and separately compiled functions need of each other, in LLVM IR.
 
-Counters that several threads change (team.py), waiting, and calls by address.
+Counters that several threads change (phases.py), waiting, the records of layout.py, and calls by
+address.
 """
 
 import platform
@@ -10,7 +11,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from mistral_kernels.cpu.lanes import I32, I64, operation, pointer
+from mistral_kernels.cpu.emit import I32, I64, load, operation, pointer
+from mistral_kernels.cpu.layout import Addresses, Matrix, Orders, Sizes
 
 
 @operation(types.int64, types.int64)
@@ -76,11 +78,28 @@ def yield_core(b, unused):
     b.call(cgutils.get_or_insert_function(b.module, signature, "sched_yield"), [])
 
 
+def _reader(record: type) -> Callable:
+    """A function of numba code that reads a NamedTuple of int64 at an address."""
+    count = len(record._fields)
+
+    def read(b, address):
+        return load(b, address, ir.ArrayType(I64, count), 8)
+
+    read.__name__ = f"{record.__name__.lower()}_at"
+    return operation(types.NamedUniTuple(types.int64, count, record), types.int64)(read)
+
+
+sizes_at = _reader(Sizes)
+addresses_at = _reader(Addresses)
+orders_at = _reader(Orders)
+matrix_at = _reader(Matrix)
+
+
 def _caller(name: str, count: int) -> Callable:
     """A function of numba code that calls compiled code at an address, with `count` int64."""
 
     def call(b, function, *arguments):
-        signature = ir.FunctionType(ir.VoidType(), [I64] * count)
+        signature = ir.FunctionType(I64, [I64] * count)
         b.call(b.inttoptr(function, signature.as_pointer()), arguments)
 
     call.__name__ = name

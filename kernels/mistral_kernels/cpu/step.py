@@ -1,7 +1,7 @@
 """One forward pass for up to 32 tokens, as one compiled function that every thread runs.
 
 The tokens are columns of the activations: one token of each row of a batch, or a few tokens of one
-row, or both. Each layer is five phases, whose items the threads claim (team.py):
+row, or both. Each layer is five phases, whose items the threads claim (phases.py):
 
     phase        items                                         then, by the thread that ends it
     qkv          rows of Q, K and V                            rotate; write keys and values
@@ -17,17 +17,24 @@ The new keys are in the cache before any query reads it. So a chunk of T tokens 
 (`RollingCache._may_write_before_read`), which the decoder sees to.
 """
 
-from mistral_kernels.cpu.compiled import compiled, part
-from mistral_kernels.cpu.lanes import long_at
-from mistral_kernels.cpu.shared import shared_at, store_shared
-from mistral_kernels.cpu.team import (
-    PHASE_BYTES,
+from mistral_kernels.cpu import layout
+from mistral_kernels.cpu.compiler import part
+from mistral_kernels.cpu.layout import LEAD, MATRIX_BYTES, PHASE_BYTES
+from mistral_kernels.cpu.phases import (
     await_release,
     await_ticket,
     claim,
     completes,
     open_phases,
     release,
+)
+from mistral_kernels.cpu.shared import (
+    addresses_at,
+    matrix_at,
+    orders_at,
+    shared_at,
+    sizes_at,
+    store_shared,
 )
 from mistral_kernels.cpu.work import (
     add_rows,
@@ -40,172 +47,137 @@ from mistral_kernels.cpu.work import (
     rows_of_three,
 )
 
-LEAD = -1
-_ITEMS = 4  # of a matrix, for each thread
+_QKV, _ATTENTION, _OUTPUT, _GATE_UP, _DOWN = range(5)
+_PHASES = 5  # of a layer
+_LOGITS = 5  # the phase after all layers
+_ITEMS = 4  # of a matrix, for each thread; twice as many of the output matrix
+
+_shares_of = part(layout.shares_of)
 
 
 @part
-def shares_of(sizes, columns, threads):
-    """In how many shares the positions of a head are cut, so that all threads have some."""
-    heads = columns * sizes.K
-    if heads % threads == 0 or heads >= 4 * threads:
-        return 1
-    return (2 * threads + heads - 1) // heads
+def _matrix(table, which):
+    return matrix_at(table + MATRIX_BYTES * which)
 
 
 @part
-def _read_qkv(sizes, addresses, own, layer, columns, threads, phase, ticket):
-    """1. Q, K and V; then queries and keys are rotated, and keys and values stored."""
-    tiles = own[0, 2] + own[1, 2] + own[2, 2]
-    items = min(tiles, _ITEMS * threads)
-    i = claim(phase, ticket, items)
-    while i >= 0:
-        first = tiles * i // items
-        last = tiles * (i + 1) // items
-        rows_of_three(sizes, addresses, own, first, last, columns)
-        if completes(phase, items):
-            rotate_and_store(sizes, addresses, layer, columns)
-            release(phase, ticket)
-        i = claim(phase, ticket, items)
-    await_release(phase, ticket)
+def _size_of(sizes, orders, kind, table):
+    """What a phase divides: tiles of a matrix, groups of 32 rows, or shares of heads."""
+    if kind == _QKV:
+        return _matrix(table, 0).tiles + _matrix(table, 1).tiles + _matrix(table, 2).tiles
+    if kind == _ATTENTION:
+        shares = _shares_of(orders.columns_of_shares, sizes.K, orders.threads)
+        return orders.columns * sizes.K * shares
+    if kind == _OUTPUT:
+        return _matrix(table, 3).tiles
+    if kind == _GATE_UP:
+        return sizes.F // 32
+    if kind == _DOWN:
+        return _matrix(table, 6).tiles
+    return _matrix(table, 0).tiles
 
 
 @part
-def _attend_all(sizes, addresses, layer, columns, threads, phase, ticket):
-    """2. Attention."""
-    shares = shares_of(sizes, columns, threads)
-    items = columns * sizes.K * shares
-    i = claim(phase, ticket, items)
-    while i >= 0:
-        attend_share(sizes, addresses, layer, i, shares)
-        if completes(phase, items):
-            merge_shares(sizes, addresses, columns, shares)
-            release(phase, ticket)
-        i = claim(phase, ticket, items)
-    await_release(phase, ticket)
+def _items_of(orders, kind, size):
+    """Into how many items a phase divides that."""
+    if kind == _ATTENTION:
+        return size
+    if kind == _LOGITS:
+        return min(size, 2 * _ITEMS * orders.threads)
+    return min(size, _ITEMS * orders.threads)
 
 
 @part
-def _add_product(
-    sizes,
-    addresses,
-    matrix,
-    width,
-    activations,
-    norm_after,
-    normed,
-    columns,
-    threads,
-    phase,
-    ticket,
-):
-    """3. and 5. O or down, added to x; then the next norm, of the first `normed` columns."""
-    tiles = matrix[2]
-    items = min(tiles, _ITEMS * threads)
-    i = claim(phase, ticket, items)
-    while i >= 0:
-        first = tiles * i // items
-        last = tiles * (i + 1) // items
-        add_rows(sizes, addresses, matrix, first, last, width, columns, activations)
-        if completes(phase, items):
-            norm(sizes, addresses, norm_after, normed)
-            release(phase, ticket)
-        i = claim(phase, ticket, items)
-    await_release(phase, ticket)
-
-
-@part
-def _read_gate_and_up(sizes, addresses, own, columns, threads, phase, ticket):
-    """4. Gate and up."""
-    groups = sizes.F // 32
-    items = min(groups, _ITEMS * threads)
-    i = claim(phase, ticket, items)
-    while i >= 0:
-        first = groups * i // items
-        last = groups * (i + 1) // items
-        gate_and_up(sizes, addresses, own, first, last, columns)
-        if completes(phase, items):
-            release(phase, ticket)
-        i = claim(phase, ticket, items)
-    await_release(phase, ticket)
-
-
-@part
-def _read_logits(sizes, addresses, matrix, columns, threads, phase, ticket):
-    """After the layers: the output matrix."""
-    tiles = matrix[2]
-    items = min(tiles, 2 * _ITEMS * threads)
-    activations = addresses.normed_activations
-    stride = 32 * tiles
-    i = claim(phase, ticket, items)
-    while i >= 0:
-        first = tiles * i // items
-        last = tiles * (i + 1) // items
-        groups = sizes.D // 32
+def _do_item(sizes, addresses, orders, kind, layer, table, first, last):
+    """An item of a phase: `first` to `last` of its size."""
+    columns = orders.columns
+    if kind == _QKV:
+        rows_of_three(sizes, addresses, table, first, last, columns)
+    elif kind == _ATTENTION:
+        shares = _shares_of(orders.columns_of_shares, sizes.K, orders.threads)
+        attend_share(sizes, addresses, layer, first, shares)
+    elif kind in (_OUTPUT, _DOWN):
+        # One call for the two, so that it is compiled once.
+        width = sizes.N * sizes.H
+        activations = addresses.attended_activations
+        which = 3
+        if kind == _DOWN:
+            width = sizes.F
+            activations = addresses.gated_activations
+            which = 6
+        add_rows(sizes, addresses, _matrix(table, which), first, last, width, columns, activations)
+    elif kind == _GATE_UP:
+        gate_and_up(sizes, addresses, table, first, last, columns)
+    else:
+        head = _matrix(table, 0)
+        stride = 32 * head.tiles
+        x = addresses.normed_activations
         out = addresses.logits
-        multiply(matrix, first, last, groups, columns, activations, out, stride)
-        if completes(phase, items):
-            release(phase, ticket)
-        i = claim(phase, ticket, items)
-    await_release(phase, ticket)
+        multiply(head, first, last, sizes.D // 32, orders.scored, x, out, stride)
 
 
 @part
-def _run(sizes, addresses, matrices, norms, ticket):
-    columns = long_at(addresses.orders)
-    scored = long_at(addresses.orders + 8)
-    threads = long_at(addresses.orders + 16)
-    phase = addresses.phases
-    attended = addresses.attended_activations
-    gated = addresses.gated_activations
-    NH = sizes.N * sizes.H
-    for layer in range(sizes.layers):
-        own = matrices[layer]
-        after_attention = norms[2 * layer + 1]
-        after_mlp = norms[2 * layer + 2]
+def _finish(sizes, addresses, orders, kind, layer):
+    """What is left to do once when all items of a phase are done."""
+    columns = orders.columns
+    if kind == _QKV:
+        rotate_and_store(sizes, addresses, layer, columns)
+    elif kind == _ATTENTION:
+        shares = _shares_of(orders.columns_of_shares, sizes.K, orders.threads)
+        merge_shares(sizes, addresses, columns, shares)
+    elif kind in (_OUTPUT, _DOWN):
+        which = 2 * layer + (1 if kind == _OUTPUT else 2)
         # How many columns lie together depends on how many are rounded: for the output matrix,
         # those that have logits.
-        normed = scored if layer == sizes.layers - 1 else columns
-        _read_qkv(sizes, addresses, own, layer, columns, threads, phase, ticket)
-        phase += PHASE_BYTES
-        _attend_all(sizes, addresses, layer, columns, threads, phase, ticket)
-        phase += PHASE_BYTES
-        _add_product(
-            sizes, addresses, own[3], NH, attended, after_attention, columns,
-            columns, threads, phase, ticket,
-        )  # fmt: skip
-        phase += PHASE_BYTES
-        _read_gate_and_up(sizes, addresses, own, columns, threads, phase, ticket)
-        phase += PHASE_BYTES
-        _add_product(
-            sizes, addresses, own[6], sizes.F, gated, after_mlp, normed,
-            columns, threads, phase, ticket,
-        )  # fmt: skip
-        phase += PHASE_BYTES
-    _read_logits(sizes, addresses, matrices[sizes.layers, 0], scored, threads, phase, ticket)
+        if which == 2 * sizes.layers:
+            columns = orders.scored
+        norm(sizes, addresses, addresses.norms + 4 * sizes.D * which, columns)
 
 
-@compiled("step")
-def take_part(sizes, addresses, matrices, norms, seen):
+@part
+def _run(sizes, addresses, orders, ticket):
+    """All phases of step `ticket`."""
+    for p in range(_PHASES * sizes.layers + 1):
+        layer = p // _PHASES
+        kind = _LOGITS if layer == sizes.layers else p % _PHASES
+        table = addresses.matrices + 7 * MATRIX_BYTES * layer
+        phase = addresses.phases + PHASE_BYTES * p
+        size = _size_of(sizes, orders, kind, table)
+        items = _items_of(orders, kind, size)
+        i = claim(phase, ticket, items)
+        while i >= 0:
+            first = size * i // items
+            last = size * (i + 1) // items
+            _do_item(sizes, addresses, orders, kind, layer, table, first, last)
+            if completes(phase, items):
+                _finish(sizes, addresses, orders, kind, layer)
+                release(phase, ticket)
+            i = claim(phase, ticket, items)
+        await_release(phase, ticket)
+
+
+def step(sizes_address, addresses_address, seen):
     """A step, or several: for all threads.
 
-    seen      LEAD: do one step. A helper's: take part in each step after this one, until there was
-              none for a while. Returns the number of the last step
-    matrices  int64 [layers + 1, 7, 3], of q, k, v, o, gate, up, down; in the last row the output
-              matrix: address of the product, address of the tiles, their number
-    norms     float32 [2 layers + 1, D]
+    The first two are addresses of a `Sizes` and an `Addresses`.
+
+    seen  LEAD: do one step. A helper's: take part in each step after this one, until there was none
+          for a while. Returns the number of the last step
     """
-    if seen == LEAD:
-        ticket = shared_at(addresses.tickets) + 1
-        columns = long_at(addresses.orders)
-        norm(sizes, addresses, norms[0], columns)
-        open_phases(addresses.phases, 5 * sizes.layers + 1, ticket)
-        store_shared(addresses.tickets, ticket)
-        _run(sizes, addresses, matrices, norms, ticket)
-        return ticket
+    sizes = sizes_at(sizes_address)
+    addresses = addresses_at(addresses_address)
+    leads = seen == LEAD
+    if leads:
+        seen = shared_at(addresses.tickets)
+        orders = orders_at(addresses.orders)
+        norm(sizes, addresses, addresses.norms, orders.columns)
+        open_phases(addresses.phases, _PHASES * sizes.layers + 1, seen + 1)
+        store_shared(addresses.tickets, seen + 1)
     while True:
         ticket = await_ticket(addresses.tickets, seen)
         if ticket < 0:
             return seen
-        _run(sizes, addresses, matrices, norms, ticket)
+        _run(sizes, addresses, orders_at(addresses.orders), ticket)
+        if leads:
+            return ticket
         seen = ticket

@@ -46,7 +46,7 @@ from mistral.quantization.dequantize import unpack
 from mistral.quantization.ggml_types import GgmlType
 
 ROWS = 8  # of a tile
-_AT_ONCE = 1 << 22  # bytes to repack at a time: it needs little memory besides the matrix
+_AT_ONCE = 1 << 18  # bytes to repack at a time: what it needs besides stays small and is used again
 _NIBBLES = (0, 4, 8, 12)  # at which bit of a lane each value of a vector begins
 _HIGHER = (4, 8, 12, 0)  # the same for the higher bits
 

@@ -7,17 +7,15 @@ itself needs, it gets from the tiles. Other matrices are read where they are.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mistral.model import Mistral
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import Keeper, Packed, TiedOutput
-from mistral_kernels.cpu.groups import row_of_tiles
+from mistral_kernels.cpu import compiled
+from mistral_kernels.cpu.layout import VALUE_BYTES
 from mistral_kernels.cpu.linear import linear
-from mistral_kernels.cpu.plain import PLAIN, plain_product
-from mistral_kernels.cpu.products import product
 from mistral_kernels.cpu.tiles import KINDS, ROWS, Tiles, repack, restore, restore_rows
 from mistral_kernels.widths import width_problem
 
@@ -47,7 +45,7 @@ class InTiles(Keeper):
         return out.to(x.dtype).view(*x.shape[:-1], self.tiles.rows)
 
 
-class Matrix(NamedTuple):
+class _Matrix(NamedTuple):
     """One matrix as a step reads it."""
 
     function: int  # address of its product
@@ -57,7 +55,7 @@ class Matrix(NamedTuple):
 
     @property
     def entry(self) -> tuple[int, int, int]:
-        """Its line in the step's table."""
+        """Its line in the step's table (`Matrix` in layout.py)."""
         return self.function, self.data.data_ptr(), self.tiles
 
 
@@ -74,20 +72,20 @@ class Weights:
         self._padded = [matrix for matrix in everything if matrix.source is not None]
         # Where the plain matrices are
         self._sources = {name: weight.data_ptr() for name, weight in _plain_weights(model)}
-        self.matrices = np.zeros((len(layers) + 1, 7, 3), np.int64)
+        self.matrices = torch.zeros(len(layers) + 1, 7, 3, dtype=torch.int64)
         for i, layer in enumerate(layers):
-            self.matrices[i] = [matrix.entry for matrix in layer]
-        self.matrices[-1, 0] = head.entry
+            self.matrices[i] = torch.tensor([matrix.entry for matrix in layer])
+        self.matrices[-1, 0] = torch.tensor(head.entry)
         self.vocab_tiles = head.tiles
         norms = [
             norm.weight
             for layer in model.model.layers
             for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
-        together = torch.stack(
+        # float32 [2 layers + 1, D]
+        self.norms = torch.stack(
             [norm.detach().float() for norm in (*norms, model.model.norm.weight)]
         )
-        self.norms = together.numpy()  # float32 [2 layers + 1, D]
 
     def check(self, model: Mistral) -> None:
         """Follow what was changed in place. ValueError if a matrix is no longer where it was."""
@@ -101,11 +99,10 @@ class Weights:
 
     def _copy(self, model: Mistral) -> None:
         """Copy what a step does not read where the model has it: norms, and padded matrices."""
-        together = torch.from_numpy(self.norms)
         for i, layer in enumerate(model.model.layers):
-            together[2 * i] = layer.input_layernorm.weight
-            together[2 * i + 1] = layer.post_attention_layernorm.weight
-        together[-1] = model.model.norm.weight
+            self.norms[2 * i] = layer.input_layernorm.weight
+            self.norms[2 * i + 1] = layer.post_attention_layernorm.weight
+        self.norms[-1] = model.model.norm.weight
         for matrix in self._padded:
             rows = len(matrix.source)
             matrix.data[:rows] = matrix.source
@@ -117,7 +114,7 @@ class Weights:
             out[: len(ids)] = self.embedding(ids[None])[0]
             return
         tiles = keeper.tiles
-        unpack = row_of_tiles(tiles.kind.name)
+        unpack = compiled.function(f"row of {tiles.kind.name}")
         for i, id in enumerate(ids.tolist()):
             unpack(tiles.data.data_ptr(), id, tiles.columns // 32, out[i].data_ptr())
 
@@ -137,9 +134,26 @@ def problem(model: Mistral) -> str | None:
             return f"no CPU kernel multiplies {layer.kind.name}, the type of {name}"
     dtypes = {weight.dtype for _, weight in _plain_weights(model)} | {model.dtype}
     for dtype in dtypes:
-        if str(dtype).removeprefix("torch.") not in PLAIN:
+        if _name(dtype) not in VALUE_BYTES:
             return f"the CPU kernels know no {dtype}: load the checkpoint in float32 or bfloat16"
     return None
+
+
+def kernels_for(model: Mistral, cache_dtype: torch.dtype) -> list[str]:
+    """The names of all compiled functions that a decoder of the model calls (compiled.py)."""
+    names = ["step", "round rows", "norm rows", "gate rows", "rotate rows"]
+    names += [f"attention of {_name(cache_dtype)}", f"storing of {_name(cache_dtype)}"]
+    names += [f"plain product of {_name(weight.dtype)}" for _, weight in _plain_weights(model)]
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    names += [f"product of {layer.kind.name}" for layer in packed if layer.kind.name in KINDS]
+    embedding = model.model.embed_tokens
+    if isinstance(embedding, Packed) and embedding.kind.name in KINDS:
+        names.append(f"row of {embedding.kind.name}")
+    return list(dict.fromkeys(names))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plain_weights(model: Mistral) -> Iterator[tuple[str, Tensor]]:
@@ -163,18 +177,19 @@ def _repack(module: nn.Module) -> None:
         module.hand_over(InTiles(repack(module.blocks, module.kind)))
 
 
-def _matrix(module: nn.Module) -> Matrix:
+def _matrix(module: nn.Module) -> _Matrix:
     layer = module.embedding if isinstance(module, TiedOutput) else module
     _repack(layer)
     if isinstance(layer, Packed):
         if not isinstance(layer.keeper, InTiles):
             raise ValueError("another engine holds the packed weights: load the checkpoint again")
         data = layer.keeper.tiles.data
-        return Matrix(function=product(layer.kind.name), data=data, tiles=len(data))
+        function = compiled.address(f"product of {layer.kind.name}")
+        return _Matrix(function=function, data=data, tiles=len(data))
     weight = layer.weight.data
-    function = plain_product(str(weight.dtype).removeprefix("torch."))
+    function = compiled.address(f"plain product of {_name(weight.dtype)}")
     if weight.is_contiguous() and len(weight) % ROWS == 0:
-        return Matrix(function=function, data=weight, tiles=len(weight) // ROWS)
+        return _Matrix(function=function, data=weight, tiles=len(weight) // ROWS)
     tiles = -(-len(weight) // ROWS)
     data = weight.new_zeros(ROWS * tiles, weight.shape[1])
-    return Matrix(function=function, data=data, tiles=tiles, source=weight)
+    return _Matrix(function=function, data=data, tiles=tiles, source=weight)

@@ -12,11 +12,10 @@ import operator
 from llvmlite import ir
 from numba import types
 
-from mistral_kernels.cpu.lanes import (
+from mistral_kernels.cpu.emit import (
     F32,
     I16,
     I32,
-    Floats,
     Vector,
     add_pairs,
     add_products,
@@ -27,6 +26,7 @@ from mistral_kernels.cpu.lanes import (
     pointer,
     splat,
 )
+from mistral_kernels.cpu.lanes import Floats
 
 WideWords = Vector("WideWords", I16, 32)
 WideSums = Vector("WideSums", I32, 16)

@@ -1,16 +1,17 @@
 """The work of a layer, in the pieces that the threads of a step claim (step.py).
 
 Each function does a part of what `Block` (mistral/model.py) does, for all columns; `first` and
-`last` say which rows of a matrix, in tiles of 8 or groups of 32.
+`last` say which rows of a matrix, in tiles of 8 or groups of 32; `table` is the address of a
+layer's matrices.
 """
 
 import numpy as np
 
-from mistral_kernels.cpu.activations import round_row, rows_together
 from mistral_kernels.cpu.attention import merge
-from mistral_kernels.cpu.compiled import part
+from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.exponential import swiglu
 from mistral_kernels.cpu.lanes import (
+    float_at,
     floats_at,
     floats_of,
     long_at,
@@ -18,14 +19,17 @@ from mistral_kernels.cpu.lanes import (
     store_floats,
     total,
 )
-from mistral_kernels.cpu.layout import MAX_COLUMNS
-from mistral_kernels.cpu.shared import call_attend, call_product, call_store
+from mistral_kernels.cpu.layout import GATE, MATRIX_BYTES, MAX_COLUMNS, UP
+from mistral_kernels.cpu.rounding import round_row, rows_together
+from mistral_kernels.cpu.shared import call_attend, call_product, call_store, matrix_at
 
 
 @part
 def multiply(matrix, first, last, groups, columns, activations, out, stride):
-    """A part of a product (products.py); matrix is a line of the table of `take_part`."""
-    call_product(matrix[0], matrix[1], first, last, groups, columns, activations, out, stride)
+    """A part of a product (products.py)."""
+    call_product(
+        matrix.product, matrix.weights, first, last, groups, columns, activations, out, stride
+    )
 
 
 @part
@@ -42,18 +46,19 @@ def norm_row(x, weight, D, eps, out):
     for i in range(0, 4 * D, 32):
         squares = multiply_add(floats_at(x + i), floats_at(x + i), squares)
     mean = total(squares) / np.float32(D)
-    scale = floats_of(np.float32(1) / np.sqrt(mean + np.float32(eps)))
+    scale = floats_of(np.float32(1) / np.sqrt(mean + eps))
     for i in range(0, 4 * D, 32):
         store_floats(out + i, floats_at(x + i) * scale * floats_at(weight + i))
 
 
 @part
 def norm(sizes, addresses, weight, columns):
-    """RMSNorm of x, rounded."""
+    """RMSNorm of x, rounded; weight is the address of float32 [D]."""
     D = sizes.D
+    eps = float_at(sizes.eps)
     for c in range(columns):
         at = 4 * D * c
-        norm_row(addresses.x + at, weight.ctypes.data, D, sizes.eps, addresses.normed + at)
+        norm_row(addresses.x + at, weight, D, eps, addresses.normed + at)
     _round_all(addresses.normed_activations, D, columns)
 
 
@@ -83,19 +88,19 @@ def merge_shares(sizes, addresses, columns, shares):
 
 
 @part
-def rows_of_three(sizes, addresses, matrices, first, last, columns):
+def rows_of_three(sizes, addresses, table, first, last, columns):
     """Tiles `first` to `last` of Q, K and V, counted as if they were one matrix."""
     stride = 4 * (sizes.N + 2 * sizes.K) * sizes.H
     at = 0
     for i in range(3):
-        tiles = matrices[i, 2]
+        matrix = matrix_at(table + MATRIX_BYTES * i)
         a = max(first - at, 0)
-        b = min(last - at, tiles)
+        b = min(last - at, matrix.tiles)
         if a < b:
             out = addresses.qkv + 32 * at
             activations = addresses.normed_activations
-            multiply(matrices[i], a, b, sizes.D // 32, columns, activations, out, stride)
-        at += tiles
+            multiply(matrix, a, b, sizes.D // 32, columns, activations, out, stride)
+        at += matrix.tiles
 
 
 @part
@@ -110,12 +115,14 @@ def add_rows(sizes, addresses, matrix, first, last, width, columns, activations)
 
 
 @part
-def gate_and_up(sizes, addresses, matrices, first, last, columns):
+def gate_and_up(sizes, addresses, table, first, last, columns):
     """SwiGLU of groups `first` to `last` of 32 rows, rounded."""
     F = sizes.F
     a = addresses.normed_activations
-    multiply(matrices[4], 4 * first, 4 * last, sizes.D // 32, columns, a, addresses.gated, 4 * F)
-    multiply(matrices[5], 4 * first, 4 * last, sizes.D // 32, columns, a, addresses.up, 4 * F)
+    gate = matrix_at(table + GATE * MATRIX_BYTES)
+    up = matrix_at(table + UP * MATRIX_BYTES)
+    multiply(gate, 4 * first, 4 * last, sizes.D // 32, columns, a, addresses.gated, 4 * F)
+    multiply(up, 4 * first, 4 * last, sizes.D // 32, columns, a, addresses.up, 4 * F)
     for c in range(columns):
         at = 4 * F * c + 128 * first
         swiglu(addresses.gated + at, addresses.up + at, 32 * (last - first), addresses.gated + at)
@@ -128,8 +135,8 @@ def rotate_and_store(sizes, addresses, layer, columns):
     N, K, H, S = sizes.N, sizes.K, sizes.H, sizes.S
     scale = np.float32(1) / np.sqrt(np.float32(H))
     for c in range(columns):
-        row = long_at(addresses.orders + 8 * (3 + c))
-        position = long_at(addresses.orders + 8 * (3 + MAX_COLUMNS + c))
+        row = long_at(addresses.orders + 8 * (4 + c))
+        position = long_at(addresses.orders + 8 * (4 + MAX_COLUMNS + c))
         cos = addresses.cos + 2 * H * c
         sin = addresses.sin + 2 * H * c
         qkv = addresses.qkv + 4 * (N + 2 * K) * H * c
@@ -154,8 +161,8 @@ def attend_share(sizes, addresses, layer, item, shares):
     share = item % shares
     h = item // shares % K
     c = item // shares // K
-    row = long_at(addresses.orders + 8 * (3 + c))
-    position = long_at(addresses.orders + 8 * (3 + MAX_COLUMNS + c))
+    row = long_at(addresses.orders + 8 * (4 + c))
+    position = long_at(addresses.orders + 8 * (4 + MAX_COLUMNS + c))
     begin = max(0, position - sizes.window + 1)
     count = position + 1 - begin
     first = begin + count * share // shares
