@@ -310,7 +310,7 @@ class RollingCache:
         counts = rewind_counts(n, self.lengths)
         lengths = [length - count for length, count in zip(self.lengths, counts)]
         for count, length, peak in zip(counts, lengths, self.peaks):
-            if length and peak > self.num_slots and peak - length > self.slack:
+            if self._has_evicted(length, peak):
                 raise ValueError(
                     f"cannot forget {count} tokens: that is {peak - length} below the "
                     f"high-water mark, and the slack is {self.slack}; what they evicted is gone"
@@ -318,6 +318,34 @@ class RollingCache:
         for row, length in zip(self._rows, lengths):
             row.length = length
             row.peak = row.peak if length else 0
+
+    def can_copy(self, source: int, length: int) -> bool:
+        """Whether row `source` has all that the token after its first `length` tokens sees."""
+        row = self._rows[source]
+        return length <= row.length and not self._has_evicted(length, row.peak)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row `target` the first `length` tokens of row `source`, bit for bit.
+
+        Raises ValueError if the source has overwritten what they need; nothing changes then.
+        """
+        if source == target or not self.can_copy(source, length):
+            raise ValueError(
+                f"the first {length} tokens of row {source} cannot be copied to row {target}: it "
+                f"holds {self._rows[source].length}, and {self._rows[source].peak} came before"
+            )
+        # 1. Interrupted from here on, the target is empty.
+        held = self._rows[source]
+        new = self._rows[target]
+        new.length = new.peak = 0
+        # 2. A ring that has begun to roll is copied whole, with what its next tokens evict.
+        peak = held.peak if held.peak > self.num_slots else length
+        used = min(peak, self.num_slots)
+        self.keys[:, target, :, :used] = self.keys[:, source, :, :used]
+        self.values[:, target, :, :used] = self.values[:, source, :, :used]
+        # 3. The tokens count.
+        new.peak = peak if length else 0
+        new.length = length
 
     def read_again(self, rows: Sequence[bool]) -> None:
         """Forget the last token of some rows, which must be the next one that they read.
@@ -333,6 +361,10 @@ class RollingCache:
         for row in self._rows:
             if self._has_lost(row.length, row.peak):
                 row.length = row.peak = 0
+
+    def _has_evicted(self, length: int, peak: int) -> bool:
+        """Whether a later token may have overwritten one that a row of this length sees."""
+        return length > 0 and peak > self.num_slots and peak - length > self.slack
 
     def _has_lost(self, length: int, peak: int) -> bool:
         """Whether a later token has overwritten one that the next token of a row sees."""

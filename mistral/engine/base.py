@@ -25,8 +25,11 @@ class Engine(ABC):
     slack        how many tokens `rewind` can roll back once the window has begun to roll
     steps_in_flight  how many more steps `generate` may launch before it reads the ids of one back;
                  `step` must not synchronize if it is above 0
-    rows_together  False: every row has a forward pass of its own, so that its logits are bit for
-                 bit the same in any company; a batch is then no faster than its rows one by one
+    rows_together  False: the logits of a row are bit for bit the same in any company. Every row has
+                 a forward pass of its own then, so that a batch is no faster than its rows one by
+                 one, unless ...
+    steps_keep_bits  ... a step of several rows computes each as it would alone, bit for bit. Only
+                 more than one token of a row has a forward pass of its own
     unpacked_kinds  the types of packed matrices that a step unpacks, which is slow
     holder       whose tokens the engine holds: a conversation stores itself here, to notice
                  whether another one used the engine in between
@@ -50,6 +53,7 @@ class Engine(ABC):
     slack: int = 0
     steps_in_flight: int = 0
     rows_together: bool = True
+    steps_keep_bits: bool = False
     unpacked_kinds: Sequence[str] = ()
     holder: object = None
     in_flight: Sequence[int] = ()
@@ -142,6 +146,16 @@ class Engine(ABC):
         self.rewind(counts)
         self.restart_random(row)
 
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row `target` the first `length` tokens of row `source`, without a forward pass.
+
+        What the target held is forgotten, and its random numbers begin anew. Keys and values are
+        copied bit for bit. Raises ValueError if the window of the source has rolled too far for it,
+        as for a rewind to that length, and for impossible rows and lengths; nothing changes then.
+        This default is for an engine that cannot copy: it always raises.
+        """
+        raise ValueError(f"this engine cannot copy row {source} to row {target}")
+
     def verify(self, ids: Sequence[int]) -> Tensor:
         """`prefill` for one row that also returns the logits after each of the ids: [T, V].
 
@@ -154,6 +168,20 @@ class Engine(ABC):
             self.prefill([[id]])
             rows.append(self.logits[0].clone())
         return torch.stack(rows)
+
+    def verify_rows(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """`verify` for several rows: of each the logits after its ids, [T, V]; T may be 0.
+
+        This default makes a forward pass for each row.
+        """
+        if self.batch_size == 1:
+            return [self.verify(rows[0])]
+        nothing = self.logits[:0]
+        return [self.score(b, ids) if ids else nothing for b, ids in enumerate(rows)]
+
+    def is_ahead(self, row: int) -> bool:
+        """Whether the next step of a row needs no forward pass, because a guess was right."""
+        return False
 
     def _begin_use(self) -> None:
         """What every method that changes the rows does before it looks at them."""
@@ -218,6 +246,16 @@ class Engine(ABC):
                 raise ValueError(f"row {b} is empty: prefill a prompt first")
         self._check_room(counts)
         return counts
+
+    def _check_copy(self, source: int, target: int, length: int) -> None:
+        """Raises ValueError for other than two rows, and a length that the source has."""
+        rows = range(self.batch_size)
+        if source not in rows or target not in rows or source == target:
+            raise ValueError(f"row {source} cannot be copied to row {target} of {self.batch_size}")
+        if not 0 <= length <= self.lengths[source]:
+            raise ValueError(
+                f"{length} tokens cannot be copied of a row that holds {self.lengths[source]}"
+            )
 
     def _rewind_counts(self, n: int | Sequence[int]) -> list[int]:
         """How many tokens each row forgets. ValueError for what is not such a count."""

@@ -141,13 +141,27 @@ class Decoder(Engine):
         They are [T, V] in the model's dtype, and are used to check a guess; `rewind` drops the
         wrong tokens. Raises what `prefill` raises, and ValueError for several rows.
         """
-        ids = self._to_verify(ids)
-        self._append_rows([ids])
-        parts: list[Tensor] = []
+        return self.verify_rows([self._to_verify(ids)])[0]
+
+    @computes
+    def verify_rows(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """`verify` for several rows: of each the logits after its ids, [T, V]; T may be 0.
+
+        One forward pass for all of them, unless they are long.
+        """
+        self._append_rows(rows)
+        parts: list[list[Tensor]] = [[] for _ in rows]
         while counts := self._next_counts():
-            parts.append(self._forward_all(self._pending_ids(counts))[0])  # [T, V]
-            self._keep_logits(counts, parts[-1][-1:])
-        return torch.cat(parts)[-len(ids) :]
+            logits = self._forward_all(self._pending_ids(counts), counts)  # [B, T, V]
+            last = torch.tensor(counts).to(logits.device, non_blocking=True).sub(1).clamp(min=0)
+            every = torch.arange(self.batch_size, device=logits.device)
+            self._keep_logits(counts, logits[every, last])
+            for b, count in enumerate(counts):
+                parts[b].append(logits[b, :count])
+        nothing = torch.empty(0, self.config.vocab_size, device=self.model.device)
+        read = [torch.cat(part) if part else nothing for part in parts]
+        # Ids that were appended before these were read along.
+        return [logits[len(logits) - len(ids) :] for logits, ids in zip(read, rows)]
 
     @computes
     def score(self, row: int, ids: Sequence[int]) -> Tensor:
@@ -204,7 +218,7 @@ class Decoder(Engine):
         kept = list(cached)
         for b, count in enumerate(counts):
             pending = self._lengths[b] - cached[b]
-            if count > pending or (count == pending and self._stale[b]):
+            if count > pending:
                 # Shrinking the cache loses the logits of the last kept token: drop that token too.
                 # It is fed again later, alone or together with what comes next.
                 kept[b] = min(cached[b], max(self._lengths[b] - count - 1, 0))
@@ -224,6 +238,36 @@ class Decoder(Engine):
         self._unsettled = True
         self._lengths = [length - count for length, count in zip(self._lengths, counts)]
         self._settle()
+
+    @computes
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Make row `target` the first `length` tokens of row `source`, without a forward pass.
+
+        What the target held is forgotten, and its random numbers begin anew. Keys and values are
+        copied bit for bit. Raises ValueError if the window of the source has rolled too far for it,
+        as for a rewind to that length, and for impossible rows and lengths; nothing changes then.
+        """
+        self._begin_use()
+        self._check_copy(source, target, length)
+        # 1. The last ids of the source may not be in its cache yet. They are copied as ids alone.
+        self._cache.forget_lost()
+        cached = min(length, self._cache.lengths[source])
+        if not self._cache.can_copy(source, cached):
+            raise ValueError(
+                f"row {source} cannot be copied up to token {length}: once the window rolls, "
+                f"{self.slack} tokens can be left out"
+            )
+        # 2. Empty the target, then give it the ids. Interrupted before 3., it reads them.
+        counts = [0] * self.batch_size
+        counts[target] = self._lengths[target]
+        self.rewind(counts)
+        self._unsettled = True
+        self._history[target, :length] = self._history[source, :length]
+        self._stale[target] = True  # the logits after its last id are not known
+        self._lengths[target] = length
+        self._unsettled = False
+        # 3. The keys and values.
+        self._cache.copy_row(source, target, cached)
 
     @one_thread
     def restart_random(self, row: int) -> None:
@@ -330,7 +374,10 @@ class Decoder(Engine):
         if not any(pending):
             return None
         counts = [min(count, self._chunk) for count in pending]
-        counts = _worth_padding(counts) if self.rows_together else _longest_alone(counts)
+        if self.rows_together:
+            counts = _worth_padding(counts)
+        elif not self.steps_keep_bits or max(counts) > 1:
+            counts = _longest_alone(counts)
         self._stale = [stale or count > 0 for stale, count in zip(self._stale, counts)]
         return counts
 
@@ -359,9 +406,13 @@ class Decoder(Engine):
         whole = min(counts) == tokens.shape[1]
         return self.model(tokens, self._cache, None if whole else counts, last_only=True)
 
-    def _forward_all(self, tokens: Tensor) -> Tensor:
-        """Let every row read tokens [B, T]; returns the logits after each of them, [B, T, V]."""
-        return self.model(tokens, self._cache)
+    def _forward_all(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        """`_forward` that returns the logits after each of the tokens: [B, T, V]."""
+        if (b := only_row(counts)) is not None:
+            logits = self.model(tokens[b : b + 1], self._cache.row(b))
+            return logits.expand(self.batch_size, -1, -1)
+        whole = min(counts) == tokens.shape[1]
+        return self.model(tokens, self._cache, None if whole else counts)
 
 
 def only_row(counts: Sequence[int]) -> int | None:

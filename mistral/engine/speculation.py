@@ -26,6 +26,7 @@ already.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os.path import commonprefix
 
 import torch
@@ -53,12 +54,43 @@ def _find_guess(text: str, tokens: int, max_ngram: int, min_ngram: int) -> str:
     return ""
 
 
-class LookupDecoder(Engine):
-    """An engine for one row that makes another engine read guesses along.
+@dataclass
+class _Row:
+    """What is known of one row.
 
-    decoder    an empty engine for one row; from now on it belongs to this one
-    tokens     how many are guessed at a time; at most the decoder's slack, because wrong ones are
-               rolled back
+    text    its ids, one character for each
+    given   the ids that the decoder holds, or that an interrupted call was to append: its length
+            there says how many of them
+    scored  how many ids come before the first of the scores, and the scores, [n, V]: after that
+            many of `given`, after one more, ... One assignment replaces both
+    is_new  its last logits were not asked for yet
+    """
+
+    text: str = ""
+    given: str = ""
+    scored: tuple[int, Tensor] | None = None
+    is_new: bool = False
+
+    def right(self, held: int) -> int:
+        """How many of the `held` ids of the decoder are the row's first."""
+        given = self.given[:held]
+        return len(given) if self.text.startswith(given) else len(commonprefix((self.text, given)))
+
+    def last_scores(self, held: int) -> Tensor | None:
+        """The logits after the row's last id, [1, V], if they are known."""
+        end = len(self.text)
+        if self.scored is None or self.right(held) < end:
+            return None
+        start, scores = self.scored
+        return scores[end - start : end - start + 1] if start <= end < start + len(scores) else None
+
+
+class LookupDecoder(Engine):
+    """An engine that makes another engine read guesses along.
+
+    decoder    an empty engine; from now on it belongs to this one
+    tokens     how many are guessed at a time, by all rows together; at most the decoder's slack,
+               because wrong ones are rolled back
     max_ngram  how many of the last tokens must have occurred before; if they have not, one fewer is
                tried, ...
     min_ngram  ... down to this
@@ -67,7 +99,11 @@ class LookupDecoder(Engine):
     (up to rounding, if two tokens are equally probable): random numbers are drawn as it draws them,
     whatever engine computes the logits. Every id is read back, so no steps are in flight.
 
-    forwards        how many forward passes were made; a prompt is one
+    A row whose guess was right needs no forward pass for its next step (`is_ahead`). A step of
+    several rows reads only what the others lack, so a batch gains from it if its caller steps the
+    rows that are ahead by themselves, as the slots of a server do.
+
+    forwards        how many forward passes were made, counted for each row; a prompt is one
     plain_forwards  how many there would be without lookup: one per id that was chosen, one per
                     `prefill`
 
@@ -77,37 +113,33 @@ class LookupDecoder(Engine):
     def __init__(self, decoder: Engine, tokens: int = 8, max_ngram: int = 3, min_ngram: int = 1):
         _check(decoder, tokens, max_ngram, min_ngram)
         self.config = decoder.config
-        self.batch_size = 1
+        self.batch_size = decoder.batch_size
         self.slack = decoder.slack - tokens
         self.holder = None
         self.forwards = self.plain_forwards = 0
         self._decoder = decoder
         self._tokens = tokens
         self._ngrams = (max_ngram, min_ngram)
-        self._text = ""  # one character for each id
-        # What the decoder holds, or an interrupted call was to append: its length says how much.
-        self._given = ""
-        # How many ids come before the first of the scores, and the scores, [n, V]: after that many
-        # of `_given`, after one more, ... One assignment replaces both.
-        self._scored: tuple[int, Tensor] | None = None
-        self._new = False  # True: its last logits were not asked for yet
+        self._rows = [_Row() for _ in range(decoder.batch_size)]
         self._random: RandomNumbers | None = None  # made at the first step, on the logits' device
 
     @property
     @one_thread
     def logits(self) -> Tensor:
-        """[1, V]: the logits that the next step samples from. ValueError while the row is empty."""
-        self._catch_up()
-        return self._last_scores().clone()
+        """[B, V]: the logits that the next step samples from. ValueError if every row is empty."""
+        if not any(row.text for row in self._rows):
+            raise ValueError("row 0 is empty: prefill a prompt first")
+        self._catch_up(range(self.batch_size), guesses=True)
+        return self._all_scores().clone()
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens the row holds; guesses do not count."""
-        return self._yielded([len(self._text)])
+        """How many tokens each row holds; guesses do not count."""
+        return self._yielded([len(row.text) for row in self._rows])
 
     @property
     def limit(self) -> int:
-        """How many tokens the row can hold."""
+        """How many tokens a row can hold."""
         return self._decoder.limit
 
     @property
@@ -121,18 +153,28 @@ class LookupDecoder(Engine):
         counts = f"{self.forwards} forward passes instead of {self.plain_forwards}"
         return f"lookup: {self.tokens_a_forward:.1f} tokens a forward pass, {counts}"
 
+    def is_ahead(self, row: int) -> bool:
+        """Whether the next step of a row needs no forward pass: its last id was guessed."""
+        return self._last_scores(row) is not None
+
     @one_thread
     def prefill(self, rows: Sequence[Sequence[int]]) -> None:
-        """Append ids to the row: a prompt, or ids that a grammar leaves no choice about."""
+        """Append ids to each row: a prompt, or ids that a grammar leaves no choice about.
+
+        One row reads a guess along. Of several each may have a part of a prompt only.
+        """
         self._begin_use()
-        (ids,) = check_rows(rows, 1, self.config.vocab_size)
-        self._check_room([len(ids)])
-        if ids:
-            if self._random is not None:
-                self._random.settle(self.lengths)
-            self._new = True
-            self._text += "".join(map(chr, ids))
-            self._catch_up()
+        rows = check_rows(rows, self.batch_size, self.config.vocab_size)
+        self._check_room(list(map(len, rows)))
+        given = [b for b, ids in enumerate(rows) if ids]
+        if not given:
+            return
+        if self._random is not None:
+            self._random.settle(self.lengths)
+        for b in given:
+            self._rows[b].is_new = True
+            self._rows[b].text += "".join(map(chr, rows[b]))
+        self._catch_up(given, guesses=self.batch_size == 1)
 
     @one_thread
     @torch.inference_mode()
@@ -142,93 +184,161 @@ class LookupDecoder(Engine):
         mask: Tensor | None = None,
         active: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Sample an id and append it: int64 [1] on the device."""
+        """Sample an id for each row and append it: int64 [B] on the device."""
         self._begin_use()
         counts = self._step_counts(sampling, mask, active)
-        self._catch_up()
-        logits = self._last_scores()
         if not any(counts):
-            return torch.full((1,), IDLE, device=logits.device)
-        own = sampling if isinstance(sampling, Sampling) else sampling[0]
+            return torch.full((self.batch_size,), IDLE, device=self._decoder.logits.device)
+        self._catch_up([b for b, count in enumerate(counts) if count], guesses=True)
+        logits = self._all_scores()
         self._random = self._random or RandomNumbers(logits.device)
-        ids = list(map(ord, self._text)) if own.reads_history else []
-        history = torch.tensor([ids], dtype=torch.int64)
-        history = history.to(logits.device, non_blocking=True)
-        rows = (history, self.lengths)
+        history = self._history(sampling).to(logits.device, non_blocking=True)
+        rows = (history, [len(row.text) for row in self._rows])
         starts = self.answer_starts
-        ids = sample_rows(logits, own, *rows, mask, self._random, counts, starts)
-        chosen = ids.item()
-        self._new = True
-        # Without a choice the id is negative; 0 takes its place until the row is rewound.
-        self._text += chr(max(chosen, 0))
+        ids = sample_rows(logits, sampling, *rows, mask, self._random, counts, starts)
+        for row, count, id in zip(self._rows, counts, ids.tolist()):
+            if count:
+                row.is_new = True
+                # Without a choice the id is negative; 0 takes its place until the row is rewound.
+                row.text += chr(max(id, 0))
         return ids
 
     @one_thread
     def rewind(self, n: int | Sequence[int]) -> None:
-        """Forget the last n tokens.
+        """Forget the last n tokens of every row (or n[b] of row b).
 
         All can always be forgotten. Raises ValueError beyond `slack` once the window rolls.
         """
         self._begin_use()
-        (count,) = self._rewind_counts(n)
-        if count == 0:
-            return
-        stays = len(self._text) - count
-        if stays < self._right():
-            self._decoder.rewind(self._decoder.lengths[0] - stays)
-            self._scored = None
-        self._new = True
-        self._text = self._text[:stays]
+        counts = self._rewind_counts(n)
+        stays = [len(row.text) - count for row, count in zip(self._rows, counts)]
+        held = self._decoder.lengths
+        dropped = [0] * self.batch_size
+        for b, row in enumerate(self._rows):
+            if counts[b] and stays[b] < row.right(held[b]):
+                dropped[b] = held[b] - stays[b]
+        if any(dropped):
+            self._decoder.rewind(dropped)
+        for b, row in enumerate(self._rows):
+            if dropped[b]:
+                row.scored = None
+            if counts[b]:
+                row.is_new = True
+                row.text = row.text[: stays[b]]
+
+    @one_thread
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """As `Decoder.copy_row`; only ids that the decoder has read already are copied there."""
+        self._begin_use()
+        self._check_copy(source, target, length)
+        held = self._decoder.lengths[source]
+        text = self._rows[source].text[:length]
+        read = min(length, self._rows[source].right(held))
+        # Interrupted from here on, the target reads its own ids again.
+        row = self._rows[target]
+        given = row.given
+        row.given = ""
+        try:
+            self._decoder.copy_row(source, target, read)
+        except ValueError:
+            row.given = given
+            raise
+        self._rows[target] = _Row(text=text, given=text[:read], is_new=True)
+        if self._random is not None:
+            self._random.restart(target)
 
     @one_thread
     def restart_random(self, row: int) -> None:
-        """Begin the random numbers anew."""
-        self._random = None
+        """Begin the random numbers of a row anew."""
+        if self._random is not None:
+            self._random.restart(row)
 
-    def _right(self) -> int:
-        """How many ids the decoder holds that are the row's first."""
-        held = self._given[: self._decoder.lengths[0]]
-        if self._text.startswith(held):
-            return len(held)
-        return len(commonprefix((self._text, held)))
+    @one_thread
+    def erase(self, row: int) -> None:
+        """Empty a row, and forget what was computed for it, which may be NaN."""
+        super().erase(row)
+        self._decoder.erase(row)
+        self._rows[row] = _Row()
 
-    def _last_scores(self) -> Tensor | None:
-        """The logits after the row's last id, [1, V], if they are known."""
-        end = len(self._text)
-        if self._scored is None or self._right() < end:
-            return None
-        start, scores = self._scored
-        return scores[end - start : end - start + 1] if start <= end < start + len(scores) else None
+    @one_thread
+    def score(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Append ids to one row, and return the logits after each of them: [T, V]."""
+        self._begin_use()
+        self._catch_up([row], guesses=False)
+        self._drop_wrong([row])
+        scores = self._decoder.score(row, ids)
+        own = self._rows[row]
+        own.text += "".join(map(chr, ids))
+        own.given = own.text
+        own.scored = len(own.text), scores[-1:]
+        return scores
 
-    def _catch_up(self) -> None:
-        """One forward pass: let the decoder read the new ids, and with them a guess."""
-        if not self._text:
-            raise ValueError("row 0 is empty: prefill a prompt first")
-        self.plain_forwards += self._new
-        self._new = False
-        if self._last_scores() is not None:
+    def _last_scores(self, b: int) -> Tensor | None:
+        return self._rows[b].last_scores(self._decoder.lengths[b])
+
+    def _all_scores(self) -> Tensor:
+        """The logits after each row's last id, [B, V]; zeros for a row whose are not known."""
+        known = [self._last_scores(b) for b in range(self.batch_size)]
+        like = next(scores for scores in known if scores is not None)
+        return torch.cat([torch.zeros_like(like) if row is None else row for row in known])
+
+    def _history(self, sampling: Sampling | Sequence[Sampling | None]) -> Tensor:
+        """The ids of each row if a penalty needs them, padded by -1: int64 [B, n]."""
+        each = [sampling] if isinstance(sampling, Sampling) else sampling
+        if not any(own is not None and own.reads_history for own in each):
+            return torch.empty(self.batch_size, 0, dtype=torch.int64)
+        longest = max(len(row.text) for row in self._rows)
+        ids = [list(map(ord, row.text)) for row in self._rows]
+        return torch.tensor([row + [-1] * (longest - len(row)) for row in ids])
+
+    def _catch_up(self, rows: Sequence[int], guesses: bool) -> None:
+        """One forward pass: let the decoder read the new ids of these rows, and with them guesses.
+
+        Empty rows, and those whose logits are known, take no part.
+        """
+        for b in rows:
+            self.plain_forwards += self._rows[b].is_new
+            self._rows[b].is_new = False
+        lacking = [b for b in rows if self._rows[b].text and self._last_scores(b) is None]
+        if not lacking:
             return
-        # 1. Drop a wrong guess. What remains are ids of the row.
-        self._scored = None
-        end = len(self._text)
-        read = self._right()
-        if wrong := self._decoder.lengths[0] - read:
-            self._decoder.rewind(wrong)
-        self._given = self._text[:read]
-        new = self._text[read:]
-        # 2. Guess, and read.
-        room = min(self._tokens, self.limit - end)
-        guess = ""
-        if 0 < len(new) <= _LONGEST_CHUNK:
-            guess = _find_guess(self._text, room, *self._ngrams)
-        self._given = self._text + guess
-        if guess:
-            scores = self._decoder.verify(list(map(ord, new + guess)))[len(new) - 1 :]
+        # 1. Drop wrong guesses. What remains are ids of the rows.
+        self._drop_wrong(lacking)
+        # 2. Guess.
+        new = {b: self._rows[b].text[len(self._rows[b].given) :] for b in lacking}
+        guess = dict.fromkeys(lacking, "")
+        for b in lacking if guesses else ():
+            end = len(self._rows[b].text)
+            room = min(self._tokens // len(lacking), self.limit - end)
+            if 0 < len(new[b]) <= _LONGEST_CHUNK:
+                guess[b] = _find_guess(self._rows[b].text, room, *self._ngrams)
+        # 3. Read.
+        given: list[list[int]] = [[] for _ in self._rows]
+        for b in lacking:
+            given[b] = list(map(ord, new[b] + guess[b]))
+            self._rows[b].given = self._rows[b].text + guess[b]
+        if any(guess.values()):
+            scores = self._decoder.verify_rows(given)
+            found = {b: scores[b][len(new[b]) - 1 :] for b in lacking}
         else:
-            self._decoder.prefill([list(map(ord, new))])
-            scores = self._decoder.logits
-        self._scored = end, scores
-        self.forwards += 1
+            self._decoder.prefill(given)
+            logits = self._decoder.logits
+            found = {b: logits[b : b + 1] for b in lacking}
+        for b in lacking:
+            self._rows[b].scored = len(self._rows[b].text), found[b]
+        self.forwards += len(lacking)
+
+    def _drop_wrong(self, rows: Sequence[int]) -> None:
+        """Roll back what the decoder holds of these rows beyond their own ids."""
+        held = self._decoder.lengths
+        wrong = [0] * self.batch_size
+        for b in rows:
+            self._rows[b].scored = None
+            wrong[b] = held[b] - self._rows[b].right(held[b])
+        if any(wrong):
+            self._decoder.rewind(wrong)
+        for b in rows:
+            self._rows[b].given = self._rows[b].text[: held[b] - wrong[b]]
 
 
 def _check(decoder: Engine, tokens: int, max_ngram: int, min_ngram: int) -> None:
@@ -236,11 +346,9 @@ def _check(decoder: Engine, tokens: int, max_ngram: int, min_ngram: int) -> None
         raise ValueError(
             f"lookup: {tokens} tokens by n-grams of {max_ngram} down to {min_ngram} are impossible"
         )
-    if decoder.batch_size != 1:
-        raise ValueError(f"lookup is for one row, not for {decoder.batch_size}")
-    if decoder.lengths != [0]:
+    if any(decoder.lengths):
         raise ValueError(
-            f"lookup must know all ids, and the decoder holds {decoder.lengths[0]} tokens already"
+            f"lookup must know all ids, and the decoder holds {max(decoder.lengths)} tokens already"
         )
     if tokens > decoder.slack:
         raise ValueError(
