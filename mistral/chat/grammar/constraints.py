@@ -46,8 +46,10 @@ def json_constraint(
 ) -> GrammarConstraint:
     """A constraint to JSON that is valid for `schema`, with nothing before or after it.
 
-    The schema is the only bound of an answer. A keyword that the grammar cannot express is dropped
-    with a warning: validate the answer, which is always right.
+    The schema is the only bound of an answer, with two exceptions: an integer has digits alone (in
+    JSON 27.0 is one, too), and an object that names properties has no others, unless its schema
+    speaks of others (schema_rules.py). A keyword that the grammar cannot express is dropped with a
+    warning: validate the answer, which is always right.
 
     vocab_size           the model's, which may be larger than the tokenizer's
     one_line             the spaces of json.dumps, and no others; False: also none, or lines

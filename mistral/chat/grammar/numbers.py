@@ -1,8 +1,11 @@
-"""Numbers within bounds, as terminals of a grammar: any form that JSON has, and exact bounds.
+"""Numbers within bounds, as terminals of a grammar, with exact bounds.
 
-A number is plain (-12.50) or has an exponent (1.25e1). All plain ones are here. With bounds, one
-with an exponent has one digit before its point, and each power of ten is allowed as a whole if all
-of its numbers are within the bounds.
+An integer is written in digits alone: in JSON 27.0 is an integer, too, but many programs refuse it.
+This narrows what a model may write; it never changes what it wrote.
+
+Any other number may have each form of JSON: plain (-12.50), or with an exponent (1.25e1). All plain
+ones are here. With bounds, one with an exponent has one digit before its point, and each power of
+ten is allowed as a whole if all of its numbers are within the bounds.
 """
 
 import functools
@@ -11,7 +14,6 @@ from fractions import Fraction
 from typing import Any
 
 _WHOLE = r"(0|[1-9][0-9]*)"
-_ZEROS = r"(\.0+)?"
 _POWERS = range(-323, 308)  # of ten that a float can hold
 Bound = tuple[Fraction, bool] | None  # and whether it is exclusive
 _KEYWORDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
@@ -36,24 +38,23 @@ def _terminal(keywords: tuple[tuple[str, float], ...], integer: bool) -> str | N
         step_places = -int(step.as_tuple().exponent)
         places = step_places if places is None else min(places, step_places)
     low, high = _bounds(schema, "minimum", max), _bounds(schema, "maximum", min)
-    return _signed(low, high, places, plain=True)
+    return _signed(low, high, places, plain=True, exponents=not integer)
 
 
-def number_exponents(schema: dict[str, Any], integer: bool) -> str:
+def number_exponents(schema: dict[str, Any]) -> str:
     """Numbers with an exponent that are a multiple whatever their digits; "" if there are none."""
     step = Fraction(str(schema["multipleOf"]))
     tens = [power for power in range(-16, 17) if (Fraction(10) ** power / step).denominator == 1]
     if not tens:
         return ""
     low, high = _bounds(schema, "minimum", max), _bounds(schema, "maximum", min)
-    places = min(-tens[0], 0) if integer else -tens[0]
-    return _signed(low, high, places, plain=False)
+    return _signed(low, high, -tens[0], plain=False, exponents=True)
 
 
-def _signed(low: Bound, high: Bound, places: int | None, plain: bool) -> str:
+def _signed(low: Bound, high: Bound, places: int | None, plain: bool, exponents: bool) -> str:
     mirrored = tuple(None if bound is None else (-bound[0], bound[1]) for bound in (high, low))
-    positive = _magnitudes(low, high, places, plain)
-    negative = _magnitudes(*mirrored, places, plain)
+    positive = _magnitudes(low, high, places, plain, exponents)
+    negative = _magnitudes(*mirrored, places, plain, exponents)
     options = [positive] if positive else []
     options += [f'"-" ({negative})'] if negative else []
     return " | ".join(options)
@@ -70,8 +71,12 @@ def _bounds(schema: dict[str, Any], key: str, choose: Any) -> Bound:
     return choose(found) if found else None
 
 
-def _magnitudes(low: Bound, high: Bound, places: int | None, plain: bool) -> str:
-    """The numbers without a sign within the bounds; "" if there are none. `plain`: those, too."""
+def _magnitudes(low: Bound, high: Bound, places: int | None, plain: bool, exponents: bool) -> str:
+    """The numbers without a sign within the bounds; "" if there are none.
+
+    plain      whether those without an exponent are among them
+    exponents  whether those with one are; without them, a whole number has digits alone
+    """
     if high is not None and (high[0] < 0 or (high[0] == 0 and high[1])):
         return ""
     if low is not None and low[0] < 0:
@@ -82,16 +87,20 @@ def _magnitudes(low: Bound, high: Bound, places: int | None, plain: bool) -> str
             return ""
     digits = r"(\.[0-9]+)?"
     if places is not None:
-        digits = rf"(\.[0-9]{{1,{places}}}0*)?" if places > 0 else _ZEROS
+        digits = rf"(\.[0-9]{{1,{places}}}0*)?" if places > 0 else r"(\.0+)?"
+    if not exponents:
+        digits = ""
     within = [f"/{_WHOLE}{digits}/"]
     if low is not None:
         within.append(f"/{_above(*low)}/")
     if high is not None:
         within.append(f"~/{_above(high[0], not high[1])}/")
-    powers = [power for power in _POWERS if _within(power, low, high)]
-    bounded = high is not None or (low is not None and low[0] > 0)
-    exponents = _exponents(powers, places, bounded)
-    return " | ".join([" & ".join(within)] * plain + exponents)
+    options = [" & ".join(within)] * plain
+    if exponents:
+        powers = [power for power in _POWERS if _within(power, low, high)]
+        bounded = high is not None or (low is not None and low[0] > 0)
+        options += _exponents(powers, places, bounded)
+    return " | ".join(options)
 
 
 def _has_multiple(low: tuple, high: tuple, places: int) -> bool:

@@ -19,16 +19,20 @@ _DEFINITIONS = ("$defs", "definitions")
 # Only a validator can check these. `oneOf` is read as `anyOf`.
 _DROPPED = ("not", "if", "uniqueItems", "contains", "unevaluatedItems", "dependentRequired")
 _DROPPED += ("dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
+# They may ask for properties that an option does not name: it must allow others.
+_OF_OTHER_NAMES = {"if", "dependentRequired", "dependentSchemas", "dependencies"}
+_OF_OTHER_NAMES |= {"$dynamicRef", "$recursiveRef"}
 _WITHOUT_EFFECT = {
     "uniqueItems": False,
     "unevaluatedItems": True,
-    "unevaluatedProperties": True,
     "propertyNames": {"type": "string"},
     "minLength": 0,
     "minItems": 0,
     "minProperties": 0,
 }
 NOTHING: dict[str, Any] = {"enum": []}
+# A part that is not known: any value, and any property beside those of the parts around it
+_ANYTHING: dict[str, Any] = {"additionalProperties": True}
 
 
 class SchemaOptions:
@@ -76,7 +80,7 @@ class SchemaOptions:
         except (LookupError, ValueError):
             pass
         self.drop("$ref", f"{node['$ref']!r} leads to a part with an $id, or of an older draft")
-        return True
+        return _ANYTHING
 
     def of(self, schema: Schema) -> list[dict[str, Any]]:
         """The options of a part. UnsupportedSchema if there is too much to merge."""
@@ -100,7 +104,7 @@ class SchemaOptions:
         for conjunct in conjuncts:
             if len(options) * len(conjunct) > _MAX_OPTIONS:
                 self.drop("anyOf", f"{len(options) * len(conjunct)} combinations of options")
-                continue
+                conjunct = [_ANYTHING]
             merged = [self._merged(a, b) for a in options for b in conjunct]
             options = [option for option in merged if option.get("type") != []]
         dropped = [key for key in _DROPPED if key in node]
@@ -115,8 +119,9 @@ class SchemaOptions:
             return options
         for keyword in dropped:
             self.drop(keyword, "only a validator can check it")
-        if node.get("unevaluatedProperties") is False:
-            options = [{"additionalProperties": False} | option for option in options]
+        if "unevaluatedProperties" in node or node.keys() & _OF_OTHER_NAMES:
+            others = node.get("unevaluatedProperties", True)
+            options = [{"additionalProperties": others} | option for option in options]
         return options
 
     def _valid(self, node: dict[str, Any], values: list[Any]) -> list[Any]:

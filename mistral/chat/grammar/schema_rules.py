@@ -1,8 +1,10 @@
 """A JSON schema as rules of llguidance's grammars: the values that are valid, and no others.
 
 Keywords that cannot be expressed are dropped, and named: the rules then allow more than the schema,
-and the validator decides. They never allow less, but for the spelling: numbers as in numbers.py, a
-name of `properties` as json.dumps writes it, whitespace up to 16 spaces of indentation.
+and the validator decides. They allow less in two ways. The spelling: numbers as in numbers.py, a
+name of `properties` as json.dumps writes it, whitespace up to 16 spaces of indentation. And an
+object that names properties has no others, unless its schema speaks of others: models invent some,
+and programs refuse or ignore them. Neither changes what a model wrote, only what it may write.
 
 Properties may come in any order, each that the schema names once (the first 64 of an object, the
 required ones first, so that none can be lost or forgotten). Other names may be repeated: who parses
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mistral.chat.grammar.numbers import number_exponents, number_terminal
-from mistral.chat.grammar.schema_options import SchemaOptions, property_schema
+from mistral.chat.grammar.schema_options import NOTHING, SchemaOptions, property_schema
 from mistral.chat.grammar.token_masks import GrammarError, UnsupportedSchema, why_refused
 from mistral.chat.tools.references import Schema
 
@@ -180,10 +182,9 @@ class SchemaRules:
             rule = self.rule(schema)
             return rule, [rule]
         forms = [value]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and self._options.draft > 4:
-            whole = value == int(value) and abs(value) < 2**53
-            forms += [int(value), float(value)] * whole
+        # A number that the schema spells 27.0 may be written 27, too; not the other way round.
+        if isinstance(value, float) and value.is_integer() and self._options.draft > 4:
+            forms += [int(value)] * (abs(value) < 2**53)
         texts = dict.fromkeys(_literal(json.dumps(form, ensure_ascii=False)) for form in forms)
         return " | ".join(texts), []
 
@@ -194,9 +195,6 @@ class SchemaRules:
 
     def _number(self, option: dict[str, Any], type: str) -> list[Line]:
         body = number_terminal(option, type == "integer")
-        digits_only = type == "integer" and self._options.draft == 4
-        if body and digits_only:
-            body = f"({body}) & /-?[0-9]+/"
         if body is not None:
             return [(self._terminal(body), [])] if body else []
         keywords = {key: option[key] for key in _NUMBERS if key in option}
@@ -204,7 +202,7 @@ class SchemaRules:
             if key != "multipleOf" and abs(value) > _EXACT:
                 self._options.drop(key, f"{value} together with multipleOf")
                 del keywords[key]
-        exponents = "" if digits_only else number_exponents(option, type == "integer")
+        exponents = "" if type == "integer" else number_exponents(option)
         lines = self._leaf({"type": type}, [(key, {key: keywords[key]}) for key in keywords])
         return lines + [(self._terminal(exponents), [])] * bool(exponents)
 
@@ -274,7 +272,7 @@ class SchemaRules:
     def _object(self, name: str, option: dict[str, Any]) -> list[Line]:
         least, most = option.get("minProperties", 0), option.get("maxProperties", float("inf"))
         properties = option.get("properties", {})
-        additional = option.get("additionalProperties", True)
+        additional = option.get("additionalProperties", not self._names_all(option))
         required = list(option.get("required", ()))
         patterns = option.get("patternProperties", {})
         # 1. The names of the schema, the required ones first.
@@ -291,7 +289,7 @@ class SchemaRules:
         if "propertyNames" in option:
             key = self.rule({"type": "string", "allOf": [option["propertyNames"]]})
             others.append((f"{key} COLON {value}", [key, value]))
-        else:
+        elif self._options.plain(additional) is not NOTHING:
             taken = " | ".join(_literal(json.dumps(one, ensure_ascii=False)) for one in names)
             key = self._terminal(f"STRING & ~({taken})") if taken else "STRING"
             others.append((f"{key} COLON {value}", [value]))
@@ -304,6 +302,14 @@ class SchemaRules:
         any_of += [inner for _, inner in others] if not needed else []
         lines: list[Line] = [("OPEN CLOSE", [])] * (not required and least == 0)
         return lines + [(f"OPEN {name}p::0", inner) for inner in any_of if most > 0]
+
+    def _names_all(self, option: dict[str, Any]) -> bool:
+        """Whether an object has the properties that its schema names, and no others."""
+        schemas = option.get("properties", {}).values()
+        possible = [one for one in schemas if self._options.plain(one) is not NOTHING]
+        if not possible or option.get("minProperties", 0) > len(possible):
+            return False
+        return not {"patternProperties", "propertyNames"} & option.keys()
 
     def _property_rules(self, name: str, possible: set[str]) -> list[str]:
         """The rules of an object's properties: a bit of their parameter for each name in it."""
