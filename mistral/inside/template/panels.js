@@ -112,6 +112,7 @@ function showAttention(weights) {
   $("head").value = state.head;
   const groups = data.model.groups;
   $("shared").textContent = groups > 1 ? `reads key/value head ${Math.floor(state.head / groups)}` : "";
+  markHead();
   drawHeat(weights);
   const seen = [];
   for (let column = 0; column <= state.position; column++) {
@@ -190,6 +191,24 @@ function showCache() {
   const boxes = Array.from(tables[current], (position, slot) => slotBox(slot, position, written.get(slot)));
   $("slots").replaceChildren(...boxes);
   if (write) keepVisible($("slots"), boxes[write[0]]);
+  showExample(state.position);
+}
+
+// Why there are as many slots as there are.
+function slotCount() {
+  if (reach === null || data.slots < reach) return "There are as many as this run can need.";
+  if (data.slots === reach) return `There are as many as the window is long.`;
+  return `There are ${data.slots - reach} more than the window is long, for tokens that are rolled back.`;
+}
+
+// The division that leads a position to its slot.
+function showExample(position) {
+  const [times, slot] = [Math.floor(position / data.slots), position % data.slots];
+  $("example").replaceChildren(
+    `Position ${position}, `,
+    element("span", "token", tokenAt(position)),
+    `: ${position} = ${times} \u00d7 ${data.slots} + ${slot}, so slot ${slot}.`,
+  );
 }
 
 // A slot and what it holds; `evicted` is undefined where the step did not write it.
@@ -199,6 +218,7 @@ function slotBox(slot, position, evicted) {
   const box = element("div", kind, number, element("span", "token", position < 0 ? "" : tokenAt(position)));
   box.classList.toggle("chosen", position === state.position);
   const before = kind === "e" ? `, before: ${evicted}` : "";
+  if (position >= 0) box.onpointerenter = () => showExample(position);
   box.title = position < 0 ? `slot ${slot}, empty` : `slot ${slot}, position ${position}${before}`;
   return box;
 }

@@ -1,6 +1,6 @@
 // What is selected, and what changes it. Every change draws every panel anew.
 
-const state = { position: data.prompt - 1, layer: 0, head: 0, shade: "surprise" };
+const state = { position: data.prompt - 1, ...data.opens, shade: "surprise" };
 
 let asked = 0;
 async function show() {
@@ -47,6 +47,20 @@ function listen() {
     const says = hidden || !weights ? "out of sight" : percent(weightAt(weights, state.head, row, column));
     $("heat").title = `${row} ${tokenAt(row)} looks at ${column} ${tokenAt(column)}: ${says}`;
   };
+  $("heads").onclick = (event) => {
+    const { row, column } = cellUnder(event, heads, layers);
+    change({ layer: row, head: column });
+  };
+  $("heads").onpointermove = (event) => {
+    const { row, column } = cellUnder(event, heads, layers);
+    $("heads").title = `layer ${row}, head ${column}`;
+  };
+  $("ring").onpointermove = (event) => {
+    const { row, column } = cellUnder(event, data.slots, data.steps.length);
+    const held = tables[row][column];
+    showExample(held < 0 ? state.position : held);
+  };
+  for (const id of ["ring", "slots"]) $(id).onpointerleave = () => showExample(state.position);
   $("ring").onclick = (event) => {
     const { row, column } = cellUnder(event, data.slots, data.steps.length);
     const step = data.steps[row],
@@ -54,13 +68,18 @@ function listen() {
     select(held >= step.start ? held : step.end - 1);
   };
   document.addEventListener("keydown", moveByKey);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => change({}));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAgain);
   let width = document.documentElement.clientWidth;
   new ResizeObserver(() => {
     if (width === document.documentElement.clientWidth) return;
     width = document.documentElement.clientWidth;
-    change({});
+    drawAgain();
   }).observe(document.documentElement);
+}
+
+function drawAgain() {
+  drawGlance().catch(fail);
+  change({});
 }
 
 function moveByKey(event) {
@@ -88,13 +107,18 @@ async function start() {
   const least =
     data.least > 1 ? `, those below ${percent((data.least - 0.5) / 255)} left out to keep the page small` : "";
   $("rounding").textContent = `Weights are rounded to 1/255${least}.`;
-  $("modulus").textContent = data.slots;
+  $("opens").textContent =
+    `The page opens on layer ${data.opens.layer}, head ${data.opens.head}: of all heads it is the least like one that ` +
+    "looks at the first token, at all tokens alike, or always as far back.";
+  document.querySelectorAll(".modulus").forEach((span) => (span.textContent = data.slots));
+  $("why").textContent = slotCount();
   $("layer").replaceChildren(...Array.from({ length: layers }, (_, i) => new Option(i, i)));
   $("head").replaceChildren(...Array.from({ length: heads }, (_, i) => new Option(i, i)));
   await unpackTables();
   makeTokens();
   listen();
   await show();
+  await drawGlance();
 }
 
 start().catch(fail);

@@ -1,5 +1,5 @@
 "use strict";
-// The record of one run, in #data: what look_inside.py packed, unpacked. Token texts are untrusted, here and in the
+// The record of one run, in #data: what page.py packed, unpacked. Token texts are untrusted, here and in the
 // other files: they reach the page as textContent only.
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -11,7 +11,7 @@ const span = (step) =>
   step.end - step.start === 1 ? `position ${step.start}` : `positions ${step.start} to ${step.end - 1}`;
 let lensIds, lensProbabilities, following, norms; // tables of numbers, unpacked in `unpackTables`
 
-// The way back from `pack` in look_inside.py: base64, deflate, numbers of the given type.
+// The way back from `pack` in page.py: base64, deflate, numbers of the given type.
 async function unpack(packed, Numbers) {
   const bytes = Uint8Array.from(atob(packed), (c) => c.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));

@@ -59,6 +59,65 @@ function drawHeat(weights) {
   context.strokeRect(0, state.position * w, (state.position + 1) * w, w);
 }
 
+// All heads as small pictures on one canvas, a row for each layer. It is drawn once for each size and theme, layer by
+// layer; `markHead` frames the one that is open, over a copy.
+const glance = document.createElement("canvas");
+let glances = 0;
+
+async function drawGlance() {
+  const mine = ++glances;
+  const { w } = fitCanvas($("heads"), heads, layers, 44);
+  glance.width = heads * w;
+  glance.height = layers * w;
+  const context = glance.getContext("2d");
+  const side = Math.max(1, w - Math.ceil(w / 20)); // the rest is a gap
+  for (let layer = 0; layer < layers; layer++) {
+    const weights = unpacked.get(layer) ?? (await unpack(data.attention[layer], Uint8Array));
+    if (mine !== glances) return; // another size or theme was faster
+    for (let head = 0; head < heads; head++) {
+      context.putImageData(smallPicture(weights, head, side), head * w, layer * w);
+    }
+    markHead();
+  }
+}
+
+// One head in side x side pixels: each is the largest weight under it, so that a line of single weights stays.
+function smallPicture(weights, head, side) {
+  const [cold, hot] = [rgb(colour("--page")), rgb(colour("--heat"))];
+  const largest = new Float32Array(side * side);
+  const cells = Math.max(1, Math.ceil(side / T)); // pixels of one weight, if there are more than weights
+  const first = Int32Array.from({ length: T }, (_, i) => (i * side) / T); // rounded down
+  for (let row = 0; row < T; row++) {
+    for (let column = 0; column <= row; column++) {
+      const weight = weightAt(weights, head, row, column);
+      for (let y = first[row]; y < Math.min(side, first[row] + cells); y++) {
+        for (let x = first[column]; x < Math.min(side, first[column] + cells); x++) {
+          largest[y * side + x] = Math.max(largest[y * side + x], weight);
+        }
+      }
+    }
+  }
+  const image = new ImageData(side, side);
+  largest.forEach((weight, at) => {
+    const share = Math.sqrt(weight);
+    for (let i = 0; i < 3; i++) image.data[4 * at + i] = cold[i] + share * (hot[i] - cold[i]);
+    image.data[4 * at + 3] = 255;
+  });
+  return image;
+}
+
+function markHead() {
+  const canvas = $("heads");
+  const context = canvas.getContext("2d");
+  const w = canvas.width / heads;
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(glance, 0, 0);
+  const line = 2 * (devicePixelRatio || 1);
+  context.strokeStyle = colour("--mark");
+  context.lineWidth = line;
+  context.strokeRect(state.head * w + line / 2, state.layer * w + line / 2, w - line, w - line);
+}
+
 // Hatching over what a query at row t cannot reach: keys up to t - W; and the edge of the future.
 function drawWindow(context, w, scale) {
   const hatch = document.createElement("canvas");

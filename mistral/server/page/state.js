@@ -1,0 +1,44 @@
+// What the page knows, and who is told when it changes.
+
+import { read, write } from "./kept.js";
+
+export const state = {
+  about: null, // GET /page/about
+  conversation: null, // {id, title, system, head, created, updated}; null: a new one that has no message yet
+  nodes: new Map(), // id -> message of the conversation, see tree.js
+  head: null, // id of the last message that is shown
+  writing: null, // the AbortController of the answer that is being written here
+  mine: new Set(), // ids of the messages that this page is writing
+  details: new Map(), // id of an answer -> its tokens and forward passes, if the panel was open
+  panel: false,
+  newSystem: "", // the system prompt of a conversation that has not begun
+  settings: { sampling: {}, stop: "", json: false, schema: "", off: [], allowed: {}, ...read("settings", {}) },
+};
+
+const listeners = new Map();
+
+export function on(event, listener) {
+  if (!listeners.has(event)) listeners.set(event, []);
+  listeners.get(event).push(listener);
+}
+
+// about | conversation (another one, or other messages) | node (one message) | busy | list | settings | panel
+export function emit(event, detail) {
+  for (const listener of listeners.get(event) ?? []) listener(detail);
+}
+
+// Work that nobody waits for: if it goes wrong, the person is told.
+export const noted = (work) => work.catch((error) => emit("note", error.message));
+
+// Another tab has changed the settings: what this one changes next must not undo that.
+addEventListener("storage", ({ key }) => {
+  if (key !== "mistral.settings") return;
+  Object.assign(state.settings, read("settings", {}));
+  emit("settings");
+});
+
+export function change(settings) {
+  Object.assign(state.settings, settings);
+  write("settings", state.settings);
+  emit("settings");
+}
