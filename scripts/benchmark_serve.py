@@ -2,7 +2,8 @@
 
 Each client sends one request after the other, over this machine's loopback. Every prompt is new:
 no server can reuse a prefix. Each answer is the letter a, repeated by a bias, so that the tokens of
-a stream can be counted. One line of JSON for each case.
+a stream can be counted. One line of JSON for each case. With --locust the clients are those of
+https://locust.io, and send for --seconds.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import asyncio
 import json
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -28,6 +30,8 @@ from benchmark_parts.sizes import SIZES
 
 import mistral
 from mistral_kernels.engines import ENGINES
+
+LOCUSTFILE = Path(__file__).parent / "benchmark_parts/locustfile.py"
 
 
 @dataclass
@@ -94,8 +98,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--new-tokens", type=int, default=64, help="of an answer (default: 64)")
     parser.add_argument("--threads", type=int, default=2, help="of each server (default: 2)")
+    parser.add_argument(
+        "--locust",
+        type=common.path,
+        metavar="PROGRAM",
+        help="the command locust, of an environment of its own: it sends the requests",
+    )
+    parser.add_argument("--seconds", type=int, default=20, help="of --locust (default: 20)")
     args = parser.parse_args()
-    counts = [args.requests, args.prompt_tokens, args.threads, *args.slots]
+    counts = [args.seconds, args.requests, args.prompt_tokens, args.threads, *args.slots]
     if min(counts) < 1 or (args.clients is not None and args.clients < 1):
         raise ValueError("--slots, --clients, --requests and the others must be 1 or more")
     if args.new_tokens < 2:
@@ -125,7 +136,10 @@ def main() -> None:
                     )
                     load = load_for(args, slots, tokenizer)
                     with served(name, serving) as address:
-                        result = asyncio.run(measure(address, load))
+                        if args.locust:
+                            result = by_locust(args.locust, address, load, args.seconds)
+                        else:
+                            result = asyncio.run(measure(address, load))
                     common.show_json(facts | case | result)
 
 
@@ -178,6 +192,27 @@ async def measure(address: str, load: Load) -> dict:
     }
 
 
+def by_locust(program: Path, address: str, load: Load, seconds: int) -> dict:
+    """What locust measures, after one request of each client that does not count."""
+    command = [program, "-f", LOCUSTFILE, "--headless", "--only-summary", "--host", address]
+    command += ["-u", str(load.clients), "-r", str(load.clients), "--exit-code-on-error", "0"]
+    command += ["--prompt-tokens", str(load.prompt_tokens), "--new-tokens", str(load.new_tokens)]
+    for duration in (2, seconds):
+        done = subprocess.run(
+            [*command, "-t", f"{duration}s", "--stop-timeout", "60"],
+            capture_output=True,
+            text=True,
+        )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"locust ended with {done.returncode}: {done.stderr[-2000:]}")
+    sizes = {"prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    result = json.loads(lines[-1])
+    if result["failures"]:
+        common.note(f"note: {result['failures']}")
+    return {"load": "locust", "clients": load.clients, **sizes, **result}
+
+
 async def one_client(http: httpx2.AsyncClient, load: Load, client: int) -> list[Measured]:
     """One request after the other."""
     return [await ask(http, load.body(client, number)) for number in range(load.requests)]
@@ -205,7 +240,8 @@ async def ask(http: httpx2.AsyncClient, body: dict) -> Measured:
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """The median, the 99th of 100, and the longest."""
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    at_least_two = [*seconds, *seconds][: max(len(seconds), 2)]
+    cuts = statistics.quantiles(at_least_two, n=100, method="inclusive")
     return {
         "p50": round(cuts[49], 4),
         "p99": round(cuts[98], 4),

@@ -48,6 +48,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=1, help="rows that are answered at once (default: 1)"
     )
+    parser.add_argument(
+        "--url",
+        help="for bfcl: ask this server in place of a model, such as http://127.0.0.1:8000; "
+        "--batch-size rows at the same time",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--temperature", type=float, default=0.1, help="0 is greedy (default: 0.1, as for the card)"
@@ -60,6 +65,8 @@ def arguments() -> argparse.Namespace:
         raise ValueError("--limit and --batch-size must be 1 or more")
     if args.task == "bfcl" and (args.output or args.rules):
         raise ValueError("bfcl has neither --output nor --rules")
+    if args.url and args.task != "bfcl":
+        raise ValueError("only bfcl has --url")
     if args.task != "bfcl" and args.data is None:
         raise ValueError(f"{args.task} needs --data: .jsonl, .parquet, or a dataset on the hub")
     mistral.Sampling(temperature=args.temperature, seed=args.seed)  # ValueError
@@ -105,24 +112,38 @@ def main() -> None:
 
 def evaluate_bfcl(args: argparse.Namespace) -> None:
     """Ask a model the Berkeley suite, and report by category."""
-    from mistral.evaluation import bfcl
+    from mistral.evaluation import bfcl, bfcl_server
 
     data = bfcl.open_suite(args.data and Path(args.data))
     checker = bfcl.load_checker()
     rows = [
         row for category in bfcl.CATEGORIES for row in bfcl.read_suite(data, category, args.limit)
     ]
-    settings = {name: vars(args)[name] for name in _SETTINGS.split()}
-    model, tokenizer = common.load(args)
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "weights": fingerprint(model)}
-    room = model.config.max_position_embeddings
-    engine, line = open_engine(args.engine, model, args.batch_size, room, slack=SLACK)
-    common.note(line)
     options = {name: vars(args)[name] for name in ("temperature", "seed", "max_new_tokens")}
+    if args.url:
+        settings = {"task": "bfcl", "url": args.url, **options, "batch_size": args.batch_size}
+        asked = bfcl_server.ask_server(
+            bfcl_server.post_to(args.url), rows, at_once=args.batch_size, **options
+        )
+    else:
+        settings = {name: vars(args)[name] for name in _SETTINGS.split()}
+        model, tokenizer = common.load(args)
+        dtype = str(model.dtype).removeprefix("torch.")
+        settings |= {"dtype": dtype, "weights": fingerprint(model)}
+        room = model.config.max_position_embeddings
+        engine, line = open_engine(
+            args.engine,
+            model,
+            args.batch_size,
+            room,
+            slack=SLACK,
+            say=common.note,
+            progress=common.compiling,
+        )
+        common.note(line)
+        asked = bfcl.ask(engine, tokenizer, rows, **options)
     scored = []
-    for row, answer in tqdm(
-        bfcl.ask(engine, tokenizer, rows, **options), total=len(rows), unit="row"
-    ):
+    for row, answer in tqdm(asked, total=len(rows), unit="row"):
         scored.append((row, answer, bfcl.judge(row, answer, checker)))
     report_bfcl(bfcl.bfcl_summary(scored), settings)
 

@@ -33,9 +33,12 @@ _KEPT = 8  # how many these are
 _SECONDS = 3e-6
 _CALL = 5e-4  # and of a call of the library
 # An expression is refused after so many calls that all take longer, with pauses in between: a busy
-# machine makes single calls seem slow.
+# machine makes single calls seem slow. A slow one makes all of them slow, so they must also take so
+# many times as long as those of an expression that reads each character once.
 _CALLS = 8
 _PAUSE = 0.02  # seconds
+_ONE_BY_ONE = "."
+_TIMES = 8
 
 
 @functools.lru_cache(64)
@@ -45,13 +48,18 @@ def require_linear(expression: str) -> None:
         raise CheckpointError(
             f"the regular expression {shown(expression)} has more than {_MOST_LETTERS} characters"
         )
-    split = guarded(lambda: Split(Regex(expression), "removed").pre_tokenize_str)
+    split = _split(expression)
     parts = list(_parts(expression))
     for length in _LENGTHS:
         took = [_checked(expression, split, part, length) for part in parts]
     slowest = sorted(zip(took, parts), reverse=True)[:_KEPT]
     for _, part in slowest:
         _checked(expression, split, part, _LONGEST)
+
+
+def _split(expression: str) -> Callable[[str], object]:
+    """What splits a text by an expression. CheckpointError if the library does not take it."""
+    return guarded(lambda: Split(Regex(expression), "removed").pre_tokenize_str)
 
 
 def _parts(expression: str) -> Iterator[tuple[str, str]]:
@@ -77,20 +85,27 @@ def _checked(
     repeated, end = part
     text = repeated * (length // len(repeated)) + end
     allowed = _CALL + _SECONDS * len(text)
+    try:
+        took = _least_seconds(split, text, allowed)
+    except CheckpointError as error:  # the library gives up after too many attempts
+        reason = f"may take hours for a long text: {error}"
+        raise CheckpointError(f"the regular expression {shown(expression)} {reason}") from None
+    if took <= allowed or took <= _TIMES * _least_seconds(_split(_ONE_BY_ONE), text, 0.0):
+        return took
+    raise CheckpointError(
+        f"the regular expression {shown(expression)} may take hours for a long text: "
+        f"{len(text):,} characters took {took:.1g} s"
+    )
+
+
+def _least_seconds(split: Callable[[str], object], text: str, enough: float) -> float:
+    """The CPU seconds of the quickest of some calls, or of the first that takes no more than so."""
     least = float("inf")
     for _ in range(_CALLS):
         start = time.thread_time()
-        try:
-            guarded(lambda: split(text))
-        except CheckpointError as error:  # the library gives up after too many attempts
-            reason = f"may take hours for a long text: {error}"
-            raise CheckpointError(f"the regular expression {shown(expression)} {reason}") from None
-        took = time.thread_time() - start
-        if took <= allowed:
-            return took
-        least = min(least, took)
+        guarded(lambda: split(text))
+        least = min(least, time.thread_time() - start)
+        if least <= enough:
+            break
         time.sleep(_PAUSE)
-    raise CheckpointError(
-        f"the regular expression {shown(expression)} may take hours for a long text: "
-        f"{len(text):,} characters took {least:.1g} s"
-    )
+    return least

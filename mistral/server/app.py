@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mistral.chat.answer import SLACK
+from mistral.chat.tools import Tool, tool_table
 from mistral.engine.base import Engine
 from mistral.engine.decoder import Decoder
 from mistral.model import Mistral
@@ -25,10 +26,16 @@ from mistral.server.http import check_key, error_response
 from mistral.server.memory import plan_slots
 from mistral.server.protocol.errors import ApiError, as_api_error, unavailable
 from mistral.server.service import Service
+from mistral.server.window import routes as window_routes
+from mistral.server.window.files import page_file
+from mistral.server.window.guard import check_host, check_origin, is_of_the_window, secure
+from mistral.server.window.toolbox import ServedTool, Toolbox
+from mistral.server.window.window import Window
 from mistral.tokenizer import Tokenizer
 
 _log = logging.getLogger("mistral.server")
 Handler = Callable[[Service, Request, int], Awaitable[Response]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +43,14 @@ class Settings:
     """What the application does around its model.
 
     api_key       that clients must send; None: none
+    host_names    under which browsers reach the page, besides addresses and localhost
     cors_origins  of pages in a browser that may use it; ("*",): all
     max_body      bytes of a request
     drain         seconds that running requests may take after the server is told to end
     """
 
     api_key: str | None = None
+    host_names: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
     max_body: int = 16 << 20
     drain: float = 30.0
@@ -68,8 +77,13 @@ class App:
             middleware.append(Middleware(CORSMiddleware, allow_methods=["*"], **allowed))
         self.asgi = Starlette(
             routes=[
-                Route(path, self._endpoint(path, handler), methods=[method])
-                for method, path, handler in routes.ROUTES
+                Route(path, self._endpoint(path, self._with_service(handler)), methods=[method])
+                for method, path, handler in (*routes.ROUTES, *window_routes.ROUTES)
+            ]
+            + [
+                # After the other routes of the window, which are not files.
+                Route(path, self._endpoint(path, page_file), methods=["GET"])
+                for path in window_routes.FILES
             ],
             middleware=middleware,
             exception_handlers={HTTPException: self._http_error},
@@ -94,6 +108,8 @@ class App:
                 raise self.failure
         yield
         await self.cancel_all()
+        if self.service is not None:
+            await asyncio.to_thread(self.service.window.close)
 
     def _load(self) -> None:
         try:
@@ -103,17 +119,30 @@ class App:
         except Exception as error:
             self.failure = error
 
-    def _endpoint(self, path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    def _with_service(self, handler: Handler) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            return await handler(self._ready(), request, self.settings.max_body)
+
+        return endpoint
+
+    def _endpoint(self, path: str, reply: Endpoint) -> Endpoint:
+        """What all routes have in common."""
+
         async def endpoint(request: Request) -> Response:
             start = time.monotonic()
             try:
-                if path not in routes.OPEN:
+                if is_of_the_window(path):
+                    check_host(request, self.settings.host_names)
+                if is_of_the_window(path) and path not in window_routes.FILES:
+                    check_origin(request)
+                if path not in (*routes.OPEN, *window_routes.OPEN):
                     check_key(request, self.settings.api_key)
-                response = await handler(self._ready(), request, self.settings.max_body)
+                response = await reply(request)
             except ClientDisconnect:
                 response = Response(status_code=499)
             except Exception as error:
                 response = _error(as_api_error(error), path)
+            secure(response, path)
             self._note(request.method, path, response.status_code, time.monotonic() - start)
             return response
 
@@ -143,7 +172,9 @@ class App:
         message = f"{request.method} {path}: {error.detail}"
         code = "not_found" if error.status_code == 404 else None
         failure = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
-        return _error(failure, path)
+        response = _error(failure, path)
+        secure(response, path)
+        return response
 
 
 def _error(error: ApiError, path: str) -> Response:
@@ -163,6 +194,7 @@ def create_app(  # noqa: PLR0913
     chunk: int = 128,
     queue: int = 64,
     same_bits: bool = False,
+    tools: Sequence[Tool] = (),
     settings: Settings | None = None,
 ) -> Starlette:
     """An ASGI application that serves a model.
@@ -171,10 +203,13 @@ def create_app(  # noqa: PLR0913
     engine      of `slots` rows, all of them empty; None: a `mistral.Decoder`
     max_tokens  room of a slot of a model without a window; None: max_position_embeddings
     name        of the model in replies
+    tools       that the page at / runs, after the person allowed each call
     The other arguments are those of `Service` and `Settings`.
 
     NotEnoughMemory, when the application starts, if the cache does not fit.
     """
+
+    toolbox = Toolbox([ServedTool(tool, "tools") for tool in tool_table(tools).values()])
 
     def open() -> Service:
         rows = engine
@@ -193,6 +228,7 @@ def create_app(  # noqa: PLR0913
             chunk=chunk,
             queue=queue,
             same_bits=same_bits,
+            window=Window(model=model, tools=toolbox),
         )
 
     return App(open, settings or Settings(), wait=True).asgi

@@ -27,8 +27,8 @@ class Delta:
 
     index   of the answer
     events  text and calls
-    tokens  those that spell the text so far, the calls included; only if log-probabilities were
-            asked for
+    tokens  those that spell the text so far, the calls included; only if log-probabilities or
+            details were asked for
     finish  why it ended; None: it continues
     """
 
@@ -158,7 +158,7 @@ class Choice:
 
     def _num_final(self) -> int:
         """How many tokens can be reported."""
-        return 0 if self.request.top_logprobs is None else self._reader.num_written
+        return 0 if self.request.num_reported is None else self._reader.num_written
 
     def _delta(self, events: Sequence[Event], final: int) -> Delta:
         """The events as a delta; what cannot be read as a call is text."""
@@ -169,7 +169,7 @@ class Choice:
             readable.append(event)
         self._add(readable)
         tokens: list[Chosen] = []
-        if self.request.top_logprobs is not None:
+        if self.request.num_reported is not None:
             tokens = self._written[len(self.tokens) : final]
             self.tokens += tokens
         return Delta(self.index, readable, tokens)

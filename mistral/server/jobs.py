@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mistral.chat.formats import ChatFormat, chat_format
+from mistral.chat.formats import ChatFormat, chat_format, choose_format
 from mistral.chat.formats.messages import check_messages, tool_schemas
 from mistral.chat.formats.prompts import json_prompt
 from mistral.chat.grammar import GrammarError, json_constraint
@@ -44,15 +44,16 @@ class Jobs:
         max_new_tokens: int | None = None,
     ):
         self.tokenizer = tokenizer
-        self.chat = chat_format(tokenizer, format)
+        self.format = choose_format(tokenizer) if format is None else format
+        self.chat = chat_format(tokenizer, self.format)
         self.limit = engine.limit
         self.vocab_size = engine.config.vocab_size
         self._engine = engine
         self._max_new_tokens = max_new_tokens
         self._text = TextOnly(engine, tokenizer, self.chat.stop_ids(tokenizer))
 
-    def chat_prompt(self, task: ChatTask) -> list[int]:
-        """The ids of a conversation, up to where the answer begins."""
+    def chat_prompt(self, task: ChatTask, generate: bool = True) -> list[int]:
+        """The ids of a conversation, up to where the answer begins; or all, if none follows."""
         messages = task.messages
         try:
             if tools := tool_schemas(task.tools):
@@ -63,7 +64,7 @@ class Jobs:
             if task.schema is not None and task.instruct:
                 check_messages(messages)
                 messages = with_instruction(messages, json_prompt(task.schema))
-            return self.chat.begin(self.tokenizer, messages, tools or None)
+            return self.chat.begin(self.tokenizer, messages, tools or None, generate)
         except (ValueError, RecursionError) as error:
             raise invalid(one_line(str(error)), "messages") from None
 
@@ -152,6 +153,7 @@ class Jobs:
                 max_new_tokens=room if wanted is None else min(wanted, room),
                 constraint=constraint,
                 top_logprobs=task.top_logprobs,
+                alternatives=task.alternatives,
             )
         except ValueError as error:
             raise invalid(one_line(str(error))) from None

@@ -16,6 +16,12 @@ from mistral.sampling import Sampling
 MOST_TOP_LOGPROBS = 1024
 
 State = Literal["waiting", "reading", "running", "ended"]
+# "sampled": drawn from the model's distribution. "forced": a constraint left no choice, and the
+# model was not asked. "drafted": drawn, too, and a guess had named it before.
+Origin = Literal["sampled", "forced", "drafted"]
+# What a forward pass reads: a part of a prompt, the last token of each row, ids that a constraint
+# forces, or a guess.
+PassKind = Literal["prompt", "step", "forced", "verify"]
 # "stop": a stop token. "length": max_new_tokens. "full": the row has no more room.
 Reason = Literal["stop", "length", "full", "cancelled", "error"]
 
@@ -31,6 +37,9 @@ class Request:
     top_logprobs    how many of the most probable ids to report with each chosen one, next to the
                     log-probability of the chosen one itself, which 0 reports alone; None: neither
     score_prompt    report the same of the prompt's ids; no prefix of it is reused then
+    alternatives    report details: with each id that is sampled its log-probability and so many of
+                    the most probable ids, and the forward passes of the run; None: neither. The
+                    model is not asked for forced ids, which have no log-probability
 
     Raises ValueError for anything else.
     """
@@ -42,6 +51,7 @@ class Request:
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     score_prompt: bool = False
+    alternatives: int | None = None
 
     def __post_init__(self) -> None:
         prompt = tuple(token_ids(self.prompt_ids))
@@ -67,25 +77,49 @@ class Request:
         if self.constraint is not None:
             object.__setattr__(self, "constraint", Constraint.of(self.constraint))
 
+    @property
+    def num_reported(self) -> int | None:
+        """How many ids to report with each chosen one; None: not even its log-probability."""
+        wanted = [n for n in (self.top_logprobs, self.alternatives) if n is not None]
+        return max(wanted, default=None)
+
+
+class Forward(NamedTuple):
+    """A forward pass.
+
+    n        its number, from 1
+    rows     how many rows took part
+    tokens   of all of them together
+    seconds  with the choice of the next ids, if it is a step
+    """
+
+    n: int
+    kind: PassKind
+    rows: int
+    tokens: int
+    seconds: float
+
 
 class Chosen(NamedTuple):
     """A token of an answer.
 
     logprob  the log-probability that the model gave it, before penalties; None: not asked for
     top      the most probable ids with theirs, the highest first
-    forced   the constraint left no choice, and the model was not asked
+    origin   how it was found
+    forward  the number of the forward pass that appended it; None: the passes are not recorded
     """
 
     id: int
     logprob: float | None = None
     top: Sequence[tuple[int, float]] = ()
-    forced: bool = False
+    origin: Origin = "sampled"
+    forward: int | None = None
 
     @classmethod
-    def scored(cls, id: int, log_p: Tensor, most: int) -> Self:
+    def scored(cls, id: int, log_p: Tensor, most: int, origin: Origin = "sampled") -> Self:
         """A token with its log-probability and the `most` highest, from log_p [V]."""
         values, ids = log_p.topk(min(most, len(log_p)))
-        return cls(id, log_p[id].item(), list(zip(ids.tolist(), values.tolist())))
+        return cls(id, log_p[id].item(), list(zip(ids.tolist(), values.tolist())), origin)
 
 
 @dataclass(eq=False)
@@ -96,8 +130,10 @@ class Run:
     reason         why it ended; None until then
     error          what ended it, if the reason is "error"
     generated      how many tokens were chosen
+    row            that it has or had; None: it never had one
     cached_tokens  how many tokens of the prompt the row held already
     prompt         the prompt's ids from the second on, with their log-probabilities, if asked for
+    forwards       its forward passes, if its request wants details
     times          seconds of `time.monotonic`: queued, admitted, first (token), ended
     """
 
@@ -106,8 +142,10 @@ class Run:
     reason: Reason | None = None
     error: Exception | None = None
     generated: int = 0
+    row: int | None = None
     cached_tokens: int = 0
     prompt: list[Chosen] = field(default_factory=list)
+    forwards: list[Forward] = field(default_factory=list)
     times: dict[str, float] = field(default_factory=dict)
     _news: list[Chosen] = field(default_factory=list)
 
@@ -121,6 +159,8 @@ class Run:
         if not self.generated:
             self.note("first")
         self.generated += 1
+        if self.forwards:
+            chosen = chosen._replace(forward=self.forwards[-1].n)
         self._news.append(chosen)
 
     def add_prompt(self, log_p: Tensor) -> None:

@@ -11,6 +11,7 @@ from mistral.server.http import Events, Json, read_body, whole
 from mistral.server.protocol.chat_completions import ChatBody
 from mistral.server.protocol.chat_replies import ChatReply
 from mistral.server.protocol.completions import CompletionBody, CompletionReply
+from mistral.server.protocol.details import AnswerDetails
 from mistral.server.protocol.errors import ApiError
 from mistral.server.protocol.message_replies import MessagesReply
 from mistral.server.protocol.messages import CountBody, MessagesBody
@@ -27,10 +28,14 @@ async def chat_completions(service: Service, request: Request, limit: int) -> Re
     body = ChatBody.parse(await read_body(request, limit))
     answering = await service.answer(body.task())
     options = body.stream_options
+    details = None
+    if body.details:
+        details = AnswerDetails(answering.choices[0], service.engine.config.sliding_window)
     reply = ChatReply(
         service.name,
         answering.choices,
         with_usage=bool(options is not None and options.include_usage),
+        details=details,
     )
     return await _reply(service, request, answering, reply, bool(body.stream))
 

@@ -33,25 +33,49 @@ class Rows:
         return self._engine.limit - len(self.ids[b])
 
     def take(self, free: Sequence[int], prompt: Sequence[int]) -> int:
-        """One of the free rows, rewound to what it has in common with the prompt.
+        """One of the free rows, with the longest prefix of the prompt that any row has.
 
-        That is the row with the longest common prefix to which the window still allows it to be
-        rewound; without one, the row that was taken least recently, emptied. At least one token of
-        the prompt is left to read. The row's random numbers begin anew.
+        A free row is rewound to it. If the row is not free, or would lose more than that and was
+        used later than another free one, the prefix is copied to the free row that was used least
+        recently. Without a prefix that row is emptied. At least one token of the prompt is left to
+        read. The row's random numbers begin anew.
         """
-        by_age = sorted(free, key=lambda b: self._used[b])
-        common = {b: _common_prefix(self.ids[b], prompt[:-1]) for b in by_age}
-        worth_it = [b for b in by_age if self._reuses and common[b] >= LEAST_KEPT]
-        for b in sorted(worth_it, key=lambda b: -common[b]):  # of equals, the oldest
-            if self._rewind(b, common[b]):
+        oldest = min(free, key=lambda b: self._used[b])
+        for source, length in self._sources(prompt, LEAST_KEPT):
+            stays = length == len(self.ids[source]) or source == oldest
+            b = source if source in free and stays else oldest
+            if self._rewind(b, length) if b == source else self._copy(source, b, length):
                 break
         else:
-            b = by_age[0]
+            b = oldest
             self._rewind(b, 0)
         self._taken += 1
         self._used[b] = self._taken
         self._engine.restart_random(b)
         return b
+
+    def share(self, b: int, prompt: Sequence[int]) -> None:
+        """Copy a longer prefix of the prompt than row b has, if another row has read one since."""
+        for source, length in self._sources(prompt, len(self.ids[b]) + LEAST_KEPT):
+            if source != b and self._copy(source, b, length):
+                return
+
+    def will_share(self, b: int, prompt: Sequence[int], other: Sequence[int]) -> bool:
+        """Whether more can be copied to row b once a row has read this other prompt."""
+        most = max(common_prefix(ids, prompt[:-1]) for ids in self.ids)
+        common = common_prefix(other, prompt[:-1])
+        return self._reuses and common > most and common >= len(self.ids[b]) + LEAST_KEPT
+
+    def _sources(self, prompt: Sequence[int], least: int) -> list[tuple[int, int]]:
+        """The rows with at least so many first tokens of the prompt, and how many.
+
+        The longest come first, of equals the one that was used least recently.
+        """
+        if not self._reuses or len(prompt) <= least:
+            return []
+        common = [(b, common_prefix(ids, prompt[:-1])) for b, ids in enumerate(self.ids)]
+        long = [(b, length) for b, length in common if length >= least]
+        return sorted(long, key=lambda pair: (-pair[1], self._used[pair[0]]))
 
     def prefill(self, ids_of: dict[int, list[int]]) -> None:
         """Append ids to some rows."""
@@ -87,6 +111,15 @@ class Rows:
         for ids in self.ids:
             ids.clear()
 
+    def _copy(self, source: int, b: int, length: int) -> bool:
+        """Make row b the first ids of another row. False if the window has rolled too far."""
+        try:
+            self._engine.copy_row(source, b, length)
+        except ValueError:
+            return False
+        self.ids[b] = self.ids[source][:length]
+        return True
+
     def _rewind(self, b: int, length: int) -> bool:
         """Rewind row b to `length` ids. False if the window has rolled too far, except for 0."""
         counts = [0] * len(self.ids)
@@ -99,7 +132,7 @@ class Rows:
         return True
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two sequences have in common from the first on."""
     a = list(a)
     b = list(b)

@@ -33,6 +33,9 @@ def serve(app: App, host: str, port: int, say: Callable[[str], object]) -> None:
         )
         server = _Server(config, app, say)
         say(f"serving at http://{name}:{address[1]}")
+        # A browser on this machine reaches a server that listens everywhere at a loopback address.
+        own = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(name, name)
+        say(f"chat window: http://{own}:{address[1]}/")
         server.run(sockets=[listening])
     if app.failure is not None:
         raise app.failure

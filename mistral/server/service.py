@@ -14,6 +14,9 @@ from mistral.server.protocol.errors import invalid
 from mistral.server.protocol.responses import Stored
 from mistral.server.protocol.task import Task
 from mistral.server.slots import Slots
+from mistral.server.watch import Passes
+from mistral.server.window.inside_pages import InsidePages
+from mistral.server.window.window import Window
 from mistral.server.worker import Worker
 from mistral.tokenizer import Tokenizer
 
@@ -28,6 +31,9 @@ class Service:
     created         when it was opened, in seconds since 1970
     chunk, queue, same_bits  those of `Slots`
     format, max_new_tokens  those of `Jobs`
+    window          what the page at / has
+    inside          pages that look inside the model; None: there is no model to look inside
+    passes          the forward passes, recorded for those who ask
     """
 
     def __init__(  # noqa: PLR0913
@@ -41,13 +47,19 @@ class Service:
         chunk: int = 128,
         queue: int = 64,
         same_bits: bool = False,
+        window: Window | None = None,
     ):
         self.name = name
         self.created = int(time.time())
         self.engine = engine
         self.tokenizer = tokenizer
+        self.window = window or Window()
         self.jobs = Jobs(engine, tokenizer, format=format, max_new_tokens=max_new_tokens)
-        self.worker = Worker(Slots(engine, chunk=chunk, queue=queue, same_bits=same_bits))
+        model = self.window.model
+        self.passes = Passes(None if model is None else model.device)
+        slots = Slots(engine, chunk=chunk, queue=queue, same_bits=same_bits, watch=self.passes)
+        self.worker = Worker(slots)
+        self.inside = None if model is None else InsidePages(model, tokenizer, name)
         self._most_choices = engine.batch_size + queue
         self.stored = Stored()
         self.metrics = Metrics(self.worker, engine.batch_size)

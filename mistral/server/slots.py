@@ -2,13 +2,14 @@
 
 One turn, with three rows and a chunk of four prompt tokens:
 
-    row 0   running   samples its next token            one step of all running rows
+    row 2   reading   reads four tokens of its prompt   one chunk: of one prompt, or of short ones
+    row 0   running   samples its next token            then one step of all running rows
     row 1   running   samples its next token
-    row 2   reading   reads four tokens of its prompt   then one chunk of one prompt
 
 So a long prompt does not stop the others: between two tokens of a running row there are one step
 and one chunk. The rows are the static rows of the engine's cache. There is no paging: a request
-waits until a row is free, and keeps it until it ends.
+waits until a row is free, and keeps it until it ends. What a prompt has in common with any row is
+not read but kept or copied: several answers to one prompt read it once.
 """
 
 from collections import deque
@@ -23,9 +24,11 @@ from mistral.engine.base import NO_NUMBERS, Engine
 from mistral.engine.constraints import require_mask
 from mistral.engine.ids import check_rows
 from mistral.engine.loop import choice_problem
+from mistral.engine.speculation import LookupDecoder
 from mistral.errors import MistralError
 from mistral.server.request import Chosen, Reason, Request, Run
 from mistral.server.rows import Rows
+from mistral.server.watch import Watch
 
 
 class QueueFull(MistralError, RuntimeError):
@@ -39,8 +42,10 @@ class Slots:
     chunk   how many ids are prefilled between two steps, at most
     queue   how many requests may wait for a row
     same_bits  the logits of a run are bit for bit those that it has without company in these slots.
-            Each row has a forward pass of its own, no prefix is reused, and the model is asked for
-            ids that a constraint forces: as slow as one request after the other
+            Each row has a forward pass of its own, which is as slow as one request after the other,
+            unless the engine's steps keep bits (`Engine.steps_keep_bits`). No prefix is reused, one
+            prompt is read at a time, and the model is asked for ids that a constraint forces
+    watch   is told of every forward pass
 
     Invariants, between any two calls:
 
@@ -50,7 +55,8 @@ class Slots:
     3. First come, first served: of two requests the earlier one gets a row first, and its prompt
        is read to its end first. While a row is free, no request waits for longer than a turn.
     4. Between two tokens of a running row there are one step and at most `chunk` prefilled ids:
-       ids that constraints force (half of them at most), and those of a prompt.
+       ids that constraints force (half of them at most), and those of prompts; for each prompt that
+       begins, one row may be copied. With a `LookupDecoder` the step reads its guesses, too.
     5. The ids of a run are those that its request gets alone, up to the rounding of a batch: its
        random numbers begin anew on its row, and a prefix is reused only if all its ids are equal.
 
@@ -59,18 +65,27 @@ class Slots:
     """
 
     def __init__(
-        self, engine: Engine, *, chunk: int = 128, queue: int = 64, same_bits: bool = False
+        self,
+        engine: Engine,
+        *,
+        chunk: int = 128,
+        queue: int = 64,
+        same_bits: bool = False,
+        watch: Watch | None = None,
     ):
         if any(engine.lengths):
             raise ValueError("the engine holds tokens already: slots need an empty one")
         if chunk < 2 or queue < 0:
             raise ValueError(f"slots need chunk >= 2 and queue >= 0, not {chunk} and {queue}")
+        if same_bits and isinstance(engine, LookupDecoder):
+            raise ValueError("same_bits excludes lookup: guesses that are read along change bits")
         self.engine = engine
         self.chunk = chunk
         self.queue = queue
         engine.answer_starts = [0] * engine.batch_size
         engine.rows_together = not same_bits
         self._same_bits = same_bits
+        self._watch = watch or Watch()
         self._held = Rows(engine, reuses=not same_bits)
         self._runs: list[Run | None] = [None] * engine.batch_size  # of each row; None: it is free
         # Ids that each row must get before its next step. Dicts keep the order of insertion.
@@ -111,11 +126,11 @@ class Slots:
             self._end(self._runs.index(run), "cancelled")
 
     def turn(self) -> bool:
-        """One step of the running rows, and one chunk of a prompt; whether there is more to do."""
+        """One chunk of prompts, and one step of the running rows; whether there is more to do."""
         try:
             self._admit()
-            self._step([b for b in self._running() if b not in self._forced])
             self._read(self.chunk - self._append_forced())
+            self._step_all([b for b in self._running() if b not in self._forced])
         except BaseException as error:
             self._recover(error)
             if not isinstance(error, Exception):  # Ctrl-C
@@ -130,7 +145,7 @@ class Slots:
             states.append({"id": b, "held_tokens": len(ids), **progress})
         return states
 
-    # 1. Rows for those that wait
+    # Rows for those that wait
 
     def _admit(self) -> None:
         """Give the free rows to the requests that have waited longest."""
@@ -146,10 +161,18 @@ class Slots:
             self._runs[b] = run
             self._reading.append(b)
             run.state = "reading"
+            run.row = b
             run.cached_tokens = len(self._held.ids[b])
             run.note("admitted")
 
-    # 2. A step
+    # A step
+
+    def _step_all(self, rows: list[int]) -> None:
+        """Step these rows, and again those whose next token needs no forward pass."""
+        while rows:
+            self._step(rows)
+            still = [b for b in self._running() if b in rows and b not in self._forced]
+            rows = [b for b in still if self.engine.is_ahead(b)]
 
     def _step(self, rows: list[int]) -> None:
         """Sample and append a token in each of these rows."""
@@ -158,10 +181,12 @@ class Slots:
         if not rows:
             return
         # 1. Launch.
-        asking = [b for b in rows if self._runs[b].request.top_logprobs is not None]
+        asking = [b for b in rows if self._runs[b].request.num_reported is not None]
+        self._watch.begin("step", [self._runs[b] for b in rows], len(rows))
         log_p = self._log_probabilities(asking)
         sampling = [run.request.sampling if b in rows else None for b, run in enumerate(self._runs)]
         ids = self.engine.step(sampling, mask).tolist()
+        self._watch.end()
         self._held.append({b: ids[b] for b in rows})
         # 2. Read back.
         for b in rows:
@@ -169,11 +194,13 @@ class Slots:
                 self._end(b, "error", ValueError(problem))
                 if ids[b] == NO_NUMBERS:
                     self._held.erase(b)
-            elif b in log_p:
-                most = self._runs[b].request.top_logprobs
-                self._take(b, Chosen.scored(ids[b], log_p[b], most))
+                continue
+            origin = "drafted" if self.engine.is_ahead(b) else "sampled"
+            if b in log_p:
+                most = self._runs[b].request.num_reported
+                self._take(b, Chosen.scored(ids[b], log_p[b], most, origin))
             else:
-                self._take(b, Chosen(ids[b]))
+                self._take(b, Chosen(ids[b], origin=origin))
             self._ask_forced(b)
 
     def _masks(self, rows: list[int]) -> Tensor | None:
@@ -220,7 +247,7 @@ class Slots:
             return
         self._end_if_complete(b)
 
-    # 3. Forced ids, and a chunk of a prompt
+    # Forced ids, and a chunk of prompts
 
     def _ask_forced(self, b: int) -> None:
         """Ask the constraint of a running row which ids it forces now.
@@ -250,11 +277,14 @@ class Slots:
                 forced[b] = ids
                 left -= len(ids)
         if forced:
+            runs = [self._runs[b] for b in forced]
+            self._watch.begin("forced", runs, sum(map(len, forced.values())))
             self._held.prefill(forced)
+            self._watch.end()
         for b, ids in forced.items():
             rest = self._forced.pop(b)[len(ids) :]
             for id in ids:
-                self._take(b, Chosen(id, forced=True))
+                self._take(b, Chosen(id, origin="forced"))
             if not rest:
                 self._ask_forced(b)
             elif self._runs[b] is not None:
@@ -262,23 +292,50 @@ class Slots:
         return self.chunk // 2 - left
 
     def _read(self, most: int) -> None:
-        """Read up to `most` tokens of the prompt whose request came first."""
-        if not self._reading:
-            return
-        b = self._reading[0]
-        run = self._runs[b]
-        read = len(self._held.ids[b])
-        chunk = list(run.request.prompt_ids[read : read + most])
-        if run.request.score_prompt:
-            run.add_prompt(self._held.score(b, chunk))
-        else:
-            self._held.prefill({b: chunk})
-        if read + len(chunk) == run.prompt_tokens:
-            self._reading.remove(b)
-            run.state = "running"
-            self.engine.answer_starts[b] = run.prompt_tokens
-            self._end_if_complete(b)
-            self._ask_forced(b)
+        """Read up to `most` tokens of prompts, those of earlier requests first."""
+        chunks = self._chunks(most)
+        scored = [b for b in chunks if self._runs[b].request.score_prompt]
+        if chunks:
+            runs = [self._runs[b] for b in chunks]
+            self._watch.begin("prompt", runs, sum(map(len, chunks.values())))
+        for b in scored:
+            self._runs[b].add_prompt(self._held.score(b, chunks[b]))
+        if chunks and not scored:
+            self._held.prefill(chunks)
+        self._watch.end()
+        for b in chunks:
+            run = self._runs[b]
+            if len(self._held.ids[b]) == run.prompt_tokens:
+                self._reading.remove(b)
+                run.state = "running"
+                self.engine.answer_starts[b] = run.prompt_tokens
+                self._end_if_complete(b)
+                self._ask_forced(b)
+
+    def _chunks(self, most: int) -> dict[int, list[int]]:
+        """What is read in this turn, up to `most` ids: of one prompt, or the rest of several.
+
+        A prompt that has as much in common with one of them waits: it is copied in the next turn.
+        One that is scored is read alone; with `same_bits` all are.
+        """
+        chunks: dict[int, list[int]] = {}
+        for b in self._reading:
+            request = self._runs[b].request
+            prompt = request.prompt_ids
+            if chunks and (self._same_bits or request.score_prompt):
+                break
+            if len(self._held.ids[b]) == self._runs[b].cached_tokens and not request.score_prompt:
+                others = [self._runs[other].request.prompt_ids for other in chunks]
+                if any(self._held.will_share(b, prompt, other) for other in others):
+                    break
+                self._held.share(b, prompt)
+                self._runs[b].cached_tokens = len(self._held.ids[b])
+            read = len(self._held.ids[b])
+            chunks[b] = list(prompt[read : read + most])
+            most -= len(chunks[b])
+            if not most or request.score_prompt:
+                break
+        return chunks
 
     # The end of a run
 

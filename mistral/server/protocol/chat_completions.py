@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mistral.server.protocol.details import ALTERNATIVES
 from mistral.server.protocol.errors import invalid
 from mistral.server.protocol.fields import Part, differs, done, ignored, refused
 from mistral.server.protocol.generation import GenerationBody
@@ -127,6 +128,10 @@ class ChatBody(GenerationBody):
     )
     logprobs: bool | None = differs("calls have them too; a forced token is computed all the same")
     top_logprobs: int | None = done("0 to 20; needs logprobs", ge=0, le=20)
+    details: bool | None = differs(
+        "not in OpenAI's API: how each token was found (its probability, the alternatives, the "
+        "forward pass), what each pass took, the prompt's tokens; needs n = 1"
+    )
     max_tokens: int | None = differs("what does not fit is cut: finish_reason length", ge=1)
     max_completion_tokens: int | None = differs("the same as max_tokens", ge=1)
     modalities: list[Literal["text"]] | None = differs("only text")
@@ -150,6 +155,8 @@ class ChatBody(GenerationBody):
         """What the model has to do. ApiError for fields that contradict each other."""
         choice, allowed = chosen_tools(self.tool_choice)
         schema, instruct, strict = wanted_schema(self.response_format)
+        if self.details and (self.n or 1) > 1:
+            raise invalid("details needs n = 1", "details")
         return ChatTask(
             messages=[message.model_dump(exclude_none=True) for message in self.messages],
             tools=tools_to_read(self._given.get("tools")),
@@ -164,6 +171,7 @@ class ChatBody(GenerationBody):
             max_new_tokens=self._max_new_tokens(),
             stop=self.stop_strings(),
             top_logprobs=self._top_logprobs(),
+            alternatives=ALTERNATIVES if self.details else None,
         )
 
     def _max_new_tokens(self) -> int | None:

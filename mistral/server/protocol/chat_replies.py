@@ -8,6 +8,7 @@ from typing import Any
 
 from mistral.chat.events import Call, Text
 from mistral.server.choice import Choice, Delta
+from mistral.server.protocol.details import AnswerDetails
 from mistral.server.protocol.reply import Reply
 from mistral.server.protocol.tokens_as_text import token_logprob
 from mistral.server.protocol.usage import timings, usage
@@ -20,19 +21,28 @@ class ChatReply(Reply):
     model         its name
     choices       the answers
     with_usage    whether the stream ends with a chunk that has the usage
+    details       of the only answer; None: not asked for
     """
 
-    def __init__(self, model: str, choices: Sequence[Choice], with_usage: bool = False):
+    def __init__(
+        self,
+        model: str,
+        choices: Sequence[Choice],
+        with_usage: bool = False,
+        details: AnswerDetails | None = None,
+    ):
         super().__init__(choices)
         self._model = model
         self._with_usage = with_usage
+        self._details = details
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._calls = [0] * len(choices)  # how many were sent
 
     def whole(self) -> dict[str, Any]:
         """The reply when all answers have ended."""
-        return {
+        details = {} if self._details is None else {"details": self._details.whole()}
+        return details | {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
@@ -48,7 +58,14 @@ class ChatReply(Reply):
             yield self._chunk(choice.index, {"role": "assistant", "content": ""})
 
     def chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
-        """The chunks of one delta; the log-probabilities are those of its first chunk."""
+        """The chunks of one delta; its log-probabilities and details are in the first."""
+        chunks = list(self._chunks(delta))
+        if self._details is not None and (details := self._details.of(delta)):
+            chunks = chunks or [self._chunk(delta.index, {})]
+            chunks[0]["details"] = details
+        yield from chunks
+
+    def _chunks(self, delta: Delta) -> Iterator[dict[str, Any]]:
         logprobs = self._logprobs(self.choices[delta.index], delta.tokens) or None
         for event in delta.events:
             if isinstance(event, Text):
@@ -87,7 +104,9 @@ class ChatReply(Reply):
     def _logprobs(self, choice: Choice, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
         if choice.request.top_logprobs is None or not tokens:
             return None
-        content = [token_logprob(choice.tokenizer, token) for token in tokens]
+        most = choice.request.top_logprobs
+        shown = [token._replace(top=token.top[:most]) for token in tokens]
+        content = [token_logprob(choice.tokenizer, token) for token in shown]
         return {"content": content, "refusal": None}
 
     def _chunk(

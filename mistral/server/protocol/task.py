@@ -15,6 +15,7 @@ class Task:
     max_new_tokens  None: as many as there is room for
     stop            strings that end an answer
     top_logprobs    None: no log-probabilities; 0: those of the chosen tokens alone
+    alternatives    None: no details; else how many alternatives to each sampled token they have
     """
 
     sampling: Sampling
@@ -22,6 +23,7 @@ class Task:
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    alternatives: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,11 +64,16 @@ class DetokenizeBody(Body):
 
     model: str | None = ignored("the server has one model")
     tokens: list[int] = differs("control tokens are spelled", ...)
+    after_text: bool | None = differs(
+        "not in other APIs. False (default): the space that /tokenize puts before a text is not "
+        "part of it, so the text comes back; true: the tokens follow others, and so does the space"
+    )
 
     def reply(self, tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         """The reply, under both servers' names."""
         for id in self.tokens:
             if not 0 <= id < vocab_size:
                 raise invalid(f"token id {id} is not in the vocabulary of {vocab_size}", "tokens")
-        text = tokenizer.decode(self.tokens, control=True)
+        stream = tokenizer.stream(strip_leading_space=not self.after_text, control=True)
+        text = "".join([*map(stream.feed, self.tokens), stream.finish()])
         return {"content": text, "prompt": text}

@@ -23,6 +23,7 @@ from case import (
     is_streamed,
     question,
 )
+from pydantic import ValidationError
 
 TOOL = {"name": "miles", "description": FUNCTION["description"], "input_schema": PARAMETERS}
 
@@ -78,11 +79,17 @@ def parse(form: str, n: int) -> Answer:
         messages=[{"role": "user", "content": invention(n)}],
         output_format=WithoutLimits,
     )
-    if is_streamed(form):
-        with messages_api().stream(**asked) as events:
-            got = events.get_final_message()
-    else:
-        got = messages_api().parse(**asked)
+    try:
+        if is_streamed(form):
+            with messages_api().stream(**asked) as events:
+                got = events.get_final_message()
+        else:
+            got = messages_api().parse(**asked)
+    except ValidationError as error:
+        # The client parses an answer before anyone can see its stop_reason.
+        if "EOF while parsing" in str(error):
+            raise Unfinished("max_tokens") from error
+        raise
     if got.stop_reason == "max_tokens":
         raise Unfinished("max_tokens")
     return {"json": got.parsed_output.model_dump()}
