@@ -1,9 +1,9 @@
 """What the scripts share: arguments, engines, messages, and one clear line for an error."""
 
 import argparse
-import contextlib
 import os
 import re
+import runpy
 import signal
 import sys
 import warnings
@@ -14,11 +14,12 @@ from typing import Any
 import console  # isort: skip  (first: it prepares for the time that the others take)
 
 import torch
-from console import note, show, show_json, show_text  # noqa: F401  (for the scripts)
+from console import compiling, note, show, show_json, show_text  # noqa: F401  (for the scripts)
 
 import mistral
 from mistral.chat.answer import SLACK
 from mistral.chat.formats import FORMATS
+from mistral.chat.tools import Tool
 from mistral.checkpoints.load import choose_device
 from mistral.engine.base import Engine
 from mistral.engine.speculation import LookupDecoder
@@ -167,11 +168,20 @@ def load(arguments: argparse.Namespace) -> tuple[mistral.Mistral, mistral.Tokeni
     )
 
 
-def add_sampling_arguments(to: argparse.ArgumentParser, temperature: float) -> None:
-    """--max-new-tokens, --seed, and what `mistral.Sampling` takes."""
+def add_sampling_arguments(
+    to: argparse.ArgumentParser, temperature: float | None, default: str = "%(default)s"
+) -> None:
+    """--max-new-tokens, --seed, and what `mistral.Sampling` takes.
+
+    temperature  the default; None: the script chooses one
+    default      what --help says that it is
+    """
     to.add_argument("--max-new-tokens", type=int, default=256, help="default: 256")
     to.add_argument(
-        "--temperature", type=float, default=temperature, help="0 is greedy (default: %(default)s)"
+        "--temperature",
+        type=float,
+        default=temperature,
+        help=f"0 is greedy (default: {default})",
     )
     to.add_argument("--top-k", type=int, default=0, help="0: off (default)")
     to.add_argument("--top-p", type=float, default=1.0, help="1: off (default)")
@@ -244,6 +254,7 @@ def open_chat_engine(
         max_tokens,
         slack=SLACK + arguments.lookup,  # ends that the model spells, and wrong guesses
         say=note,
+        progress=compiling,
     )
     if arguments.lookup:
         engine = LookupDecoder(engine, arguments.lookup)
@@ -264,7 +275,13 @@ def open_batch_engines(
     def empty_decoder(rows: int) -> Engine:
         if rows not in opened:
             opened[rows], line = engines.open_engine(
-                arguments.engine, model, rows, max_tokens, slack=0, say=note
+                arguments.engine,
+                model,
+                rows,
+                max_tokens,
+                slack=0,
+                say=note,
+                progress=compiling,
             )
             note(f"{line}, {rows} at once")
         opened[rows].rewind(opened[rows].lengths)
@@ -285,33 +302,20 @@ def add_chat_arguments(to: argparse.ArgumentParser) -> None:
     )
 
 
-def read_message() -> str | None:
-    """What the person types, perhaps several lines; "" for nothing, None at the end of the input.
-
-    A line that ends with a backslash continues, and lines of three quotes enclose a longer text.
-    """
-    lines: list[str] = []
-    with contextlib.suppress(ImportError):  # not on Windows
-        # `input` is a line editor then. Without it a terminal cuts lines at 4,095 bytes.
-        import readline  # noqa: F401
+def read_tools(path: Path) -> list[Tool]:
+    """The tools that a Python file makes, in its order."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; --tools takes a Python file that makes tools with @tool"
+        )
     try:
-        line = input("> " if sys.stdin.isatty() else "")
-        if line.strip() == '"""':
-            while (line := input()).strip() != '"""':
-                lines.append(line)
-            return "\n".join(lines)
-        while line.endswith("\\"):
-            lines.append(line[:-1])
-            line = input()
-        return "\n".join([*lines, line]).strip()
-    except EOFError:
-        return "\n".join(lines) if lines else None
-    except UnicodeDecodeError as error:
-        note(f"error: the input is not valid UTF-8: {error}")
-        return ""
-    except KeyboardInterrupt:
-        show()
-        return ""
+        names = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    tools = list({id(value): value for value in names.values() if isinstance(value, Tool)}.values())
+    if not tools:
+        raise ValueError(f"{path} makes no tools; decorate functions with mistral.chat.tool")
+    return tools
 
 
 def with_flags(text: str) -> str:

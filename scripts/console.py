@@ -1,8 +1,9 @@
 """The standard streams of a script, which may be closed, full, or unable to show a character.
 
 Everything that a script says passes through here: results to stdout (`show`, `show_text`), one line
-about the work to stderr (`note`). The streams are repaired on import, before the libraries, which
-take seconds and memory, are imported.
+about the work to stderr (`note`). A style, such as "dim" or "bold cyan", is applied by rich, and on
+a terminal only; NO_COLOR and TERM=dumb turn it off. The streams are repaired on import, before the
+libraries, which take seconds and memory, are imported.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 _NO_MEMORY = (
     "can't allocate memory",
@@ -101,9 +102,9 @@ class OutputError(OSError):
     """Standard output is closed, or what it leads to is full."""
 
 
-def show(text: str = "", end: str = "\n") -> None:
+def show(text: str = "", end: str = "\n", style: str | None = None) -> None:
     """A result on stdout, with controls as escapes: a file must not command the terminal."""
-    _write(printable(text) + end)
+    _write(styled(printable(text), style, sys.stdout) + end)
 
 
 def show_json(value: Any, indent: int | None = None) -> None:
@@ -135,9 +136,39 @@ def _output_error(error: OSError) -> OutputError:
     return OutputError(f"cannot write to standard output: {reason}")
 
 
-def note(text: str) -> None:
+def note(text: str, style: str | None = None) -> None:
     """One line for the person, on stderr, so that stdout holds nothing but the result."""
-    print(on_one_line(text), file=sys.stderr, flush=True)
+    print(styled(on_one_line(text), style, sys.stderr), file=sys.stderr, flush=True)
+
+
+def styled(text: str, style: str | None, stream: TextIO) -> str:
+    """The text with the escape sequences of a style, if the stream is a terminal that has colours.
+
+    text  printable, as `printable` returns it: rich passes it on as it is
+    """
+    if style is None or not stream.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:  # the extra `chat` has it
+        return text
+    painter = Console(file=stream)
+    if painter.legacy_windows:  # shows escape sequences as text
+        return text
+    with painter.capture() as painted:
+        # An object, not a string: brackets in it are no markup of rich.
+        painter.print(Text(text, style), end="", soft_wrap=True)
+    return painted.get()
+
+
+def compiling(done: int, total: int, name: str) -> None:
+    """Progress of the CPU engine's first start: one line that changes, or three in a log."""
+    text = f"compiled {done} of {total}"
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done in (total // 2, total):
+        note(text)
 
 
 def finish(code: int | str | None) -> int | str | None:

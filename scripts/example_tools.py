@@ -1,4 +1,4 @@
-"""The tools that `scripts/function_calling.py` offers unless --tools names another file.
+"""Tools for `scripts/chat.py --tools scripts/example_tools.py`.
 
 It is the model that names the file to count, so only those in the folder where the script was
 started, and below, are read.

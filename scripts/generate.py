@@ -78,7 +78,13 @@ def main() -> None:
         )
     room = room_for(ids, args.max_new_tokens, model.config)
     decoder, engine = open_engine(
-        args.engine, model, 1, room, slack=max(args.lookup, 16), say=common.note
+        args.engine,
+        model,
+        1,
+        room,
+        slack=max(args.lookup, 16),
+        say=common.note,
+        progress=common.compiling,
     )
     if args.lookup:
         decoder = LookupDecoder(decoder, args.lookup)

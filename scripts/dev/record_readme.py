@@ -1,6 +1,6 @@
 """Make the README's two pictures again, from real runs with the demo.
 
-docs/pictures/session.svg     a session of scripts/function_calling.py in a pseudo-terminal
+docs/pictures/session.svg     a session of scripts/chat.py in a pseudo-terminal
 docs/pictures/look_inside.png the top of the page that scripts/look_inside.py writes, as Chromium
                               (`apt-get install chromium`) shows it
 
@@ -10,12 +10,14 @@ Both run on the CPU, so that another machine makes the same pictures.
 import argparse
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common.py
@@ -26,15 +28,15 @@ from mistral.files import whole_file, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs/pictures"
-# Not the default engine, whose line differs from machine to machine
+# The command, line by line. The engine is not the default, whose line differs from machine to
+# machine.
 SESSION = (
-    "scripts/function_calling.py",
-    "--engine",
-    "eager",
-    "--prompt",
-    "How many miles are 42 kilometers?",
+    ("scripts/chat.py", "--engine", "eager"),
+    ("--tools", "scripts/example_tools.py"),
+    ("--prompt", "How many miles are 42 kilometers?"),
 )
-QUESTION = "What is a sliding window?"
+QUESTION = "What is a rolling cache?"
+INSIDE = ("--chat", "--window", "24", "--new-tokens", "64")  # the answer ends, and the cache rolls
 COLUMNS = 68  # of the terminal: legible on a telephone, too
 CHARACTER = 8.4  # width in pixels, at a font size of 14
 LINE = 20  # height in pixels
@@ -42,8 +44,8 @@ MARGIN = 16
 COLOURS = {"$ ": "#ffffff", "> ": "#8cc8ff", "  call": "#ffd479", "  result": "#9fe08f"}
 ANSWER = "#ffffff"  # colour of the line after a result
 NOTE = "#9aa4ad"  # colour of what the script says about itself
-PAGE_SIZE = (780, 896)  # of the window, in CSS pixels
-PIXEL_RATIO = 1.5
+PAGE_SIZE = (1120, 1380)  # of the window, in CSS pixels
+PIXEL_RATIO = 1
 
 
 def arguments() -> argparse.Namespace:
@@ -66,13 +68,18 @@ def main() -> None:
 
 
 def record_session() -> list[str]:
-    """Run the script in a pseudo-terminal; the lines of the screen, the command line first.
+    """Run the script in a pseudo-terminal; the command line and the screen without its last line.
 
     RuntimeError if the script fails.
     """
     ours, theirs = pty.openpty()
+    environment = _without_gpu() | {"NO_COLOR": "1"}  # `draw` has colours of its own
     process = subprocess.Popen(
-        [sys.executable, *SESSION], cwd=ROOT, env=_without_gpu(), stdout=theirs, stderr=theirs
+        [sys.executable, *chain(*SESSION)],
+        cwd=ROOT,
+        env=environment,
+        stdout=theirs,
+        stderr=theirs,
     )
     os.close(theirs)
     output = b""
@@ -80,10 +87,13 @@ def record_session() -> list[str]:
         output += chunk
     os.close(ours)
     if process.wait():
-        raise RuntimeError(f"{SESSION[0]} has failed:\n{output.decode()}")
-    script, *options, prompt = SESSION
-    command = [f"$ .venv/bin/python {script} \\", f'    {" ".join(options)} "{prompt}"']
-    return command + _screen(output.decode())
+        raise RuntimeError(f"{SESSION[0][0]} has failed:\n{output.decode()}")
+    lines = [shlex.join(line).replace("'", '"') for line in SESSION]
+    command = [f"$ .venv/bin/python {lines[0]} \\", f"    {lines[1]} \\", f"    {lines[2]}"]
+    *screen, took = _screen(output.decode())  # the time that it took is another one each time
+    if not took.startswith("["):
+        raise RuntimeError(f"the last line is not that of the time: {took}")
+    return command + screen
 
 
 def _without_gpu() -> dict[str, str]:
@@ -114,7 +124,7 @@ def draw(lines: list[str]) -> str:
     """The lines as an SVG of a dark terminal: text in the reader's own monospaced font."""
     width = round(COLUMNS * CHARACTER) + 2 * MARGIN
     height = LINE * len(lines) + 2 * MARGIN
-    title = escape(" ".join(SESSION))
+    title = escape(" ".join(chain(*SESSION)))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
         f"<title>{title}</title>",
@@ -156,13 +166,14 @@ def take_screenshot(path: Path) -> None:
         raise ValueError("this needs Chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
-        script = ("scripts/look_inside.py", "demo", QUESTION, "--chat", "-o", page)
+        script = ("scripts/look_inside.py", "demo", QUESTION, *INSIDE, "-o", page)
         subprocess.run([sys.executable, *script], cwd=ROOT, env=_without_gpu(), check=True)
         command = [
             browser,
             *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             f"--user-data-dir={folder}/profile",
             f"--force-device-scale-factor={PIXEL_RATIO}",
+            "--virtual-time-budget=10000",  # the heads are drawn layer by layer
             "--window-size={},{}".format(*PAGE_SIZE),
             f"--screenshot={folder}/page.png",
             page.as_uri(),
