@@ -1,17 +1,20 @@
 """Measure every engine beside transformers and llama.cpp, and beside the machine's own limits.
 
 The weights are random, unless --file names a GGUF: nothing is downloaded. First the machine's own
-rates are measured, which bound every engine; then all engines take turns. The last line is JSON.
+rates are measured, which bound every engine; then all engines take turns. A line of JSON follows
+each case at once, and the last line is JSON of all of them.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import common
 import torch
 from benchmark_parts import machine, report, sizes, turns
 from benchmark_parts.formats import FORMATS
 from benchmark_parts.sizes import SIZES, Case
+from benchmark_parts.warm_up import WarmUp
 
 import mistral
 from mistral.checkpoints.load import choose_device
@@ -74,7 +77,9 @@ def arguments() -> argparse.Namespace:
         "--chunks", type=int, nargs="+", help="tokens a forward pass, of chunks (default: 2 4 8 16)"
     )
     parser.add_argument(
-        "--time-limit", type=float, help="begin nothing after so many seconds (default: core 300)"
+        "--time-limit",
+        type=float,
+        help="seconds, shared among the cases; what does not fit is left out (default: core 330)",
     )
     parser.add_argument(
         "--plot",
@@ -97,10 +102,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:  # noqa: PLR0915
     args = arguments()
+    limit = turns.TimeLimit(args.time_limit or (330 if args.suite == "core" else None))
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     on_gpu = device.type == "cuda"
-    out_of_time = turns.time_limit(args.time_limit or (300 if args.suite == "core" else None))
     dtype = common.DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
     size = args.size or ("7b" if on_gpu else "small")
     format = args.format
@@ -108,6 +113,8 @@ def main() -> None:  # noqa: PLR0915
         size, format = args.file.name, "its own"
     chosen = args.engines or taking_part(device, size, format)
     names = [name for name in turns.NAMES if name in chosen]
+    cases = suite(args, on_gpu)
+    ahead = compile_ahead(args, device, dtype, size, names, cases)
 
     # 1. The machine, and what no engine can beat on it.
     bandwidth = machine.read_bandwidth(device)
@@ -119,25 +126,26 @@ def main() -> None:  # noqa: PLR0915
     facts = machine.facts(device, dtype) | {"size": size, "format": format}
     facts |= {"parameters": model.config.num_parameters}
     introduce(facts, model, bandwidth, rate)
+    if ahead:
+        common.note(ahead.wait(limit.left() / 2))
 
     # 2. All engines in turns, case by case.
     facts |= {"busy": args.busy}
     machine.keep_busy(args.busy)
     results = []
     field = turns.Field(model, names, args.file)
-    cases = suite(args, on_gpu)
     repeats = args.repeats or (5 if on_gpu else 15)
-    for case in cases:
-        fits = names
-        if args.suite == "core" and case != cases[0]:
-            # Compiling may take a minute a case: core has time for one.
-            fits = [name for name in names if name not in ("compile", "transformers-compiled")]
-        rows = turns.run_case(field, fits, case, repeats, out_of_time, common.note)
+    parts = shares(args, names, cases)
+    for number, (fits, case) in enumerate(parts):
+        rows = turns.run_case(
+            field, fits, case, repeats, limit.share(len(parts) - number), common.note
+        )
         found = [row.result(model, bandwidth, rate) for row in rows]
         decode = sizes.decode_roof(model, case, bandwidth)
         prefill = sizes.prefill_roof(model, case, bandwidth, rate)
         title = f"{case}: roof of decode {decode:,.1f} tokens/s, of prefill {prefill:,.1f}"
         common.show(report.table(title, found))
+        common.show_json({"case": str(case), "results": found})
         results += found
 
     # 3. The report.
@@ -155,6 +163,38 @@ def main() -> None:  # noqa: PLR0915
         common.note(f"wrote {args.plot}")
     measured = {"read_bytes_per_s": round(bandwidth), "matrix_flop_per_s": round(rate)}
     common.show_json(facts | {"suite": args.suite} | measured | {"results": results})
+
+
+def compile_ahead(
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: str,
+    names: Sequence[str],
+    cases: Sequence[Case],
+) -> WarmUp | None:
+    """Begin to compile the kernels of all cases, if they take part on a GPU; else None."""
+    ours = [name for name in names if name.startswith("kernels")]
+    if device.type != "cuda" or not ours or args.file:
+        return None
+    common.note("compiling the kernels in all cores; meanwhile the machine is measured")
+    capability = torch.cuda.get_device_capability(device)
+    return WarmUp(size, dtype, [args.format], cases, ours, capability)
+
+
+def shares(
+    args: argparse.Namespace, names: Sequence[str], cases: Sequence[Case]
+) -> list[tuple[list[str], Case]]:
+    """Who runs in which case, in the order in which they share the time.
+
+    In core those that compile for minutes come last, in one case, with whatever time is left.
+    """
+    if args.suite != "core":
+        return [(list(names), case) for case in cases]
+    quick = [name for name in names if name not in turns.SLOW_STARTERS]
+    slow = [name for name in names if name in turns.SLOW_STARTERS]
+    parts = [(quick, case) for case in cases] if quick else []
+    return [*parts, (slow, cases[-1])] if slow else parts
 
 
 def taking_part(device: torch.device, size: str, format: str) -> list[str]:
@@ -175,7 +215,7 @@ def introduce(facts: dict, model: mistral.Mistral, bandwidth: float, rate: float
     for name, value in facts.items():
         common.show(f"{name:<18} {value:,}" if isinstance(value, int) else f"{name:<18} {value}")
     step = sizes.weight_bytes(model)
-    common.show(f"{'reads':<18} {format_bytes(bandwidth)}/s, measured: sums over 1 GB")
+    common.show(f"{'reads':<18} {format_bytes(bandwidth)}/s, measured: reading 1 GB")
     common.show(
         f"{'multiplies':<18} {rate / 1e12:,.2f} TFLOP/s, measured: a product of two matrices"
     )
@@ -189,7 +229,7 @@ def introduce(facts: dict, model: mistral.Mistral, bandwidth: float, rate: float
 def suite(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
     """The cases to measure.
 
-    `core` takes a minute on a CPU; on a GPU it has a batch and a longer prompt, too.
+    `core` takes a minute on a CPU; on a GPU it begins with a long prompt, and has a batch, too.
     """
     new = args.new_tokens or (64 if on_gpu else 40)
     if args.suite == "sweep":
@@ -200,7 +240,7 @@ def suite(args: argparse.Namespace, on_gpu: bool) -> list[Case]:
         context = args.prompt_tokens or 200
         return [Case(1, context, new, chunk) for chunk in args.chunks or (2, 4, 8, 16)]
     cases = [Case(1, args.prompt_tokens or 200, new)]
-    return [*cases, Case(8, 512, new), Case(1, 2048, new)] if on_gpu else cases
+    return [Case(1, 2048, new), Case(8, 512, new), *cases] if on_gpu else cases
 
 
 if __name__ == "__main__":

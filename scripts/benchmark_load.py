@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import common
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType
+from benchmark_parts.gguf_file import write_file
 
 from mistral.files import format_bytes
+from mistral.quantization.ggml_types import GGML_TYPES
 
 LAYERS = 32
 WIDTH = 4096
@@ -182,80 +182,70 @@ def write(
     path: Path, layers: int, width: int = WIDTH, mlp: int = MLP, kv_width: int = KV_WIDTH
 ) -> None:
     """A file with these shapes and Q4_K_M's types, of random blocks with finite scales."""
-    writer = gguf.GGUFWriter(path, "llama")
-    add_metadata(writer, layers, width, mlp, kv_width)
-    q4 = GGMLQuantizationType.Q4_K
-    q6 = GGMLQuantizationType.Q6_K
-    f32 = GGMLQuantizationType.F32
     tensors = [
-        ("token_embd.weight", (VOCABULARY, width), q4),
-        ("output.weight", (VOCABULARY, width), q6),
+        ("token_embd.weight", (VOCABULARY, width), "Q4_K"),
+        ("output.weight", (VOCABULARY, width), "Q6_K"),
     ]
     for i in range(layers):
-        fine = q6 if i in FINER else q4
+        fine = "Q6_K" if i in FINER else "Q4_K"
         tensors += [
-            (f"blk.{i}.attn_norm.weight", (width,), f32),
-            (f"blk.{i}.attn_q.weight", (width, width), q4),
-            (f"blk.{i}.attn_k.weight", (kv_width, width), q4),
+            (f"blk.{i}.attn_norm.weight", (width,), "F32"),
+            (f"blk.{i}.attn_q.weight", (width, width), "Q4_K"),
+            (f"blk.{i}.attn_k.weight", (kv_width, width), "Q4_K"),
             (f"blk.{i}.attn_v.weight", (kv_width, width), fine),
-            (f"blk.{i}.attn_output.weight", (width, width), q4),
-            (f"blk.{i}.ffn_norm.weight", (width,), f32),
-            (f"blk.{i}.ffn_gate.weight", (mlp, width), q4),
-            (f"blk.{i}.ffn_up.weight", (mlp, width), q4),
+            (f"blk.{i}.attn_output.weight", (width, width), "Q4_K"),
+            (f"blk.{i}.ffn_norm.weight", (width,), "F32"),
+            (f"blk.{i}.ffn_gate.weight", (mlp, width), "Q4_K"),
+            (f"blk.{i}.ffn_up.weight", (mlp, width), "Q4_K"),
             (f"blk.{i}.ffn_down.weight", (width, mlp), fine),
         ]
-    tensors.append(("output_norm.weight", (width,), f32))
-    for name, shape, kind in tensors:
-        stored = gguf.quant_shape_to_byte_shape(shape, kind)
-        writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, shape, kind in tensors:
-        writer.write_tensor_data(
-            np.resize(
-                random_blocks(kind), int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind)))
-            )
-        )
-    writer.close()
+    tensors.append(("output_norm.weight", (width,), "F32"))
+    blocks = {kind: random_blocks(kind) for kind in ("F32", "Q4_K", "Q6_K")}
+    write_file(path, metadata(layers, width, mlp, kv_width), tensors, blocks)
 
 
-def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
+def random_blocks(kind: str) -> np.ndarray:
     """Some blocks of a type, whose float16 scales are small numbers; vectors are ones."""
-    if kind == GGMLQuantizationType.F32:
+    if kind == "F32":
         return np.ones(1, np.float32).view(np.uint8)
-    size = gguf.GGML_QUANT_SIZES[kind][1]
+    size = next(ggml.block_bytes for ggml in GGML_TYPES.values() if ggml.name == kind)
     blocks = np.random.default_rng(0).integers(0, 256, (4099, size), dtype=np.uint8)
     scale = np.full((4099, 1), 1e-4, np.float16).view(np.uint8)
-    for at in (0, 2) if kind == GGMLQuantizationType.Q4_K else (size - 2,):
+    for at in (0, 2) if kind == "Q4_K" else (size - 2,):
         blocks[:, at : at + 2] = scale
     return blocks.reshape(-1)
 
 
-def add_metadata(writer: gguf.GGUFWriter, layers: int, width: int, mlp: int, kv_width: int) -> None:
+def metadata(layers: int, width: int, mlp: int, kv_width: int) -> dict[str, tuple[str, object]]:
+    """Of a Llama of these sizes, with a vocabulary of made-up words."""
     head_dim = 128 if width == WIDTH else 64
-    writer.add_block_count(layers)
-    writer.add_context_length(32768)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(mlp)
-    writer.add_head_count(width // head_dim)
-    writer.add_head_count_kv(kv_width // head_dim)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
     letters = "abcdefghijklmnopqrstuvwxyz"
     # so that every longer word is made of two pieces
     two = [a + b for a in letters for b in letters]
     words = two + [a + b for a in two for b in letters] + [a + b for a in two for b in two]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *letters, *words]
-    kinds = [2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(pieces[:VOCABULARY])
-    writer.add_token_scores([-float(i) for i in range(VOCABULARY)])
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    sizes = {
+        "block_count": layers,
+        "context_length": 32768,
+        "embedding_length": width,
+        "feed_forward_length": mlp,
+        "attention.head_count": width // head_dim,
+        "attention.head_count_kv": kv_width // head_dim,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+    }
+    return {
+        "general.architecture": ("str", "llama"),
+        **{f"llama.{name}": ("u32", size) for name, size in sizes.items()},
+        "llama.rope.freq_base": ("f32", 10000.0),
+        "llama.attention.layer_norm_rms_epsilon": ("f32", 1e-5),
+        "tokenizer.ggml.model": ("str", "llama"),
+        "tokenizer.ggml.tokens": ("[str]", pieces[:VOCABULARY]),
+        "tokenizer.ggml.scores": ("[f32]", [-float(i) for i in range(VOCABULARY)]),
+        "tokenizer.ggml.token_type": ("[i32]", [2, 3, 3, *[6] * 256, *[1] * (VOCABULARY - 259)]),
+        "tokenizer.ggml.bos_token_id": ("u32", 1),
+        "tokenizer.ggml.eos_token_id": ("u32", 2),
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Packed models of random weights: valid blocks, made where they are used."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,14 +45,17 @@ def replace_matrices(model: mistral.Mistral, format: str) -> None:
         setattr(model.get_submodule(owner), last, packed)
 
 
-def fill(model: mistral.Mistral) -> None:
-    """Random blocks in all packed layers, with scales of a sensible size."""
-    for module in model.modules():
+def fill(model: mistral.Mistral, factor: Callable[[str], float]) -> None:
+    """Random blocks in all packed layers.
+
+    factor  of the weights of a matrix, by its name; 1: they are as large as `SCALES` makes them
+    """
+    for name, module in model.named_modules():
         if isinstance(module, Packed):
             blocks = module.blocks.view(-1, module.kind.block_bytes)
             blocks.random_(0, 256)
             for at, size in SCALES[module.kind.name].items():
-                blocks[:, at : at + 2] = _scale(size, blocks)
+                blocks[:, at : at + 2] = _scale(size * factor(name), blocks)
 
 
 def packed_bytes(model: mistral.Mistral, embedding: bool) -> int:

@@ -6,11 +6,20 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+# nvidia-smi's names, and ours
+_STATE = {
+    "clocks.sm": "sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "power.draw": "watts",
+    "temperature.gpu": "celsius",
+}
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,10 +38,10 @@ def seconds(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of the quickest of some sums over 1 GB of random numbers: reading and nothing else.
+    """Bytes/s of the quickest way to read 1 GB of random numbers and do nothing else.
 
-    A GPU has done one in a quarter of a millisecond, and starting it and waiting for it would
-    count: it does 20.
+    Sums by PyTorch, and on a GPU a kernel that only reads (reading.py). A GPU has done one in a
+    quarter of a millisecond, and starting it and waiting for it would count: it does 20.
     """
     numbers = torch.rand(250_000_000, device=device)
     times = 20 if device.type == "cuda" else 1
@@ -42,7 +51,39 @@ def read_bandwidth(device: torch.device) -> float:
         for _ in range(2)
         for run in sums
     )
-    return times * 1e9 / quickest
+    return max(times * 1e9 / quickest, _kernel_bandwidth(device) if times > 1 else 0.0)
+
+
+def _kernel_bandwidth(device: torch.device) -> float:
+    """Bytes/s of the kernel that only reads; 0, with a warning, if it does not run."""
+    try:
+        from benchmark_parts import reading
+
+        numbers, sums = reading.new_memory(1_000_000_000, device)
+        reading.read(numbers, sums)  # compiles it
+        took = min(
+            seconds(device, lambda: [reading.read(numbers, sums) for _ in range(20)])
+            for _ in range(3)
+        )
+    except Exception as error:  # of Triton, its compiler or the driver
+        warnings.warn(
+            f"the reading kernel does not run: {error}; the roof is that of sums", stacklevel=2
+        )
+        return 0.0
+    return 20 * numbers.nbytes / took
+
+
+def gpu_state(device: torch.device) -> dict[str, float]:
+    """Clocks in MHz, power in watts and temperature of a GPU now; {} without nvidia-smi."""
+    if device.type != "cuda":
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(_STATE)}", "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        values = run.stdout.splitlines()[device.index or 0].split(",")
+        return {name: float(value) for name, value in zip(_STATE.values(), values)}
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

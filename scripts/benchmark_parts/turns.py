@@ -4,11 +4,15 @@ import copy
 import dataclasses
 import gc
 import math
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -35,6 +39,9 @@ NAMES = (
 )
 
 
+# These compile for minutes, as Python code that a signal can interrupt.
+SLOW_STARTERS = ("compile", "transformers-compiled")
+_OUT_OF_TIME = "left out: the time limit was reached"
 _REGROUPING = {"kernels", "kernels-pdl", "cpu"}  # these keep packed weights in another order
 
 
@@ -91,6 +98,7 @@ class Row:
     failed: str = ""
     peak_bytes: int | None = None  # weights included; known on a GPU
     reserved_bytes: int | None = None  # the most that PyTorch reserved on the GPU until then
+    state: dict[str, float] = dataclasses.field(default_factory=dict)  # of the GPU, at the end
     prefills: list[float] = dataclasses.field(default_factory=list)  # seconds
     decodes: list[float] = dataclasses.field(default_factory=list)
 
@@ -106,6 +114,7 @@ class Row:
         }
         if self.failed:
             return facts | {"failed": self.failed}
+        facts |= {"turns": len(self.decodes)}
         decode = case.batch * case.tokens / min(self.decodes)
         prefill = case.batch * case.context / min(self.prefills)
         return facts | {
@@ -122,7 +131,60 @@ class Row:
             "first_token_s": round(min(self.prefills), 5),
             "peak_bytes": self.peak_bytes,
             "reserved_bytes": self.reserved_bytes,
+            **self.state,
         }
+
+
+class TimeLimit:
+    """So many seconds from now; None: any number."""
+
+    def __init__(self, seconds: float | None):
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Seconds, 0 or more."""
+        return max(self._end - time.monotonic(), 0.0)
+
+    def share(self, of: int) -> "TimeLimit":
+        """A part of what is left, for the next of so many."""
+        return TimeLimit(None if self._end == math.inf else self.left() / of)
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Interrupt what runs inside when the time is up, by a TimeoutError.
+
+        Only in the main thread, and not on Windows: elsewhere it runs to its end.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if self._end == math.inf or not is_main or not hasattr(signal, "setitimer"):
+            yield
+            return
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if _is_called_by_pytorch(frame):
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                return
+            raise TimeoutError(_OUT_OF_TIME)
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _is_called_by_pytorch(frame: FrameType | None) -> bool:
+    """Whether an exception would pass through PyTorch's dispatcher, which may abort the process.
+
+    torch.compile traces with tensors whose operations are Python code.
+    """
+    while frame is not None:
+        if frame.f_code.co_name == "__torch_dispatch__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @torch.inference_mode()
@@ -131,10 +193,13 @@ def run_case(
     names: Sequence[str],
     case: Case,
     repeats: int,
-    out_of_time: Callable[[], str],
+    limit: TimeLimit,
     say: Callable,
 ) -> list[Row]:
-    """Measure all contestants in one case. One that fails has a row that says so."""
+    """Measure all contestants in one case. One that fails has a row that says so.
+
+    When the time is up there are fewer turns; who has had none is left out, which its row says.
+    """
     device = field.model.device
     vocabulary = field.model.config.vocab_size
     # Ids that are text for every contestant, also with the small vocabulary of the GGUF file.
@@ -142,17 +207,19 @@ def run_case(
     rows = {name: Row(name, case) for name in names}
     contestants: dict[str, Contestant] = {}
     for name, row in rows.items():
-        row.failed = out_of_time()
-        if not row.failed:
-            say(f"{case}: {name} ...")
-            _attempt(
-                row, lambda row=row: contestants.update({row.engine: _open(field, row, prompts)})
-            )
+        say(f"{case}: {name} ...")
+        _attempt(
+            row, lambda row=row: contestants.update({row.engine: _open(field, row, prompts)}), limit
+        )
     for turn in range(repeats):
         for name in list(contestants) if turn % 2 else list(contestants)[::-1]:
             row = rows[name]
             contestant = contestants[name]
-            _attempt(row, lambda row=row, contestant=contestant: _turn(row, contestant, device))
+            if row.decodes and not limit.left():
+                continue  # the turns before count
+            _attempt(
+                row, lambda row=row, contestant=contestant: _turn(row, contestant, device), limit
+            )
             if row.failed:
                 del contestants[name]
     contestants.clear()
@@ -181,8 +248,11 @@ def _open(field: Field, row: Row, prompts: Tensor) -> Contestant:
 
 
 def _turn(row: Row, contestant: Contestant, device: torch.device) -> None:
-    row.prefills.append(machine.seconds(device, contestant.prefill))
-    row.decodes.append(machine.seconds(device, lambda: _continue(contestant, row.case)))
+    prefill = machine.seconds(device, contestant.prefill)
+    decode = machine.seconds(device, lambda: _continue(contestant, row.case))
+    row.prefills.append(prefill)
+    row.decodes.append(decode)
+    row.state = row.state or machine.gpu_state(device)  # warm from the first turn
 
 
 def _continue(contestant: Contestant, case: Case) -> None:
@@ -193,9 +263,16 @@ def _continue(contestant: Contestant, case: Case) -> None:
         contestant.score(range(300 + at, 300 + at + min(case.chunk, case.tokens - at)))
 
 
-def _attempt(row: Row, work: Callable[[], object]) -> None:
+def _attempt(row: Row, work: Callable[[], object], limit: TimeLimit) -> None:
+    """Do it within the limit; a row that has turns already keeps them if the time is up."""
     try:
-        work()
+        if not limit.left():
+            raise TimeoutError(_OUT_OF_TIME)
+        with limit.enforced():
+            work()
+    except TimeoutError as error:
+        row.failed = "" if row.decodes else str(error)
+        error.__traceback__ = None
     except Exception as error:  # a peer may fail in any way; that is a result
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         row.failed = f"{type(error).__name__}: {lines[0] if lines else 'without a message'}"[:200]
@@ -207,9 +284,3 @@ def _clean_up(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def time_limit(seconds: float | None) -> Callable[[], str]:
-    """A function that says why no other contestant may begin, "" while there is time."""
-    end = math.inf if seconds is None else time.monotonic() + seconds
-    return lambda: "left out: the time limit was reached" if time.monotonic() > end else ""

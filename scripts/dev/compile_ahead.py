@@ -36,7 +36,7 @@ _TYPES = (
     )
     | dict.fromkeys(("partial_outputs", "stats"), "*fp32")
     | dict.fromkeys(("tokens", "positions", "slots", "starts", "lengths"), "*i64")
-    | dict.fromkeys(("integers", "counts", "ids", "problems"), "*i64")
+    | dict.fromkeys(("integers", "counts", "ids", "answers"), "*i64")
     | dict.fromkeys(("eps", "gain", "scale", "attention_factor"), "fp32")
     | dict.fromkeys(
         ("ring_size", "num_slots", "window", "T", "out_features", "rows", "q_rows", "k_rows"), "i32"

@@ -19,6 +19,7 @@ from benchmark_parts import machine, sizes
 from benchmark_parts.contestants import GREEDY
 from benchmark_parts.formats import FORMATS
 from benchmark_parts.sizes import SIZES
+from benchmark_parts.warm_up import WarmUp
 from torch.profiler import ProfilerActivity, profile
 
 import mistral
@@ -73,21 +74,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     on_gpu = device.type == "cuda"
-    default = "bfloat16" if on_gpu else "float32"
-    dtype = common.DTYPES[args.dtype or default]
-    model = sizes.make_model(args.size or ("7b" if on_gpu else "small"), device, dtype, args.format)
-    room = args.context + 3 * args.steps + 2
-    if args.pdl:
-        decoder = mistral_kernels.Decoder(model, args.batch_size, room, pdl=True)
-        note = "engine: kernels, pdl"
-    else:
-        decoder, note = mistral_kernels.open_engine(args.engine, model, args.batch_size, room)
+    dtype = common.DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")]
+    model, decoder, note = open_decoder(args, device, dtype)
     common.show(
         f"{note}; {machine.facts(device, dtype)['machine']}, {args.format}, "
         f"{str(dtype).removeprefix('torch.')}, batch {args.batch_size}, context {args.context:,}"
     )
     bandwidth = machine.read_bandwidth(device)
-    common.show(f"the machine reads {bandwidth / 1e9:,.1f} GB/s (measured: sums over 1 GB)\n")
+    common.show(f"the machine reads {bandwidth / 1e9:,.1f} GB/s (measured: reading 1 GB)\n")
 
     decoder.prefill(
         torch.randint(3, model.config.vocab_size, (args.batch_size, args.context)).tolist()
@@ -113,6 +107,29 @@ def main() -> None:
         "batch": args.batch_size,
     }
     common.show_json(facts | {"step_s": wall, "rows": rows})
+
+
+def open_decoder(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> tuple[mistral.Mistral, mistral.Decoder, str]:
+    """A random model, its engine, and a line about it."""
+    on_gpu = device.type == "cuda"
+    size = args.size or ("7b" if on_gpu else "small")
+    ahead = None
+    if on_gpu and args.engine in ("auto", "kernels"):
+        common.note("compiling the kernels in all cores; meanwhile the weights are made")
+        case = sizes.Case(args.batch_size, args.context, 3 * args.steps)
+        engines = ["kernels-pdl" if args.pdl else "kernels"]
+        capability = torch.cuda.get_device_capability(device)
+        ahead = WarmUp(size, dtype, [args.format], [case], engines, capability)
+    model = sizes.make_model(size, device, dtype, args.format)
+    if ahead:
+        common.note(ahead.wait(120))
+    room = args.context + 3 * args.steps + 2
+    if args.pdl:
+        decoder = mistral_kernels.Decoder(model, args.batch_size, room, pdl=True)
+        return model, decoder, "engine: kernels, pdl"
+    return model, *mistral_kernels.open_engine(args.engine, model, args.batch_size, room)
 
 
 def run_steps(decoder: mistral.Decoder, n: int) -> None:
