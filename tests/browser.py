@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 CHROMIUM = next(
@@ -60,11 +62,7 @@ class Browser:
             if pages
             else self.call("Target.createTarget", url="about:blank")["targetId"]
         )
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        self._attach(target)
 
     def __enter__(self) -> "Browser":
         return self
@@ -74,6 +72,37 @@ class Browser:
         self._process.wait()
         os.close(self._in)
         os.close(self._out)
+
+    def _attach(self, target: str) -> None:
+        self._session = None
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    @contextmanager
+    def other_tab(self) -> Iterator[None]:
+        """A second tab: until the end, all calls are for it."""
+        self._first = self._session
+        self._session = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._attach(target)
+        try:
+            yield
+        finally:
+            self._session = None
+            self.call("Target.closeTarget", targetId=target)
+            self._session = self._first
+
+    @contextmanager
+    def first_tab(self) -> Iterator[None]:
+        """Within `other_tab`: until the end, all calls are for the first tab."""
+        other = self._session
+        self._session = self._first
+        try:
+            yield
+        finally:
+            self._session = other
 
     def call(self, method: str, **parameters) -> dict:
         """One command of the DevTools protocol, and its result."""
@@ -107,7 +136,8 @@ class Browser:
         elif event == "Runtime.consoleAPICalled" and what["type"] in ("error", "warning", "assert"):
             self.complaints.append(json.dumps(what["args"]))
         elif event == "Log.entryAdded" and what["entry"]["level"] in ("error", "warning"):
-            self.complaints.append(what["entry"]["text"])
+            entry = what["entry"]
+            self.complaints.append(f"{entry['text']} {entry.get('url', '')}".strip())
         elif event == "Network.requestWillBeSent":
             self.requests.append(what["request"]["url"])
 
@@ -143,9 +173,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, path: Path) -> None:
-        """Load a page from a file."""
-        self.call("Page.navigate", url=path.absolute().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Load a page from a file or an address."""
+        url = page.absolute().as_uri() if isinstance(page, Path) else page
+        self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
     def click(self, selector: str, across: float = 0.5, down: float = 0.5) -> None:
@@ -163,6 +194,22 @@ class Browser:
         """A key, for example ArrowRight."""
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+
+    def write(self, text: str) -> None:
+        """Type a text where the focus is."""
+        self.call("Input.insertText", text=text)
+
+    def enter(self, modifiers: int = 0) -> None:
+        """The Enter key. modifiers: 2 Ctrl, 8 Shift."""
+        self.key("Enter", "\r", 13, modifiers)
+
+    def key(self, key: str, text: str = "", code: int = 0, modifiers: int = 0) -> None:
+        """A key that may write a text or have modifiers."""
+        what = {"key": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+        self.call(
+            "Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **what
+        )
+        self.call("Input.dispatchKeyEvent", type="keyUp", **what)
 
     def screenshot(self, path: Path) -> None:
         """The whole page as a PNG file: the window is made as high as the page for it."""

@@ -1,5 +1,6 @@
 """What all tests share: paths, seeds, the markers `gpu` and `slow`, and the line about skips."""
 
+import gc
 import os
 import re
 import sys
@@ -10,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 # The models are tiny, and other workers run beside: a second thread only waits for the first. This
 # is for the scripts that tests start; `set_num_threads` below is for the tests themselves.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A script that a test starts finds what another one has compiled, 0.3 s of each import of mistral.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts/dev"))
 
@@ -24,9 +27,28 @@ if not torch.cuda.is_available():
 slow_left_out = 0  # tests marked `slow` that `-m "not slow"` in pyproject.toml has deselected
 
 
+# The files that take longest, so that a worker does not begin one when the others have ended.
+LONGEST = (
+    "test_real_weights.py",
+    "test_rows_and_state.py",
+    "test_scripts.py",
+    "test_generation.py",
+    "test_gguf.py",
+    "test_docs.py",
+    "test_grammar.py",
+    "test_sampling_kernel.py",
+    "test_compiled.py",
+    "test_demo.py",
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist: else the files with most tests are first
+
+
 def pytest_collection_modifyitems(items):
-    # The longest file first, so that a worker does not begin it when the others have ended.
-    items.sort(key=lambda item: item.path.name != "test_real_weights.py")
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -78,6 +100,13 @@ def skip_reasons(reasons, left_out=0):
     if left_out:
         parts.append(f"{left_out} slow (pytest -m slow runs them)")
     return parts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules_are_no_garbage():
+    """What was imported so far stays: a collection of garbage need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ PAGE = (small.ROOT / "docs/structures.md").read_text()
 ROW = re.compile(r"^\| `(\w+)` \| .+ \| ([^|]+) \|$", re.M)  # room, what is in it, may import
 ARROWS = {room: re.findall(r"`([\w.]+)`", allowed) for room, allowed in ROW.findall(PAGE)}
 SCRIPTS = sorted((small.ROOT / "scripts").rglob("*.py"))
-SCRIPT_NAMES = {path.stem for path in SCRIPTS} | {"scripts", "benchmark_parts"}
+SCRIPT_NAMES = {path.stem for path in SCRIPTS} | {"scripts", "benchmark_parts", "chat_parts"}
 STATION = re.compile(r"^(\d+)\. `([\w/]+\.py)`: `([\w.]+)`", re.M)
 
 

@@ -1,5 +1,6 @@
 """The rolling cache: whatever the chunks, the logits are those of one pass over the whole text."""
 
+import copy
 import random
 
 import pytest
@@ -309,6 +310,44 @@ def test_a_forward_never_waits_for_the_device(a_model_and_what_it_reads, no_host
     ):
         with pytest.raises(AssertionError):
             read(cache.slot_positions)
+
+
+@pytest.mark.parametrize("window", [4, None])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_row_is_copied_bit_for_bit_or_refused(seed, window):
+    generator = random.Random(seed)
+    model = small.model(sliding_window=window, seed=seed)
+    tokens = small.tokens(3, LONG, seed=seed)
+    copied = 0
+    for held in (1, 3, 4, 6, 7, 8, 20, 35):
+        cache = model.new_cache(3, max_tokens=LONG if window is None else None, slack=3)
+        for _ in read_chunks(model, cache, tokens, [[held, generator.choice([0, 2, 11]), 5]]):
+            pass
+        for length in range(held + 1):
+            before = cache.keys.clone(), cache.lengths, cache.peaks
+            if held > 7 and 0 < length < held - 3 and window:
+                with pytest.raises(ValueError, match="cannot be copied to row 1"):
+                    cache.copy_row(0, 1, length)
+                assert torch.equal(cache.keys, before[0])
+                assert (cache.lengths, cache.peaks) == before[1:]
+                continue
+            cache.copy_row(0, 1, length)
+            copied += 1
+            assert cache.lengths == [held, length, 5]
+            sources = cache.slot_positions[:2].tolist()
+            kept = [s for s, p in enumerate(sources[1]) if p >= 0]
+            assert sources[1] == [p if p < length else -1 for p in sources[0]]
+            assert torch.equal(cache.keys[:, 0, :, kept], cache.keys[:, 1, :, kept])
+            assert torch.equal(cache.values[:, 0, :, kept], cache.values[:, 1, :, kept])
+            # Both continue, by different ids.
+            own = copy.deepcopy(cache)
+            text = tokens.clone()
+            text[1, :length] = tokens[0, :length]
+            whole = model(text)
+            steps = [[1, 1, 0], [3, 2, 1], [6, 9, 0]]
+            for b, p, logits in read_chunks(model, own, text, steps, [held, length, 5]):
+                assert (logits - whole[b, p]).abs().max() < 1e-12 or b == 2
+    assert copied > 30
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -336,13 +336,13 @@ def test_mutated_files_give_a_model_or_a_checkpoint_error(folder, name):
             case 3:
                 data[at:at] = generator.randbytes(5)
         (folder / name).write_bytes(data)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             _, tokenizer = mistral.load(folder, device="cpu")
             tokenizer.decode(tokenizer.encode("some <|im_start|> text", special=True))
         except mistral.CheckpointError:
             pass
-        assert time.perf_counter() - start < 10
+        assert time.process_time() - start < 10
 
 
 MEASURE = """

@@ -86,8 +86,11 @@ def hub():
 # huggingface_hub reads its settings when it is imported, so each call of `run` has a process of its
 # own: a fork of this one, which has imported the rest.
 LOADER = """
-import json, os, sys, warnings
+import contextlib, importlib, json, os, sys, warnings
 import safetensors.torch, sentencepiece, tokenizers, torch, tqdm
+for name in "httpx2 httpcore2 anyio h11 idna truststore yaml filelock".split():
+    with contextlib.suppress(ImportError):  # what huggingface_hub imports
+        importlib.import_module(name)
 warnings.simplefilter("ignore")
 for line in sys.stdin:
     loads, environment = json.loads(line)

@@ -30,6 +30,14 @@ def test_the_bits_of_the_scales_are_those_of_the_drawing_in_the_code():
     assert all(high == low + 32 for low, high in nibbles)
 
 
+def test_a_vector_of_a_tile_has_eight_columns_of_eight_rows_and_pairs_of_neighbours():
+    lanes = data("packed_lanes")["lanes"]
+    places = [tuple(place) for lane in lanes for place in lane]
+    assert sorted(places) == [(row, column) for row in range(8) for column in range(8)]
+    for left, right in zip(lanes[::2], lanes[1::2]):
+        assert [(row, column + 1) for row, column in left] == [tuple(place) for place in right]
+
+
 def test_temperature_removes_nothing_and_every_other_warper_removes_tokens():
     figure = data("warpers")
     assert 0.02 < max(figure["plain"]) < 0.8, (

@@ -70,7 +70,7 @@ def test_the_commands_install_with_the_pinned_versions():
 
 
 @pytest.mark.parametrize(
-    "script", sorted({m for c in COMMANDS for m in re.findall(r"scripts/\w+\.py", c)})
+    "script", sorted({m for c in COMMANDS for m in re.findall(r"python (scripts/\w+\.py)", c)})
 )
 def test_every_option_in_the_readme_exists(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, "--help"])

@@ -30,10 +30,10 @@ def prompt(n, seed=0):
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 23])
 def test_the_cached_loop_equals_the_naive_one_far_beyond_the_window(length, window, sampling):
     model = small.model(sliding_window=window)
-    arguments = dict(max_new_tokens=60, stop_tokens=())
+    arguments = dict(max_new_tokens=24, stop_tokens=())
     naive = list(generate_naive(model, prompt(length), sampling, **arguments))
     assert list(generate(model, prompt(length), sampling, **arguments)) == naive
-    assert len(naive) == 60
+    assert len(naive) == 24
 
 
 def test_a_generated_text_scores_as_its_own_log_probabilities():
@@ -438,16 +438,21 @@ def test_rows_of_the_model_without_a_token_are_never_drawn(with_true_tokenizer):
     assert max(seen.accepted) < tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("cut", range(3, 40, 3))
-def test_a_stop_string_ends_the_text_wherever_the_tokens_break(with_true_tokenizer, cut):
-    whole = "".join(pieces_of(with_true_tokenizer))
+@pytest.fixture(scope="module")
+def whole(with_true_tokenizer):
+    return "".join(pieces_of(with_true_tokenizer))
+
+
+FEW = (3, 9, 18, 30, 36)
+CUTS = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in range(3, 40, 3)]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_stop_string_ends_the_text_wherever_the_tokens_break(with_true_tokenizer, whole, cut):
     stop = whole[cut : cut + 5]
     expected = whole[: whole.index(stop)]
-    assert "".join(pieces_of(with_true_tokenizer, stop=[stop])) == expected
-    assert (
-        "".join(pieces_of(with_true_tokenizer, stop=["never seen, this", stop, stop + "x"]))
-        == expected
-    )
+    for stops in ([stop], ["never seen, this", stop, stop + "x"]):
+        assert "".join(pieces_of(with_true_tokenizer, stop=stops)) == expected
     # A beginning of it that continues differently is released.
     assert "".join(pieces_of(with_true_tokenizer, stop=[stop + "\u0000 no"])) == whole
 

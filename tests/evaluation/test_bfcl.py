@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import small
+from starlette.testclient import TestClient
 
 import mistral
 from mistral.chat.events import Call
 from mistral.engine.decoder import Decoder
-from mistral.evaluation import bfcl
+from mistral.evaluation import bfcl, bfcl_server
 from mistral.evaluation.bfcl import BfclAnswer
 from mistral.evaluation.rows import DataError
+from mistral.server import create_app
 
 AREA = {
     "name": "geometry.area",
@@ -141,6 +144,73 @@ def test_a_model_is_asked_each_row_once(opened):
     found = bfcl.bfcl_summary(scored)
     assert {*found} == {*bfcl.CATEGORIES}
     assert all(result["n"] == 1 and not result["invalid_calls"] for result in found.values())
+
+
+def test_a_server_is_asked_what_a_model_is_asked(opened):
+    data, checker = opened
+    model, tokenizer = mistral.load("demo", device="cpu")
+    rows = [row for category in bfcl.CATEGORIES for row in bfcl.read_suite(data, category, 2)]
+    asked = bfcl.ask(Decoder(model, 2, slack=32), tokenizer, rows)
+    expected = {row.id: answer for row, answer in asked}
+    with TestClient(create_app(model, tokenizer, slots=2)) as client:
+
+        def post(path, body):
+            response = client.post(path, json=body)
+            return response.status_code, response.json()
+
+        asked = list(bfcl_server.ask_server(post, rows, at_once=2))
+    assert [row for row, _ in asked] == rows
+    for row, answer in asked:
+        same = [(call.name, call.arguments) for call in expected[row.id].calls]
+        assert [(call.name, call.arguments) for call in answer.calls] == same
+        assert (answer.text, answer.was_cut) == (expected[row.id].text, expected[row.id].was_cut)
+        assert not bfcl.format_problems(row, answer)
+
+
+@pytest.mark.parametrize(
+    ("status", "reply", "found"),
+    [
+        (400, {"error": {"message": "too long"}}, "too long"),
+        (500, "invalid_answer", "invalid_answer"),
+        (401, "no key", DataError),
+        (200, {"choices": []}, DataError),
+        (200, "text", DataError),
+        (200, {"choices": [{"finish_reason": "stop", "message": {"content": "No."}}]}, None),
+    ],
+)
+def test_replies_of_other_forms_are_told_apart(opened, status, reply, found):
+    rows = bfcl.read_suite(opened[0], "multiple", 1)
+    asked = bfcl_server.ask_server(lambda path, body: (status, reply), rows)
+    if found is DataError:
+        with pytest.raises(DataError):
+            list(asked)
+        return
+    ((_, answer),) = asked
+    if found is None:
+        assert (answer.text, answer.refusal) == ("No.", None)
+    else:
+        assert found in answer.refusal
+
+
+def reply_with(reply, path, body):
+    return 200, reply
+
+
+def test_arguments_that_are_not_an_object_are_an_invalid_call(opened):
+    rows = bfcl.read_suite(opened[0], "multiple", 1)
+    for written in ('["a"]', "{", "{'radius': 1}"):
+        call = {"function": {"name": "geometry_area", "arguments": written}}
+        message = {"tool_calls": [call]}
+        reply = {"choices": [{"finish_reason": "tool_calls", "message": message}]}
+        ((row, answer),) = bfcl_server.ask_server(partial(reply_with, reply), rows)
+        assert len(bfcl.format_problems(row, answer)) == 1
+        assert not bfcl.judge(row, answer, opened[1]).passed
+
+
+def test_a_server_that_is_not_there_is_an_error(opened):
+    rows = bfcl.read_suite(opened[0], "multiple", 1)
+    with pytest.raises(DataError, match="cannot be asked"):
+        list(bfcl_server.ask_server(bfcl_server.post_to("http://127.0.0.1:1"), rows))
 
 
 def test_a_folder_without_the_suite_is_an_error(tmp_path, monkeypatch):

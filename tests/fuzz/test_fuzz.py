@@ -52,7 +52,7 @@ def test_a_fault_is_seen():
             while time.process_time() < start + 0.025:
                 pass
         if case == "fill":
-            return str(len(b"x" * 50_000_000))
+            return str(len(b"x" * 200_000_000))
         return "ended"
 
     target = Target("x", "", cases(lambda m: m.text()), check, (ValueError,), seconds=0.02)

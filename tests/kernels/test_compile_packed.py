@@ -11,8 +11,8 @@ KINDS = ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 ROOM = 65536  # registers of a multiprocessor
 # Instructions for which there is time while the bytes of a weight arrive, at 4.3 TB/s on an H200
 TIME = {"Q4_0": 3.9, "Q4_K": 4.2, "Q5_K": 4.9, "Q6_K": 5.7, "Q8_0": 7.3}
-# A head and the pieces of a group; each lane has two lines of the tile
-LOADS = {"Q4_0": 18, "Q4_K": 18, "Q5_K": 22, "Q6_K": 26, "Q8_0": 34}
+# A head and the pieces of half a group; each lane has two lines of the tile
+LOADS = {"Q4_0": 10, "Q4_K": 10, "Q5_K": 12, "Q6_K": 14, "Q8_0": 18}
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -47,7 +47,7 @@ def test_every_kind_compiles_for_every_target(compiled, request):
 def test_nothing_spills_that_is_needed_and_two_blocks_of_threads_fit_a_multiprocessor(compiled):
     for made in compiled:
         if made["dtype"] == "float16":  # float32 is there to be compared, not to be fast
-            if made["batch"] == 8:  # one register may wait in memory until the loop is over
+            if made["batch"] >= 8:  # one register may wait in memory until the loop is over
                 assert made["spilled"] == 0 or (made["spilled"], made["spilled_in_loops"]) == (
                     8,
                     0,
@@ -55,6 +55,14 @@ def test_nothing_spills_that_is_needed_and_two_blocks_of_threads_fit_a_multiproc
             else:
                 assert made["spilled"] == 0, made
             assert 2 * made["threads"] * made["registers"] <= ROOM, made
+
+
+def test_four_blocks_of_threads_of_gate_and_up_fit_a_multiprocessor(compiled):
+    """Half of a step's bytes: while some of them multiply, the others load."""
+    made = [line for line in compiled if line["name"] == "gate_up" and line["batch"] <= 8]
+    assert made
+    for line in made:
+        assert 4 * line["threads"] * line["registers"] <= ROOM, line
 
 
 def test_weights_are_loaded_wide_and_ahead_of_their_use(compiled):

@@ -1,15 +1,11 @@
 """The CPU engine against the reference: logits, greedy texts, doors, threads."""
 
 import copy
-import ctypes
 import gc
-import itertools
 import pickle
-import secrets
 import time
 import weakref
 
-import numpy as np
 import pytest
 import small
 import torch
@@ -17,25 +13,17 @@ import torch
 import mistral
 from mistral import Decoder, Sampling, generate, generate_batch
 from mistral.quantization.dequantize import dequantize
+from mistral.quantization.ggml_types import GGML_TYPES
 from mistral.quantization.packed import PackedLinear
 from mistral.quantization.quantize import Q8_0, quantize
 
 pytest.importorskip("numba")
 
-import numba  # noqa: E402
-from numba.core.bytecode import FunctionIdentity  # noqa: E402
-
 from mistral_kernels import engines  # noqa: E402
 from mistral_kernels.cpu import Decoder as CpuDecoder  # noqa: E402
 from mistral_kernels.cpu import compiled  # noqa: E402
 from mistral_kernels.cpu import prompt as prompt_module  # noqa: E402
-from mistral_kernels.cpu.layout import MAX_COLUMNS  # noqa: E402
-from mistral_kernels.cpu.team import (  # noqa: E402
-    PHASE_BYTES,
-    claim,
-    completes,
-    open_phases,
-)
+from mistral_kernels.cpu.layout import MAX_COLUMNS, PHASE_BYTES, Sizes  # noqa: E402
 from mistral_kernels.cpu.weights import problem  # noqa: E402
 
 GREEDY = Sampling(temperature=0)
@@ -62,6 +50,16 @@ def distance(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_together():
+    """All that is compiled here, by several processes, if no earlier run has done it."""
+    dtypes = ("float32", "float16", "bfloat16")
+    kernels = ("attention", "storing", "plain product")
+    names = [f"{kernel} of {dtype}" for kernel in kernels for dtype in dtypes]
+    rows = ("round rows", "norm rows", "gate rows", "rotate rows")
+    compiled.prepare(["step", "product of Q8_0", "row of Q8_0", *rows, *names])
+
+
 @pytest.fixture(scope="module")
 def packed():
     """The demo, packed, and the same weights unpacked."""
@@ -82,7 +80,7 @@ def wide():
     return packed, exact
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5, 8])
 @pytest.mark.parametrize("window", [None, 6])
 def test_logits_are_the_reference_ones_past_the_window(threads, window):
     m = model(sliding_window=window)
@@ -100,6 +98,35 @@ def test_logits_are_the_reference_ones_past_the_window(threads, window):
             for engine in (reference, decoder):
                 engine.rewind([1, 0, 3])
     assert decoder.lengths == reference.lengths
+
+
+@pytest.mark.parametrize("kind, threads", [("packed", 2), ("plain", 3)])
+def test_rows_that_keep_their_bits_share_a_step(packed, kind, threads):
+    """Past the window, and through prompts of one token, of a step, and of more than a step."""
+    m = packed[0] if kind == "packed" else model(sliding_window=24)
+    prompts = [prompt(40), prompt(1, 1), prompt(7, 2), prompt(90, 3)]
+
+    def all_logits(rows):
+        """Of each of these rows at each of 12 steps; and how many passes the last 8 took."""
+        decoder = CpuDecoder(m, 4, 120, threads=threads)
+        decoder.rows_together = False
+        read = decoder._read
+        passes = []
+        decoder._read = lambda *arguments: (passes.append(0), read(*arguments))[1]
+        decoder.prefill([ids if b in rows else [] for b, ids in enumerate(prompts)])
+        logits = []
+        for i in range(12):
+            logits.append(decoder.logits[rows])
+            if i == 3:
+                passes.clear()
+            decoder.step([GREEDY if b in rows else None for b in range(4)])
+        return torch.stack(logits, dim=1), len(passes)
+
+    together, passes = all_logits([0, 1, 2, 3])
+    assert passes == 8
+    for b in range(4):
+        assert torch.equal(all_logits([b])[0][0], together[b])
+    assert torch.equal(all_logits([1, 3])[0], together[[1, 3]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -276,8 +303,16 @@ def test_helpers_that_went_to_sleep_take_part_again():
 
 
 def test_an_item_is_claimed_once_and_never_under_an_old_ticket():
-    counters = np.zeros(2 * PHASE_BYTES // 8, np.int64)
-    phase = counters.ctypes.data
+    numba = pytest.importorskip("numba")
+    from mistral_kernels.cpu import phases
+
+    # Compiled code calls these; here Python does.
+    claim, completes, open_phases = (
+        numba.njit(function.py_func)
+        for function in (phases.claim, phases.completes, phases.open_phases)
+    )
+    counters = torch.zeros(2 * PHASE_BYTES // 8, dtype=torch.int64)
+    phase = counters.data_ptr()
     open_phases(phase, 2, 6)
     open_phases(phase, 2, 7)
     assert claim(phase, 6, 3) == -1  # a helper that comes back late
@@ -308,6 +343,16 @@ def test_what_cannot_run_is_said():
         CpuDecoder(m, 1, 60)
 
 
+def test_one_matrix_of_a_type_without_a_product_is_named_and_nothing_is_regrouped():
+    m = mistral.load("demo", packed=True)[0]
+    layer = m.model.layers[1].mlp.down_proj
+    layer.kind = next(kind for kind in GGML_TYPES.values() if kind.name == "IQ4_NL")
+    decoder, line = engines.open_engine("auto", m)
+    assert type(decoder) is Decoder
+    assert "not cpu: no CPU kernel multiplies IQ4_NL, the type of model.layers.1.mlp" in line
+    assert all(m.keeper is None for m in m.modules() if isinstance(m, PackedLinear))
+
+
 def test_the_engine_opens_by_its_name():
     decoder, line = engines.open_engine("cpu", model(), 2, 60)
     assert isinstance(decoder, CpuDecoder)
@@ -319,69 +364,13 @@ def test_the_engine_opens_by_its_name():
 def test_a_step_has_the_sizes_of_its_model_and_the_places_of_its_columns():
     reference = model(rms_norm_eps=3e-4, sliding_window=None)
     buffers = CpuDecoder(reference, 2, 64, threads=1)._buffers
-    assert buffers.sizes.eps == 3e-4
-    assert buffers.sizes.window > 10**9  # no position is as far as that
+    assert buffers._eps.item() == pytest.approx(3e-4)
+    sizes = Sizes(*buffers.sizes.tolist())
+    assert sizes.eps == buffers._eps.data_ptr()
+    assert sizes.window > 10**9  # no position is as far as that
     with torch.inference_mode():
-        buffers.give_orders([1, 0, 1], [7, 3, 8], 2)
+        buffers.give_orders([1, 0, 1], [7, 3, 8], 2, 5)
     orders = buffers._orders.tolist()
-    assert orders[:3] == [3, 2, 1]  # columns, columns with logits, threads
+    assert orders[:4] == [3, 2, 1, 5]  # columns, columns with logits, threads, columns of shares
     padding = [0] * (MAX_COLUMNS - 3)
-    assert orders[3:] == [1, 0, 1, *padding, 7, 3, 8, *padding]
-
-
-def test_other_sources_have_a_cache_of_their_own(monkeypatch, tmp_path):
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
-    folders = []
-    for text in ("a", "b", "a"):
-        (tmp_path / "lanes.py").write_text(text)
-        folders.append(compiled._folder.__wrapped__())
-    assert folders[0] == folders[2] != folders[1]
-
-
-@pytest.mark.parametrize("by_address", [False, True])
-def test_functions_that_two_processes_compiled_share_no_symbol(monkeypatch, tmp_path, by_address):
-    """Two processes are imitated: each counts numba's functions from the same number."""
-    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
-
-    def make(value):
-        @compiled.part
-        def inner(x):  # recursive: it does not disappear into its caller
-            return value * x if x < 2 else inner(x - 1) + inner(x - 2)
-
-        def outer(x):
-            return inner(x) + value
-
-        name = f"times {value}"
-        if not by_address:
-            return compiled.compiled(name)(outer)
-        address = compiled.address_of(outer, numba.int64(numba.int64), name)
-        return ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)
-
-    for _ in "compiled", "found in the cache":
-        results = []
-        for value in (2, 3):
-            monkeypatch.setattr(compiled, "_PROCESS", f"{value}{secrets.token_hex(8)}")
-            monkeypatch.setattr(FunctionIdentity, "_unique_ids", itertools.count(1_000_000))
-            results.append(make(value)(6))
-        assert results == [18, 27]
-
-
-def test_only_compiled_code_counts_as_an_earlier_start(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path)
-    (tmp_path / "cpu").mkdir()  # numba makes it when a function is declared
-    assert not compiled.is_cached()
-    (tmp_path / "cpu/lanes.step.nbi").touch()
-    assert compiled.is_cached()
-
-
-def test_a_home_that_cannot_be_written_is_said(monkeypatch, tmp_path):
-    compiled._folder.cache_clear()
-    taken = tmp_path / "file"
-    taken.write_text("")
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(taken))
-    try:
-        assert "set NUMBA_CACHE_DIR" in compiled.cache_problem()
-        assert not compiled.is_cached()
-    finally:
-        compiled._folder.cache_clear()
+    assert orders[4:] == [1, 0, 1, *padding, 7, 3, 8, *padding]

@@ -205,6 +205,47 @@ def test_the_kernels_from_the_prompt_to_the_chosen_ids_give_the_references_text(
     assert_same_logits(*engines)
 
 
+def test_rows_that_keep_their_bits_share_a_step():
+    """Past the window; prompts have a pass of their own."""
+    _, fast = pair(4, 60)
+    fast.rows_together = False
+    prompts = [small.tokens(n, seed=n).tolist() for n in (20, 1, 6, 33)]
+    steps = []
+    run = fast._step.run
+    fast._step.run = lambda positions: (steps.append(0), run(positions))
+
+    def all_logits(rows):
+        fast.rewind(fast.lengths)
+        fast.prefill([ids if b in rows else [] for b, ids in enumerate(prompts)])
+        logits = []
+        for _ in range(12):
+            logits.append(fast.logits[rows])
+            steps.clear()
+            fast.step([GREEDY if b in rows else None for b in range(4)])
+        return torch.stack(logits, dim=1)
+
+    together = all_logits([0, 1, 2, 3])
+    assert fast.logits is not None
+    assert len(steps) == 1
+    for rows in ([0], [1], [2], [3], [1, 3]):
+        assert torch.equal(all_logits(rows), together[rows])
+
+
+def test_a_row_of_a_step_of_the_kernels_has_the_same_bits_in_any_company():
+    """On a CPU in Triton's interpreter: beside a row at another position, and an idle one."""
+    changes = dict(num_hidden_layers=1, sliding_window=2, hidden_size=64, intermediate_size=64)
+    model = small.model(torch.float32, **SIZES | changes).to(DEVICE)
+    tokens = small.tokens(2, 4).to(DEVICE)
+    results = []
+    for others in ([0, -1, 1, 2], [-1, -1, -1, -1]):
+        step = DecodeStep(model, model.new_cache(2, slack=1), KERNELS)
+        for t, other in enumerate(others):
+            step.tokens.copy_(tokens[:, t])
+            step.run(torch.tensor([t, other], device=DEVICE))
+            results.append(step.logits[0].clone())
+    assert torch.equal(torch.stack(results[:4]), torch.stack(results[4:]))
+
+
 def test_regrouped_weights_are_the_models_own_and_regrouped_once():
     model = small.model(torch.float32, **SIZES)
     logits = model(small.tokens(1, 9))

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import mistral
-from mistral.checkpoints import gguf_export, hugging_face
+from mistral.checkpoints import hugging_face
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GGML_TYPES
 from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear, TiedOutput
@@ -203,6 +203,9 @@ def test_a_model_whose_blocks_became_planes_is_not_saved_by_halves(tmp_path):
     with pytest.raises(
         ValueError, match="is packed; load the checkpoint without packed=True and quantize"
     ):
+        pytest.importorskip("gguf")
+        from mistral.checkpoints import gguf_export
+
         gguf_export.export(model, small.true_tokenizer(), tmp_path / "m.gguf", "F16")
 
 

@@ -1,6 +1,7 @@
 """The trial of a new decoder: it does everything twice, compares numbers, and leaves no trace."""
 
 import copy
+import math
 
 import pytest
 import small
@@ -9,7 +10,7 @@ from test_packed_decoder import Q4_K_M, packed_model
 
 import mistral
 from mistral_kernels.decoder import Decoder
-from mistral_kernels.trial import expected_logits, try_out
+from mistral_kernels.trial import WrongLogits, expected_logits, try_out
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = DEVICE == "cpu"
@@ -133,7 +134,7 @@ def test_a_decoder_with_little_room_is_tried_within_it(room):
 
 
 @pytest.mark.parametrize("work", ["_read_chunk", "_read_tokens"])
-@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+@pytest.mark.parametrize("wrong", [-0.4, float("nan")])
 def test_wrong_numbers_of_a_chunk_or_of_a_step_are_told(work, wrong):
     model = dense_model()
     expected = expected_logits(model)
@@ -144,11 +145,22 @@ def test_wrong_numbers_of_a_chunk_or_of_a_step_are_told(work, wrong):
     else:
         read = decoder._read_tokens
         decoder._read_tokens = lambda: (read(), decoder._step.logits.mul_(wrong))
-    with pytest.raises(ValueError, match="logits are (50|nan)% away from the model's own"):
+    with pytest.raises(WrongLogits, match="logits are (140|nan)% away from the model's own"):
         try_out(decoder, expected)
+
+
+def test_rounding_that_a_random_model_amplifies_is_told_and_not_refused():
+    model = dense_model()
+    expected = expected_logits(model)
+    decoder = Decoder(model, plain=True)
+    read = decoder._read_tokens
+    decoder._read_tokens = lambda: (read(), decoder._step.logits.mul_(1.11))
+    assert try_out(decoder, expected) == pytest.approx(0.11, abs=1e-5)
+    assert try_out(Decoder(model, plain=True), expected) < 1e-5
+    assert try_out(Decoder(model, 1, 3, plain=True), expected) == 0.0  # no room to compare
 
 
 def test_numbers_that_the_model_itself_does_not_have_are_no_fault_of_the_kernels():
     model = dense_model()
     model.model.norm.weight.data.fill_(torch.nan)
-    tried(model)
+    assert math.isnan(try_out(Decoder(model, plain=PLAIN), expected_logits(model)))

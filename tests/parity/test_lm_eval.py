@@ -11,6 +11,7 @@ import tomllib
 import pytest
 import small
 import torch
+from benchmark_parts.served import Serving, served
 from safetensors.torch import load_file, save_file
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -445,3 +446,59 @@ def test_the_command_line_evaluates_a_checkpoint(folder, tasks, monkeypatch, cap
 def test_the_command_line_ends_in_one_line_where_there_is_no_checkpoint(tasks, monkeypatch):
     with pytest.raises(SystemExit, match="^error: /nowhere does not exist"):
         run_command(monkeypatch, "--model_args", "pretrained=/nowhere")
+
+
+# --- The harness asks our server, by its own `local-completions`
+
+
+@pytest.fixture(scope="module")
+def over_http(folder, their_tokenizer):
+    """`asked(length)`: the harness's client of a server that reads `length` tokens."""
+    for name in ("aiohttp", "tenacity"):  # lm_eval[api]
+        pytest.importorskip(name)
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    their_tokenizer.save_pretrained(folder / "tokenizer")
+    serving = Serving(path=folder, engine="eager", packed=False, slots=3, room=64, threads=1)
+    with served("ours", serving) as address:
+
+        def asked(length):
+            return LocalCompletionsAPI(
+                base_url=f"{address}/v1/completions",
+                model="small",
+                tokenizer=str(folder / "tokenizer"),
+                tokenizer_backend="huggingface",
+                add_bos_token=True,
+                max_length=length + 1,
+                num_concurrent=1,
+            )
+
+        yield asked
+
+
+def numbers(answers):
+    """All scores in lists of lists; a flag is a number, too."""
+    if not isinstance(answers, (list, tuple)):
+        return [float(answers)]
+    return [number for inner in answers for number in numbers(inner)]
+
+
+@pytest.mark.slow
+def test_the_server_gives_the_harness_the_adapters_scores(folder, over_http, evaluate):
+    ours = MistralLM(str(folder), device="cpu", dtype="float32", sliding_window=None, max_length=62)
+    # Their maximum counts the token that is scored and not read.
+    for task in ("local_choices", "local_texts"):
+        results, answers = evaluate(ours, task)
+        found, got = evaluate(over_http(63), task)
+        print(task, results, found)
+        assert numbers(got) == pytest.approx(numbers(answers), abs=1e-4)
+        for name, value in results.items():
+            if isinstance(value, float):
+                assert found[name] == pytest.approx(value, rel=1e-5)
+    results, answers = evaluate(ours, "local_writing")
+    found, got = evaluate(over_http(62), "local_writing")
+    print("local_writing", results, found)
+    assert found == results
+    # A completion continues its prompt, so the space before its first word is part of it. The
+    # adapter decodes an answer alone, as hf does, and that drops the space.
+    assert [[[text.removeprefix(" ")]] for ((text,),) in got] == answers

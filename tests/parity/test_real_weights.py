@@ -22,7 +22,7 @@ from mistral.chat.formats import chat_format, encode_chat
 pytestmark = real_model.needs_it
 
 T = 1320  # of the long form
-T_SHORT = 330
+T_SHORT = 160
 # What the file's chat template puts before a conversation that has no system message
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -46,6 +46,8 @@ def read_once():
     names for each tensor: remember both.
     """
     with pytest.MonkeyPatch.context() as patch:
+        # Parsing a mapped file makes an object of NumPy for each string; an array is faster.
+        patch.setattr(np, "memmap", lambda path, **_: np.fromfile(path, np.uint8))
         patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
         patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         yield
@@ -87,7 +89,7 @@ def long_ids(pair):
 @pytest.fixture(scope="module")
 def ids(pair):
     """As `long_ids`: [1, T_SHORT]."""
-    return mixed_ids(pair, 320, T_SHORT)
+    return mixed_ids(pair, 160, T_SHORT)
 
 
 def mixed_ids(pair, longest, count):
@@ -136,7 +138,7 @@ def test_logits_are_those_of_from_pretrained_in_16_bits(long_ids, dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("chunk", "length"), [(1, 16), (7, 70), (100, 200)])
+@pytest.mark.parametrize(("chunk", "length"), [(1, 9), (7, 40), (60, 150)])
 def test_cached_logits_are_those_of_the_whole(pair, ids, chunk, length):
     model, _ = pair
     tokens = ids[:, :length]
@@ -223,7 +225,7 @@ def greedy(pair, max_new_tokens):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
 def test_each_greedy_token_is_transformers_most_likely_one(pair, theirs, count):
     prompt, ours = greedy(pair, count)
     logits = theirs(torch.tensor([prompt + ours]), use_cache=False).logits[0]

@@ -4,11 +4,14 @@ import importlib.util
 import json
 import math
 import sys
+import time
 import types
 
 import benchmark
+import benchmark_load
 import benchmark_serve
 import measure_quantization
+import numpy as np
 import profile_step
 import pytest
 import small
@@ -16,6 +19,7 @@ import torch
 from benchmark_parts import formats, mixtures, report, sizes, turns
 from benchmark_parts.peers import transformers_model
 from benchmark_parts.sizes import Case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mistral
 from mistral.quantization.dequantize import dequantize
@@ -74,9 +78,10 @@ def test_random_blocks_are_weights_of_the_usual_size(format, monkeypatch):
         sizes.SIZES["tiny"] | dict(hidden_size=256, intermediate_size=512, head_dim=64),
     )
     model = sizes.make_model("wide", torch.device("cpu"), torch.float32, format)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, Packed):
-            weights = dequantize(module.blocks, module.kind)
+            factor = sizes.USUAL / sizes.spread(name, model.config.num_hidden_layers)
+            weights = factor * dequantize(module.blocks, module.kind)
             assert weights.isfinite().all()
             assert 0.01 < weights.std() < 0.04
             assert weights.mean().abs() < 0.01
@@ -85,6 +90,26 @@ def test_random_blocks_are_weights_of_the_usual_size(format, monkeypatch):
             sizes.SIZES, "odd", sizes.SIZES["tiny"] | dict(intermediate_size=97 * 8)
         )
         sizes.make_model("odd", torch.device("cpu"), torch.float32, format)
+
+
+def test_random_layers_add_as_little_as_trained_ones():
+    model = sizes.make_model("tiny", torch.device("cpu"), torch.float32, layers=8)
+    expected = {"o_proj": 0.005, "down_proj": 0.005, "embed_tokens": 1.0}
+    for name, weights in model.named_parameters():
+        if weights.dim() == 2:
+            std = expected.get(name.split(".")[-2], 0.02)
+            assert weights.std().item() == pytest.approx(std, rel=0.05), name
+
+
+def test_random_layers_do_not_amplify_rounding(monkeypatch):
+    deep = dict(num_hidden_layers=32, hidden_size=256, intermediate_size=512, head_dim=64)
+    monkeypatch.setitem(sizes.SIZES, "deep", sizes.SIZES["tiny"] | deep)
+    monkeypatch.setattr(sizes, "USUAL", 0.08)  # rows of 256 add up to what those of 4,096 do
+    model = sizes.make_model("deep", torch.device("cpu"), torch.float32)
+    ids = small.tokens(1, 20, vocab_size=2048)
+    wanted = model(ids)[0, -1]
+    rounded = model.bfloat16()(ids)[0, -1].float()
+    assert (rounded - wanted).norm() / wanted.norm() < 0.03  # with a small embedding 0.06
 
 
 def test_the_roofs_are_those_worked_out_by_hand():
@@ -145,7 +170,7 @@ def test_who_fails_is_a_row_and_the_others_go_on(tiny, monkeypatch):
     monkeypatch.setattr(
         field, "open", lambda name, *rest: Broken() if name == "transformers" else ours(name, *rest)
     )
-    rows = turns.run_case(field, names, Case(1, 5, 2), 3, lambda: "", lambda line: None)
+    rows = turns.run_case(field, names, Case(1, 5, 2), 3, turns.TimeLimit(None), lambda line: None)
     results = {row.engine: row.result(tiny, 1e10, 1e11) for row in rows}
     assert results["transformers"]["failed"] == "OutOfMemoryError: tried to allocate 99 GB"
     assert results["eager"]["decode_tokens_per_s"] > 0
@@ -160,10 +185,101 @@ def test_nothing_begins_after_the_time_limit(tiny):
         ["eager"],
         Case(1, 5, 2),
         3,
-        turns.time_limit(-1),
+        turns.TimeLimit(0),
         lambda line: None,
     )
     assert "time limit" in rows[0].result(tiny, 1e10, 1e11)["failed"]
+
+
+def test_who_takes_too_long_is_interrupted_and_turns_that_were_done_count(tiny, monkeypatch):
+    class Slow:
+        note = ""
+        turns = 0
+
+        def prefill(self):
+            Slow.turns += 1
+            if Slow.turns == 3:  # opening, the first turn, the second
+                while True:
+                    time.sleep(0.001)
+
+        def generate(self, n):
+            pass
+
+    field = turns.Field(tiny, ["eager", "compile"])
+    monkeypatch.setattr(field, "open", lambda name, *rest: Slow())
+    limit = turns.TimeLimit(0.2)
+    (row,) = turns.run_case(field, ["eager"], Case(1, 5, 2), 5, limit, lambda line: None)
+    result = row.result(tiny, 1e10, 1e11)
+    assert (result["turns"], limit.left()) == (1, 0)
+    Slow.turns = 2
+    (row,) = turns.run_case(
+        field, ["eager"], Case(1, 5, 2), 5, turns.TimeLimit(0.2), lambda line: None
+    )
+    assert row.failed == "left out: the time limit was reached"
+
+
+def test_nothing_is_interrupted_inside_pytorchs_dispatcher():
+    done = []
+
+    class Waiting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            end = time.monotonic() + 0.1
+            while time.monotonic() < end:
+                pass
+            done.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with pytest.raises(TimeoutError), turns.TimeLimit(0.02).enforced():
+        with Waiting():
+            torch.ones(1)
+        while True:
+            time.sleep(0.001)
+    assert len(done) == 1
+
+
+def test_the_time_is_shared_among_what_is_still_to_come(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(turns.time, "monotonic", lambda: now)
+    limit = turns.TimeLimit(300)
+    now = 160.0
+    assert limit.left() == 240
+    assert limit.share(4).left() == 60
+    now = 500.0
+    assert limit.share(4).left() == 0
+    assert turns.TimeLimit(None).share(4).left() == math.inf
+
+
+def test_core_begins_with_the_prompt_and_ends_with_those_that_compile_for_minutes():
+    args = types.SimpleNamespace(suite="core", prompt_tokens=None, new_tokens=None)
+    cases = benchmark.suite(args, on_gpu=True)
+    assert [(case.batch, case.context) for case in cases] == [(1, 2048), (8, 512), (1, 200)]
+    names = ["kernels", "compile", "transformers", "transformers-compiled"]
+    quick = ["kernels", "transformers"]
+    slow = ["compile", "transformers-compiled"]
+    assert benchmark.shares(args, names, cases) == [
+        *((quick, case) for case in cases),
+        (slow, cases[-1]),
+    ]
+    assert benchmark.shares(args, slow, cases) == [(slow, cases[-1])]
+    args.suite = "sweep"
+    assert benchmark.shares(args, names, cases) == [(names, case) for case in cases]
+
+
+def test_clocks_and_power_are_read_from_nvidia_smi(monkeypatch):
+    machine = benchmark.machine
+    assert machine.gpu_state(torch.device("cpu")) == {}
+    answer = types.SimpleNamespace(stdout="1980, 3201, 541.20, 47\n345, 3201, 70.00, 30\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda command, **_: answer)
+    expected = {"sm_mhz": 345.0, "memory_mhz": 3201.0, "watts": 70.0, "celsius": 30.0}
+    assert machine.gpu_state(torch.device("cuda", 1)) == expected
+    answer.stdout = "[N/A]\n"
+    assert machine.gpu_state(torch.device("cuda", 0)) == {}
+
+    def absent(command, **_):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(machine.subprocess, "run", absent)
+    assert machine.gpu_state(torch.device("cuda", 0)) == {}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +294,10 @@ def test_the_last_line_is_json(suite, no_rates, monkeypatch, capsys):
     measured = json.loads(out.splitlines()[-1])
     rows = measured["results"]
     assert len(rows) == (2 if "core" in suite else 8)
+    # Each case has had a line of its own before: a run that is killed loses the last one alone.
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith('{"case"')]
+    assert [row for line in lines for row in line["results"]] == rows
+    assert len(lines) == len(rows) // 2
     assert all(row["decode_of_roof"] > 0 and row["first_token_s"] > 0 for row in rows)
     assert measured["read_bytes_per_s"] == 1e10
     assert "ceiling" in out
@@ -199,6 +319,23 @@ def test_kernels_do_not_take_the_blocks_from_the_others():
     model.model.layers[0].mlp.up_proj.hand_over(object())
     eager = field.open("eager", Case(1, 5, 2), small.tokens(1, 5))
     assert eager.decoder.model.model.layers[0].mlp.up_proj.blocks is not None
+
+
+def test_the_made_up_gguf_is_what_gguf_py_reads(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "made.gguf"
+    benchmark_load.write(path, 1, width=256, mlp=512, kv_width=64)
+    read = gguf.GGUFReader(path)
+    assert len(read.tensors) == 3 + 9
+    for tensor in read.tensors:
+        blocks = benchmark_load.random_blocks(tensor.tensor_type.name)
+        data = tensor.data.view("uint8").reshape(-1)
+        assert (data == np.resize(blocks, len(data))).all(), tensor.name
+    assert read.fields["llama.attention.head_count_kv"].contents() == 1
+    assert len(read.fields["tokenizer.ggml.tokens"].contents()) == benchmark_load.VOCABULARY
+    model, tokenizer = mistral.load(path, device="cpu", packed=True, sliding_window=None)
+    assert model.config.num_hidden_layers == 1
+    assert len(tokenizer.encode("one")) == 3
 
 
 def test_a_distance_is_worked_out_by_hand():
@@ -449,6 +586,31 @@ def test_a_packed_model_that_one_contestant_runs_is_not_copied():
 def test_percentiles_of_waits():
     waits = [n / 100 for n in range(101)]
     assert benchmark_serve.percentiles(waits) == {"p50": 0.5, "p99": 0.99, "most": 1.0}
+    assert benchmark_serve.percentiles([0.5]) == {"p50": 0.5, "p99": 0.5, "most": 0.5}
+
+
+def test_locust_is_run_twice_and_its_last_line_is_the_result(tmp_path, capsys):
+    load = benchmark_serve.Load(
+        clients=3, requests=1, prompt_tokens=16, new_tokens=8, ids=[5], answer=6
+    )
+    program = tmp_path / "locust"
+    program.write_text(
+        f"""#!/bin/sh
+echo "$@" >> {tmp_path}/calls
+echo 'Type  Name'
+echo '{{"tokens_per_s": 9.5, "failures": {{"503": 2}}}}'
+"""
+    )
+    program.chmod(0o755)
+    found = benchmark_serve.by_locust(program, "http://127.0.0.1:1", load, 7)
+    assert found["tokens_per_s"] == 9.5 and found["clients"] == 3
+    assert "503" in capsys.readouterr().err
+    warm, measured = (tmp_path / "calls").read_text().splitlines()
+    assert "-t 2s" in warm and "-t 7s" in measured
+    assert "-u 3 -r 3" in measured and "--prompt-tokens 16 --new-tokens 8" in measured
+    program.write_text("#!/bin/sh\necho no >&2; exit 3\n")
+    with pytest.raises(RuntimeError, match="locust ended with 3: no"):
+        benchmark_serve.by_locust(program, "http://127.0.0.1:1", load, 7)
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def runs_of_every_script(model, folder):
     yield "chat", (model, *few)
     yield "json_mode", (model, "--schema", folder / "schema.json", "--prompt", "Go.")
     tools = ("--tools", folder / "tools.py", "--tool-choice", "required", "--show-prompt")
-    yield "function_calling", (model, *tools, "--prompt", HOSTILE, *few, "--max-rounds", 2)
+    yield "chat", (model, *tools, "--prompt", HOSTILE, *few, "--max-rounds", 2)
     yield "look_inside", (model, "hi", "-o", folder / "page.html", "--new-tokens", 2)
     yield "export_gguf", (model, folder / "out.gguf")
     yield "compare_hf", (model, "--tokens", 8, "--prompt", "hi")
@@ -98,14 +98,14 @@ def runs_of_every_script(model, folder):
     yield "generate", (model, HOSTILE)
     yield "chat", (model, "--load", folder / f"missing{HOSTILE}")
     yield "json_mode", (model, "--prompt", "x", "--schema", folder / f"missing{HOSTILE}")
-    yield "function_calling", (model, "--prompt", "x", "--tools", folder / f"missing{HOSTILE}")
+    yield "chat", (model, "--prompt", "x", "--tools", folder / f"missing{HOSTILE}")
     yield "look_inside", (model, "hi", "-o", folder / f"missing{HOSTILE}/page.html")
 
 
 READERS = ("inspect_checkpoint", "generate", "chat", "look_inside", "export_gguf")
 
 
-CHATS = ("json_mode", "function_calling", "evaluate")
+CHATS = ("json_mode", "evaluate")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,7 @@ def test_a_hostile_checkpoint_commands_no_terminal(
     kind, scripts, request, tmp_path, run_here, monkeypatch
 ):
     model = request.getfixturevalue(kind)
+    monkeypatch.setenv("NO_COLOR", "1")
     typed = f"hello\n{HOSTILE}/nothing{OSC_52}\n/save {tmp_path}/missing{OSC_52}/x\n/help\n"
     shown = []
     worked = set()
@@ -174,8 +175,14 @@ def sources_of(*folders):
             yield path.relative_to(small.ROOT).as_posix(), path.read_text()
 
 
-# The second prints nothing but its own tables, and must import nothing of the project.
-PRINTING = ("scripts/console.py", "scripts/dev/plant_faults.py")
+# The second prints nothing but its own tables, and must import nothing of the project; the third
+# is run by locust, where the project is not installed; what the last prints is for its parent.
+PRINTING = (
+    "scripts/console.py",
+    "scripts/dev/plant_faults.py",
+    "scripts/benchmark_parts/locustfile.py",
+    "scripts/benchmark_parts/warm_up.py",
+)
 
 
 def test_scripts_print_through_the_console():
@@ -186,7 +193,12 @@ def test_scripts_print_through_the_console():
         assert path in PRINTING or is_client or not calls, path
 
 
-IN_TEMPORARY_FOLDERS = ("scripts/dev/fuzz", "scripts/dev/plant", "scripts/benchmark_load.py")
+IN_TEMPORARY_FOLDERS = (
+    "scripts/dev/fuzz",
+    "scripts/dev/plant",
+    "scripts/benchmark_load.py",
+    "scripts/benchmark_parts/gguf_file.py",
+)
 
 
 def is_writing(call):
@@ -203,8 +215,10 @@ def is_writing(call):
 def test_every_output_is_written_by_the_one_writer():
     words = re.compile(r"\bopen\(|write_text|write_bytes|savefig|copyfile|torch\.save|save_file")
     for path, source in sources_of("scripts", "mistral", "kernels"):
-        # The file of answers of an evaluation loses its last line if that was cut off.
-        if path in ("mistral/files.py", "mistral/temporary.py", "mistral/evaluation/run.py"):
+        # The file of answers of an evaluation loses its last line if that was cut off; a GPU run
+        # has a log, to which its stages write.
+        logs = ("mistral/evaluation/run.py", "scripts/dev/gpu_run.py")
+        if path in ("mistral/files.py", "mistral/temporary.py", *logs):
             continue
         if path.startswith(IN_TEMPORARY_FOLDERS) or not words.search(source):
             continue
@@ -365,7 +379,7 @@ NOBODY = "~nosuchuser/x"
 PATHS = [
     ("chat", ("--load", NOBODY)),
     ("json_mode", ("--prompt", "x", "--schema", NOBODY)),
-    ("function_calling", ("--prompt", "x", "--tools", NOBODY)),
+    ("chat", ("--prompt", "x", "--tools", NOBODY)),
     ("look_inside", ("demo", "hi", "-o", NOBODY)),
     ("export_gguf", ("demo", NOBODY)),
     ("evaluate", ("json-mode", "--data", NOBODY)),
@@ -441,3 +455,15 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(
     assert err.splitlines()[-1].startswith(f"error: cannot write {output}: the file is too large")
     assert list(tmp_path.iterdir()) == [page]
     assert page.read_text().endswith(" earlier")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_compiling_is_one_line_on_a_terminal_and_two_in_a_log(is_terminal, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    for done in range(6):
+        console.compiling(done, 5, "step")
+    lines = [f"compiled {done} of 5" for done in range(6)]
+    expected = "\r" + "\r".join(lines) + "\n" if is_terminal else f"{lines[2]}\n{lines[5]}\n"
+    assert stream.getvalue() == expected

@@ -8,14 +8,14 @@ import sys
 import zlib
 
 import browser
-import look_inside  # noqa: E402
 import numpy as np
 import pytest
 import small
 import torch
 
 import mistral
-from mistral import tracing
+from mistral import inside, tracing
+from mistral.inside import page as writer
 from mistral.rotary import rotate
 from mistral.tracing import Recorder, Stopwatch, logit_lens
 
@@ -27,7 +27,7 @@ NEW = 6
 
 
 def record(model, prompt=PROMPT, new=NEW):
-    return look_inside.record(model, prompt, new, ())
+    return inside.record(model, prompt, new, ())
 
 
 def explicit_attention(model, ids):
@@ -246,8 +246,8 @@ def test_the_stopwatch_times_every_module_and_the_parts_make_the_whole():
             < seconds["model"]
         )
         assert seconds["model"] + seconds["lm_head"] < seconds[""]
-        parts = look_inside.milliseconds(seconds)
-        assert len(parts) == len(look_inside.PARTS)
+        parts = writer.milliseconds(seconds)
+        assert len(parts) == len(writer.PARTS)
         assert all(part > 0 for part in parts)
         assert sum(parts) == pytest.approx(1000 * seconds[""], abs=0.01)
 
@@ -266,10 +266,8 @@ def tokenizer_of(texts=()):
 
 def make_page(model, tokenizer, prompt=PROMPT, new=NEW, name="a model", **options):
     trace, watch = record(model, prompt, new)
-    data = look_inside.page_data(
-        model, tokenizer, trace, watch, prompt=len(prompt), top=5, name=name
-    )
-    return look_inside.render(data, trace, **options), trace
+    data = writer.page_data(model, tokenizer, trace, watch, prompt=len(prompt), top=5, name=name)
+    return writer.render(data, trace, **options), trace
 
 
 def data_of(page):
@@ -310,6 +308,36 @@ def test_the_page_holds_what_the_model_does(dtype):
     assert {str(id) for id in trace.tokens} <= set(data["texts"])
 
 
+def test_the_page_opens_on_the_head_that_is_least_trivial():
+    T = 6
+    first = torch.zeros(T, T)
+    first[:, 0] = 1
+    itself = torch.eye(T)
+    uniform = torch.ones(T, T).tril() / torch.arange(1, T + 1)[:, None]
+    before = torch.eye(T).roll(-1, dims=1).tril()
+    half = torch.zeros(T, T)
+    half[torch.arange(T), torch.arange(T) // 2] = 1  # of the way back: 0 0 1 1 2 2
+    heads = torch.stack((first, itself, uniform, before, half)).to(torch.float16)
+    *trivial, told = writer._distances(heads, None).tolist()
+    assert trivial == pytest.approx([0, 0, 0, 0], abs=1e-3)
+    # Rows 1 to 5 look 1, 1, 2, 2, 3 back: the means at these distances are 2/5, 2/4 and 1/3.
+    all_seen = 2 / 5 + 2 / 4 + 1 / 3
+    by_row = [0, 1 - 2 / 5 / (2 / 5 + 2 / 4), 1 - 2 / 4 / all_seen, 1 - 2 / 4 / all_seen]
+    by_row.append(1 - 1 / 3 / all_seen)
+    assert told == pytest.approx(sum(by_row) / 5, abs=1e-3)
+    assert writer._distances(torch.ones(2, 1, 1), None).tolist() == [0, 0]
+    _, trace = make_page(small.model(), tokenizer_of())
+    scores = torch.stack([writer._distances(trace.attention(i), WINDOW) for i in range(LAYERS)])
+    opens = writer.telling_head(trace)
+    assert scores[opens["layer"], opens["head"]] == scores.max()
+
+
+def test_a_narrow_window_is_what_a_uniform_head_sees():
+    in_sight = torch.ones(9, 9).tril().triu(diagonal=-2)
+    uniform = in_sight / in_sight.sum(dim=-1, keepdim=True)
+    assert writer._distances(uniform[None], 3).tolist() == pytest.approx([0], abs=1e-6)
+
+
 def test_small_weights_are_left_out_until_the_page_fits():
     model = small.model(sliding_window=None)
     prompt = small.tokens(60).tolist()
@@ -320,7 +348,7 @@ def test_small_weights_are_left_out_until_the_page_fits():
     assert len(page.encode()) <= limit
     assert data["least"] > 1
     shown = unpack(data["attention"][0], np.uint8)
-    full = look_inside.eight_bits(trace.attention(0).numpy()).flatten()
+    full = writer.eight_bits(trace.attention(0).numpy()).flatten()
     assert np.array_equal(shown, np.where(full < data["least"], 0, full))
     with pytest.raises(ValueError, match="shorten the text"):
         make_page(model, tokenizer_of(), most_bytes=1000)
@@ -371,12 +399,10 @@ def test_tokens_are_made_visible():
     newline = 13
     lone_byte = 3 + 0xE2
     unknown = 40000
-    shown = [
-        look_inside.token_text(tokenizer, id) for id in (1, newline, lone_byte, 32000, unknown)
-    ]
+    shown = [writer.token_text(tokenizer, id) for id in (1, newline, lone_byte, 32000, unknown)]
     assert shown == ["<s>", "↵", r"\xe2", "<|im_end|>", "[40000]"]
     [hello] = tokenizer.encode("the", bos=False)
-    assert look_inside.token_text(tokenizer, hello) == "\u2581the"
+    assert writer.token_text(tokenizer, hello) == "\u2581the"
 
 
 def test_the_page_runs_its_own_script_alone():
@@ -385,15 +411,15 @@ def test_the_page_runs_its_own_script_alone():
     script = re.findall(r"<script>(.*?)</script>", page, re.S)
     style = re.findall(r"<style>(.*?)</style>", page, re.S)
     assert policy.startswith("default-src 'none'")
-    assert look_inside.digest(script[0]) in policy
-    assert look_inside.digest(style[0]) in policy
+    assert writer.digest(script[0]) in policy
+    assert writer.digest(style[0]) in policy
     assert not re.search(
         r"innerHTML|insertAdjacentHTML|document\.write|fetch\(|https?://(?!www\.w3\.org)", script[0]
     )
 
 
 def test_the_files_that_the_page_names_exist():
-    template = (look_inside.TEMPLATES / "page.html").read_text()
+    template = (writer.TEMPLATES / "page.html").read_text()
     names = re.findall(r"(?:mistral|scripts)/\w+\.py", template)
     assert len(names) > 6
     assert all((small.ROOT / name).is_file() for name in names)
@@ -526,9 +552,12 @@ def test_a_click_on_a_token_moves_every_panel(opened):
     html, trace = make_page(model, tokenizer_of())
     data = data_of(html)
     page = opened(html)
-    assert page.evaluate("document.body.dataset.shown") == "10 0 0"  # the end of the prompt
+    layer, head = data["opens"].values()
+    # the end of the prompt
+    assert page.evaluate("document.body.dataset.shown") == f"10 {layer} {head}"
+    assert f"opens on layer {layer}, head {head}:" in shown(page, "#opens")
     page.click("#strip [data-position='13']")
-    page.wait("document.body.dataset.shown === '13 0 0'")
+    page.wait(f"document.body.dataset.shown === '13 {layer} {head}'")
     lens = logit_lens(model, trace, 5)
     first = data["texts"][str(lens.ids[-1, 13, 0].item())]
     assert shown(page, "#candidates .label") == first
@@ -540,7 +569,7 @@ def test_a_click_on_a_token_moves_every_panel(opened):
     )
     assert shown(page, "#grid thead .chosen").startswith("13 ")
     assert shown(page, "#grid tbody tr:last-child td.chosen") == first
-    strongest = trace.attention(0)[0, 13].argmax().item()
+    strongest = trace.attention(layer)[head, 13].argmax().item()
     assert shown(page, "#seen .label").startswith(f"{strongest} ")
     assert (
         "Step 6 of 9 read position 13. Position 13 went to slot 1, where position 9 was."
@@ -560,9 +589,28 @@ def test_a_click_on_a_token_moves_every_panel(opened):
 
 
 @needs_chromium
+def test_a_head_at_a_glance_opens_and_a_slot_shows_its_sum(opened):
+    html, _ = make_page(small.model(), tokenizer_of())
+    page = opened(html)
+    for layer, head in ((2, 4), (0, 1)):
+        page.click("#heads", across=(head + 0.5) / HEADS, down=(layer + 0.5) / LAYERS)
+        page.wait(f"document.body.dataset.shown === '10 {layer} {head}'")
+    assert f"slot p mod {WINDOW}" in shown(page, "#cache p")
+    assert "as many as the window is long" in shown(page, "#why")
+    assert shown(page, "#example").endswith(f": 10 = 2 × {WINDOW} + 2, so slot 2.")
+    page.click("#ring", across=0.01, down=8.5 / 9)
+    page.wait("document.body.dataset.shown.startsWith('16 ')")
+    assert shown(page, "#example").endswith(f": 16 = 4 × {WINDOW} + 0, so slot 0.")
+    over = "document.querySelectorAll('#slots div')[1].onpointerenter()"
+    page.evaluate(over)
+    assert shown(page, "#example").endswith(f": 13 = 3 × {WINDOW} + 1, so slot 1.")
+
+
+@needs_chromium
 def test_keys_heat_map_bars_and_menus_work(opened):
     html, trace = make_page(small.model(), tokenizer_of())
     page = opened(html)
+    page.click("#heads", across=0.01, down=0.01)
     for key, position in (("ArrowRight", 11), ("ArrowRight", 12), ("ArrowLeft", 11)):
         page.press(key)
         page.wait(f"document.body.dataset.shown === '{position} 0 0'")
@@ -610,7 +658,7 @@ def test_hostile_tokens_are_text_in_the_browser_and_nothing_overflows(opened, wi
 def test_without_a_window_or_a_continuation_the_panels_still_say_what_is_so(opened):
     html, _ = make_page(small.model(sliding_window=None), tokenizer_of(), prompt=[1, 9], new=0)
     page = opened(html)
-    assert page.evaluate("document.body.dataset.shown") == "1 0 0"
+    assert page.evaluate("document.body.dataset.shown").startswith("1 ")
     assert "no window" in shown(page, "#facts")
     assert "nothing is ever evicted" in shown(page, "#told")
     assert "The text ends here." in shown(page, "#candidates")

@@ -73,7 +73,7 @@ def test_generate_lets_an_engine_run_ahead_of_what_it_prints(hermes, monkeypatch
             events.append("step")
             return super().step(sampling, mask)
 
-    def open_engine(name, model, *sizes, say, **options):
+    def open_engine(name, model, *sizes, say, progress, **options):
         return Ahead(model, *sizes, **options), "engine: ahead"
 
     monkeypatch.setattr(mistral_kernels, "open_engine", open_engine)
@@ -305,6 +305,7 @@ def no_loading(monkeypatch):
 
 
 PROMPT = ("--prompt", "hi")
+TOOLS = ("--tools", "scripts/example_tools.py")
 BEFORE_LOADING = [
     ("generate", (*PROMPT, "--engine", "compile", "--packed"), "packed weights cannot be compiled"),
     ("generate", (*PROMPT, "--engine", "compile", "--quantize", "q8_0"), "use --engine eager"),
@@ -326,13 +327,15 @@ BEFORE_LOADING = [
     ("json_mode", (*PROMPT, "--retries", -1), "--retries must be 0 or more"),
     ("json_mode", (*PROMPT, "--max-new-tokens", 0), "--max-new-tokens must be 1 or more"),
     ("json_mode", (*PROMPT, "--seed", -1), "--seed must be a whole number"),
-    ("function_calling", (*PROMPT, "--tools", "/nowhere.py"), "/nowhere.py does not exist"),
-    ("function_calling", (*PROMPT, "--tools", "README.md"), "README.md cannot be run"),
-    ("function_calling", (*PROMPT, "--tool-choice", "fly"), "no tool 'fly'"),
-    ("function_calling", (*PROMPT, "--tool-choice", "required", "--no-grammar"), "--no-grammar"),
-    ("function_calling", (*PROMPT, "--format", "mistral_instruct_v1"), "has no functions"),
-    ("function_calling", (*PROMPT, "--max-rounds", 0), "--max-rounds must be 1 or more"),
-    ("function_calling", ("--prompt", ""), "--prompt is empty"),
+    ("chat", (*PROMPT, "--tools", "/nowhere.py"), "/nowhere.py does not exist"),
+    ("chat", (*PROMPT, "--tools", "README.md"), "README.md cannot be run"),
+    ("chat", (*TOOLS, *PROMPT, "--tool-choice", "fly"), "no tool 'fly'"),
+    ("chat", (*TOOLS, *PROMPT, "--tool-choice", "required", "--no-grammar"), "--no-grammar"),
+    ("chat", (*TOOLS, *PROMPT, "--format", "mistral_instruct_v1"), "has no functions"),
+    ("chat", (*TOOLS, *PROMPT, "--max-rounds", 0), "--max-rounds must be 1 or more"),
+    ("chat", ("--tool-choice", "required"), "--tool-choice 'required' needs tools"),
+    ("chat", ("--time-limit", 0), "--time-limit must be more than 0"),
+    ("chat", ("--prompt", ""), "--prompt is empty"),
     ("look_inside", ("hi", "-o", "/nowhere/page.html"), "/nowhere is not a folder"),
     ("look_inside", ("hi", "-o", "README.md"), "is not a page of this script"),
     ("look_inside", ("", "-o", "/tmp/page.html"), "the text is empty"),
@@ -346,6 +349,7 @@ BEFORE_LOADING = [
     ("measure_demo", ("--page", "/nowhere/page.md"), "/nowhere is not a folder"),
     ("measure_demo", ("--requests", 0), "must be 1 or more"),
     ("stress_grammar", ("--engine", "compile", "--packed"), "packed weights cannot be compiled"),
+    ("serve", ("--lookup", 4, "--same-bits"), "--same-bits excludes --lookup"),
 ]
 
 
@@ -382,7 +386,7 @@ def test_an_evaluation_is_checked_before_weights_are_read(arguments, words, run_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["generate", "chat", "json_mode", "function_calling"])
+@pytest.mark.parametrize("script", ["generate", "chat", "json_mode"])
 def test_the_kernels_without_a_gpu_are_refused_before_weights_are_read(
     script, run_here, no_loading, monkeypatch
 ):
@@ -519,6 +523,8 @@ def test_a_terminal_sees_a_progress_bar(hermes):
         "hello",
         "--max-new-tokens",
         "2",
+        "--engine",
+        "eager",
     ]
     result = subprocess.run(
         command, cwd=small.ROOT, stdout=subprocess.PIPE, stderr=theirs, timeout=120
@@ -555,6 +561,8 @@ def test_ctrl_c_ends_generation_cleanly(hermes):
         "hello",
         "--max-new-tokens",
         "4000",
+        "--engine",
+        "eager",
     ]
     # Unbuffered, so that the first piece of text is seen at once.
     process = subprocess.Popen(
@@ -562,7 +570,7 @@ def test_ctrl_c_ends_generation_cleanly(hermes):
     )
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert b"stopped" in err
@@ -574,9 +582,9 @@ def test_ctrl_c_ends_generation_cleanly(hermes):
     ("script", "seconds"),
     [
         ("generate", 0.4),
-        ("generate", 1.2),
+        pytest.param("generate", 1.2, marks=pytest.mark.slow),
         ("generate", 2.0),
-        ("compare_hf", 2.4),
+        pytest.param("compare_hf", 2.4, marks=pytest.mark.slow),
         ("inspect_checkpoint", 1.0),
     ],
 )
@@ -604,7 +612,7 @@ def test_ctrl_c_at_any_time_is_quiet(script, seconds):
 def test_a_reader_that_leaves_is_not_an_error(hermes):
     command = (
         f"{sys.executable} scripts/generate.py {hermes} --prompt hello --max-new-tokens 4000 "
-        f"| head -c 5"
+        f"--engine eager | head -c 5"
     )
     result = subprocess.run(command, shell=True, cwd=small.ROOT, capture_output=True, timeout=120)
     assert len(result.stdout) == 5
@@ -643,9 +651,9 @@ def test_a_retry_with_a_seed_is_another_answer(run_here, monkeypatch, tmp_path):
     assert first != second
 
 
-def test_function_calling_shows_the_call_its_result_and_the_answer(run_here, tmp_path):
+def test_a_chat_with_tools_shows_the_call_its_result_and_the_answer(run_here, tmp_path):
     code, out, err = run_here(
-        "function_calling", "--prompt", "What is 12 * 7?", "--tool-choice", "calculate"
+        "chat", *TOOLS, "--prompt", "What is 12 * 7?", "--tool-choice", "calculate"
     )
     assert code == 0, err
     assert "call    calculate(" in out
@@ -663,7 +671,7 @@ def test_function_calling_shows_the_call_its_result_and_the_answer(run_here, tmp
         "--prompt",
         "A number?",
     )
-    code, out, _ = run_here("function_calling", *options)
+    code, out, _ = run_here("chat", *options)
     assert (code, "call    lucky({})" in out, "result  7" in out) == (0, True, True)
 
 
@@ -697,30 +705,49 @@ def test_the_word_counter_reads_no_file_outside_of_the_folder(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="uses a pseudo-terminal")
-def test_a_long_line_that_is_pasted_into_the_terminal_arrives_whole():
-    # Seen in a terminal: of 5,000 characters the model read 4,095.
+def test_what_is_pasted_into_the_terminal_arrives_whole():
+    # Seen in a terminal: of 5,000 characters the model read 4,095, and of a text its first line.
     ours, theirs = os.openpty()
     code = (
-        "import sys; sys.path.insert(0, 'scripts'); import common; "
-        "print(len(common.read_message()), 'characters')"
+        "import sys; sys.path.insert(0, 'scripts'); import console\n"
+        "from chat_parts.line_editor import read_message\n"
+        "for _ in range(3):\n"
+        "    text = read_message()\n"
+        "    print(f'<{text[:40]!r}, {len(text)} characters>')"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=small.ROOT, stdin=theirs, stdout=theirs, stderr=theirs
+        [sys.executable, "-c", code],
+        cwd=small.ROOT,
+        env=os.environ | {"TERM": "xterm"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
     )
     os.close(theirs)
     shown = b""
-    while not shown.endswith(b"> "):
-        shown += os.read(ours, 100)
+
+    def until(words):
+        nonlocal shown
+        while words not in shown and select.select([ours], [], [], 30)[0]:
+            shown += os.read(ours, 100_000)
+        assert words in shown
+        shown = shown.partition(words)[2]
+
+    until(b"> ")
     for _ in range(50):
         os.write(ours, b"x" * 100)
         if select.select([ours], [], [], 1)[0]:  # the echo: the terminal is full otherwise
-            os.read(ours, 100_000)
+            shown += os.read(ours, 100_000)
     os.write(ours, b"\n")
-    while b"characters" not in shown and select.select([ours], [], [], 30)[0]:
-        shown += os.read(ours, 100_000)
+    until(b", 5000 characters>")
+    until(b"\x1b[?2004h")  # the terminal marks what is pasted from here on
+    os.write(ours, b"\x1b[200~def f():\n\treturn 1\n/quit\n\x1b[201~\n")
+    until(rb"<'def f():\n\treturn 1\n/quit', 24 characters>")
+    os.write(ours, b"What is\\\nGGUF?\n")
+    until(b"... ")
+    until(rb"<'What is\nGGUF?', 13 characters>")
     process.wait(timeout=30)
     os.close(ours)
-    assert b"5000 characters" in shown
 
 
 def test_json_mode_prints_json_that_follows_the_schema(run_here, tmp_path):
@@ -799,12 +826,12 @@ def test_the_demo_is_measured_and_its_page_written(length, run_here, tmp_path, m
 @pytest.mark.parametrize(
     ("script", "arguments", "words"),
     [
-        ("function_calling", ("--tools", "/nowhere.py"), "/nowhere.py does not exist"),
-        ("function_calling", ("--tools", "README.md"), "cannot be run"),
-        ("function_calling", ("--tool-choice", "fly", "--prompt", "x"), "no tool 'fly'"),
+        ("chat", ("--tools", "/nowhere.py"), "/nowhere.py does not exist"),
+        ("chat", ("--tools", "README.md"), "cannot be run"),
+        ("chat", ("--tool-choice", "fly", "--prompt", "x"), "no tool 'fly'"),
         (
-            "function_calling",
-            ("--tool-choice", "required", "--no-grammar", "--prompt", "x"),
+            "chat",
+            (*TOOLS, "--tool-choice", "required", "--no-grammar", "--prompt", "x"),
             "leave out --no-grammar",
         ),
         ("json_mode", ("--schema", "README.md", "--prompt", "x"), "is not valid JSON"),

@@ -220,6 +220,26 @@ def test_response_formats_are_held_by_a_grammar(client):
     assert read == [0, 0, 2]
 
 
+def test_what_strict_clients_refuse_is_not_offered(client):
+    # Both are valid for the schema: an integer as 2.0, and a property that it does not name.
+    at = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    parameters = {"type": "object", "properties": {"at": at}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    format = {"type": "json_schema", "json_schema": {"name": "p", "schema": parameters}}
+    client.worker.answers += ['{"at": {}}', "Hi"]
+    reply(client, response_format=format)
+    reply(client, tools=[tool])
+    answer, calls = client.worker.requests
+    for arguments, offered in (
+        ('{"at": {"x": 2}}', True),
+        ('{"at": {"x": 2.0}}', False),
+        ('{"at": {"x": 2, "y": 3}}', False),
+        ('{"at": {}, "y": 3}', False),
+    ):
+        assert allows(answer, arguments) == offered, arguments
+        assert allows(calls, call("f", **json.loads(arguments))) == offered, arguments
+
+
 def test_calls_in_mistrals_own_form():
     proto = (small.TRUE_TOKENIZERS / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
     v3 = small.mistral.Tokenizer(proto)

@@ -19,4 +19,7 @@ def test_the_official_clients(package, tmp_path):
         found = [json.loads(line) for line in client_matrix.output(program, jobs)]
     assert len(found) == len(cases) >= 5
     for run in found:
-        assert client_matrix.verdict(run) in ("yes", "valid"), run
+        verdicts = {"yes", "valid"}
+        if run["client"] == "anthropic .parse()":  # no bound of a string reaches the server
+            verdicts.add("length")
+        assert client_matrix.verdict(run) in verdicts, run

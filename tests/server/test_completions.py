@@ -107,6 +107,11 @@ def test_tokenize_and_detokenize(client):
     assert got["tokens"] == TOKENIZER.encode(SPELLED, special=True)
     got = client.reply("/tokenize", {"prompt": SPELLED, "parse_special": True, "with_pieces": True})
     assert got["tokens"][0] == {"id": 32000, "piece": "<|im_end|>"}
+    for text in ("Hi", " Hi", "  a  b ", "\nHi", " ", "", "é日", "<s>x", "a<|im_end|>b"):
+        ids = client.reply("/tokenize", {"content": text})["tokens"]
+        assert client.reply("/detokenize", {"tokens": ids})["content"] == text
+        got = client.reply("/detokenize", {"tokens": ids, "after_text": True})
+        assert got["content"] == f" {text}" * (text != "")
     got = client.reply("/detokenize", {"tokens": [1, 32001, *TOKENIZER.encode("é", bos=False)]})
     assert got["content"] == got["prompt"] == "<s><|im_start|>é"
     for path, body in [

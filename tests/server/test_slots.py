@@ -10,11 +10,12 @@ import small
 import torch
 
 import mistral
-from mistral import Decoder, Sampling
+from mistral import Decoder, LookupDecoder, Sampling
 from mistral.engine.base import Constraint
 from mistral.engine.compiled import CompiledDecoder
 from mistral.server import QueueFull, Request, Slots
-from mistral.server.rows import _common_prefix
+from mistral.server.rows import common_prefix
+from mistral.server.warm_up import warm_up
 from mistral_kernels import Decoder as KernelDecoder
 from mistral_kernels.cpu import Decoder as CpuDecoder
 
@@ -28,7 +29,15 @@ SIZES = dict(
     head_dim=16,
     sliding_window=24,
 )
+
+
+def lookup(model, rows, **sizes):
+    """Guesses: the answers of a random model repeat themselves."""
+    return LookupDecoder(Decoder(model, rows, **sizes), tokens=6)
+
+
 ENGINES = {
+    "lookup": lookup,
     "eager": Decoder,
     "compiled": lambda model, rows, **sizes: CompiledDecoder(model, rows, sums=False, **sizes),
     "kernels": lambda model, rows, **sizes: KernelDecoder(model, rows, plain=True, **sizes),
@@ -72,8 +81,9 @@ def finish(slots, *runs):
 def alone(model, request, make=Decoder):
     """The ids that a request gets without company."""
     room = None if model.config.sliding_window else 400
+    engine = Decoder if make is lookup else make
     generated = mistral.generate(
-        make(model, 1, max_tokens=room),
+        engine(model, 1, max_tokens=room),
         request.prompt_ids,
         request.sampling,
         max_new_tokens=request.max_new_tokens,
@@ -168,7 +178,9 @@ def check_schedule(seed, model, make):
     rng = random.Random(seed)
     shared = [prompt(25, 7), prompt(40, 8)]
     s = slots(model, rng.choice([2, 3]), make, chunk=rng.choice([4, 8, 32]))
-    todo = [random_request(rng, shared) for _ in range(7)]
+    todo = [random_request(rng, shared) for _ in range(5)]
+    # Several answers to one prompt, which differ by their random numbers.
+    todo += [(todo[-1][0], 9, Sampling(seed=n), {}) for n in range(2)]
     runs = []
     cancelled = set()
     while len(runs) < len(todo) or any(run.state != "ended" for run in runs):
@@ -218,7 +230,7 @@ def test_each_request_gets_the_ids_that_it_gets_alone(name, model):
     assert not s.turn()
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "lookup"])
 def test_the_same_bits_in_any_company(name, model):
     """The log-probabilities of a run are equal, not nearly equal, with others and without."""
 
@@ -237,6 +249,7 @@ def test_the_same_bits_in_any_company(name, model):
         requests.append((prompt(n, i % 3), 9, sampling, options))
     together = run_all(requests)
     assert together == [run_all([alone])[0] for alone in requests]
+    assert ENGINES[name](model, 3).steps_keep_bits == (name in ("kernels", "cpu"))
     if name == "eager":
         s = slots(model, 3)
         near = [s.submit(made(*of)) for of in requests]
@@ -297,10 +310,10 @@ def test_forced_ids_are_read_together_and_told(model):
     while s.turn():
         turns += 1
     chosen = run.take()
-    assert [c.forced for c in chosen] == [False] * 4 + [True] * 2 + [False] * 4 + [True] * 2
+    assert [c.origin for c in chosen] == (["sampled"] * 4 + ["forced"] * 2) * 2
     assert run.request.constraint.asked == 8
     assert [c.id for c in other.take()] == alone(model, other.request)
-    assert turns == 13  # two prompts, one a turn; the last step is in the turn that says so
+    assert turns == 11  # both prompts in the first, and a step; forced ids are read before a step
 
 
 def test_forced_ids_take_half_of_a_chunk_at_most(model):
@@ -321,7 +334,41 @@ def test_forced_ids_take_half_of_a_chunk_at_most(model):
     assert finish(s, *runs) == [[*range(60, 80)]] * 2 + [alone(model, runs[2].request)]
     reads = [what for name, *what in s.engine.asked if name == "read"]
     assert [n for b, n in reads if b < 2 and n != 2 and n != 3] == [4] * 10  # in turns
-    assert [n for b, n in reads if b == 2][:3] == [4] * 3
+    assert [n for b, n in reads if b == 2][:4] == [3, 4, 4, 4]  # 3: after two short prompts
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.3, top_k=3, seed=2)])
+def test_right_guesses_are_told_and_save_forward_passes(model, sampling):
+    """Rows of unequal lengths, past the window: the ids of a plain engine, with fewer passes."""
+    s = slots(model, 3, lookup)
+    runs = [s.submit(request(prompt(n, n), 40, sampling, top_logprobs=n % 2)) for n in (9, 44, 2)]
+    while s.turn():
+        pass
+    chosen = [run.take() for run in runs]
+    assert [[c.id for c in row] for row in chosen] == [alone(model, run.request) for run in runs]
+    origins = [c.origin for row in chosen for c in row]
+    assert set(origins) == {"sampled", "drafted"}
+    assert s.engine.forwards < s.engine.plain_forwards
+
+
+def test_a_step_with_guesses_reads_a_bounded_number_of_ids(model):
+    reads = []
+
+    class Counted(Decoder):
+        def verify_rows(self, rows):
+            reads.append((sum(map(len, rows)), sum(map(bool, rows))))
+            return super().verify_rows(rows)
+
+    s = Slots(LookupDecoder(Counted(model, 4), tokens=6), chunk=8)
+    runs = [s.submit(request([*prompt(6, n), *prompt(6, n)], 30)) for n in range(4)]
+    finish(s, *runs)
+    assert any(rows == 4 for _, rows in reads)
+    assert all(ids <= rows + 6 for ids, rows in reads)
+
+
+def test_guesses_exclude_the_same_bits(model):
+    with pytest.raises(ValueError, match="same_bits excludes lookup"):
+        Slots(lookup(model, 2), same_bits=True)
 
 
 def test_penalties_count_the_answer_of_each_run(model):
@@ -339,6 +386,17 @@ def test_the_time_of_the_first_token_stays(model):
     first = run.times["first"]
     finish(s, run)
     assert run.times["first"] == first < run.times["ended"]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_that_was_warmed_up_is_empty_and_answers_as_a_new_one(name, model):
+    for sizes in ({}, {"max_tokens": 10}):
+        engine = ENGINES[name](model, 3, **sizes)
+        warm_up(engine, chunk=32)
+        assert engine.lengths == [0, 0, 0]
+    s = slots(model, 3, lambda *_: engine)
+    runs = [s.submit(request(prompt(n, n), 3, Sampling(seed=n))) for n in (7, 1, 4, 5)]
+    assert finish(s, *runs) == [alone(model, run.request, ENGINES[name]) for run in runs]
 
 
 # The end of a run
@@ -492,7 +550,9 @@ def test_cancelling_a_row_that_reads_its_prompt_leaves_its_turn_to_the_next(mode
     reading = s.submit(request(prompt(60, 5)))
     s.turn()
     s.cancel(reading)
-    later = [s.submit(request(prompt(9, seed))) for seed in (6, 7, 8)]
+    later = [s.submit(request(prompt(9, 6)))]
+    s.turn()
+    later += [s.submit(request(prompt(9, seed))) for seed in (7, 8)]
     assert finish(s, *later) == [alone(model, run.request) for run in later]
 
 
@@ -602,9 +662,9 @@ def test_a_row_is_continued_where_a_prompt_agrees_with_it(model):
     third = s.submit(request([*prompt(20), 13]))
     s.engine.asked.clear()
     ids = finish(s, second, third)
-    assert (second.cached_tokens, third.cached_tokens) == (38, 0)  # the row is busy
+    assert (second.cached_tokens, third.cached_tokens) == (38, 20)  # of a busy row: a copy
     assert ids == [alone(m, second.request), alone(m, third.request)]
-    assert s.engine.asked[0] == ("read", 0, 2)
+    assert s.engine.asked[:2] == [("read", 0, 2), ("read", 1, 1)]
     again = s.submit(request([*prompt(20), 13]))
     assert finish(s, again) == [ids[1]]
     assert again.cached_tokens == 20  # one token is left to read
@@ -651,6 +711,67 @@ def test_without_a_prefix_the_oldest_row_is_taken(model):
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_a_prefix_of_a_row_that_runs_is_copied(name, model):
+    make = ENGINES[name]
+    s = slots(model, 3, make)
+    first = s.submit(request(prompt(21), 20, Sampling(seed=4)))
+    while first.generated < 5:
+        s.turn()
+    second = s.submit(request([*prompt(19), 11, 12], 9, Sampling(seed=4)))
+    finish(s, second)
+    third = s.submit(request([*prompt(19), 13, 12, 11], 30))
+    runs = [first, second, third]
+    ids = finish(s, *runs)
+    expected = [alone(model, run.request, make) for run in runs]
+    assert ids[0] == expected[0][-len(ids[0]) :]
+    assert second.cached_tokens == third.cached_tokens == 19
+    assert ids[2] == expected[2]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_several_answers_to_one_prompt_read_it_once(name, model):
+    make = ENGINES[name]
+    s = slots(model, 3, make, chunk=16)
+    reads = []
+    prefill = s._held.prefill
+    s._held.prefill = lambda ids_of: (reads.append(ids_of), prefill(ids_of))
+    for n in (50, 17):  # past the window, and not
+        runs = [s.submit(request(prompt(n, n), 12, Sampling(seed=seed))) for seed in range(3)]
+        ids = finish(s, *runs)
+        assert ids == [alone(model, run.request, make) for run in runs]
+        assert [run.cached_tokens for run in runs] == [0, n - 1, n - 1]
+        assert sum(len(ids) for chunk in reads for ids in chunk.values()) == n + 2
+        assert [len(reads[-1][b]) for b in (1, 2)] == [1, 1]  # in one turn
+        reads.clear()
+
+
+def test_a_row_that_would_lose_more_is_copied_to_an_older_one(model):
+    m = small.model(torch.float32, **{**SIZES, "sliding_window": None})
+    s = slots(m, 2, max_tokens=200)
+    long = s.submit(request(prompt(60), 1))
+    finish(s, long)
+    other = s.submit(request([*prompt(20), 11, 12], 1))
+    finish(s, other)
+    assert [ids[:60] for ids in s._held.ids] == [prompt(60), [*prompt(20), 11, 12, *ids_of(s, 1)]]
+    again = s.submit(request([*prompt(60), 5], 1))
+    finish(s, again)
+    assert (other.cached_tokens, again.cached_tokens) == (20, 60)
+
+
+def ids_of(s, b):
+    """The last id of a row."""
+    return s._held.ids[b][-1:]
+
+
+def test_a_prompt_waits_only_for_one_that_it_shares_enough_with(model):
+    s = slots(model, 3, Watched, chunk=64)
+    runs = [s.submit(request(ids, 1)) for ids in (prompt(20), [*prompt(10), 11], prompt(9, 3))]
+    s.turn()
+    assert s.engine.asked == [("read", 0, 20), ("read", 1, 11), ("read", 2, 9), ("step", [0, 1, 2])]
+    assert finish(s, *runs) == [alone(model, run.request) for run in runs]
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_seed_begins_anew_on_a_row_that_is_continued(name, model):
     make = ENGINES[name]
     s = slots(model, 1, make)
@@ -664,10 +785,10 @@ def test_a_seed_begins_anew_on_a_row_that_is_continued(name, model):
     assert run.cached_tokens > 17
 
 
-def test_common_prefixes():
+def testcommon_prefixes():
     for a, b in itertools.product([[], [1], [1, 2], [1, 2, 3], [2, 2, 3], [1, 2, 4, 5]], repeat=2):
         same = [x == y for x, y in zip(a, b)]
-        assert _common_prefix(a, tuple(b)) == (same + [False]).index(False)
+        assert common_prefix(a, tuple(b)) == (same + [False]).index(False)
 
 
 # What is refused, what is told
@@ -717,16 +838,16 @@ def test_the_state_says_how_far_each_row_is(model):
         {
             "id": 0,
             "state": "running",
-            "held_tokens": 5,
+            "held_tokens": 6,
             "prompt_tokens": 4,
             "cached_tokens": 0,
-            "generated": 1,
+            "generated": 2,
             "max_new_tokens": 5,
         },
         {
             "id": 1,
             "state": "reading",
-            "held_tokens": 8,
+            "held_tokens": 12,
             "prompt_tokens": 20,
             "cached_tokens": 0,
             "generated": 0,

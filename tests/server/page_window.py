@@ -1,0 +1,126 @@
+"""The page in a browser, with the answers of a script: what the tests of the page share."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import browser
+import pytest
+from page_server import PageServer
+
+needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium")
+IS_IDLE = "!document.querySelector('#send.stop')"
+
+
+class Window:
+    """The page: a person at the keyboard, and what is on the screen."""
+
+    def __init__(self, browser: browser.Browser, server: PageServer):
+        self.browser = browser
+        self.server = server
+        self._opened = 0
+
+    def open(self, path: str = "") -> None:
+        """Load the page, and wait until it is ready."""
+        # Another address, since one that differs in its # alone loads nothing; and of the same host,
+        # since a browser takes a new process for another one.
+        self._opened += 1
+        self.browser.open(f"{self.server.url}?{self._opened}{path}")
+        self.wait("document.body.dataset.ready === 'yes'")
+
+    def js(self, expression: str):
+        return self.browser.evaluate(expression)
+
+    def wait(self, expression: str) -> None:
+        tried = f"try {{ return Boolean({expression}) }} catch {{ return false }}"
+        self.browser.wait(f"(() => {{ {tried} }})()")
+
+    def focus(self) -> None:
+        self.js("document.getElementById('composer-text').focus()")
+
+    def ask(self, text: str, wait: bool = True) -> None:
+        """Write a question and press Enter; wait for the end of the answer."""
+        before = len(self.server.bodies)
+        self.focus()
+        self.browser.write(text)
+        self.browser.enter()
+        if wait:
+            self.idle(before)
+
+    def idle(self, before: int | None = None) -> None:
+        """Wait until no answer is being written; before: at least one more request was sent."""
+        self.wait(f"{IS_IDLE} && document.querySelector('article.answer, .empty')")
+        until = time.monotonic() + self.browser.patience
+        while before is not None and len(self.server.bodies) <= before:
+            assert time.monotonic() < until, "the page has sent no request"
+            time.sleep(0.01)
+        self.wait(IS_IDLE)
+
+    def click(self, selector: str, text: str | None = None, last: bool = False) -> None:
+        """Click on an element of a selector, with this text or title."""
+        self.wait(f"{self._find(selector, text, last)}")
+        self.js(f"{self._find(selector, text, last)}.click()")
+
+    @staticmethod
+    def _find(selector: str, text: str | None, last: bool) -> str:
+        fits = (
+            "true"
+            if text is None
+            else f"(e.textContent.trim() === {json.dumps(text)} || e.title === {json.dumps(text)})"
+        )
+        place = "at(-1)" if last else "at(0)"
+        return f"[...document.querySelectorAll({json.dumps(selector)})].filter(e => {fits}).{place}"
+
+    def texts(self, selector: str) -> list[str]:
+        """The texts of all elements of a selector."""
+        return self.js(
+            f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText.trim())"
+        )
+
+    def text(self, selector: str) -> str:
+        """The text of the last element of a selector."""
+        return self.texts(selector)[-1]
+
+    def type(self, selector: str, text: str) -> None:
+        """Put a text into a field."""
+        self.js(
+            f"(e => {{ e.value = {json.dumps(text)}; e.dispatchEvent(new Event('input')); "
+            f"e.dispatchEvent(new Event('change')) }})(document.querySelector({json.dumps(selector)}))"
+        )
+
+    def close_dialog(self) -> None:
+        self.js("document.querySelector('dialog').close()")
+        self.wait("!document.querySelector('dialog')")
+
+
+@contextmanager
+def opened() -> Iterator[Window]:
+    """A server and a browser, for a module."""
+    server = PageServer()
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        browser.Browser(Path(profile), 20) as chromium,
+    ):
+        yield Window(chromium, server)
+    server.stop()
+
+
+@contextmanager
+def fresh(window: Window) -> Iterator[Window]:
+    """The page as at its first visit. After the test: no complaint, no request to another host."""
+    server, chromium = window.server, window.browser
+    server.reset()
+    chromium.show(1400, 900)
+    chromium.open("about:blank")
+    chromium.call("Storage.clearDataForOrigin", origin=server.url.rstrip("/"), storageTypes="all")
+    chromium.complaints.clear()
+    chromium.requests.clear()
+    window.open()
+    yield window
+    server.release.set()
+    assert chromium.complaints == [], chromium.complaints
+    own = (server.url, "about:blank", f"blob:{server.url}")
+    assert [url for url in chromium.requests if not url.startswith(own)] == []
