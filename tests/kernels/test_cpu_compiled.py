@@ -95,7 +95,7 @@ def test_a_compiler_that_ends_is_told_and_leaves_no_thread(cache, monkeypatch):
         compiled.prepare(["a", "b", "c"])
     for thread in threading.enumerate():
         if thread.name.startswith("mistral-compile"):
-            thread.join(timeout=10)
+            thread.join(timeout=60)
     assert threading.active_count() == before
 
 

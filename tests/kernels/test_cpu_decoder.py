@@ -285,7 +285,7 @@ def test_a_dropped_decoder_frees_its_cache_and_its_threads():
     del decoder
     gc.collect()
     for helper in helpers:
-        helper.join(timeout=10)
+        helper.join(timeout=60)
         assert not helper.is_alive()
     helpers.clear()
     gc.collect()

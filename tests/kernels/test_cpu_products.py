@@ -36,7 +36,8 @@ SCALES = {
 def compiled_together():
     """All that is compiled here, by several processes, if no earlier run has done it."""
     products = [f"product of {kind}" for kind in (*SHORT, "Q4_0")]
-    compiled.prepare([*products, "plain product of bfloat16", "round rows"])
+    tiles = [f"tiles of {kind}" for kind in KINDS]
+    compiled.prepare([*products, *tiles, "plain product of bfloat16", "round rows"])
 
 
 def rounded_rows(x):
@@ -85,8 +86,8 @@ def distance(got, want):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [8, 13])
 def test_tiles_hold_the_blocks_to_the_bit(kind, rows):
-    size = rows, 3 * TYPES[kind].block_bytes
-    blocks = torch.randint(0, 256, size, dtype=torch.uint8)
+    size = 3 * TYPES[kind].block_bytes, rows
+    blocks = torch.randint(0, 256, size, dtype=torch.uint8).T  # not contiguous
     tiles = repack(blocks, TYPES[kind])
     assert torch.equal(restore(tiles), blocks)
     which = torch.tensor([0, rows - 1, 3, 3])

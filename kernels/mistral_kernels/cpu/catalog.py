@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mistral_kernels.cpu import attention, groups, plain, products, rounding, rows, step
+from mistral_kernels.cpu import attention, groups, packing, plain, products, rounding, rows, step
 
 _KERNELS: dict[str, Callable] = {
     "step": step.step,
@@ -14,6 +14,7 @@ _KERNELS: dict[str, Callable] = {
 _KERNELS_OF_A_TYPE: dict[str, Callable[[str], Callable]] = {
     "product": products.product,
     "row": groups.row_of_tiles,
+    "tiles": packing.tiles_of,
     "plain product": plain.plain_product,
     "attention": attention.attention,
     "storing": attention.storing,

@@ -153,6 +153,12 @@ def float_at(b, address):
     return load(b, address, F32, 4)
 
 
+@operation(types.int64, types.int64)
+def byte_at(b, address):
+    """An unsigned byte, widened."""
+    return b.zext(load(b, address, I8, 1), I64)
+
+
 @operation(types.int32, types.int64)
 def short_at(b, address):
     """An int16, widened."""
@@ -169,6 +175,24 @@ def int_at(b, address):
 def long_at(b, address):
     """One int64."""
     return load(b, address, I64, 8)
+
+
+@operation(types.int64, types.int64)
+def unaligned_long_at(b, address):
+    """One int64 at any address."""
+    return load(b, address, I64, 1)
+
+
+@operation(types.void, types.int64, types.int64)
+def store_byte(b, address, value):
+    """Write the lowest byte of an int64."""
+    b.store(b.trunc(value, I8), pointer(b, address, I8), align=1)
+
+
+@operation(types.void, types.int64, types.int32)
+def store_short(b, address, value):
+    """Write the lower half of an int32."""
+    b.store(b.trunc(value, I16), pointer(b, address, I16), align=2)
 
 
 @operation(types.void, types.int64, types.float32)

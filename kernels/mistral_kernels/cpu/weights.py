@@ -4,7 +4,9 @@ Packed matrices become tiles (tiles.py), and the model's layers give up their bl
 itself needs, it gets from the tiles. Other matrices are read where they are.
 """
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -67,6 +69,7 @@ class Weights:
         _repack(self.embedding)
         layers = [[_matrix(module) for module in _linears(layer)] for layer in model.model.layers]
         head = _matrix(model.lm_head)
+        _return_freed_memory()
         self._kept = [layers, head]  # their memory must not be freed
         everything = [*sum(layers, []), head]
         self._padded = [matrix for matrix in everything if matrix.source is not None]
@@ -144,8 +147,10 @@ def kernels_for(model: Mistral, cache_dtype: torch.dtype) -> list[str]:
     names = ["step", "round rows", "norm rows", "gate rows", "rotate rows"]
     names += [f"attention of {_name(cache_dtype)}", f"storing of {_name(cache_dtype)}"]
     names += [f"plain product of {_name(weight.dtype)}" for _, weight in _plain_weights(model)]
-    packed = [module for module in model.modules() if isinstance(module, Packed)]
-    names += [f"product of {layer.kind.name}" for layer in packed if layer.kind.name in KINDS]
+    packed = [module.kind.name for module in model.modules() if isinstance(module, Packed)]
+    for kind in packed:
+        if kind in KINDS:
+            names += [f"product of {kind}", f"tiles of {kind}"]
     embedding = model.model.embed_tokens
     if isinstance(embedding, Packed) and embedding.kind.name in KINDS:
         names.append(f"row of {embedding.kind.name}")
@@ -175,6 +180,12 @@ def _repack(module: nn.Module) -> None:
     """If the matrix of a layer is packed, it becomes tiles, and the layer gives up its blocks."""
     if isinstance(module, Packed) and module.keeper is None and module.kind.name in KINDS:
         module.hand_over(InTiles(repack(module.blocks, module.kind)))
+
+
+def _return_freed_memory() -> None:
+    """Give freed blocks back to the system, which glibc would keep. Other C libraries cannot."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _matrix(module: nn.Module) -> _Matrix:
