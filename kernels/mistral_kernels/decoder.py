@@ -6,7 +6,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mistral.engine.attached import addresses, refuse_attachments, refuse_moved
+from mistral.engine.attached import (
+    addresses,
+    norm_versions,
+    refuse_attachments,
+    refuse_changed_norms,
+    refuse_moved,
+)
 from mistral.engine.base import IDLE
 from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder as ReferenceDecoder
@@ -14,9 +20,8 @@ from mistral.engine.decoder import computes, one_thread, only_row
 from mistral.engine.given import only_model
 from mistral.model import Mistral
 from mistral.sampling import Sampling, sample_rows
-from mistral_kernels.decode.matvec import MAX_BATCH
+from mistral_kernels.decode.matvec import MAX_BATCH, MAX_ROWS
 from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep
-from mistral_kernels.packed.short_linear import MAX_ROWS
 from mistral_kernels.portable import arch_for
 from mistral_kernels.prefill.chunk import read_chunk, run_chunk
 from mistral_kernels.sample.sampler import Sampler
@@ -33,12 +38,13 @@ class Decoder(ReferenceDecoder):
                        debugging
     plain              run the kernels' plain-PyTorch twins instead: slow, on any device, to find
                        out which side is wrong
-    pdl                programmatic dependent launch (compute capability 9.0 to 11.x)
+    pdl                programmatic dependent launch (compute capability 9.0 to 11.x; up to 16 rows)
 
-    Differences: logits are float32, as the kernels compute them. Random numbers are those of the
-    sampling kernel, so a seed gives another text than with the reference, of the same distribution.
-    Up to `steps_in_flight` more steps are launched before the ids of one are read back; `rewind`
-    rolls back those launched past the end of a text.
+    Differences: logits are float32, as the kernels compute them; for more than 16 rows those of a
+    plain output matrix were rounded to its dtype, as the model's own are. Random numbers are those
+    of the sampling kernel, so a seed gives another text than with the reference, of the same
+    distribution. Up to `steps_in_flight` more steps are launched before the ids of one are read
+    back; `rewind` rolls back those launched past the end of a text.
 
     The model's weights are regrouped: parameters become views of larger matrices, packed ones
     become planes. The model still works; a packed one is slower than before, because its layers put
@@ -52,7 +58,9 @@ class Decoder(ReferenceDecoder):
     """
 
     # The launches of a step depend on the number of rows alone: splits and tiles are the same
-    # whichever of them are idle, and a column of a tile does not depend on the others.
+    # whichever of them are idle, and a column of a tile does not depend on the others. For more
+    # than 16 rows cuBLAS multiplies plain matrices, which promises no such thing: if bits are asked
+    # for (`rows_together` is False), the tiles do it instead, in several passes.
     steps_keep_bits = True
 
     def __init__(
@@ -86,6 +94,7 @@ class Decoder(ReferenceDecoder):
         with torch.inference_mode():
             self._step = DecodeStep(model, self._cache, REFERENCES if plain else KERNELS, pdl)
             self._addresses = addresses(model)  # of the weights, which `_step` has regrouped
+            self._norm_versions = norm_versions(model)
             self._sampler = Sampler(batch_size, model.config.vocab_size, model.device, plain)
             # Graphs hold addresses: none of these is ever replaced.
             self._logits = self._step.logits  # [B, V]
@@ -114,6 +123,8 @@ class Decoder(ReferenceDecoder):
     def _check_attached(self) -> None:
         refuse_attachments(self.model, _NAME)
         refuse_moved(self.model, self._addresses)
+        if self._step.weights.activations == torch.float16:  # see `scaled_norm`
+            refuse_changed_norms(self.model, self._norm_versions)
 
     @property
     def unpacked_kinds(self) -> list[str]:
@@ -388,7 +399,8 @@ class Decoder(ReferenceDecoder):
         self._place()
         self._placed = None
         self._cache.begin(growth)
-        self._run(name, work)
+        self._step.keep_bits = not self.rows_together
+        self._run(name if self.rows_together else f"{name}, same bits", work)
         self._cache.commit(growth)
         self._placed = growth.lengths
 

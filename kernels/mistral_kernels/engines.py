@@ -6,13 +6,15 @@
     cpu       mistral_kernels.cpu.Decoder                the fastest on a CPU; needs numba
 
 All are an `Engine` (mistral/engine/base.py), with the same logits up to rounding. `auto` tries
-kernels, compile and eager in this order on a GPU, and cpu and eager on a CPU.
+kernels, compile and eager in this order on a GPU, and cpu and eager on a CPU. On a GPU that has
+dependent launch it tries the kernels with it first; `kernels` never uses it.
 """
 
 import gc
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +25,11 @@ from mistral.quantization.packed import Packed
 from mistral_kernels.widths import width_problem
 
 ENGINES = ("auto", "eager", "compile", "kernels", "cpu")
-_MOST_ROWS = 16  # MAX_BATCH of the decode kernels, whose file imports Triton
+_MOST_ROWS = 64  # MAX_ROWS of the decode kernels, whose file imports Triton
+_MOST_ROWS_EARLY = 16  # with dependent launch: MAX_BATCH there
 _OLDEST_TRITON = (3, 6)
 _OLDEST_GPU = (8, 0)
+_DEPENDENT_LAUNCH = ((9, 0), (12, 0))  # from this compute capability, up to but not this one
 _DRIVER = Path("/proc/driver/nvidia/version")  # exists on Linux if an NVIDIA driver is loaded
 
 
@@ -98,9 +102,10 @@ def _check_name(name: str) -> None:
 
 def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
     """The first engine that works on a GPU, and its line with the problems of faster ones."""
-    problems = []
+    problems: list[str] = []
     regrouped = _regrouped(model)
-    for name, open_it in (("kernels", _open_kernels), ("compile", _open_compiled)):
+    quick_kernels = partial(_open_quick_kernels, problems=problems)
+    for name, open_it in (("kernels", quick_kernels), ("compile", _open_compiled)):
         try:
             decoder, place = open_it(model, sizes)
             line = f"engine: {name} ({place}){_slow_part(decoder)}"
@@ -110,6 +115,30 @@ def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
         # After the `except` block: its traceback keeps the memory of the failed engine alive.
         _put_back(model, regrouped)
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
+
+
+def _open_quick_kernels(model: Mistral, sizes: dict, problems: list[str]) -> tuple[Engine, str]:
+    """The kernels with dependent launch if they can have it and pass the trial, else without.
+
+    problems  receives why they are without
+    """
+    batch_size = sizes["batch_size"]
+    problem = _kernels_problem(model, batch_size)
+    if problem or batch_size > _MOST_ROWS_EARLY or not has_dependent_launch(model.device):
+        return _open_kernels(model, sizes)
+    regrouped = _regrouped(model)
+    try:
+        return _open_kernels(model, sizes, pdl=True)
+    except ValueError as error:  # plain launches need the same memory, but may compute right
+        problems.append(f"not kernels with dependent launch: {error}")
+    _put_back(model, regrouped)  # see `_open_fastest`
+    return _open_kernels(model, sizes)
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels may begin on this GPU before the previous kernel of a stream has ended."""
+    oldest, first_without = _DEPENDENT_LAUNCH
+    return oldest <= torch.cuda.get_device_capability(device) < first_without
 
 
 def _open_without_gpu(
@@ -259,8 +288,11 @@ def _cache_note() -> str:
     return f"; compiled at every start: {problem}" if problem else ""
 
 
-def _open_kernels(model: Mistral, sizes: dict) -> tuple[Engine, str]:
-    """The engine, where it runs, and how far its logits are from the model's own."""
+def _open_kernels(model: Mistral, sizes: dict, pdl: bool = False) -> tuple[Engine, str]:
+    """The engine, where it runs, and how far its logits are from the model's own.
+
+    pdl  with dependent launch, which the GPU must have
+    """
     if problem := _kernels_problem(model, sizes["batch_size"]):
         raise ValueError(problem)
     try:
@@ -272,9 +304,10 @@ def _open_kernels(model: Mistral, sizes: dict) -> tuple[Engine, str]:
         if model.device.type != "cuda":  # a trial in the interpreter would take minutes
             return KernelsDecoder(model, **sizes), _kernels_place(model)
         expected = expected_logits(model)  # before the decoder regroups the model's weights
-        decoder = KernelsDecoder(model, **sizes)
+        decoder = KernelsDecoder(model, **sizes, pdl=pdl)
         distance = try_out(decoder, expected)
-        return decoder, f"{_kernels_place(model)}, logits {distance:.1%} from eager's"
+        place = _kernels_place(model) + (", dependent launch" if pdl else "")
+        return decoder, f"{place}, logits {distance:.1%} from eager's"
     except NotEnoughMemory:
         raise
     except WrongLogits as error:
@@ -327,7 +360,8 @@ def _one_line(error: Exception) -> str:
 def _place(model: Mistral) -> str:
     """The device that an engine runs on."""
     if model.device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"cpu, {threads} thread{'' if threads == 1 else 's'}"
     if model.device.type == "cuda" and torch.version.cuda:
         return "CUDA sm_{}{}".format(*torch.cuda.get_device_capability(model.device))
     return "GPU"

@@ -52,6 +52,27 @@ class Launch(NamedTuple):
             kernel[self.grid](*arguments, **self.constants, **options)
 
 
+def spaced(name: str, x: Tensor, dims: int = 1) -> tuple[Tensor, int]:
+    """A tensor whose tokens may lie apart, as columns of a wider one do.
+
+    dims  of one token, the last ones; they are contiguous
+
+    Returns its memory as one dimension, and how many elements there are from a token to the next.
+    Raises ValueError, which names the tensor, if its tokens are not evenly spaced.
+    """
+    width = math.prod(x.shape[-dims:])
+    if x.is_contiguous():
+        return x, width
+    try:
+        tokens = x.view(-1, width)
+    except RuntimeError:  # of PyTorch: no such view
+        tokens = None
+    if tokens is None or tokens.stride(1) != 1:
+        raise ValueError(f"the tokens of {name} {list(x.shape)} must be contiguous")
+    stride = tokens.stride(0)
+    return tokens.as_strided(((len(tokens) - 1) * stride + width,), (1,)), stride
+
+
 def arch_for(capability: int) -> int:
     """The ARCH of a compute capability: 89 for 8.9, 120 for 12.0."""
     return 90 if 90 <= capability < 120 else 80

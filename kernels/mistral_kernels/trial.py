@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from mistral import Mistral, Sampling
-from mistral_kernels.decode.matvec import MAX_BATCH
+from mistral_kernels.decode.matvec import MAX_BATCH, MAX_ROWS
 from mistral_kernels.decoder import Decoder
-from mistral_kernels.packed.short_linear import MAX_ROWS
 
 TOKENS = MAX_ROWS + 4
 # Relative to the logits' norm. A fault in a kernel makes logits that have nothing to do with the

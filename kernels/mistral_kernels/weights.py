@@ -223,16 +223,26 @@ def _weight(*modules: nn.Module, one_kind: bool = False) -> Weight:
 
 def _stacked(linears: Sequence[nn.Linear]) -> Tensor:
     """Their weights as one tensor [rows of all, columns]; the layers' own become views of it."""
-    weights = [linear.weight.data for linear in linears]
-    rows = [len(weight) for weight in weights]
-    columns = weights[0].shape[1]
-    first = weights[0]
-    storages = {weight.untyped_storage().data_ptr() for weight in weights}
-    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
-    # Another decoder has stacked them before.
-    if len(storages) == 1 and [weight.data_ptr() for weight in weights[1:]] == ends[:-1]:
-        return first.as_strided((sum(rows), columns), (columns, 1))
-    together = torch.cat(weights)
-    for linear, part in zip(linears, together.split(rows)):
-        linear.weight.data = part
+    together = already_stacked(linears)
+    if together is None:
+        weights = [linear.weight.data for linear in linears]
+        together = torch.cat(weights)
+        for linear, part in zip(linears, together.split([len(weight) for weight in weights])):
+            linear.weight.data = part
     return together
+
+
+def already_stacked(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """The weights of some layers as one tensor [rows of all, columns], if they are views of one.
+
+    None if a weight was replaced since `weights_of` has stacked them, or if it never has.
+    """
+    weights = [linear.weight.data for linear in linears]
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    if [weight.data_ptr() for weight in weights[1:]] != ends[:-1]:
+        return None
+    if len({weight.untyped_storage().data_ptr() for weight in weights}) > 1:
+        return None
+    columns = weights[0].shape[1]
+    rows = sum(len(weight) for weight in weights)
+    return weights[0].as_strided((rows, columns), (columns, 1))

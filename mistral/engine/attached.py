@@ -28,6 +28,12 @@ def refuse_attachments(model: Mistral, engine: str) -> None:
     _refuse(_foreign_modules(model), engine)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether module(x) is x W^T and nothing else: a Linear to which nothing is attached."""
+    is_own = type(module) is nn.Linear and "forward" not in vars(module)
+    return is_own and module.bias is None and not (_has_hooks(module) or _all_have_hooks())
+
+
 def addresses(model: Mistral) -> list[int]:
     """Where the parameters are, for `refuse_moved`."""
     return [parameter.data_ptr() for parameter in model.parameters()]
@@ -36,11 +42,32 @@ def addresses(model: Mistral) -> list[int]:
 def refuse_moved(model: Mistral, before: Sequence[int]) -> None:
     """Raises ValueError if parameters are not where they were; `before` is from `addresses`.
 
-    Changes in place are seen by every engine.
+    Changes in place are seen by every engine, but for norms: see `refuse_changed_norms`.
     """
     if addresses(model) != before:
         raise ValueError(
             "the model's weights were replaced after the decoder was created: create a new decoder"
+        )
+
+
+def norm_versions(model: Mistral) -> list[int]:
+    """How often each norm's weight was changed in place, for `refuse_changed_norms`.
+
+    PyTorch does not count changes of `.data`, and those of tensors made in inference mode.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
+    return [0 if weight.is_inference() else weight._version for weight in weights]
+
+
+def refuse_changed_norms(model: Mistral, before: Sequence[int]) -> None:
+    """Raises ValueError if norms have changed since; for an engine that computes with copies.
+
+    before  from `norm_versions`
+    """
+    if norm_versions(model) != before:
+        raise ValueError(
+            "the model's norms were changed after the decoder was created, which has scaled copies "
+            "of them: create a new decoder"
         )
 
 
@@ -53,12 +80,20 @@ def _refuse(found: Iterator[str], engine: str) -> None:
 
 
 def _hooks(model: Mistral) -> Iterator[str]:
-    all_modules = nn.modules.module
-    if all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks:
+    if _all_have_hooks():
         yield "every module has a global forward hook"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if _has_hooks(module):
             yield f"{name or 'the model'} has a forward hook"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _all_have_hooks() -> bool:
+    all_modules = nn.modules.module
+    return bool(all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks)
 
 
 def _foreign_modules(model: Mistral) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Compile a kernel for a GPU that is not there, and analyse the result.
 
 `triton.compile` needs no GPU if it is given a target; the assembler and disassembler come with
-Triton's wheel. A launch would see that pointers are multiples of 16; here a hint must say so, or
-loads would not be 16 bytes wide.
+Triton's wheel. A launch would see that pointers and strides are multiples of 16; here a hint must
+say so, or loads would not be 16 bytes wide.
 """
 
 import os
@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from mistral import Config
 from mistral_kernels.decode import attention as decode_attention
-from mistral_kernels.decode import embed, gate_up, head, projection, qkv
+from mistral_kernels.decode import embed, gate_up, head, many_rows, projection, qkv
 from mistral_kernels.decode.matvec import DENSE
 from mistral_kernels.packed import dequantize, short_linear
 from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_for
@@ -29,6 +29,8 @@ from mistral_kernels.prefill import pointwise as prefill_pointwise
 from mistral_kernels.prefill import short_attention
 from mistral_kernels.sample import kernel as sampling
 
+# Numbers of elements that are multiples of 16, as a head's size is.
+_STRIDES = ("q_stride", "k_stride", "v_stride", "kv_stride", "gate_stride", "up_stride")
 # The types of arguments, by name; any other points to elements of the weights' dtype.
 _TYPES = (
     dict.fromkeys(
@@ -41,7 +43,10 @@ _TYPES = (
     | dict.fromkeys(
         ("ring_size", "num_slots", "window", "T", "out_features", "rows", "q_rows", "k_rows"), "i32"
     )
+    | dict.fromkeys(_STRIDES, "i32")
     | dict.fromkeys(("allowed", "seen"), "*i1")
+    | dict.fromkeys(("product", "q_product", "k_product", "v_product"), "*fp32")
+    | dict.fromkeys(("gate_product", "up_product"), "*fp32")
     | {"counters": "*i32", "inverse": "*fp32"}
 )
 # Of the model's dtype, which differs from that of the inputs of packed weights.
@@ -107,6 +112,10 @@ def decode_kernels(
         "attention": _Task(
             decode_attention.decode_attention_kernel, decode_attention.launch(batch, N, K, H, *how)
         ),
+        "attention ahead": _Task(
+            decode_attention.decode_attention_kernel,
+            decode_attention.launch(batch, N, K, H, *how, ahead=True),
+        ),
         "output": _Task(
             projection.projection_kernel, projection.launch(batch, D, N * H, *how, kind)
         ),
@@ -141,6 +150,39 @@ def short_kernels(
         "short up": _Task(kernel, launch(T, D, F, *how, kind)),
         "short down": _Task(kernel, launch(T, F, D, *how, more)),
         "short head": _Task(kernel, launch(T, D, V, *how, more)),
+    }
+
+
+def many_rows_kernels(
+    config: Config,
+    dtype: torch.dtype,
+    batch: int,
+    capability: int,
+    kind: str = DENSE,
+    larger: str | None = None,
+) -> dict[str, _Task]:
+    """The kernels of a step of more than 16 rows that have none of fewer, by name.
+
+    The arguments are those of `decode_kernels`. Plain matrices are those of which the bits are
+    kept.
+    """
+    D = config.hidden_size
+    F = config.intermediate_size
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    more = larger or kind
+    how = (dtype, arch_for(capability))
+    kernel = short_linear.short_linear_kernel
+    launch = short_linear.launch
+    joined = kind == DENSE
+    return {
+        "rows up": _Task(kernel, launch(batch, D, F, *how, kind, scaled=False)),
+        "rows down": _Task(kernel, launch(batch, F, D, *how, more, scaled=False)),
+        "normalise": _Task(many_rows.normalise_kernel, many_rows.normalise_launch(batch, D)),
+        "rotate store": _Task(
+            many_rows.rotate_store_kernel, many_rows.rotate_store_launch(batch, *heads, joined)
+        ),
+        "add": _Task(many_rows.add_kernel, many_rows.add_launch(batch, D)),
+        "silu": _Task(many_rows.silu_kernel, many_rows.silu_launch(batch, F, joined)),
     }
 
 
@@ -227,7 +269,9 @@ def compile_ahead(
     )
     signature = {n: "constexpr" if n in launch.constants else types.get(n, act) for n in names}
     hints = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in _STRIDES
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
     compiled = triton.compile(

@@ -27,8 +27,9 @@ import mistral_kernels
 from mistral.checkpoints.load import choose_device
 from mistral.files import format_bytes
 from mistral.quantization.packed import Packed, TiedOutput
-from mistral_kernels.engines import ENGINES
+from mistral_kernels.engines import ENGINES, has_dependent_launch
 
+_EARLY = ", dependent launch"  # in an engine's line
 MATRICES = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv")
 
 
@@ -94,6 +95,11 @@ def main() -> None:
         run_steps(decoder, args.steps)
         machine.synchronize(device)
     known = kernel_bytes(model, args.batch_size, args.context)
+    if _EARLY in note:
+        common.note(
+            "with dependent launch the time of a kernel contains its wait for the one before it; "
+            "for shares of a step use --engine kernels"
+        )
     rows = (
         kernels(record.events(), known, args.steps)
         if on_gpu
@@ -119,8 +125,10 @@ def open_decoder(
     if on_gpu and args.engine in ("auto", "kernels"):
         common.note("compiling the kernels in all cores; meanwhile the weights are made")
         case = sizes.Case(args.batch_size, args.context, 3 * args.steps)
-        engines = ["kernels-pdl" if args.pdl else "kernels"]
         capability = torch.cuda.get_device_capability(device)
+        engines = ["kernels-pdl" if args.pdl else "kernels"]
+        if args.engine == "auto" and not args.pdl and has_dependent_launch(device):
+            engines = ["kernels-pdl", "kernels"]  # which `auto` tries in this order
         ahead = WarmUp(size, dtype, [args.format], [case], engines, capability)
     model = sizes.make_model(size, device, dtype, args.format)
     if ahead:
@@ -128,7 +136,7 @@ def open_decoder(
     room = args.context + 3 * args.steps + 2
     if args.pdl:
         decoder = mistral_kernels.Decoder(model, args.batch_size, room, pdl=True)
-        return model, decoder, "engine: kernels, pdl"
+        return model, decoder, f"engine: kernels{_EARLY}"
     return model, *mistral_kernels.open_engine(args.engine, model, args.batch_size, room)
 
 

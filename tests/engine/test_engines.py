@@ -60,7 +60,7 @@ COMPILED = types.SimpleNamespace(unpacked_kinds=())
 
 
 def refusing(message):
-    def open_it(model, sizes):
+    def open_it(model, sizes, pdl=False):
         raise ValueError(message)
 
     return open_it
@@ -76,7 +76,7 @@ def test_auto_without_a_gpu_is_the_cpus_engine_or_says_why_not(no_gpu, monkeypat
     decoder, note = open_engine("auto", model(), **sizes)
     assert type(decoder) is mistral_kernels.cpu.Decoder
     assert (decoder.batch_size, decoder.limit) == (2, 9)
-    assert re.fullmatch(r"engine: cpu \(cpu, \d+ threads\): no GPU", note)
+    assert re.fullmatch(r"engine: cpu \(cpu, \d+ threads?\): no GPU", note)
 
     decoder, note = open_engine("auto", model().double(), **sizes)
     assert type(decoder) is mistral.Decoder
@@ -145,27 +145,29 @@ def test_auto_on_a_gpu_is_the_kernels(a_gpu, monkeypatch):
     opened = types.SimpleNamespace(unpacked_kinds=())
     asked = []
     monkeypatch.setattr(
-        engines, "_open_kernels", lambda model, sizes: asked.append(sizes) or (opened, "there")
+        engines,
+        "_open_kernels",
+        lambda model, sizes, pdl=False: asked.append((sizes, pdl)) or (opened, "there"),
     )
     said = []
     decoder, note = open_engine("auto", model(), 3, 10, say=said.append)
     assert len(said) == 1
     assert said[0].startswith("trying the kernels; the first time on a machine")
     assert decoder is opened
-    assert asked == [dict(batch_size=3, max_tokens=10, slack=16)]
+    assert asked == [(dict(batch_size=3, max_tokens=10, slack=16), True)]
     assert note == "engine: kernels (there)"
 
 
 def test_auto_goes_on_to_the_next_that_works_and_says_why(a_gpu, monkeypatch):
     monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: (COMPILED, "there"))
-    decoder, note = open_engine("auto", model(), batch_size=17)
+    decoder, note = open_engine("auto", model(), batch_size=65)
     assert decoder is COMPILED
     assert note.startswith(
-        "engine: compile (there); not kernels: the kernels take at most 16 rows at once"
+        "engine: compile (there); not kernels: the kernels take at most 64 rows at once"
     )
     monkeypatch.setattr(engines, "_open_compiled", refusing("no compiler"))
     monkeypatch.setattr(engines, "Decoder", lambda model, **sizes: "eager")
-    decoder, note = open_engine("auto", model(), batch_size=17)
+    decoder, note = open_engine("auto", model(), batch_size=65)
     assert decoder == "eager"
     assert note.startswith("engine: eager; not kernels: the kernels take")
     assert note.endswith("; not compile: no compiler")
@@ -181,7 +183,7 @@ def test_what_was_in_planes_for_another_decoder_stays_there(a_gpu, monkeypatch):
     keeper = types.SimpleNamespace(blocks=lambda: torch.ones(3, 34, dtype=torch.uint8))
     first.hand_over(keeper)
 
-    def half_way(model, sizes):
+    def half_way(model, sizes, pdl=False):
         other.hand_over(keeper)
         raise ValueError("the driver is too old")
 
@@ -195,7 +197,7 @@ def test_what_was_in_planes_for_another_decoder_stays_there(a_gpu, monkeypatch):
 
 
 def test_auto_goes_on_where_memory_is_short(a_gpu, monkeypatch):
-    def no_room(model, sizes):
+    def no_room(model, sizes, pdl=False):
         raise mistral.NotEnoughMemory("the buffers do not fit")
 
     monkeypatch.setattr(engines, "_open_kernels", no_room)
@@ -237,7 +239,7 @@ def test_auto_goes_on_where_a_compiled_step_cannot_be_recorded(a_gpu, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
-        ({}, 17, "at most 16 rows at once, not 17: use fewer rows"),
+        ({}, 65, "at most 64 rows at once, not 65: use fewer rows"),
         ({"hidden_size": 40}, 1, "hidden_size to be a multiple of 32, not 40"),
         ({"intermediate_size": 56}, 1, "intermediate_size to be a multiple of 32"),
         ({"head_dim": 8}, 1, "a head_dim of 16, 32"),
@@ -260,7 +262,7 @@ def packed():
 def test_packed_models_are_for_the_kernels_and_slow_kinds_are_told(packed, a_gpu, monkeypatch):
     assert engines._kernels_problem(packed) is None
     decoder = types.SimpleNamespace(unpacked_kinds=["Q2_K", "Q3_K"])
-    monkeypatch.setattr(engines, "_open_kernels", lambda model, sizes: (decoder, "there"))
+    monkeypatch.setattr(engines, "_open_kernels", lambda *_, pdl=False: (decoder, "there"))
     for name in ("kernels", "auto"):
         note = open_engine(name, packed, max_tokens=9)[1]
         assert note == "engine: kernels (there), Q2_K, Q3_K unpacked at every step: slow"
@@ -297,8 +299,8 @@ def test_what_no_model_changes_is_known_before_there_is_one(no_gpu, monkeypatch)
         engines.check_engine(name, cpu, packed=True)
     with pytest.raises(ValueError, match="packed weights cannot be compiled"):
         engines.check_engine("compile", cpu, packed=True)
-    with pytest.raises(ValueError, match="at most 16 rows at once, not 17"):
-        engines.check_engine("kernels", cpu, batch_size=17)
+    with pytest.raises(ValueError, match="at most 64 rows at once, not 65"):
+        engines.check_engine("kernels", cpu, batch_size=65)
     with pytest.raises(ValueError, match="no engine 'fast'"):
         engines.check_engine("fast", cpu)
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
@@ -345,47 +347,154 @@ def test_whatever_fails_underneath_is_one_line(a_gpu, monkeypatch):
         open_engine("kernels", model())
 
 
-def test_kernels_are_tried_beside_what_the_model_gave_before_them(a_gpu, monkeypatch):
-    done = []
-    fault = None
+class Trial:
+    """In the place of the kernels' decoder and of its trial.
 
-    class Decoder:
-        unpacked_kinds = ()
+    done    what was asked of them, in this order
+    faults  what the trial raises, with dependent launch (True) and without
+    """
 
-        def __init__(self, model, **sizes):
-            done.append("made")
+    def __init__(self):
+        self.done = []
+        self.faults = {}
+        done = self.done
 
-    def try_out(decoder, expected):
-        done.append(("tried", expected))
-        if fault:
+        class Decoder:
+            unpacked_kinds = ()
+
+            def __init__(self, model, batch_size, max_tokens, slack, pdl=False):
+                self.pdl = pdl
+                done.append("made")
+
+        self.Decoder = Decoder
+
+    def expected_logits(self, model):
+        self.done.append("asked")
+        return "numbers"
+
+    def try_out(self, decoder, expected):
+        self.done.append(("tried", expected, decoder.pdl))
+        if fault := self.faults.get(decoder.pdl):
             raise fault
         return 0.0123
 
-    trial = types.SimpleNamespace(
-        WrongLogits=WrongLogits,
-        expected_logits=lambda model: done.append("asked") or "numbers",
-        try_out=try_out,
-    )
-    monkeypatch.setitem(
-        sys.modules, "mistral_kernels.decoder", types.SimpleNamespace(Decoder=Decoder)
-    )
-    monkeypatch.setitem(sys.modules, "mistral_kernels.trial", trial)
+
+@pytest.fixture
+def trial(a_gpu, monkeypatch):
+    made = Trial()
+    made.WrongLogits = WrongLogits
+    monkeypatch.setitem(sys.modules, "mistral_kernels.decoder", made)
+    monkeypatch.setitem(sys.modules, "mistral_kernels.trial", made)
     monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: (COMPILED, "there"))
-    decoder, note = open_engine("auto", model())
-    assert type(decoder) is Decoder
-    assert note == "engine: kernels (CUDA sm_90, Triton 3.6, logits 1.2% from eager's)"
-    assert done == ["asked", "made", ("tried", "numbers")]
+    return made
+
+
+EARLY = "engine: kernels (CUDA sm_90, Triton 3.6, dependent launch, logits 1.2% from eager's)"
+PLAIN = "engine: kernels (CUDA sm_90, Triton 3.6, logits 1.2% from eager's)"
+
+
+def test_kernels_are_tried_beside_what_the_model_gave_before_them(trial):
+    decoder, note = open_engine("kernels", model())
+    assert type(decoder) is trial.Decoder
+    assert note == PLAIN
+    assert trial.done == ["asked", "made", ("tried", "numbers", False)]
     # Wrong logits are not the driver's fault, and a fault of the driver is not ours.
-    fault = WrongLogits("their logits are 140% away")
+    trial.faults = dict.fromkeys((True, False), WrongLogits("their logits are 140% away"))
     decoder, note = open_engine("auto", model())
     assert decoder is COMPILED
     assert "not kernels: the kernels compute something else here: their logits are 140%" in note
     assert "driver" not in note
-    fault = ValueError("no cubin")
+    trial.faults = dict.fromkeys((True, False), ValueError("no cubin"))
     assert (
         "the kernels do not run here: ValueError: no cubin; update"
         in open_engine("auto", model())[1]
     )
+
+
+def test_auto_launches_early_if_that_passes_the_trial(trial):
+    decoder, note = open_engine("auto", model())
+    assert decoder.pdl
+    assert note == EARLY
+    assert trial.done == ["asked", "made", ("tried", "numbers", True)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (
+            WrongLogits("their logits are nan% away"),
+            "the kernels compute something else here: their logits are nan% away; use another "
+            "engine, and please report it",
+        ),
+        (
+            RuntimeError("CUDA error:\n invalid argument"),
+            "the kernels do not run here: RuntimeError: CUDA error: invalid argument; update the "
+            "NVIDIA driver and Triton (3.6 needs a C compiler, gcc), or use another engine",
+        ),
+    ],
+    ids=["wrong", "raises"],
+)
+def test_auto_launches_plainly_if_the_early_trial_fails_and_says_why(fault, reason, trial):
+    trial.faults = {True: fault}
+    decoder, note = open_engine("auto", model())
+    assert not decoder.pdl
+    assert note == f"{PLAIN}; not kernels with dependent launch: {reason}"
+
+
+def test_where_neither_launch_passes_both_reasons_are_told(trial):
+    trial.faults = {True: ValueError("no early cubin"), False: WrongLogits("140% away")}
+    decoder, note = open_engine("auto", model())
+    assert decoder is COMPILED
+    assert re.fullmatch(
+        r"engine: compile \(there\); not kernels with dependent launch: .* no early cubin; .*; "
+        r"not kernels: the kernels compute something else here: 140% away; .*",
+        note,
+    )
+
+
+def test_memory_that_is_too_small_for_one_kind_of_launch_is_so_for_both(trial):
+    trial.faults = {True: torch.OutOfMemoryError("tried 9 GB")}
+    decoder, note = open_engine("auto", model())
+    assert decoder is COMPILED
+    assert (
+        note == "engine: compile (there); not kernels: the kernels' buffers do not fit: tried 9 GB"
+    )
+    assert len(trial.done) == 3
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_a_gpu_without_dependent_launch_is_not_asked_for_it(capability, trial, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    decoder, note = open_engine("auto", model())
+    assert not decoder.pdl
+    assert "dependent" not in note
+    assert len(trial.done) == 3
+
+
+def test_more_rows_than_one_pass_takes_are_launched_plainly(trial):
+    decoder, note = open_engine("auto", model(), batch_size=17)
+    assert (decoder.pdl, note) == (False, PLAIN)
+    assert open_engine("auto", model(), batch_size=16)[0].pdl
+
+
+def test_blocks_that_the_early_trial_has_regrouped_are_given_back_before_the_plain_one(
+    a_gpu, packed, monkeypatch
+):
+    layer = packed.model.layers[0].mlp.up_proj
+    blocks = layer.blocks
+    keeper = types.SimpleNamespace(blocks=lambda: blocks)
+    opened = []
+
+    def open_it(model, sizes, pdl=False):
+        opened.append((pdl, layer.keeper))
+        layer.hand_over(keeper)
+        if pdl:
+            raise ValueError("no")
+        return COMPILED, "there"
+
+    monkeypatch.setattr(engines, "_open_kernels", open_it)
+    open_engine("auto", packed, max_tokens=9)
+    assert opened == [(True, None), (False, None)]
 
 
 def test_an_unknown_engine_is_refused():

@@ -47,7 +47,17 @@ def use(decoder):
         decoder.logits.sum().item()
 
 
-def report(label, decoder):
+def use_many_rows(decoder):
+    """`use` for 17 rows, whose step has kernels of its own; then with the same bits."""
+    for decoder.rows_together in (True, False):
+        for T in (1, 1, 2, 2):
+            decoder.prefill([[3 + i for i in range(T)]] * decoder.batch_size)
+            decoder.step(GREEDY)
+            decoder.step([GREEDY] * (decoder.batch_size - 1) + [None])
+            decoder.logits.sum().item()
+
+
+def report(label, decoder, use=use):
     before = len(recording.graphs)
     use(decoder)
     known = set(recording.variants)
@@ -71,7 +81,7 @@ def provoke():
         "a condition": lambda: 1 if x.sum() > 0 else 0,
         "a list": lambda: x.tolist(),
         "a synchronization": lambda: torch.cuda.synchronize(),
-        "a compilation": lambda: swiglu.run(swiglu_kernel, x, x),
+        "a compilation": lambda: swiglu.run(swiglu_kernel, x, x, 16, 16),
         "nothing": lambda: x.add_(1),
     }
     for name, work in faulty.items():
@@ -81,12 +91,17 @@ def provoke():
 
 
 def main():
-    for dtype, batch, pdl in DENSE[:2] if form == "short" else DENSE:
+    for dtype, batch, pdl in DENSE[1:2] if form == "short" else DENSE:
         model = small.model(dtype, **SIZES).to("cuda")
         report(f"{dtype}, batch {batch}", Decoder(model, batch, pdl=pdl))
     for name in ["Q4_K_M"] if form == "short" else MIXES:
         model = packed_model(MIXES[name], torch.bfloat16).to("cuda")
         report(name, Decoder(model, 1, pdl=True))
+    many = {"plain, batch 17": small.model(torch.bfloat16, **SIZES)}
+    if form == "full":
+        many |= {f"{name}, batch 17": packed_model(MIXES[name], torch.bfloat16) for name in MIXES}
+    for label, model in many.items():
+        report(label, Decoder(model.to("cuda"), 17), use_many_rows)
     provoke()
 
 

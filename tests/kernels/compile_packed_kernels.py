@@ -1,5 +1,5 @@
 """Compile the kernels of a packed 7B for GPUs that are not here, and print one line of JSON for
-each: those of a decode step, and those for short chunks.
+each: those of a decode step, those for short chunks, and those of a step of more than 16 rows.
 
     python compile_packed_kernels.py short|full
 """
@@ -9,7 +9,7 @@ import sys
 
 import compile_decode_kernels  # noqa: F401  (it puts the scripts on the path)
 import torch
-from compile_ahead import KINDS, decode_kernels, short_kernels
+from compile_ahead import KINDS, decode_kernels, many_rows_kernels, short_kernels
 from compile_decode_kernels import DEMO, MATRICES, config, facts
 
 from mistral_kernels.packed.planes import FAST_KINDS
@@ -39,6 +39,17 @@ CHUNKS = {
         (80, 9, "Q4_0", None, ("short down",)),
     ],
 }
+# The same for a step of so many rows
+ROWS = ("rows up", "rows down")
+POINTWISE = ("normalise", "rotate store", "add", "silu")
+MANY_ROWS = {
+    "short": [(90, 24, "Q4_K", None, ("rows up", *POINTWISE))],
+    "full": [
+        *((target, 24, "Q4_K", None, POINTWISE) for target in (90, 80)),
+        *((90, 24, kind, None, ROWS) for kind in FAST_KINDS),
+        (80, 17, "Q4_K", "Q6_K", ROWS),
+    ],
+}
 
 
 def show(name, task, dtype, target, batch):
@@ -55,7 +66,11 @@ def show(name, task, dtype, target, batch):
 
 
 def main(form):
-    for kernels, variants in ((decode_kernels, DECODE[form]), (short_kernels, CHUNKS[form])):
+    for kernels, variants in (
+        (decode_kernels, DECODE[form]),
+        (short_kernels, CHUNKS[form]),
+        (many_rows_kernels, MANY_ROWS[form]),
+    ):
         for target, batch, kind, larger, names in variants:
             tasks = kernels(config("7b"), FP16, batch, target, kind, larger)
             for name in names:

@@ -7,12 +7,12 @@ who has read it:
 bounds    an address must lie inside one of the tensors that the launch was given
 CTAs      if two CTAs of a launch touch a byte and one of them writes it, an atomic must order them:
           a release of the one, then an acquire of the other (vector clocks)
-launches  with programmatic dependent launch a CTA may run while earlier launches do. Ahead of its
+launches  with programmatic dependent launch a CTA may run while earlier launches do. Before its
           `wait_for_producer` it must not store anything, and it may read a byte only if the launch
           that wrote it is certainly done. It must wait at some time.
 
 A launch is certainly done if a launch after it has waited for it, in all its CTAs, before it
-released the next one. The CTAs of a launch run in an order that is shuffled by a seed.
+released the next one. The CTAs of a launch run in a shuffled order.
 
 Source of vector clocks: https://doi.org/10.1145/359545.359563
 """
@@ -60,25 +60,24 @@ class View(NamedTuple):
 
 
 class Detector:
-    """Watches all launches from `watch` on.
+    """Watches all launches from now on, until `patch` is undone.
 
     problems  (what, which kernel) -> how often
     examples  the first of each, in words
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, seed: int = 0):
+    def __init__(self, patch: pytest.MonkeyPatch):
         self.problems: Counter[tuple[str, str]] = Counter()
         self.examples: dict[tuple[str, str], str] = {}
         self.launches: Counter[str] = Counter()  # by the name of the kernel
-        self._order = random.Random(seed)
+        self._order = random.Random(0)
         self._shadows: dict[int, Shadow] = {}
         self._launch = 0
         self._done = -1  # the last launch that is done even if a CTA has not waited
-        self._is_running = False
         self._watch(patch)
 
-    def forget_memory(self) -> None:
-        """Everything launched so far is done: PyTorch's own work follows it on the stream."""
+    def mark_done(self) -> None:
+        """All launches so far are done: PyTorch's own work follows them on the stream."""
         self._done = self._launch - 1
 
     # The interpreter's events
@@ -195,7 +194,7 @@ class Detector:
 
     def _write(self, addresses: np.ndarray, size: int) -> None:
         if self._is_early and not self._has_waited:
-            self._report("a store ahead of the wait")
+            self._report("a store before the wait")
         for shadow, at in self._bytes(addresses, size):
             self._check("a write over an unordered write", shadow, shadow.written, at)
             self._check("a write over an unordered read", shadow, shadow.read, at)
@@ -206,8 +205,8 @@ class Detector:
     def _order_by(self, addresses: np.ndarray, size: int, order: str) -> None:
         """An atomic: acquire what its address publishes, release what this CTA knows."""
         if self._is_early and not self._has_waited:
-            self._report("an atomic ahead of the wait")
-        list(self._bytes(addresses, size))  # its bounds
+            self._report("an atomic before the wait")
+        self._bytes(addresses, size)  # checks the bounds
         mine = self._clocks[self._cta]
         for address in addresses.tolist():
             published = self._locations.setdefault(address, np.zeros_like(mine))
@@ -241,7 +240,7 @@ class Detector:
         is_ours = launch == self._launch
         last_done = self._launch - 1 if self._has_waited else self._done
         known = self._clocks[self._cta][np.where(is_ours, cta, 0)] >= events.clock[at]
-        is_done = np.where(is_ours, known | (cta == self._cta), launch <= last_done)
+        is_done = np.where(is_ours, known, launch <= last_done)
         if not is_done.all():
             other = int(launch[~is_done][0]) - self._launch
             self._report(what, f"of {self._name_of(shadow)} by launch {other:+}")

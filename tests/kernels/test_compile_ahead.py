@@ -35,6 +35,9 @@ def test_every_kernel_compiles_for_every_target(compiled, request):
     in_part = {(80, "bfloat16", 1): ("down",)} if form == "short" else IN_PART
     expected = {(name, *variant) for name in KERNELS for variant in whole}
     expected |= {(name, *variant) for variant, names in in_part.items() for name in names}
+    expected.add(("attention ahead", 90, "bfloat16", 1))
+    if form == "full":
+        expected.add(("attention ahead", 90, "float16", 16))
     assert set(compiled) == expected
 
 
@@ -50,6 +53,16 @@ def test_two_blocks_of_threads_fit_a_multiprocessor(compiled):
         # the smaller Blackwells, where attention is alone on a multiprocessor.
         blocks, room = {80: (2, 164), 90: (2, 228), 120: (1, 100)}[key[1]]
         assert blocks * (made["shared"] + 1024) <= room * 1024, key
+
+
+def test_keys_and_values_are_loaded_before_the_wait_if_launched_early(compiled):
+    for (name, *_), made in compiled.items():
+        if name == "attention ahead":
+            # 64 keys and 64 values of 256 bytes, on 128 threads
+            assert made["wide_loads_before_wait"] == 16
+            assert made["registers"] <= 128
+        elif name == "attention":
+            assert made["wide_loads_before_wait"] == 0
 
 
 def products(compiled):

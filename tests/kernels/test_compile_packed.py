@@ -7,6 +7,8 @@ from ahead import FORMS, compiled_by
 
 MATRICES = ("qkv", "output", "gate_up", "down", "head")
 SHORT = ("short up", "short down", "short head")
+ROWS = ("rows up", "rows down")
+POINTWISE = {"normalise", "rotate store", "add", "silu"}
 KINDS = ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 ROOM = 65536  # registers of a multiprocessor
 # Instructions for which there is time while the bytes of a weight arrive, at 4.3 TB/s on an H200
@@ -28,7 +30,7 @@ def is_full(request):
 def test_every_kind_compiles_for_every_target(compiled, request):
     if not is_full(request):
         assert {made["name"] for made in compiled} == {
-            "qkv", "gate_up", "down", "scale", "short up",
+            "qkv", "gate_up", "down", "scale", "short up", "rows up", *POINTWISE,
         }  # fmt: skip
         return
     for target in (90, 80):
@@ -38,7 +40,7 @@ def test_every_kind_compiles_for_every_target(compiled, request):
         )
         assert {line["name"] for line in made} >= set(MATRICES)
         assert ["Q4_K", "Q6_K"] in [line["kinds"] for line in made if line["name"] == "qkv"]
-        assert {line["name"] for line in made} >= {"scale", *SHORT}
+        assert {line["name"] for line in made} >= {"scale", *SHORT, *ROWS, *POINTWISE}
     assert {
         kind for line in compiled if line["name"] == "short down" for kind in line["kinds"]
     } == set(KINDS)
@@ -89,5 +91,7 @@ def test_unpacking_takes_less_time_than_the_memory(compiled, request):
 
 def products(compiled):
     return [
-        made for made in compiled if made["name"] in MATRICES + SHORT and made["dtype"] == "float16"
+        made
+        for made in compiled
+        if made["name"] in MATRICES + SHORT + ROWS and made["dtype"] == "float16"
     ]

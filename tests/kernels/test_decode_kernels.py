@@ -32,6 +32,8 @@ from mistral_kernels.portable import activation, arch_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# The interpreter launches nothing early, but runs the kernel that would be.
+HAS_PDL = DEVICE == "cpu" or (9, 0) <= torch.cuda.get_device_capability() < (12, 0)
 EPS = 0.5  # large beside the squares: another number in its place shows
 D = 96
 F = 160
@@ -248,20 +250,22 @@ def test_attention_sees_the_window_and_nothing_else(positions, window, dtype):
     clean = (keys.clone(), values.clone())
     for cache in (keys, values):
         cache.transpose(1, 2)[dead.to(DEVICE)] = math.nan  # read any of these, and the sum is NaN
-    y = poisoned(B, N * H, dtype=dtype)
     twin = poisoned(B, N * H, dtype=dtype)
     attend_reference(q, *clean, positions, twin, None, S, window)
-    partials = two_parts(B)
-    attend(q, keys, values, positions, y, partials, S, window)
-    assert_close(y, twin)
-    assert whole(y)[B:].isnan().all()
-    assert not y[positions < 0].any()
-    assert not partials.counters.any()
+    # In one part there are two blocks, the second of which is short.
+    for pdl, splits in ((False, 2), (True, 2), (True, 1)) if HAS_PDL else ((False, 2),):
+        y = poisoned(B, N * H, dtype=dtype)
+        partials = parts(B, splits)
+        attend(q, keys, values, positions, y, partials, S, window, pdl=pdl)
+        assert_close(y, twin)
+        assert whole(y)[B:].isnan().all()
+        assert not y[positions < 0].any()
+        assert not partials.counters.any()
 
 
-def two_parts(B):
-    """Room for keys cut in two, whatever the batch: the interpreter takes a while for each part."""
-    partials = Partials(B, N, K, H, DEVICE, splits=2)
+def parts(B, splits):
+    """Room for few parts, whatever the batch: the interpreter takes a while for each."""
+    partials = Partials(B, N, K, H, DEVICE, splits=splits)
     for tensor in (partials.outputs, partials.stats):
         tensor.fill_(math.nan)
     return partials
@@ -299,7 +303,7 @@ def test_attention_agrees_with_the_rolling_cache_of_the_model():
     )
     model = small.mistral.Mistral(config)
     cache = model.new_cache(B, slack=S - W)
-    partials = two_parts(B)
+    partials = parts(B, 2)
     for step in range(26):
         q = torch.randn(B, N, 1, H)
         k = torch.randn(B, K, 1, H)
@@ -529,7 +533,7 @@ def test_what_the_kernels_cannot_do_is_named():
         projection(D=40)
     with pytest.raises(ValueError, match="projection's input is 48"):
         projection(columns=48)
-    with pytest.raises(ValueError, match="batch of 17 rows: the decode kernels take 1 to 16"):
+    with pytest.raises(ValueError, match="batch of 17 rows: a pass over the weights takes 1 to 16"):
         projection(B=17)
     with pytest.raises(
         ValueError, match="float64: the decode kernels take bfloat16, float16 and float32"
@@ -570,6 +574,14 @@ def test_more_than_16_query_heads_of_a_key_value_head_are_refused():
     assert launch(1, 32, 2, 16, torch.float32, 0).constants["G"] == 16
     with pytest.raises(ValueError, match="17 query heads share a key/value head"):
         launch(1, 34, 2, 16, torch.float32, 0)
+
+
+def test_large_heads_are_not_loaded_ahead():
+    """64 keys and values would take more registers than there are."""
+    for H, dtype, wanted in ((128, torch.float16, True), (256, torch.float16, False)):
+        assert launch(1, 32, 8, H, dtype, 90, ahead=True).constants["AHEAD"] is wanted
+    assert not launch(1, 32, 8, 128, torch.float32, 90, ahead=True).constants["AHEAD"]
+    assert not launch(1, 32, 8, 128, torch.float16, 90).constants["AHEAD"]
 
 
 def test_twins_stop_at_the_largest_half_of_either_sign():

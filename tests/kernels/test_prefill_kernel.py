@@ -10,8 +10,9 @@ import torch
 
 from mistral.attention import attend_explicit
 from mistral.cache import window_mask
-from mistral_kernels.prefill.attention import attend_chunk, attend_chunk_reference
+from mistral_kernels.prefill.attention import attend_chunk, attend_chunk_reference, spaced_heads
 from mistral_kernels.prefill.chunk import read_chunk
+from mistral_kernels.weights import weights_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B = 2
@@ -133,9 +134,11 @@ def small_model(window):
     )
 
 
-@pytest.mark.parametrize("window", [5, 40, None])
+@pytest.mark.parametrize("window", [5, pytest.param(40, marks=pytest.mark.slow), None])
 def test_a_prompt_in_chunks_leaves_the_logits_and_the_cache_of_the_models_forward(window):
     model = small_model(window)
+    if window is not None:  # else each matrix has a product of its own
+        weights_of(model)
     ours, theirs = (
         model.new_cache(3, max_tokens=None if window == 5 else 100, slack=3) for _ in range(2)
     )
@@ -185,19 +188,16 @@ def test_what_the_prefill_kernel_cannot_do_is_named():
     gaps = torch.zeros(1, 4, 2, 32, device=DEVICE)[..., :16]
     one = torch.ones(1, dtype=torch.int64, device=DEVICE)
     ring = torch.zeros(1, 2, 9, 16, device=DEVICE)
-    with pytest.raises(ValueError, match=r"k \[1, 4, 2, 16\] must be contiguous"):
-        attend_chunk(
-            gaps.clone(),
-            gaps,
-            gaps,
-            ring,
-            ring,
-            one,
-            one,
-            torch.zeros(1, 4, 2, 16, device=DEVICE),
-            8,
-            None,
-        )
+    y = torch.zeros(1, 4, 2, 16, device=DEVICE)
+    for k, v, problem in (
+        (gaps, gaps, r"k \[1, 4, 2, 16\] must be contiguous"),
+        (torch.zeros(1, 4, 64, device=DEVICE)[..., :32].view(1, 4, 2, 16), y, "strides, 64 and 32"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            attend_chunk(gaps.clone(), k, v, ring, ring, one, one, y, 8, None)
+    long = torch.empty(1, 2**27, 1, 16, device="meta")
+    with pytest.raises(ValueError, match="134217728 tokens in steps of 16 elements"):
+        spaced_heads(long, long, long)
 
 
 @pytest.mark.gpu

@@ -98,6 +98,33 @@ def test_the_gate_is_applied_as_in_the_model(shape, dtype):
     assert after.isnan().all()
 
 
+@pytest.mark.parametrize("B", [1, 2])
+def test_parts_of_one_product_are_taken_as_they_are(B):
+    T, N, K, H, S = 3, 4, 2, 16, 5
+    wide = normal(B, T, (N + 2 * K) * H, dtype=torch.float32)
+    twin = wide.clone()
+
+    def parts(product):
+        heads = product.split((N * H, K * H, K * H), dim=-1)
+        return [part.view(B, T, -1, H) for part in heads]
+
+    angles = [normal(B, T, H // 2, dtype=torch.float32) for _ in range(2)]
+    slots = torch.tensor([[4, 0, 1]] * B, device=DEVICE)
+    rings = [torch.zeros(B, K, S + 1, H, device=DEVICE) for _ in range(4)]
+    q, k, v = parts(wide)
+    kernels.rotate_chunk(q, k, *angles)
+    kernels.store_chunk(k, v, slots, *rings[:2])
+    q, k, v = parts(twin)
+    kernels.rotate_chunk_reference(q, k, *angles)
+    kernels.store_chunk_reference(k, v, slots, *rings[2:])
+    assert_close(wide, twin)
+    assert_close(torch.stack(rings[:2]), torch.stack(rings[2:]))
+
+    kernels.swiglu(*wide.chunk(2, dim=-1))
+    kernels.swiglu_reference(*twin.chunk(2, dim=-1))
+    assert_close(wide, twin)
+
+
 def test_a_product_too_large_for_float16_is_held_to_its_largest_number():
     gate = torch.full((4,), 3e4, device=DEVICE).half()
     up = torch.tensor([3.0, -3.0, 1.0, math.nan], device=DEVICE).half()

@@ -76,7 +76,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("ties", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("values", CASES, ids=str)
 def test_only_what_the_reference_keeps_is_drawn(values, ties):
     logits = random_logits(ties=ties)
@@ -447,7 +447,7 @@ def test_a_mask_is_obeyed_until_it_is_gone(temperature, plain):
 
 
 @pytest.mark.parametrize(
-    "size", [62, 63, 64, *(pytest.param(size, marks=pytest.mark.slow) for size in (61, 70))]
+    "size", [63, *(pytest.param(size, marks=pytest.mark.slow) for size in (61, 62, 64, 70))]
 )
 def test_a_row_takes_nothing_from_what_lies_beside_it(size):
     logits = torch.full((3, size), math.nan, device=DEVICE)

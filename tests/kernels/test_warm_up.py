@@ -1,25 +1,40 @@
 """What is compiled ahead is what the engines launch, under the keys of Triton's own cache."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 import small
+import torch
 from ahead import compiled_by
+from benchmark_parts import warm_up
 
 
-def test_the_plan_has_all_that_the_engines_launch():
-    (line,) = compiled_by("warm_up_and_run.py", "Q4_K_M")
+@pytest.mark.parametrize(
+    "form", ["short", *(pytest.param(one, marks=pytest.mark.slow) for one in ("Q4_K_M", "plain"))]
+)
+def test_the_plan_has_all_that_the_engines_launch(form):
+    (line,) = compiled_by("warm_up_and_run.py", form)
     assert line["new"] == []
-    assert line["planned"] > 30
+    assert line["planned"] > (0 if form == "plain" else 30)
+    passes, fails = line["auto"]["True"], line["auto"]["False"]
+    assert "dependent launch, logits 0.0% from eager's)" in passes["line"]
+    assert passes["early"]
+    assert passes["launched_early"] > 0
+    assert "; not kernels with dependent launch: the kernels compute something" in fails["line"]
+    assert not fails["early"]
+    assert fails["launched_early"] == 0
 
 
-@pytest.mark.slow
-def test_the_plan_of_plain_weights_has_all_too():
-    (line,) = compiled_by("warm_up_and_run.py", "plain")
-    assert line["new"] == []
+def test_without_a_time_limit_it_is_waited_for(monkeypatch):
+    program = [sys.executable, "-c", 'print(\'{"compiled": 3, "failed": []}\')']
+    start = subprocess.Popen
+    monkeypatch.setattr(warm_up.subprocess, "Popen", lambda _, **options: start(program, **options))
+    ahead = warm_up.WarmUp("tiny", torch.bfloat16, ["plain"], [], ["kernels"], (9, 0))
+    assert ahead.wait(math.inf).startswith("compiled 3 kernels ahead in ")
 
 
 @pytest.mark.slow

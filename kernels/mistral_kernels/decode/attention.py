@@ -23,6 +23,8 @@ Versions (times not measured; instructions per thread for 64 keys, read from the
   vector units, 16 keys at a time       6,000
   tl.dot, the G heads padded to 16 rows 350; loads pipelined in 3 stages of 64 keys
   combine in a second kernel            one more launch, 1 to 2 us, for the 1 us that it takes here
+  first block before the wait           with dependent launch alone: it takes 128 registers instead
+                                        of 96, and a few more instructions
 """
 
 import math
@@ -32,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mistral_kernels.decode.matvec import MAX_BATCH
+from mistral_kernels.decode.matvec import require_rows
 from mistral_kernels.portable import (
     TRITON_DTYPES,
     Launch,
@@ -171,16 +173,47 @@ def combine(
     tl.store(y + places[:, None] + d, to_activation(out, y.dtype.element_ty), mask=real[:, None])
 
 
+@triton.jit
+def _slots_at(keys, values, j, start, num_slots, H: tl.constexpr):
+    """Pointers to the keys [H, BLOCK] and values [BLOCK, H] of the live positions j, oldest first.
+
+    start  the slot of the oldest
+    """
+    slot = tl.where(start + j < num_slots, start + j, start + j - num_slots)
+    d = tl.arange(0, H)
+    return keys + slot[None, :] * H + d[:, None], values + slot[:, None] * H + d[None, :]
+
+
+@triton.jit
+def _add_block(query, k, v, real, top, total, out, scale, ARCH: tl.constexpr):
+    """The online softmax after BLOCK more keys, of which `real` says which exist.
+
+    In a block without any, each key weighs 1 next to a maximum of -1e30, which is nothing next to
+    another part's; its values are 0.
+    """
+    k = dot_operand(k, ARCH)
+    v = dot_operand(v, ARCH)
+    scores = tl.dot(query, k, input_precision="ieee") * scale  # [16, BLOCK]
+    scores = tl.where(real[None, :], scores, -1e30)
+    highest = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores - highest[:, None])
+    shrink = tl.exp2(top - highest)  # the sums so far are relative to the old maximum
+    total = total * shrink + tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    return highest, total, out
+
+
 @triton.jit(do_not_specialize=["num_slots", "window"])
 def decode_attention_kernel(  # noqa: PLR0915
     q, keys, values, positions, y, partial_outputs, stats, counters, num_slots, window, scale,
     K: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
     """One CTA: one row, one key/value head with its G query heads, one part of the keys.
 
     GROUP is G rounded up to a power of two. `scale` includes log2(e), since weights are powers of
-    2.
+    2. AHEAD: the first block is loaded before the kernel that writes q and the newest key has
+    ended.
     """
     index = tl.program_id(0)  # row * K + head
     split = tl.program_id(1)
@@ -193,40 +226,44 @@ def decode_attention_kernel(  # noqa: PLR0915
     share = tl.cdiv(live, SPLITS * BLOCK) * BLOCK  # whole blocks: the last parts may be empty
     low = split * share
     high = tl.minimum(low + share, live)
+
+    # 2. Keys and values of earlier steps can be read before as well: the first block, but for the
+    # newest position, which that kernel writes.
+    d = tl.arange(0, H)
+    ring = index.to(tl.int64) * (num_slots + 1) * H
+    first = low
+    if AHEAD:
+        j = low + tl.arange(0, BLOCK)
+        k_at, v_at = _slots_at(keys + ring, values + ring, j, start, num_slots, H)
+        older = j < tl.minimum(high, live - 1)
+        k = tl.load(k_at, mask=older[None, :], other=0.0)
+        v = tl.load(v_at, mask=older[:, None], other=0.0)
     wait_for_producer(ARCH)
 
-    # 2. The queries: G heads, padded to the 16 rows that `tl.dot` needs at least.
-    d = tl.arange(0, H)
+    # 3. The queries: G heads, padded to the 16 rows that `tl.dot` needs at least.
     m = tl.arange(0, 16)
-    ring = index.to(tl.int64) * (num_slots + 1) * H
     heads = index * G + tl.minimum(m, G - 1)
     query = dot_operand(tl.load(q + heads[:, None] * H + d[None, :]), ARCH)  # [16, H]
 
-    # 3. The online softmax: maximum, sum of weights and weighted sum of values so far.
+    # 4. The online softmax: maximum, sum of weights and weighted sum of values so far.
     top = tl.full([16], -1e30, tl.float32)
     total = tl.zeros([16], tl.float32)
     out = tl.zeros([16, H], tl.float32)
-    for i in tl.range(low, high, BLOCK, num_stages=STAGES):
+    if AHEAD:
+        newest = (j < high) & (j == live - 1)
+        # Not from the L1 cache, into which the loads before the wait may have brought its line.
+        k = tl.load(k_at, mask=newest[None, :], other=k, cache_modifier=".cg")
+        v = tl.load(v_at, mask=newest[:, None], other=v, cache_modifier=".cg")
+        top, total, out = _add_block(query, k, v, j < high, top, total, out, scale, ARCH)
+        first = low + BLOCK
+    for i in tl.range(first, high, BLOCK, num_stages=STAGES):
         j = i + tl.arange(0, BLOCK)
-        slot = tl.where(start + j < num_slots, start + j, start + j - num_slots)
-        k = tl.load(
-            keys + ring + slot[None, :] * H + d[:, None], mask=(j < high)[None, :], other=0.0
-        )  # [H, BLOCK]
-        v = tl.load(
-            values + ring + slot[:, None] * H + d[None, :], mask=(j < high)[:, None], other=0.0
-        )  # [BLOCK, H]
-        k = dot_operand(k, ARCH)
-        v = dot_operand(v, ARCH)
-        scores = tl.dot(query, k, input_precision="ieee") * scale  # [16, BLOCK]
-        scores = tl.where((j < high)[None, :], scores, -1e30)
-        highest = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - highest[:, None])
-        shrink = tl.exp2(top - highest)  # the sums so far are relative to the old maximum
-        total = total * shrink + tl.sum(p, 1)
-        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        top = highest
+        k_at, v_at = _slots_at(keys + ring, values + ring, j, start, num_slots, H)
+        k = tl.load(k_at, mask=(j < high)[None, :], other=0.0)
+        v = tl.load(v_at, mask=(j < high)[:, None], other=0.0)
+        top, total, out = _add_block(query, k, v, j < high, top, total, out, scale, ARCH)
 
-    # 4. The last CTA of a head combines all parts. The atomic's acq_rel makes their stores visible.
+    # 5. The last CTA of a head combines all parts. The atomic's acq_rel makes their stores visible.
     store_part(partial_outputs, stats, index * SPLITS + split, top, total, out, G, 16, H)
     before = tl.atomic_add(counters + index, 1, sem="acq_rel", scope="gpu")
     release_consumer(ARCH)
@@ -237,13 +274,17 @@ def decode_attention_kernel(  # noqa: PLR0915
 
 
 def launch(
-    batch: int, N: int, K: int, H: int, dtype: torch.dtype, arch: int, splits: int | None = None
+    batch: int,
+    N: int,
+    K: int,
+    H: int,
+    dtype: torch.dtype,
+    arch: int,
+    splits: int | None = None,
+    ahead: bool = False,
 ) -> Launch:
     """Shape of the launch. ValueError for sizes that the kernel does not support."""
-    require(
-        1 <= batch <= MAX_BATCH,
-        f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}",
-    )
+    require_rows(batch)
     require(
         dtype in TRITON_DTYPES,
         f"a cache in {dtype}: the decode kernels take bfloat16, float16 and float32",
@@ -254,8 +295,10 @@ def launch(
     )
     G = N // K
     require(G <= 16, f"{G} query heads share a key/value head; the decode kernels take up to 16")
-    # Three stages take 70 KB of shared memory for a head of 128 in 16 bits.
-    stages = 3 if H * dtype.itemsize <= 256 else 1
+    # Three stages take 70 KB of shared memory for a head of 128 in 16 bits. A block of larger heads
+    # that waits in registers would not fit.
+    fits = H * dtype.itemsize <= 256
+    stages = 3 if fits else 1
     constants = dict(
         K=K,
         G=G,
@@ -264,6 +307,7 @@ def launch(
         SPLITS=splits or num_splits(batch, K),
         BLOCK=_BLOCK,
         STAGES=stages,
+        AHEAD=ahead and fits,
         ARCH=arch,
     )
     grid = (batch * K, constants["SPLITS"])
@@ -294,12 +338,13 @@ def attend(
     pdl           see `Launch.run`
 
     Raises ValueError for head sizes that are not a power of two from 16 to 256, more than 16 query
-    heads per key/value head, B above 16, other dtypes and non-contiguous tensors, and if no kernel
+    heads per key/value head, B above 64, other dtypes and non-contiguous tensors, and if no kernel
     can run on this device.
     """
     B, N, H = q.shape
     K = keys.shape[1]
-    shape = launch(B, N, K, H, keys.dtype, arch_of(q), partials.splits)
+    # Without `pdl` nothing would be gained.
+    shape = launch(B, N, K, H, keys.dtype, arch_of(q), partials.splits, ahead=pdl)
     tensors = (q, keys, values, positions, y, partials.outputs, partials.stats, partials.counters)
     scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
     seen = min(window or num_slots, num_slots)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mistral.quantization.dequantize import dequantize
-from mistral_kernels.decode.matvec import DENSE, MAX_BATCH, TILE, require_multiple
+from mistral_kernels.decode.matvec import DENSE, TILE, require_multiple, require_rows
 from mistral_kernels.packed.planes import Planes, restore_rows
 from mistral_kernels.packed.row import packed_elements
 from mistral_kernels.packed.tile import operands
@@ -29,7 +29,6 @@ from mistral_kernels.portable import (
     activation,
     arch_of,
     release_consumer,
-    require,
     to_activation,
     wait_for_producer,
 )
@@ -100,10 +99,7 @@ def embed_kernel(
 
 def launch(batch: int, D: int, H: int, arch: int, kind: str = DENSE) -> Launch:
     """Shape of the launch. ValueError for sizes that the kernel does not support."""
-    require(
-        1 <= batch <= MAX_BATCH,
-        f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}",
-    )
+    require_rows(batch)
     require_multiple("hidden_size", D, 32)
     require_multiple("head_dim", H, 2)
     constants = dict(D=D, H=H, BLOCK=BLOCK, KIND=kind, ARCH=arch)
@@ -139,7 +135,7 @@ def embed(
     num_slots          S of the RollingCache
     attention_factor   of Rotary: 1 unless the angles are scaled by YaRN
 
-    Raises ValueError if D is not a multiple of 32 or B is above 16, for non-contiguous tensors, and
+    Raises ValueError if D is not a multiple of 32 or B is above 64, for non-contiguous tensors, and
     if no kernel can run on this device.
     """
     (memory,), (kind,), _ = operands(x, table)

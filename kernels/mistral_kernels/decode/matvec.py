@@ -45,7 +45,8 @@ from torch import Tensor
 from mistral_kernels.portable import TRITON_DTYPES, Launch, dot_operand, require, wait_for_producer
 
 TILE = 16  # weight rows of one CTA
-MAX_BATCH = 16
+MAX_BATCH = 16  # rows of one pass over the weights
+MAX_ROWS = 4 * MAX_BATCH  # of a step, and of a short chunk; see many_rows.py, short_linear.py
 DENSE = "dense"  # the KIND of weights that are not quantized
 
 
@@ -66,7 +67,7 @@ def tile_launch(
     """
     require(
         1 <= batch <= MAX_BATCH,
-        f"a batch of {batch} rows: the decode kernels take 1 to {MAX_BATCH}",
+        f"a batch of {batch} rows: a pass over the weights takes 1 to {MAX_BATCH}",
     )
     require(
         dtype in TRITON_DTYPES,
@@ -91,6 +92,14 @@ def tile_launch(
             options["maxnreg"] = 128
     constants = dict(B=batch, COLUMNS=columns, WARPS=warps, CHUNKS=chunks, M=M, ARCH=arch)
     return Launch((num_tiles,), constants, options)
+
+
+def require_rows(batch: int) -> None:
+    """ValueError unless a step can have so many rows."""
+    require(
+        1 <= batch <= MAX_ROWS,
+        f"a batch of {batch} rows: the decode kernels take 1 to {MAX_ROWS}",
+    )
 
 
 def require_multiple(name: str, size: int, of: int) -> None:

@@ -8,7 +8,8 @@
                      project    residual += h down^T;  x
     head                                                      x -> logits
 
-5 launches per layer and 2 more (7B: 162). The host reads nothing back and decides nothing, and
+5 launches per layer and 2 more (7B: 162); for more than 16 rows two or three times as many, see
+many_rows.py. The host reads nothing back and decides nothing, and
 every buffer stays at its address, so a CUDA graph of `run` serves every later step. The residual
 stream is float32: only the inputs of matrices are rounded.
 
@@ -18,6 +19,7 @@ and is slow, but the model stays as small as its file.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,8 +29,8 @@ from mistral.cache import RollingCache
 from mistral.model import Mistral
 from mistral.quantization.dequantize import dequantize as dequantize_blocks
 from mistral_kernels.decode import attention as decode_attention
-from mistral_kernels.decode import embed, gate_up, head, projection, qkv
-from mistral_kernels.decode.matvec import TILE
+from mistral_kernels.decode import embed, gate_up, head, many_rows, projection, qkv
+from mistral_kernels.decode.matvec import MAX_BATCH, TILE, require_rows
 from mistral_kernels.packed import dequantize
 from mistral_kernels.packed.dequantize import Blocks, Workspace
 from mistral_kernels.packed.planes import Planes
@@ -61,6 +63,19 @@ KERNELS = Operations(
     head=head.head,
     unpack=dequantize.unpack,
 )
+# For more than MAX_BATCH rows. They do not take `pdl`.
+_MANY_ROWS = KERNELS._replace(
+    qkv=many_rows.qkv,
+    project=many_rows.project,
+    gate_up=many_rows.gate_up,
+    head=many_rows.head,
+)
+_MANY_ROWS_SAME_BITS = KERNELS._replace(
+    qkv=partial(many_rows.qkv, keep_bits=True),
+    project=partial(many_rows.project, keep_bits=True),
+    gate_up=partial(many_rows.gate_up, keep_bits=True),
+    head=partial(many_rows.head, keep_bits=True),
+)
 REFERENCES = Operations(
     embed=embed.embed_reference,
     qkv=qkv.qkv_reference,
@@ -81,9 +96,14 @@ class DecodeStep:
     cache       a RollingCache of the model. Keys and values are written into it; the caller keeps
                 its tables, which say which slot holds which position.
     operations  KERNELS, or REFERENCES: the same in plain PyTorch, for a CPU and for debugging
-    pdl         programmatic dependent launch, see `Launch.run`; of the kernels alone
+    pdl         programmatic dependent launch, see `Launch.run`; of the kernels for up to 16 rows
 
-    Raises ValueError for `pdl` with REFERENCES, which launch no kernel of their own.
+    keep_bits   set it to True before `run`: the bits of a row then do not depend on the other rows,
+                even if there are more than 16 and matrices are plain, which is slower. The bits of
+                fewer rows, and of products of packed matrices, are always kept.
+
+    Raises ValueError for `pdl` with REFERENCES, which launch no kernel of their own, or with more
+    than 16 rows, and for more rows than KERNELS support.
     """
 
     def __init__(
@@ -99,6 +119,12 @@ class DecodeStep:
         )
         config = model.config
         B = cache.batch_size
+        if operations is KERNELS:
+            require_rows(B)
+        require(
+            not pdl or B <= MAX_BATCH,
+            f"dependent launch is for 1 to {MAX_BATCH} rows, not {B}: leave out pdl",
+        )
         device = model.device
         D = config.hidden_size
         F = config.intermediate_size
@@ -110,6 +136,7 @@ class DecodeStep:
         self.cache = cache
         self.weights = weights_of(model)
         self.operations = operations
+        self.keep_bits = False
         # The twins do not take `pdl`, so it is passed only if it is on.
         self._early = {"pdl": True} if pdl else {}
         self.workspace = Workspace(
@@ -142,7 +169,7 @@ class DecodeStep:
         Raises ValueError if a kernel does not support the model's sizes, its dtype or the batch,
         and if no kernel can run on this device.
         """
-        do = self.operations
+        do = self._chosen_operations()
         cache = self.cache
         w = self.weights
         residual = self._residual
@@ -181,6 +208,12 @@ class DecodeStep:
         # 3. The logits.
         weight, early = self._ready(w.head)
         do.head(x, sums, weight, self.wide_logits, eps, w.norm.gain, **early)
+
+    def _chosen_operations(self) -> Operations:
+        """Those for the number of rows."""
+        if self.operations is not KERNELS or self.cache.batch_size <= MAX_BATCH:
+            return self.operations
+        return _MANY_ROWS_SAME_BITS if self.keep_bits else _MANY_ROWS
 
     def _ready(self, weight: Weight) -> tuple[Tensor | Planes | tuple[Planes, ...], dict]:
         """A matrix in a form that its kernel takes, and the options of that kernel's launch.

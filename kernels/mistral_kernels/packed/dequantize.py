@@ -27,6 +27,7 @@ there is time for while the bytes move)
                                      rows (packed/short_linear.py)
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -157,6 +158,10 @@ class Workspace:
     ):
         self._memory = torch.empty(size, dtype=dtype, device=device)
         self._unpack = unpack
+
+    def holds(self, matrices: Sequence[Matrix]) -> bool:
+        """Whether `fill` has room for them."""
+        return sum(math.prod(matrix.shape) for matrix in matrices) <= len(self._memory)
 
     def fill(self, matrices: Sequence[Matrix]) -> Tensor:
         """Matrices of equal width, stacked: [rows, columns]. Valid until the next call."""

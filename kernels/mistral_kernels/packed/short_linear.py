@@ -1,13 +1,14 @@
-"""A packed matrix times the few rows of a short chunk.
+"""A packed matrix times the few rows of a short chunk, or of a step of many rows.
 
     y = x W^T          x [T, in], T from 1 to 64
 
 As in a decode step, no weight is unpacked to memory.
 
 Short chunks are a guess together with the last token (mistral/engine/speculation.py), tokens that a
-grammar forces, a short message, and, of any prompt, the rows whose logits are needed. 16 rows take
-one pass over the packed bytes, 64 take four, one after another: the CTAs that run at the same time
-share their rows of x in the caches.
+grammar forces, a short message, and, of any prompt, the rows whose logits are needed. A step of
+more than 16 rows is multiplied here, too (decode/many_rows.py). 16 rows take one pass over the
+bytes of the matrix, 64 take four, one after another: the CTAs that run at the same time share their
+rows of x in the caches.
 
 The tile multiplies packed weights in float16 (in float32 if x is). bfloat16 has fewer digits and a
 far larger range. So each row is multiplied by the power of two that brings its largest value to
@@ -33,12 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mistral_kernels.decode.matvec import MAX_BATCH, TILE, tile_launch, tile_rows
+from mistral_kernels.decode.matvec import MAX_BATCH, MAX_ROWS, TILE, tile_launch, tile_rows
 from mistral_kernels.packed.planes import Planes, dense
 from mistral_kernels.packed.tile import matrix_tile, operands
 from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, require
-
-MAX_ROWS = 4 * MAX_BATCH
 
 
 def scale_rows_reference(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,32 +112,47 @@ def _padded(T: int) -> int:
     return 8 if T <= 8 else triton.cdiv(T, MAX_BATCH) * MAX_BATCH
 
 
-def short_linear_reference(x: Tensor, inverse: Tensor, weight: Planes, outputs: Tensor) -> None:
+def short_linear_reference(
+    x: Tensor, inverse: Tensor | None, weight: Tensor | Planes, outputs: Tensor
+) -> None:
     """`short_linear` in plain PyTorch."""
-    outputs.copy_(((x.float() @ dense(weight).T) * inverse[:, None])[: len(outputs)])
+    scale = 1.0 if inverse is None else inverse[:, None]
+    outputs.copy_(((x.float() @ dense(weight).T) * scale)[: len(outputs)])
 
 
 @triton.jit(do_not_specialize=["T", "out_features"])
 def short_linear_kernel(
     x, inverse, weight, outputs, T, out_features,
     B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
-    M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr,
+    M: tl.constexpr, ARCH: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """One CTA: 16 rows of the matrix, and the 8 or 16 rows of x of one pass."""
+    """One CTA: 16 rows of the matrix, and the 8 or 16 rows of x of one pass.
+
+    Scaled rows are padded to whole passes. Of others the last pass takes the last 16, and stores
+    those that the pass before it has not stored.
+    """
     first = tl.program_id(0) * 16
     rows = tl.minimum(tile_rows(first, first + 8, WARPS), out_features - 1)
-    before = tl.program_id(1) * M  # rows of the passes before this one
+    stored = tl.program_id(1) * M  # rows of the passes before this one
+    before = stored if SCALED else tl.minimum(stored, T - M)
     x += before * COLUMNS
     y = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)  # [16, M]
     t = before + tl.arange(0, M)[None, :]
-    y = y * tl.load(inverse + t)
+    if SCALED:
+        y = y * tl.load(inverse + t)
     row = first + tl.arange(0, 16)[:, None]
-    real = (t < T) & (row < out_features)
+    real = (t >= stored) & (t < T) & (row < out_features)
     tl.store(outputs + t * out_features + row, y.to(outputs.dtype.element_ty), mask=real)
 
 
 def launch(
-    T: int, columns: int, out_features: int, dtype: torch.dtype, arch: int, kind: str
+    T: int,
+    columns: int,
+    out_features: int,
+    dtype: torch.dtype,
+    arch: int,
+    kind: str,
+    scaled: bool = True,
 ) -> Launch:
     """Shape of the launch; dtype: of x. ValueError for a dtype that the kernel cannot do."""
     tile = tile_launch(
@@ -150,22 +164,29 @@ def launch(
     # and with 192 in Q8_0.
     most = 224 if kind == "Q8_0" else 192
     options = dict(num_warps=warps, num_stages=1, maxnreg=168 if T <= 8 else most)
-    return tile._replace(
-        grid=grid, constants=tile.constants | dict(KIND=kind, WARPS=warps), options=options
-    )
+    constants = tile.constants | dict(KIND=kind, WARPS=warps, SCALED=scaled)
+    return tile._replace(grid=grid, constants=constants, options=options)
 
 
-def short_linear(x: Tensor, inverse: Tensor, weight: Planes, outputs: Tensor) -> None:
-    """Write the products of a packed matrix and scaled rows.
+def short_linear(
+    x: Tensor, inverse: Tensor | None, weight: Tensor | Planes, outputs: Tensor
+) -> None:
+    """Write the products of a matrix and some rows.
 
-    x, inverse  from `scale_rows`
-    weight      [out, in]
+    x, inverse  from `scale_rows`; or the rows themselves, 16 or more, and None: fp16 or fp32
+                beside a packed matrix
+    weight      [out, in], packed or plain
     outputs     [T, out] in any of the kernels' dtypes, written; a value too large for fp16 becomes
                 infinite
 
-    Raises ValueError for a matrix of 2^31 bytes.
+    A row of the outputs has the same bits whatever the other rows are, and how many.
+
+    Raises ValueError for a matrix of 2^31 bytes, and for fewer than 16 rows that are not scaled.
     """
     T, out_features = outputs.shape
+    scaled = inverse is not None
+    require(scaled or T >= MAX_BATCH, f"{T} rows: fewer than {MAX_BATCH} must be scaled")
     (matrix,), (kind,), dtype = operands(x, weight)
-    shape = launch(T, weight.columns, out_features, dtype, arch_of(x), kind)
-    shape.run(short_linear_kernel, x, inverse, matrix, outputs, T, out_features)
+    shape = launch(T, weight.shape[1], out_features, dtype, arch_of(x), kind, scaled)
+    factors = inverse if scaled else x  # not read
+    shape.run(short_linear_kernel, x, factors, matrix, outputs, T, out_features)

@@ -25,7 +25,7 @@ Versions (times not measured)
                                              ring copied
   this one, all blocks masked                4 more instructions per score
   this one                                   masks at the borders only; sm_90, heads of 128: wgmma,
-                                             216 registers
+                                             213 registers
 """
 
 import math
@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, dot_operand, require
+from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, dot_operand, require, spaced
 
 
 def attend_chunk_reference(
@@ -74,15 +74,15 @@ def attend_chunk_reference(
 @triton.jit
 def walk(
     query, positions, top, total, out, keys, values, first, wrap, low, high, i, window, scale,
-    STRIDE: tl.constexpr, H: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, ARCH: tl.constexpr,
+    stride, H: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ARCH: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys low <= r < high. Returns the new (top, total, out).
 
     The queries are at `positions`, all of them in i .. i + QUERIES - 1.
 
-    Key r is in row (first + r) mod wrap, and rows are STRIDE elements apart. top, total and out are
-    the maximum, the sum of weights and the weighted sum of values so far.
+    Key r is in row (first + r) mod wrap, and rows are `stride` elements apart. top, total and out
+    are the maximum, the sum of weights and the weighted sum of values so far.
 
     Source: Online normalizer calculation for softmax, https://arxiv.org/abs/1805.02867
     """
@@ -93,8 +93,8 @@ def walk(
         row = first + r
         row = tl.where(row < wrap, row, row - wrap)
         real = r < high
-        k = tl.load(keys + row[None, :] * STRIDE + d[:, None], mask=real[None, :], other=0.0)
-        v = tl.load(values + row[:, None] * STRIDE + d[None, :], mask=real[:, None], other=0.0)
+        k = tl.load(keys + row[None, :] * stride + d[:, None], mask=real[None, :], other=0.0)
+        v = tl.load(values + row[:, None] * stride + d[None, :], mask=real[:, None], other=0.0)
         k = dot_operand(k, ARCH)
         v = dot_operand(v, ARCH)
 
@@ -121,7 +121,7 @@ def walk(
 
 @triton.jit(do_not_specialize=["T", "num_slots", "window"])
 def prefill_attention_kernel(
-    q, k, v, keys, values, starts, lengths, y, T, num_slots, window, scale,
+    q, k, v, keys, values, starts, lengths, y, T, num_slots, window, scale, q_stride, kv_stride,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -136,10 +136,12 @@ def prefill_attention_kernel(
     m = i + tl.arange(0, QUERIES)
     d = tl.arange(0, H)
     inside = (m < T)[:, None]
-    mine = (b * T + m)[:, None] * (N * H) + n * H + d[None, :]
+    token = (b * T + m)[:, None]
+    column = n * H + d[None, :]
     out = tl.zeros([QUERIES, H], tl.float32)
     if i < length:  # else all are padding, and y is 0
-        query = dot_operand(tl.load(q + mine, mask=inside, other=0.0), ARCH)  # [QUERIES, H]
+        query = tl.load(q + token * q_stride + column, mask=inside, other=0.0)  # [QUERIES, H]
+        query = dot_operand(query, ARCH)
         top = tl.full([QUERIES], -1e30, tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
 
@@ -153,14 +155,14 @@ def prefill_attention_kernel(
         )  # fmt: skip
 
         # 3. The keys of the chunk, up to the tile's own last token.
-        chunk = (b * T * K + head) * H
+        chunk = b * T * kv_stride + head * H
         top, total, out = walk(
             query, m, top, total, out, k + chunk, v + chunk, 0, T, tl.maximum(low, 0),
-            tl.minimum(i + QUERIES, length), i, window, scale, K * H, H, QUERIES, BLOCK, STAGES,
-            ARCH,
+            tl.minimum(i + QUERIES, length), i, window, scale, kv_stride, H, QUERIES, BLOCK,
+            STAGES, ARCH,
         )  # fmt: skip
         out = out / total[:, None]
-    tl.store(y + mine, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + token * (N * H) + column, out.to(y.dtype.element_ty), mask=inside)
 
 
 def launch(
@@ -211,7 +213,7 @@ def attend_chunk(
     """Write the attention of T new tokens of each row over themselves and over the ring.
 
     q             [B, T, N, H], rotated, in bfloat16, float16 or float32, as all of them are
-    k, v          [B, T, K, H]; k rotated
+    k, v          [B, T, K, H]; k rotated. The tokens of q, k and v are contiguous
     keys, values  [B, K, S + 1, H]: one layer of a RollingCache, without the chunk
     starts        int64 [B]: the position of each row's first new token, which is the row's length
                   so far
@@ -229,5 +231,24 @@ def attend_chunk(
     K = k.shape[2]
     shape = launch(B, T, N, K, H, q.dtype, arch_of(q), queries)
     scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
-    tensors = (q, k, v, keys, values, starts, lengths, y)
-    shape.run(prefill_attention_kernel, *tensors, T, num_slots, window or 2**30, scale)
+    *chunk, q_stride, kv_stride = spaced_heads(q, k, v)
+    tensors = (*chunk, keys, values, starts, lengths, y)
+    sizes = (T, num_slots, window or 2**30, scale, q_stride, kv_stride)
+    shape.run(prefill_attention_kernel, *tensors, *sizes)
+
+
+def spaced_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """A chunk's q, k and v, the stride of q, and that of k and v, as `spaced` returns them.
+
+    Raises ValueError if k and v have two strides, and for rows whose elements int32 cannot count.
+    """
+    q, q_stride = spaced("q", q, dims=2)
+    tokens = k.shape[1]
+    k, k_stride = spaced("k", k, dims=2)
+    v, v_stride = spaced("v", v, dims=2)
+    require(k_stride == v_stride, f"k and v have two strides, {k_stride} and {v_stride}")
+    require(
+        tokens * k_stride < 2**31,
+        f"{tokens} tokens in steps of {k_stride} elements; the kernels count to 2^31",
+    )
+    return q, k, v, q_stride, k_stride

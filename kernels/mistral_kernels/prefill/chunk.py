@@ -2,10 +2,17 @@
 
 A chunk of hundreds of tokens is bound by arithmetic, so the matrices go through cuBLAS. PyTorch has
 no fast attention over a ring and a chunk with a window: `attend_chunk` computes it (`attend_short`
-for a few tokens). Rotation, ring and SwiGLU have a kernel each (pointwise.py). Packed matrices are
-unpacked one after the other into the same memory (see dequantize.py), so that none stays. Up to 64
-rows, such as a guess that is read along with the last token, are bound by memory like a decode
-step, and multiply packed matrices as they are: short_linear.py.
+for a few tokens). Rotation, ring and SwiGLU have a kernel each (pointwise.py).
+
+Q, K and V take one product, and gate and up another: the model's parameters are views of a tensor
+that holds the rows of all (weights.py). The kernels take the columns of a product as they are. A
+layer to which something is attached, or whose weight was replaced, has a product of its own.
+
+Packed matrices are unpacked one after the other into the same memory (see dequantize.py), so that
+none stays. Those that this memory holds together share a product: Q, K and V of a 7B. Gate and up
+would need 117 MB more, and save little, because each fills the GPU alone. Up to 64 rows, such as a
+guess that is read along with the last token, are bound by memory like a decode step, and multiply
+packed matrices as they are: short_linear.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,18 +24,20 @@ from torch import Tensor, nn
 
 from mistral.cache import RollingCache, slots_of, token_counts
 from mistral.config import Config
+from mistral.engine.attached import is_plain_linear
 from mistral.mlp import MLP
 from mistral.model import Block, Mistral
 from mistral.quantization.packed import Packed, TiedOutput
 from mistral.rms_norm import RMSNorm
 from mistral_kernels.decode.attention import Partials
+from mistral_kernels.decode.matvec import MAX_ROWS
 from mistral_kernels.packed.dequantize import Workspace
 from mistral_kernels.packed.planes import Planes
-from mistral_kernels.packed.short_linear import MAX_ROWS, scale_rows, short_linear
+from mistral_kernels.packed.short_linear import scale_rows, short_linear
 from mistral_kernels.prefill.attention import attend_chunk
 from mistral_kernels.prefill.pointwise import rotate_chunk, store_chunk, swiglu
 from mistral_kernels.prefill.short_attention import MAX_QUERIES, attend_short
-from mistral_kernels.weights import matrix_of
+from mistral_kernels.weights import already_stacked, matrix_of
 
 
 @torch.inference_mode()
@@ -110,7 +119,7 @@ def _attention(
         for heads in _linear(x, workspace, attention.q_proj, attention.k_proj, attention.v_proj)
     )
     rotate_chunk(q, k, *angles)
-    y = torch.empty_like(q)
+    y = q.new_empty(q.shape)
     attend(q, k, v, keys, values, y)
     store_chunk(k, v, slots, keys, values)
     return _linear(y.view(B, T, -1), workspace, attention.o_proj)[0]
@@ -152,22 +161,39 @@ def _angles(
     return cos[:, 0].contiguous(), sin[:, 0].contiguous()
 
 
-def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> list[Tensor]:
-    """`module(x)` of each: [..., in] -> [..., out]."""
-    results = []
+def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> Sequence[Tensor]:
+    """`module(x)` of each: [..., in] -> [..., out]; they may be columns of one product."""
     rows = x.flatten(0, -2)
+    weight = _together(len(rows), workspace, modules) if len(modules) > 1 else None
+    if weight is not None:
+        sizes = [matrix_of(module).shape[0] for module in modules]
+        return F.linear(x, weight).split(sizes, dim=-1)
+    results = []
     scaled = None
     for module in modules:
         if not isinstance(module, (Packed, TiedOutput)):
             results.append(module(x))
         elif isinstance(matrix := matrix_of(module), Planes) and len(rows) <= MAX_ROWS:
-            scaled = scaled or scale_rows(rows)
+            scaled = scaled or scale_rows(rows.contiguous())
             y = x.new_empty(len(rows), matrix.rows)
             short_linear(*scaled, matrix, y)
             results.append(y.view(*x.shape[:-1], -1))
         else:
             results.append(_required(workspace).linear(x, matrix))
     return results
+
+
+def _together(
+    rows: int, workspace: Workspace | None, modules: Sequence[nn.Module]
+) -> Tensor | None:
+    """The matrices of some layers as one, if one product of `rows` rows can take their place."""
+    if all(map(is_plain_linear, modules)):
+        return already_stacked(modules)
+    if not all(isinstance(module, Packed) for module in modules) or workspace is None:
+        return None
+    matrices = [matrix_of(module) for module in modules]
+    is_short = rows <= MAX_ROWS and any(isinstance(matrix, Planes) for matrix in matrices)
+    return workspace.fill(matrices) if workspace.holds(matrices) and not is_short else None
 
 
 def _embedded(

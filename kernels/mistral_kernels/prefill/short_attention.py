@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mistral_kernels.decode.attention import Partials, combine, store_part
 from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, dot_operand, require
-from mistral_kernels.prefill.attention import attend_chunk_reference, walk
+from mistral_kernels.prefill.attention import attend_chunk_reference, spaced_heads, walk
 
 MAX_QUERIES = 64  # of a key/value head: 16 tokens of a Mistral, whose key/value heads serve 4
 
@@ -38,7 +38,7 @@ def attend_short_reference(*arguments: Tensor | int | None, partials: Partials) 
 @triton.jit(do_not_specialize=["T", "num_slots", "window"])
 def short_attention_kernel(
     q, k, v, keys, values, starts, lengths, y, partial_outputs, stats, counters, T, num_slots,
-    window, scale,
+    window, scale, q_stride, kv_stride,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr, ARCH: tl.constexpr,
 ):  # fmt: skip
@@ -60,9 +60,11 @@ def short_attention_kernel(
     m = tl.arange(0, ROWS)
     t = m // G
     d = tl.arange(0, H)
-    # of the queries, and of their y
-    places = ((b * T + tl.minimum(t, T - 1)) * N + head * G + m % G) * H
-    query = dot_operand(tl.load(q + places[:, None] + d[None, :]), ARCH)  # [ROWS, H]
+    token = b * T + tl.minimum(t, T - 1)
+    column = (head * G + m % G) * H
+    places = token * (N * H) + column  # of their y
+    query = tl.load(q + (token * q_stride + column)[:, None] + d[None, :])  # [ROWS, H]
+    query = dot_operand(query, ARCH)
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, H], tl.float32)
@@ -80,10 +82,10 @@ def short_attention_kernel(
 
     # 3. The chunk, by the last CTA.
     if split == SPLITS - 1:
-        chunk = (b * T * K + head) * H
+        chunk = b * T * kv_stride + head * H
         top, total, out = walk(
             query, t, top, total, out, k + chunk, v + chunk, 0, T, 0, tl.minimum(T, length), 0,
-            window, scale, K * H, H, QUERIES, BLOCK, STAGES, ARCH,
+            window, scale, kv_stride, H, QUERIES, BLOCK, STAGES, ARCH,
         )  # fmt: skip
 
     # 4. The last to arrive combines all parts. A part of which a query sees nothing has the weight
@@ -146,6 +148,8 @@ def attend_short(
     K = k.shape[2]
     shape = launch(B, T, N, K, H, q.dtype, arch_of(q), partials.splits)
     scale = H**-0.5 * math.log2(math.e)  # a GPU has exp2: e^x is 2^(x log2 e)
-    tensors = (q, k, v, keys, values, starts, lengths, y)
+    *chunk, q_stride, kv_stride = spaced_heads(q, k, v)
+    tensors = (*chunk, keys, values, starts, lengths, y)
     parts = (partials.outputs, partials.stats, partials.counters)
-    shape.run(short_attention_kernel, *tensors, *parts, T, num_slots, window or 2**30, scale)
+    sizes = (T, num_slots, window or 2**30, scale, q_stride, kv_stride)
+    shape.run(short_attention_kernel, *tensors, *parts, *sizes)

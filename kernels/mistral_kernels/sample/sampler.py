@@ -167,7 +167,10 @@ class Sampler:
             if number is None:
                 number = int(torch.randint(2**63 - 1, ()))
             self._numbers[key] = _Numbers(row.seed, number)
-            begins = [True] * len(rows) if shared else [*begins[:b], True, *begins[b + 1 :]]
+            if shared:
+                begins = [True] * len(rows)
+            else:
+                begins[b] = True
         if any(begins):
             self._placed = None
             begins = torch.tensor(begins).to(self.counts.device, non_blocking=True)
