@@ -310,7 +310,7 @@ class RollingCache:
         counts = rewind_counts(n, self.lengths)
         lengths = [length - count for length, count in zip(self.lengths, counts)]
         for count, length, peak in zip(counts, lengths, self.peaks):
-            if self._has_evicted(length, peak):
+            if count and self._has_evicted(length, peak):
                 raise ValueError(
                     f"cannot forget {count} tokens: that is {peak - length} below the "
                     f"high-water mark, and the slack is {self.slack}; what they evicted is gone"

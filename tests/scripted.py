@@ -14,11 +14,11 @@ END = 32000
 class Scripted(Engine):
     """An engine for one row that writes the given answers, one after each prefill.
 
-    slack       how many tokens `rewind` can roll back, unless it is all of them; None: any number
+    slack       how many tokens `rewind` can roll back, unless it is all of them
     fail_after  Ctrl-C at so many tokens
     """
 
-    def __init__(self, *answers, slack=None, limit=4096, fail_after=None):
+    def __init__(self, *answers, slack=4096, limit=4096, fail_after=None):
         self.config = small.config(
             vocab_size=32032, max_position_embeddings=limit, eos_token_id=(END,)
         )
@@ -60,7 +60,7 @@ class Scripted(Engine):
         return torch.tensor([id])
 
     def rewind(self, n):
-        is_limited = self.slack is not None and 0 < n < len(self.ids)
+        is_limited = 0 < n < len(self.ids)
         # The last token is not in the cache yet, as in `Decoder`.
         if is_limited and self.furthest - len(self.ids) + n > self.slack + 1:
             raise ValueError("gone")

@@ -197,7 +197,7 @@ class _Graph(NamedTuple):
 def _sizes(num_slots: int) -> list[int]:
     """How many slots the compiled steps attend to, ascending: the ring, its half, its quarter ...
 
-    4113 -> [258, 515, 1029, 2057, 4113]
+    4112 -> [257, 514, 1028, 2056, 4112]
     """
     found = [num_slots]
     while len(found) < _MOST_SIZES and found[0] > 2 * _SMALLEST - 1:

@@ -86,10 +86,7 @@ class Decoder(Engine):
         self.batch_size = batch_size
         self.slack = slack
         with torch.inference_mode():
-            # One extra slot: after a rewind the last kept token is fed again, to recompute its
-            # logits.
-            cache_slack = slack + 1 if slack > 0 else slack
-            self._cache = checked_cache(model, batch_size, max_tokens, cache_slack)
+            self._cache = checked_cache(model, batch_size, max_tokens, slack)
             self._history = torch.full((batch_size, 64), -1, device=model.device)  # [B, room]: ids
         self._lengths = [0] * batch_size  # ids of each row; the cache may have read fewer
         self._logits: Tensor | None = None  # [B, V]: after the last id that the cache has read
@@ -166,6 +163,7 @@ class Decoder(Engine):
     @computes
     def score(self, row: int, ids: Sequence[int]) -> Tensor:
         """`prefill` for one row of several that also returns the logits after each id: [T, V]."""
+        self._begin_use()  # before it catches up: ids in flight are not read
         self._catch_up()
         self._append_rows([ids if b == row else [] for b in range(self.batch_size)])
         parts: list[Tensor] = []
@@ -212,22 +210,16 @@ class Decoder(Engine):
         """
         self._begin_use()
         counts = self._rewind_counts(n)
-        # 1. How much of each row stays in the cache.
+        lengths = [length - count for length, count in zip(self._lengths, counts)]
+        # 1. How much of each row leaves the cache. The logits of its last kept token are lost then.
         self._cache.forget_lost()
-        cached = self._cache.lengths
-        kept = list(cached)
-        for b, count in enumerate(counts):
-            pending = self._lengths[b] - cached[b]
-            if count > pending:
-                # Shrinking the cache loses the logits of the last kept token: drop that token too.
-                # It is fed again later, alone or together with what comes next.
-                kept[b] = min(cached[b], max(self._lengths[b] - count - 1, 0))
+        dropped = [max(held - stays, 0) for held, stays in zip(self._cache.lengths, lengths)]
         # 2. Shrink the cache; if it cannot, nothing has changed yet. A row whose cache is shorter
         #    than its ids is read again, so an interrupt between here and 3. costs only time.
         stale = self._stale
-        self._stale = [s or after < before for s, after, before in zip(stale, kept, cached)]
+        self._stale = [was or n > 0 for was, n in zip(stale, dropped)]
         try:
-            self._cache.rewind([before - after for before, after in zip(cached, kept)])
+            self._cache.rewind(dropped)
         except ValueError:
             self._stale = stale
             raise ValueError(
@@ -236,7 +228,7 @@ class Decoder(Engine):
             ) from None
         # 3. Forget the ids.
         self._unsettled = True
-        self._lengths = [length - count for length, count in zip(self._lengths, counts)]
+        self._lengths = lengths
         self._settle()
 
     @computes
@@ -359,16 +351,16 @@ class Decoder(Engine):
         """How many ids of each row the next forward pass reads; None: there are none left."""
         cached = self._cache.lengths
         if any(self._stale):
-            # A forward pass that was interrupted may have overwritten what the row still needs:
-            # read the whole row again. One that was interrupted after its commit has left no
-            # logits: read the last id again.
-            self._cache.forget_lost()
-            cached = self._cache.lengths
+            # 1. A rewind, or an interrupt after a commit, has left no logits: read the last id
+            #    again.
             again = [
                 stale and length == read > 0
                 for stale, length, read in zip(self._stale, self._lengths, cached)
             ]
             self._cache.read_again(again)
+            # 2. A forward pass that was interrupted may have overwritten what the row still needs:
+            #    read the whole row again.
+            self._cache.forget_lost()
             cached = self._cache.lengths
         pending = [length - read for length, read in zip(self._lengths, cached)]
         if not any(pending):

@@ -169,11 +169,9 @@ class LookupDecoder(Engine):
         given = [b for b, ids in enumerate(rows) if ids]
         if not given:
             return
-        if self._random is not None:
-            self._random.settle(self.lengths)
         for b in given:
             self._rows[b].is_new = True
-            self._rows[b].text += "".join(map(chr, rows[b]))
+        self._append(rows)
         self._catch_up(given, guesses=self.batch_size == 1)
 
     @one_thread
@@ -264,14 +262,25 @@ class LookupDecoder(Engine):
     def score(self, row: int, ids: Sequence[int]) -> Tensor:
         """Append ids to one row, and return the logits after each of them: [T, V]."""
         self._begin_use()
+        given = [ids if b == row else [] for b in range(self.batch_size)]
+        given = check_rows(given, self.batch_size, self.config.vocab_size)
+        self._check_room(list(map(len, given)))
         self._catch_up([row], guesses=False)
         self._drop_wrong([row])
-        scores = self._decoder.score(row, ids)
+        # Interrupted from here on, the row has the ids, and its decoder reads those that it lacks.
+        self._append(given)
         own = self._rows[row]
-        own.text += "".join(map(chr, ids))
         own.given = own.text
+        scores = self._decoder.score(row, given[row])
         own.scored = len(own.text), scores[-1:]
         return scores
+
+    def _append(self, rows: Sequence[Sequence[int]]) -> None:
+        """Append checked ids from outside to the rows; the decoder reads them later."""
+        if self._random is not None:
+            self._random.settle(self.lengths)
+        for row, ids in zip(self._rows, rows):
+            row.text += "".join(map(chr, ids))
 
     def _last_scores(self, b: int) -> Tensor | None:
         return self._rows[b].last_scores(self._decoder.lengths[b])

@@ -45,7 +45,7 @@ def plan_slots(model: Mistral, slots: int, max_tokens: int | None, slack: int) -
 
     max_tokens  capacity of a slot; None: with a window as much as the checkpoint was made for,
                 because the keys of a window are enough; without one it is required
-    slack       of the engine, which adds one
+    slack       of the engine
 
     Raises ValueError for impossible sizes and without a window and max_tokens; NotEnoughMemory,
     with the options that help, if the slots do not fit. Buffers of an engine come on top.
@@ -58,9 +58,8 @@ def plan_slots(model: Mistral, slots: int, max_tokens: int | None, slack: int) -
             "this model has no sliding window, so a slot keeps every token: say with --max-tokens "
             f"how many (the checkpoint was made for {most:,})"
         )
-    kept = slack + 1 if slack else 0
-    positions = cache_slots(config.sliding_window, max_tokens, kept)
-    rolls = config.sliding_window is not None and positions == config.sliding_window + kept
+    positions = cache_slots(config.sliding_window, max_tokens, slack)
+    rolls = config.sliding_window is not None and positions == config.sliding_window + slack
     slot_bytes = config.cache_bytes(positions, model.dtype.itemsize)
     fitting = how_often_fits(slot_bytes, model.device)
     if fitting is not None and fitting < slots:

@@ -285,7 +285,7 @@ def test_max_new_tokens_end_an_answer_and_no_call_of_it_is_run():
     assert text_of(conversation.say("And?")) == "Hm"
 
 
-@pytest.mark.parametrize("slack", [None, 0])
+@pytest.mark.parametrize("slack", [4096, 0])
 def test_what_was_heard_stays_when_the_listener_leaves(slack):
     engine = Scripted("One two three four five six", "Seven", slack=slack)
     conversation = talk(engine)
@@ -663,7 +663,7 @@ def append_an_answer(messages):
     "edit",
     [change_the_system, remove_a_turn, change_an_answer, insert_an_example, append_an_answer],
 )
-@pytest.mark.parametrize("slack", [None, 0])
+@pytest.mark.parametrize("slack", [4096, 0])
 def test_the_model_reads_the_messages_as_they_are(edit, slack):
     engine = Scripted("Hello there", "Fine, thanks", "Bye", slack=slack)
     conversation = talk(engine, system="Be brief.")
@@ -906,6 +906,14 @@ def test_tools_whose_descriptions_changed_are_accepted_with_a_warning(tmp_path):
     with pytest.raises(ConversationError, match="other tools"):
         changed = [described("Old", description=str)]
         Conversation.load(path, Scripted(), TOKENIZER, tools=changed, **options)
+
+
+def test_branches_of_the_chat_window_are_left_out_with_a_warning(tmp_path):
+    head = {"format": "chatml", "tools": [], "branches": {"created": [1], "others": [{}]}}
+    (tmp_path / "x.jsonl").write_text(json.dumps(head) + '\n{"role": "user", "content": "Hi"}\n')
+    with pytest.warns(UserWarning, match="x.jsonl has other branches: they are left out"):
+        loaded = Conversation.load(tmp_path / "x.jsonl", Scripted(), TOKENIZER)
+    assert loaded.messages == [{"role": "user", "content": "Hi"}]
 
 
 def test_a_saved_conversation_continues(tmp_path):

@@ -53,7 +53,7 @@ def go_on(decoders, steps):
         assert torch.equal(ids, expected)
 
 
-@pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("sums", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_code_gives_the_references_logits_past_the_window(sums):
     model, _ = mistral.load(small.DATA / "small", device="cpu", sliding_window=8)
     decoders = CompiledDecoder(model, sums=sums), mistral.Decoder(model)

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import random
 
 import pytest
@@ -23,11 +24,18 @@ def prompt(n, seed=0):
     return small.tokens(n, seed=seed).tolist()
 
 
-@pytest.mark.parametrize(
-    "sampling", [GREEDY, RICH, Sampling(seed=3)], ids=["greedy", "rich", "plain"]
-)
-@pytest.mark.parametrize("window", [4, None])
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 23])
+def lengths_windows_and_samplings():
+    """Quick: greedy and rich past the window from every length, the others from one length."""
+    samplings = {"greedy": GREEDY, "rich": RICH, "plain": Sampling(seed=3)}
+    for length, window, name in itertools.product([1, 3, 4, 5, 23], [4, None], samplings):
+        quick = length == 5 or (window == 4 and name != "plain")
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(
+            length, window, samplings[name], marks=marks, id=f"{length}-{window}-{name}"
+        )
+
+
+@pytest.mark.parametrize(("length", "window", "sampling"), list(lengths_windows_and_samplings()))
 def test_the_cached_loop_equals_the_naive_one_far_beyond_the_window(length, window, sampling):
     model = small.model(sliding_window=window)
     arguments = dict(max_new_tokens=24, stop_tokens=())
@@ -128,7 +136,7 @@ def test_no_seed_means_pytorchs_generator():
     assert texts[1] != texts[0]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", small.seeds(3, 10))
 def test_a_decoder_is_what_was_read_and_not_taken_back(seed):
     generator = random.Random(seed)
     model = small.model(seed=seed)
@@ -700,6 +708,20 @@ def test_steps_past_a_stop_token_or_an_interrupt_are_rolled_back():
     next(broken_off)
     broken_off.close()
     assert engine.lengths == [5 + len(made) + 2]
+
+
+def test_an_interrupt_while_steps_are_in_flight_rolls_them_back(monkeypatch):
+    engine = Ahead(small.model())
+    text = generate(engine, prompt(5), GREEDY, max_new_tokens=30, stop_tokens=())
+    next(text)
+
+    def interrupted(sampling, mask=None, active=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(text)
+    assert engine.lengths == [6]
 
 
 def test_an_engine_that_runs_ahead_fills_its_room_to_the_last_token():

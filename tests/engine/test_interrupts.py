@@ -30,7 +30,7 @@ SAMPLINGS = [
     Sampling(temperature=0, no_repeat_ngram_size=2),  # the sampling kernel does not have it
     None,
 ]
-SEEDS = [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 60))]
+SEEDS = small.seeds(3, 60)
 
 
 class Interrupt(BaseException):

@@ -1,6 +1,7 @@
 """What rows hold after anything: another turn, no choice left, copies, what is attached."""
 
 import copy
+import functools
 import gc
 import math
 import pickle
@@ -112,6 +113,12 @@ def test_each_row_says_why_it_ended(make):
     assert decoder.lengths == [13, 19, 24]
 
 
+@functools.cache
+def continuation(window, ids):
+    """What every engine must write after these ids."""
+    return run(model(sliding_window=window), list(ids), 6)
+
+
 @BATCHES
 @pytest.mark.parametrize("window", [6, None])
 def test_a_row_is_copied_without_a_forward_pass(make, window):
@@ -135,7 +142,7 @@ def test_a_row_is_copied_without_a_forward_pass(make, window):
         more = [[7], [11, 12], [8]]
         answers = generate_batch(decoder, more, GREEDY, max_new_tokens=6, stop_tokens=())
         texts = ([*ids, 7], [*ids[:length], 11, 12], [*prompt(31, 4), 8])
-        assert answers == [run(m, text, 6) for text in texts]
+        assert answers == [continuation(window, tuple(text)) for text in texts]
 
 
 @BATCHES
@@ -159,12 +166,64 @@ def test_a_copy_that_cannot_be_rolled_back_any_more_does_not_stop_the_other_rows
     m = model(sliding_window=6)
     decoder = make(m, 2)
     decoder.prefill([prompt(80), []])
-    length = 79 - decoder.slack
+    length = 80 - decoder.slack
     decoder.copy_row(0, 1, length)
     decoder.rewind([1, 0])
     assert decoder.lengths == [79, length]
     expected = m(torch.tensor([prompt(80)]))[0]
     assert torch.allclose(decoder.logits, expected[[78, length - 1]], atol=1e-4)
+
+
+@BATCHES
+def test_a_rewind_of_the_whole_slack_is_exact_and_one_more_is_refused(make):
+    m = model(sliding_window=6)
+    expected = m(torch.tensor([prompt(80)]))[0]
+    decoder = make(m, 2)
+    decoder.prefill([prompt(80), prompt(80)[:40]])
+    length = 80 - decoder.slack
+    decoder.rewind([decoder.slack, 0])
+    assert decoder.lengths == [length, 40]
+    with pytest.raises(ValueError, match="can be rolled back"):
+        decoder.rewind([1, 0])
+    assert torch.allclose(decoder.logits, expected[[length - 1, 39]], atol=1e-4)
+    decoder.prefill([prompt(80)[length:], []])
+    assert torch.allclose(decoder.logits, expected[[79, 39]], atol=1e-4)
+
+
+def test_a_rewind_of_the_whole_slack_may_be_interrupted_and_continued_by_other_rows():
+    """While the last kept token is read again, its row is one token beyond its slack."""
+    m = model(sliding_window=6)
+    expected = m(torch.tensor([prompt(80)]))[0]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for more in ([0, 1], [1, 0]):
+        decoder = Decoder(m, 2)
+        decoder.prefill([prompt(80), prompt(80)[:40]])
+        decoder.rewind([decoder.slack, 0])
+        handle = m.model.norm.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.logits  # noqa: B018
+        handle.remove()
+        decoder.rewind(more)
+        last = [length - 1 for length in decoder.lengths]
+        assert last == [63 - more[0], 39 - more[1]]
+        assert torch.allclose(decoder.logits, expected[last], atol=1e-4)
+
+
+@BATCHES
+def test_ids_in_flight_are_rolled_back_before_a_row_is_scored(make):
+    m = model(sliding_window=6)
+    decoder = make(m, 2)
+    decoder.prefill([prompt(30), prompt(9)])
+    decoder.step(GREEDY)
+    decoder.in_flight = [1, 1]  # as `generate` leaves them while it is suspended
+    scores = decoder.score(0, [7, 8, 9])
+    assert decoder.lengths == [33, 9]
+    expected = m(torch.tensor([[*prompt(30), 7, 8, 9]]))[0, 30:]
+    assert scores.shape == expected.shape
+    assert torch.allclose(scores, expected, atol=1e-4)
 
 
 @BATCHES

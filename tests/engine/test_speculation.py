@@ -213,6 +213,40 @@ def test_as_much_as_slack_says_can_be_taken_back_beyond_the_window():
         assert torch.allclose(lookup.logits, model(torch.tensor([text[:-6]]))[:, -1], atol=1e-11)
 
 
+def test_a_score_that_is_interrupted_has_appended_its_ids():
+    model = tiny()
+    lookup = LookupDecoder(Decoder(model, 2))
+    lookup.prefill([prompt(20), [5]])
+    passes = itertools.count()
+
+    def interrupt(*_):
+        if next(passes) == 2:  # more than the slack was read
+            raise KeyboardInterrupt
+
+    handle = model.model.norm.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lookup.score(0, prompt(40, 1))
+    handle.remove()
+    assert lookup.lengths == [60, 1]
+    expected = model(torch.tensor([prompt(20) + prompt(40, 1)]))[0, -1]
+    assert torch.allclose(lookup.logits[0], expected, atol=1e-11)
+
+
+def test_ids_that_are_scored_follow_a_rewind_as_those_of_a_prefill():
+    """The random numbers of the ids that were rolled back are drawn again."""
+    texts = []
+    for make in (Decoder, lambda model: LookupDecoder(Decoder(model))):
+        decoder = make(tiny())
+        sampling = Sampling(seed=5)
+        decoder.prefill([prompt(9)])
+        for _ in range(3):
+            decoder.step(sampling)
+        decoder.rewind(2)
+        decoder.score(0, [1, 2])
+        texts.append([decoder.step(sampling).item() for _ in range(6)])
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_it_goes_on_after_ctrl_c(layer):
     model = tiny()
@@ -276,8 +310,8 @@ def test_ids_without_a_choice_are_read_in_one_forward_with_a_guess_or_none_if_th
     lookup.prefill([[2, 3]])
     assert read == []
     lookup.prefill([[6, 1]])
-    # 4 and 5 are rolled back, and with them the logits after 3
-    assert read == [[3] + [6, 1] + [2, 3, 6, 1]]
+    # 4 and 5 are rolled back
+    assert read == [[6, 1] + [2, 3, 6, 1]]
     assert torch.allclose(
         lookup.logits, model(torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2, 3, 6, 1]]))[:, -1], atol=1e-12
     )
