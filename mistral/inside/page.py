@@ -22,13 +22,8 @@ from mistral.tokenizer import Tokenizer
 from mistral.tracing import Recorder, Stopwatch, logit_lens
 
 TEMPLATES = Path(__file__).parent / "template"
-SCRIPTS = (
-    "record.js",
-    "panels.js",
-    "drawings.js",
-    "page.js",
-)  # one after the other, they are one script
-# in every page that was written by it
+SCRIPTS = ("record.js", "panels.js", "drawings.js", "page.js")  # in this order they are one script
+# In every page: by it, scripts/look_inside.py knows which files it may replace.
 OURS = '<meta name="generator" content="scripts/look_inside.py">'
 MOST_BYTES = 5_000_000  # of the page
 MOST_TOP = 20
@@ -59,8 +54,12 @@ def page_data(
     prompt: int,
     top: int,
     name: str,
+    greedy: bool = True,
 ) -> dict[str, Any]:
-    """What the page shows, but for the attention weights; large tables are packed."""
+    """What the page shows, but for the attention weights; large tables are packed.
+
+    greedy  whether each generated token was the most probable one
+    """
     config = model.config
     lens = logit_lens(model, trace, min(top, config.vocab_size))
     residual = trace.residual().float().norm(dim=-1)  # [layers + 1, T]
@@ -77,6 +76,7 @@ def page_data(
         },
         "opens": telling_head(trace),
         "prompt": prompt,
+        "greedy": greedy,
         "tokens": trace.tokens,
         "texts": {id: token_text(tokenizer, id) for id in used},
         "control": sorted(tokenizer.control_ids & set(used)),
@@ -144,20 +144,20 @@ def _distances(weights: Tensor, window: int | None) -> Tensor:
 
 
 def milliseconds(seconds: dict[str, float]) -> list[float]:
-    """What each of PARTS took of one forward; together they are the whole of it."""
+    """What each of PARTS took of one forward pass; together they are the whole of it."""
     times = dict.fromkeys(PARTS, 0.0)
     for name, s in seconds.items():
         last = name.rpartition(".")[2]
         if last in PART_OF:
             times[PART_OF[last]] += s
-        if last in ("q_proj", "k_proj", "v_proj", "o_proj"):  # they stand inside of self_attn
+        if last in ("q_proj", "k_proj", "v_proj", "o_proj"):  # they are inside of self_attn
             times["attention and cache"] -= s
     times["the rest"] = seconds[""] - sum(times.values())
     return [round(1000 * s, 4) for s in times.values()]
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
-    """A token as one can see it: a space as \u2581, a newline as \u21b5, a lone byte as \\xe2."""
+    """A token made visible: a space as \u2581, a newline as \u21b5, a lone byte as \\xe2."""
     if (text := tokenizer.control_text(id)) is None:
         if (raw := tokenizer.token_bytes(id)) is None:
             return f"[{id}]"

@@ -20,9 +20,9 @@ import common
 from mistral.files import whole_file, write_text
 
 VENDOR = Path(__file__).resolve().parents[2] / "mistral/server/page/vendor"
-HASHES = VENDOR / "hashes.json"
+HASHES = Path(__file__).with_suffix(".json")
 # Grammars of highlight.js; the page loads one when an answer has code in its language.
-_LANGUAGES = ("bash cpp diff go java javascript json python rust sql xml yaml").split()
+_LANGUAGES = "bash cpp diff javascript json python sql xml yaml".split()
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Package:
     name: str
     version: str
     files: dict[str, str]
-    licence: str  # its file in the package
 
 
 PACKAGES = (
@@ -40,13 +39,11 @@ PACKAGES = (
         name="marked",
         version="18.2.1",
         files={"lib/marked.esm.js": "marked.esm.js"},
-        licence="LICENSE",
     ),
     Package(
         name="dompurify",
         version="3.5.0",
         files={"dist/purify.min.js": "purify.min.js"},
-        licence="LICENSE",
     ),
     Package(
         name="@highlightjs/cdn-assets",
@@ -55,18 +52,21 @@ PACKAGES = (
             "es/core.min.js": "highlight.core.js",
             **{f"es/languages/{name}.min.js": f"highlight.{name}.js" for name in _LANGUAGES},
         },
-        licence="LICENSE",
     ),
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__, "python scripts/dev/vendor_page.py --check")
     parser.add_argument("--check", action="store_true", help="only compare the hashes; no network")
     parser.add_argument(
         "--new", action="store_true", help="write the table of hashes anew, after new versions"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     if not args.check:
         found = {}
         for package in PACKAGES:
@@ -74,19 +74,23 @@ def main() -> None:
         if args.new:
             hashes = {name: sha256(found[name]) for name in sorted(found)}
             write_text(HASHES, json.dumps(hashes, indent=1) + "\n")
-        for name, wrong in problems(found).items():
-            sys.exit(f"error: {name} {wrong}; nothing was written")
+        check(found)  # before anything is replaced
         for name, content in found.items():
             with whole_file(VENDOR / name) as temporary:
                 temporary.write_bytes(content)
-    if wrong := problems({path.name: path.read_bytes() for path in vendored()}):
-        sys.exit("\n".join(f"error: {name} {text}" for name, text in wrong.items()))
+    check({path.name: path.read_bytes() for path in vendored()})
     common.show(f"{len(vendored())} files in {VENDOR} have the hashes of {HASHES.name}")
+
+
+def check(contents: dict[str, bytes]) -> None:
+    """ValueError that names every file that is wrong."""
+    if wrong := problems(contents):
+        raise ValueError("; ".join(f"{name} {text}" for name, text in wrong.items()))
 
 
 def vendored() -> list[Path]:
     """The files of the folder that come from npm."""
-    return sorted(path for path in VENDOR.iterdir() if path != HASHES)
+    return sorted(VENDOR.iterdir())
 
 
 def problems(contents: dict[str, bytes]) -> dict[str, str]:
@@ -123,9 +127,9 @@ def _fetch(package: Package) -> dict[str, bytes]:
 
             found = {name: content(path) for path, name in package.files.items()}
             title = f"{package.name} {package.version}, https://www.npmjs.com/package/{package.name}\n\n"
-            licence = title.encode() + content(package.licence)
+            licence = title.encode() + content("LICENSE")
     return found | {f"LICENSE.{package.name.split('/')[0].strip('@')}.txt": licence}
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

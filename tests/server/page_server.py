@@ -157,15 +157,20 @@ class PageServer:
         return StreamingResponse(events(), media_type="text/event-stream")
 
     async def _tool(self, request: Request) -> Response:
-        if request.headers.get("x-page-token") != self.about["token"]:
+        if not self._has_token(request):
             return _error(403, "the token is wrong")
         body = await request.json()
         self.called.append(body)
         return JSONResponse(self.results.get(body["name"], {"result": "1"}))
 
     async def _inside(self, request: Request) -> Response:
+        if not self._has_token(request):
+            return _error(403, "the token is wrong")
         self.called.append(await request.json())
         return Response("<p>", media_type="text/html", headers={"Content-Location": self.inside})
+
+    def _has_token(self, request: Request) -> bool:
+        return request.headers.get("x-page-token") == self.about["token"]
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()

@@ -1,11 +1,7 @@
 """The page in a browser, with the answers of a script: what the tests of the page share."""
 
 import json
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import browser
 import pytest
@@ -94,33 +90,3 @@ class Window:
     def close_dialog(self) -> None:
         self.js("document.querySelector('dialog').close()")
         self.wait("!document.querySelector('dialog')")
-
-
-@contextmanager
-def opened() -> Iterator[Window]:
-    """A server and a browser, for a module."""
-    server = PageServer()
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        browser.Browser(Path(profile), 20) as chromium,
-    ):
-        yield Window(chromium, server)
-    server.stop()
-
-
-@contextmanager
-def fresh(window: Window) -> Iterator[Window]:
-    """The page as at its first visit. After the test: no complaint, no request to another host."""
-    server, chromium = window.server, window.browser
-    server.reset()
-    chromium.show(1400, 900)
-    chromium.open("about:blank")
-    chromium.call("Storage.clearDataForOrigin", origin=server.url.rstrip("/"), storageTypes="all")
-    chromium.complaints.clear()
-    chromium.requests.clear()
-    window.open()
-    yield window
-    server.release.set()
-    assert chromium.complaints == [], chromium.complaints
-    own = (server.url, "about:blank", f"blob:{server.url}")
-    assert [url for url in chromium.requests if not url.startswith(own)] == []

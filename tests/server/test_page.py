@@ -6,25 +6,13 @@ import re
 import pytest
 import vendor_page
 from page_server import ABOUT, TOOLS, Said
-from page_window import IS_IDLE, fresh, needs_chromium, opened
+from page_window import IS_IDLE, needs_chromium
 
 from mistral.chat.saved import read_lines
 from mistral.server.window.files import FOLDER
 
 pytestmark = needs_chromium
 OWN_FILES = sorted(path for path in FOLDER.iterdir() if path.is_file())
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with opened() as window:
-        yield window
-
-
-@pytest.fixture
-def page(shared):
-    with fresh(shared) as window:
-        yield window
 
 
 ANSWER = """# Title
@@ -84,7 +72,7 @@ def test_an_answer_in_markdown(page):
     assert page.texts(".model-facts span") == ["chatml", "compiled", "Q4_K_M", "window 4,096"]
     body = page.server.bodies[0]
     assert body["messages"] == [{"role": "user", "content": "Hi"}]
-    assert body["stream"] is True and "details" not in body and "temperature" not in body
+    assert body["stream"] is True and "details" not in body and body["temperature"] == 0.7
     # Read aloud once, when it is whole
     assert page.js("document.getElementById('live').textContent") == ANSWER
 
@@ -117,6 +105,19 @@ def test_stop_keeps_what_was_written(page):
     assert page.server.bodies[-1]["messages"][1] == {"role": "assistant", "content": "One two "}
 
 
+def test_a_text_that_grows_replaces_its_last_block(page):
+    page.js(
+        "import('/page/markdown.js').then(({ show }) => { const place = document.createElement('div');"
+        "for (const text of ['One', 'One *two*\\n\\nth', 'One *two*\\n\\nthree']) show(place, text);"
+        "const long = document.createElement('div'); show(long, '*a* '.repeat(1300));"
+        "window.texts = [...place.children].map(e => e.innerHTML.trim());"
+        "window.emphasis = [place, long].map(e => e.querySelectorAll('em').length) })"
+    )
+    page.wait("window.emphasis")
+    assert page.js("window.texts") == ["<p>One <em>two</em></p>", "<p>three</p>"]
+    assert page.js("window.emphasis") == [1, 0]  # in a long paragraph it would take too long
+
+
 def test_retry_and_edit_are_branches(page):
     page.server.answers = ["First", "Second", "Third"]
     page.ask("Hi")
@@ -138,6 +139,24 @@ def test_retry_and_edit_are_branches(page):
     page.wait("document.querySelector('.bubble').innerText === 'Hi'")
     page.open(page.js("location.hash"))  # all of it is kept
     assert page.texts(".bubble") == ["Hi"] and page.text("article.answer .branches") == "2 / 2"
+
+
+def test_an_answer_is_edited_as_a_branch(page):
+    page.server.answers = ["Frist", "Fine"]
+    page.ask("Hi")
+    page.click("article.answer button", "Edit")
+    page.wait("document.activeElement.ariaLabel === 'Edit the answer'")
+    page.browser.key("Escape")
+    page.wait("document.querySelector('.prose')?.innerText === 'Frist'")
+    page.click("article.answer button", "Edit")
+    page.type(".editor textarea", "First")
+    page.click(".editor button", "Keep as a new branch")
+    page.wait("document.querySelector('.prose')?.innerText === 'First'")
+    assert page.text("article.answer .branches") == "2 / 2" and page.text(".facts") == "edited"
+    page.ask("And?")
+    assert page.server.bodies[1]["messages"][1] == {"role": "assistant", "content": "First"}
+    page.click(".branches button", "Branch before")
+    page.wait("document.querySelector('.prose').innerText === 'Frist'")
 
 
 def test_settings_are_sent_with_the_fields_own_names(page):
@@ -308,6 +327,9 @@ def test_conversations_are_kept_found_renamed_and_deleted(page):
     page.browser.key("k", code=75, modifiers=2)
     page.wait("document.activeElement.type === 'search'")
     assert page.texts(".option") == ["New chat", "Second question", "First question"]
+    page.type("dialog input", "hello")
+    page.wait("document.querySelectorAll('.option').length === 3")
+    assert page.texts(".option")[2].split("\n") == ["First question", "Hello!"]
     page.type("dialog input", "first")
     page.browser.enter()
     page.wait("document.querySelector('.bubble').innerText === 'First question'")
@@ -355,13 +377,7 @@ def test_export_is_what_chat_py_reads_and_import_reads_it_back(page, tmp_path):
         "assistant",
     ]
     assert messages[4]["content"] == "It is 251. é\u2028😀"
-    give = f"new File([{json.dumps(text)}], 'a.jsonl')"
-    imports = (
-        "(file => { const list = new DataTransfer(); list.items.add(file); const input = "
-        "document.getElementById('import-file'); input.files = list.files; "
-        "input.dispatchEvent(new Event('change')) })"
-    )
-    page.js(f"{imports}({give})")
+    import_file(page, "a.jsonl", text)
     page.wait("document.querySelectorAll('#conversations .title').length === 2")
     page.wait("document.querySelectorAll('article').length === 3")
     assert page.texts(".bubble") == ["How much?\nTell me."]
@@ -369,8 +385,81 @@ def test_export_is_what_chat_py_reads_and_import_reads_it_back(page, tmp_path):
     page.click("#export")
     page.wait("window.file")
     assert page.js("window.saved.text()") == text
-    page.js(f"{imports}(new File(['{{\"format\": \"chatml\"}}\\n{{}}\\n'], 'bad.jsonl'))")
+    import_file(page, "bad.jsonl", '{"format": "chatml"}\n{}\n')
     page.wait("document.querySelector('#banner').innerText.includes('bad.jsonl, line 2')")
+
+
+def test_all_branches_are_exported_and_come_back(page, tmp_path):
+    page.js("URL.createObjectURL = blob => { window.saved = blob; return 'about:blank#' }")
+    page.js("HTMLAnchorElement.prototype.click = function () { window.file = this.download }")
+    page.server.answers = [
+        "First",
+        Said("", error="broken"),
+        Said("I look.", calls=[CALL]),
+        "Third",
+    ]
+    page.ask("Hi")
+    page.click("article.answer button", "Another answer")  # never begins
+    page.idle(1)
+    page.click("article.answer button", "Another answer")
+    page.click(".choices button", "Run once")
+    page.idle(3)
+    page.server.answers = ["Fourth"]
+    page.focus()
+    page.browser.key("ArrowUp")
+    page.wait("document.activeElement.closest('.editor')")
+    page.browser.write(" there")
+    page.browser.enter()
+    page.idle(4)
+    page.click("#export")
+    page.wait("window.file")
+    text = page.js("window.saved.text()")
+    (tmp_path / "hi.jsonl").write_text(text)
+    head, *messages = read_lines(tmp_path / "hi.jsonl")
+    assert [message["content"] for message in messages] == ["Hi there", "Fourth"]
+    contents = [other["message"]["content"] for other in head["branches"]["others"]]
+    assert contents == ["Hi", "First", "I look.", "1", "Third"]
+    assert [other["parent"] for other in head["branches"]["others"]] == [0, 3, 3, 5, 6]
+    page.js("window.file = null")
+    import_file(page, "hi.jsonl", text)
+    page.wait("document.querySelectorAll('#conversations .title').length === 2")
+    assert page.text("article.question .branches") == "2 / 2"
+    page.click("#export")
+    page.wait("window.file")
+    assert page.js("window.saved.text()") == text
+    page.click("article.question .branches button", "Branch before")
+    page.wait("document.querySelector('.bubble').innerText === 'Hi'")
+    assert page.texts(".prose")[1] == "Third" and page.texts(".branches")[1] == "2 / 2"
+    for number in (-1, 9, "0"):
+        head["branches"]["others"][0]["parent"] = number
+        import_file(page, "bad.jsonl", json.dumps(head))
+        page.wait("document.querySelector('#banner').innerText.includes('bad.jsonl, line 1')")
+        page.click("#banner button")
+
+
+def import_file(page, name, text):
+    """As if the person had chosen this file."""
+    page.js(
+        "(file => { const list = new DataTransfer(); list.items.add(file); const input = "
+        "document.getElementById('import-file'); input.files = list.files; input.dispatchEvent("
+        f"new Event('change')) }})(new File([{json.dumps(text)}], {json.dumps(name)}))"
+    )
+
+
+def test_a_file_of_chat_py_continues_and_tools_that_are_missing_are_named(page):
+    lines = [
+        {"format": "chatml", "tools": [{"type": "function", "function": {"name": "add"}}]},
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
+        {"role": "tool", "name": "add", "error": "b is missing"},
+        {"role": "assistant", "content": "No."},
+    ]
+    import_file(page, "talk.jsonl", "\n".join(map(json.dumps, lines)))
+    page.wait("document.querySelector('#banner').innerText.includes('does not have: add')")
+    page.ask("Why?")
+    # The server refuses fields that OpenAI's interface does not have.
+    sent = page.server.bodies[0]["messages"][2]
+    assert sent == {"role": "tool", "name": "add", "content": '{"error":"b is missing"}'}
 
 
 def test_the_run_is_asked_for_only_while_the_panel_is_open(page):
@@ -403,6 +492,8 @@ def test_the_run_is_asked_for_only_while_the_panel_is_open(page):
     assert '"b "' in told and "62.0%" in told and '" other"' in told and "forward pass 2" in told
     page.browser.key("ArrowRight")
     page.wait("document.querySelector('#popover').innerText.includes('\"c \"')")
+    page.js("document.querySelector('#run').dispatchEvent(new Event('scroll'))")
+    assert page.js("!document.querySelector('#popover').hidden")  # it stays with the keyboard
     page.wait("document.querySelectorAll('.slot').length === 2")
     assert "the last 40 of 43" in page.text(".slot:first-child")
     kinds = page.js(
@@ -417,17 +508,82 @@ def test_the_run_is_asked_for_only_while_the_panel_is_open(page):
     assert page.server.runs == 1 and page.js("document.querySelector('#run').hidden")
 
 
+def test_what_was_recorded_is_there_after_a_reload(page):
+    page.click("#run-toggle")
+    page.server.answers = ["a b c d e f", "g h i", "j k"]
+    page.ask("one")
+    page.ask("two")
+    page.click("#run-toggle")
+    page.ask("three")  # not recorded
+    page.open(page.js("location.hash"))
+    assert page.texts(".actions button[title^=The]") == []
+    page.click("#run-toggle")
+    page.wait("document.querySelectorAll('.token.generated').length === 3")  # the last one recorded
+    page.click(".actions button", "The run of this answer")
+    page.wait("document.querySelectorAll('.token.generated').length === 6")
+    assert page.js("document.querySelectorAll('.bars i').length") == 7
+    assert page.js("document.querySelector('.actions [aria-pressed=true]').title").startswith("The")
+    page.ask("four")  # a new answer is shown while it grows
+    page.wait("document.querySelectorAll('.token.generated').length === 1")
+    page.js(
+        "import('/page/state.js').then(({ state }) => { window.details = state.details; "
+        "for (let i = 0; i < 60; i++) state.details.set(`x${i}`, {}) })"
+    )
+    page.ask("five")
+    assert page.js("window.details.size") == 50
+    # The last 50 are kept, and none that is too long
+    page.js(
+        "import('/page/store.js').then(async store => { const none = { conversation: 'x', tokens: [] };"
+        "for (let at = 1; at < 60; at++) await store.putDetails({ ...none, id: `x${at}`, at });"
+        "await store.putDetails({ ...none, id: 'long', at: 99, tokens: Array(20_001) });"
+        "window.kept = await store.detailsOf('x'); await store.remove('x');"
+        "window.left = await store.detailsOf('x') })"
+    )
+    page.wait("window.left")
+    ids = [record["id"] for record in page.js("window.kept")]
+    assert ids == sorted(f"x{at}" for at in range(14, 60)) and page.js("window.left") == []
+
+
+FIRST_VERSION = """
+new Promise(done => { indexedDB.deleteDatabase('mistral').onsuccess = () => {
+  const request = indexedDB.open('mistral', 1);
+  request.onupgradeneeded = () => {
+    const stores = ['conversations', 'nodes'].map(name =>
+      request.result.createObjectStore(name, { keyPath: 'id' }));
+    stores[1].createIndex('conversation', 'conversation');
+    stores[0].put({ id: 'a', title: 'Old', system: '', head: 'b', created: 1, updated: 1 });
+    stores[1].put({ id: 'b', conversation: 'a', parent: null, created: 1, status: 'done', info: {},
+      message: { role: 'user', content: 'Hi' } });
+  };
+  request.onsuccess = () => { request.result.close(); done() };
+} })
+"""
+
+
+def test_conversations_of_an_earlier_version_stay(page):
+    page.browser.open(page.server.url + "page/icon.svg")  # the page itself has the database open
+    page.js(FIRST_VERSION)
+    page.open("#a")
+    assert page.texts("#conversations .title") == ["Old"] and page.texts(".bubble") == ["Hi"]
+    complaints = page.browser.complaints  # a picture alone makes Chromium ask for /favicon.ico
+    complaints[:] = [one for one in complaints if "favicon.ico" not in one]
+
+
 def test_look_inside_opens_the_servers_page(page):
     assert not page.js("document.querySelector('button[title^=\"Look inside\"]')")
     page.server.about["inside"] = True
     page.open()
     page.ask("Hi")
     page.js("window.open = (...args) => { window.opened_with = args }")
+    page.server.about["token"] = "that of a server that was started anew"
     page.click("article.answer button", "Look inside this answer")
     page.wait("window.opened_with")
     assert (
         page.js("String(window.opened_with)") == f"{page.server.url}page/icon.svg,_blank,noopener"
     )
+    (complaint,) = page.browser.complaints  # Chromium tells about the refused token
+    assert "403" in complaint
+    page.browser.complaints.clear()
     assert [message["role"] for message in page.server.called[0]["messages"]] == [
         "user",
         "assistant",
@@ -455,6 +611,23 @@ def test_keys_of_the_message_box(page):
     page.wait("document.body.classList.contains('blank')")
     page.browser.enter()  # nothing to send
     assert len(page.server.bodies) == 1
+
+
+def test_the_questions_to_begin_with_are_for_the_model(page):
+    general = page.texts(".card strong")
+    assert general == ["Explain", "Write", "Use a tool"] and "stock_price" in page.text(".card")
+    page.server.about |= {"tools": [], "parameters": 135_000_000}
+    page.open()
+    assert page.texts(".card strong") == ["Explain", "Write", "List"]
+    page.server.about["questions"] = [
+        ["Ask", "What is a sliding window?"],
+        ["Tell", "Who are you?"],
+    ]
+    page.open()
+    assert page.texts(".card strong") == ["Explain", "Ask", "Tell"]
+    page.click(".card", "TellWho are you?")
+    page.idle(0)
+    assert page.server.bodies[0]["messages"] == [{"role": "user", "content": "Who are you?"}]
 
 
 def test_an_api_key_is_asked_for_and_sent(page):
@@ -489,6 +662,17 @@ NAMELESS = """
 """
 
 
+# What a finger cannot hit: less than 40 px wide or high. A label is pressed with what is in it.
+TOO_SMALL = """
+[...document.querySelectorAll('button, select, input, textarea, summary, [role=option]')]
+  .map(e => e.closest('label') ?? e)
+  .filter(e => e.checkVisibility({visibilityProperty: true}))
+  .map(e => [e, e.getBoundingClientRect()])
+  .filter(([, b]) => b.width && (b.height < 39.9 || b.width < 39.9))
+  .map(([e, b]) => `${e.outerHTML.slice(0, 80)} ${b.width} ${b.height}`)
+"""
+
+
 @pytest.mark.parametrize(
     "width, height, dark",
     [(390, 844, True), pytest.param(1400, 900, False, marks=pytest.mark.slow)],
@@ -502,6 +686,7 @@ def test_nothing_is_cut_and_everything_has_a_name(page, width, height, dark):
         assert page.js("document.documentElement.scrollWidth") <= width
         assert page.js(EVERY_STATE) == []
         assert page.js(NAMELESS) == []
+        assert width > 800 or page.js(TOO_SMALL) == []
 
     check()
     page.server.answers = [

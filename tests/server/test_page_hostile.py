@@ -4,21 +4,9 @@ import json
 
 import pytest
 from page_server import ABOUT, TOOLS, Said
-from page_window import fresh, needs_chromium, opened
+from page_window import needs_chromium
 
 pytestmark = needs_chromium
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with opened() as window:
-        yield window
-
-
-@pytest.fixture
-def page(shared):
-    with fresh(shared) as window:
-        yield window
 
 
 RUN = "window.top.pwned=1"

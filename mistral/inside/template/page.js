@@ -103,6 +103,7 @@ async function start() {
     `${heads / model.groups} key/value heads`,
   ];
   facts.push(reach === null ? "no window" : `a window of ${reach.toLocaleString("en")}`, model.where);
+  $("greedy").hidden = !data.greedy;
   $("facts").textContent = `${facts.join(", ")}. ${data.prompt} tokens were given, ${T - data.prompt} generated.`;
   const least =
     data.least > 1 ? `, those below ${percent((data.least - 0.5) / 255)} left out to keep the page small` : "";

@@ -197,7 +197,7 @@ function showCache() {
 // Why there are as many slots as there are.
 function slotCount() {
   if (reach === null || data.slots < reach) return "There are as many as this run can need.";
-  if (data.slots === reach) return `There are as many as the window is long.`;
+  if (data.slots === reach) return "There are as many as the window is long.";
   return `There are ${data.slots - reach} more than the window is long, for tokens that are rolled back.`;
 }
 

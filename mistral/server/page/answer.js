@@ -3,7 +3,7 @@
 import { callTool, chat, ServerError } from "./api.js";
 import { say } from "./dom.js";
 import { newId, tab } from "./kept.js";
-import { emit, state } from "./state.js";
+import { emit, state, TEMPERATURE } from "./state.js";
 import * as store from "./store.js";
 import { childrenOf, messagesOf, pathTo } from "./tree.js";
 import { allowed, NotAllowed, offered } from "./tools.js";
@@ -74,6 +74,14 @@ export async function ask(text, parent) {
   await answer(node.id);
 }
 
+// An answer in the person's words, next to the model's.
+export async function reword(node, content) {
+  const edited = addNode(node.parent, { role: "assistant", content });
+  edited.info = { isEdited: true, json: node.info.json };
+  await keep(store.putNodes([edited]));
+  await moveHead(edited.id);
+}
+
 export const stop = () => state.writing?.abort();
 
 // Answer the message `parent`.
@@ -93,9 +101,9 @@ export async function answer(parent) {
   }
 }
 
-export function bodyOf(messages) {
+function bodyOf(messages) {
   const { sampling, stop, json, schema } = state.settings;
-  const body = { model: state.about?.name ?? "model", messages, stream: true, stream_options: { include_usage: true } };
+  const body = { temperature: TEMPERATURE, model: state.about?.name ?? "model", messages, stream: true, stream_options: { include_usage: true } };
   for (const [name, value] of Object.entries(sampling)) if (value !== null && value !== "") body[name] = value;
   const strings = stopStrings(stop);
   if (strings.length) body.stop = strings;
@@ -107,7 +115,7 @@ export function bodyOf(messages) {
 }
 
 // One string a line; \n in a line is a newline.
-export const stopStrings = (text) =>
+const stopStrings = (text) =>
   text.split("\n").filter(Boolean).map((line) => line.replace(/\\([nt\\])/g, (_, sign) => ({ n: "\n", t: "\t", "\\": "\\" })[sign]));
 
 function formatOf(schema) {
@@ -121,6 +129,7 @@ async function oneAnswer(parent, signal) {
   // Another answer with the same seed would be the same answer.
   if (body.seed !== undefined) body.seed += childrenOf(state.nodes, parent).length;
   const node = addNode(parent, { role: "assistant", content: "" }, "writing");
+  state.shown = null;
   node.info = { model: state.about?.name, json: Boolean(body.response_format) };
   await Promise.all([keep(store.putNodes([node])), moveHead(node.id)]);
   const saving = setInterval(() => save(node), SAVE_EVERY);
@@ -144,6 +153,8 @@ async function oneAnswer(parent, signal) {
   }
   node.info.seconds = (performance.now() - sent) / 1000;
   await finish(node);
+  const details = state.details.get(node.id);
+  if (details) await keep(store.putDetails({ id: node.id, conversation: node.conversation, at: Date.now(), ...details }));
   say(node.status === "failed" ? node.error : node.message.content.slice(0, 1000) || "The answer has ended");
   return node;
 }
@@ -182,7 +193,10 @@ function addCall(message, { index, id, function: part }) {
 }
 
 function addDetails(id, { prompt, tokens, forwards, end }) {
-  if (!state.details.has(id)) state.details.set(id, { prompt: null, tokens: [], forwards: [], end: null });
+  if (!state.details.has(id)) {
+    state.details.set(id, { prompt: null, tokens: [], forwards: [], end: null });
+    for (const old of [...state.details.keys()].slice(0, -store.MOST_RECORDED)) state.details.delete(old);
+  }
   const known = state.details.get(id);
   if (prompt) known.prompt = prompt;
   if (end) known.end = end;
@@ -203,7 +217,7 @@ async function results(node, signal) {
     const beating = setInterval(() => save(result), SAVE_EVERY);
     try {
       const args = argumentsOf(call);
-      await allowed(call, args, signal);
+      await allowed(call, signal);
       const start = performance.now();
       result.info.running = true;
       emit("node", result);

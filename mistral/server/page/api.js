@@ -39,6 +39,18 @@ export async function about() {
   return (await request("GET", "/page/about")).json();
 }
 
+// A request that needs the page's token. A server that was started anew has another one: it is fetched, and sent once.
+async function withToken(path, body, signal) {
+  try {
+    return await request("POST", path, { body, signal });
+  } catch (error) {
+    if (error.status !== 403) throw error;
+    state.about = await about();
+    emit("about");
+    return request("POST", path, { body, signal });
+  }
+}
+
 // The data of each server-sent event, parsed; the events of one network chunk together.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -92,17 +104,10 @@ export async function* chat(body, signal) {
 }
 
 // The result of a tool that runs on the server, as text. Throws ServerError with the tool's own error.
-export async function callTool(name, args, signal, again = true) {
-  try {
-    const reply = await (await request("POST", "/page/tools", { body: { name, arguments: args }, signal })).json();
-    if (reply.error !== undefined) throw new ServerError(reply.error.message ?? String(reply.error), 200);
-    return typeof reply.result === "string" ? reply.result : JSON.stringify(reply.result);
-  } catch (error) {
-    if (error.status !== 403 || !again) throw error;
-    state.about = await about(); // the server was started anew, and has another token
-    emit("about");
-    return callTool(name, args, signal, false);
-  }
+export async function callTool(name, args, signal) {
+  const reply = await (await withToken("/page/tools", { name, arguments: args }, signal)).json();
+  if (reply.error !== undefined) throw new ServerError(reply.error.message ?? String(reply.error), 200);
+  return typeof reply.result === "string" ? reply.result : JSON.stringify(reply.result);
 }
 
 // The state of the slots while the panel is open.
@@ -113,7 +118,6 @@ export async function* run(signal) {
 
 // The address of the page of look_inside for a text. The server keeps it there for a while, under a policy of its own.
 export async function inside(messages, tools) {
-  const body = tools.length ? { messages, tools } : { messages };
-  const response = await request("POST", "/page/inside", { body });
+  const response = await withToken("/page/inside", tools.length ? { messages, tools } : { messages });
   return response.headers.get("Content-Location");
 }

@@ -43,7 +43,7 @@ async function start() {
   document.body.dataset.ready = "yes";
 }
 
-// A wide screen hides the list and shows it again; on a narrow one it lies above the messages.
+// A wide screen hides the list and shows it again; on a narrow one it covers the messages.
 function toggleSidebar() {
   if (matchMedia("(max-width: 800px)").matches) conversations.showSidebar();
   else document.body.classList.toggle("without-sidebar");
@@ -134,7 +134,7 @@ function help() {
     ["/", "to the message box"],
   ];
   const rows = keys.map(([key, does]) => el("tr", {}, el("th", { scope: "row" }, el("kbd", { textContent: key })), el("td", { textContent: does })));
-  const says = "An edited question and another answer are branches: ‹ 1 / 2 › leads from one to the other. Export writes the branch that is shown, as JSON lines that scripts/chat.py --load reads.";
+  const says = "An edited question and another answer are branches: ‹ 1 / 2 › leads from one to the other. Export writes JSON lines that scripts/chat.py --load reads: it continues the branch that is shown; the page reads all of them.";
   dialog("Keyboard and help", el("table", { className: "keys" }, el("tbody", {}, ...rows)), el("p", { className: "soft", textContent: says }));
 }
 

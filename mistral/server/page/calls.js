@@ -55,7 +55,7 @@ const isTyping = () => Boolean(document.activeElement?.value);
 
 function part(title, text) {
   const copies = button("copy", `Copy: ${title}`, () => copy(text, copies));
-  const body = text.length > SHOWN ? shortened(text, SHOWN, "A text") : isJson(text) ? codeOf(text, "json") : shortened(text, SHOWN, "");
+  const body = text.length <= SHOWN && isJson(text) ? codeOf(text, "json") : shortened(text, SHOWN, "A text");
   const head = el("summary", {}, title);
   return el("details", { className: "part", open: true }, head, body.tagName === "FIGURE" ? body : el("div", { className: "text", dir: "auto" }, copies, body));
 }

@@ -1,7 +1,7 @@
 // The box for messages, and the keys of the page.
 
 import { ask, stop } from "./answer.js";
-import { $, icon, kilo } from "./dom.js";
+import { $, el, icon, kilo } from "./dom.js";
 import { fresh, hideSidebar, search } from "./conversations.js";
 import { edit, scrollToEnd } from "./messages.js";
 import { noted, on, state } from "./state.js";
@@ -56,7 +56,7 @@ function pressed(event) {
   const command = event.ctrlKey || event.metaKey;
   if (command && event.key.toLowerCase() === "k" && !event.shiftKey && !event.altKey) {
     event.preventDefault();
-    search();
+    noted(search());
   } else if (command && event.shiftKey && event.key.toLowerCase() === "o") {
     event.preventDefault();
     fresh();
@@ -90,7 +90,8 @@ function room() {
   if (!usage) return;
   const most = window && window < (limit ?? Infinity) ? window : limit;
   const share = most ? Math.min(usage.total_tokens / most, 1) : 0;
-  $("room").textContent = most ? `${kilo(usage.total_tokens)} / ${kilo(most)} tokens` : `${kilo(usage.total_tokens)} tokens`;
+  const counts = [usage.total_tokens, most].filter(Boolean).map(kilo).join(" / ");
+  $("room").append(el("span", {}, counts, el("span", { className: "unit", textContent: " tokens" })));
   $("room").title = most === window ? "Tokens of this conversation, and the window: older ones roll out of it" : "Tokens of this conversation, and how many a slot holds";
   $("room").style.setProperty("--share", share);
   $("room").classList.toggle("full", share === 1);

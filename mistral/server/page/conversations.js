@@ -6,7 +6,10 @@ import { emit, noted, on, state } from "./state.js";
 import { stop } from "./answer.js";
 import * as store from "./store.js";
 import { leafOf } from "./tree.js";
+import { find } from "./tools.js";
 import { conversationOf, fileName, linesOf } from "./transfer.js";
+
+const MOST_FOUND = 50;
 
 export function begin() {
   $("new-chat").prepend(icon("plus"));
@@ -14,7 +17,7 @@ export function begin() {
   $("search").append(el("kbd", { textContent: "Ctrl K" }));
   $("import").prepend(icon("download"));
   $("new-chat").onclick = () => fresh();
-  $("search").onclick = search;
+  $("search").onclick = () => noted(search());
   $("export").onclick = exportShown;
   $("import").onclick = () => $("import-file").click();
   $("import-file").onchange = importFiles;
@@ -88,7 +91,7 @@ function entry(conversation) {
   const opens = el("button", { type: "button", className: "title", textContent: title, title, dataset: { id }, onclick: () => noted(open(id)) });
   if (id === state.conversation?.id) opens.setAttribute("aria-current", "true");
   const renames = button("edit", `Rename ${title}`, () => rename(conversation));
-  const removes = button("trash", `Delete ${title}`, () => removeAsked(conversation));
+  const removes = button("trash", `Delete ${title}`, () => noted(removeAsked(conversation)));
   return el("li", {}, opens, renames, removes);
 }
 
@@ -101,8 +104,8 @@ function rename(conversation) {
     shown.close();
     emit("list");
   };
-  input.onkeydown = (event) => event.key === "Enter" && save();
-  const saves = el("button", { type: "button", className: "primary", textContent: "Rename", onclick: save });
+  input.onkeydown = (event) => event.key === "Enter" && noted(save());
+  const saves = el("button", { type: "button", className: "primary", textContent: "Rename", onclick: () => noted(save()) });
   const shown = dialog("Rename the conversation", input, el("div", { className: "choices" }, saves));
   input.select();
 }
@@ -116,7 +119,12 @@ async function removeAsked({ id, title }) {
   say("Deleted");
 }
 
-// Ctrl+K: a field, and below it what fits; the first entry begins a new conversation.
+function excerptOf(text, word) {
+  const start = Math.max(text.toLowerCase().indexOf(word) - 20, 0);
+  return `${start ? "…" : ""}${text.slice(start, start + 80)}`.replace(/\s+/g, " ");
+}
+
+// Ctrl+K: a field, and below it the titles that fit, then the texts; the first entry begins a new conversation.
 export async function search() {
   if (document.querySelector("dialog")) return;
   const all = await store.conversations();
@@ -125,16 +133,27 @@ export async function search() {
   const shown = dialog("Search", input, found);
   shown.classList.add("search");
   let at = 0;
+  let nodes = null; // of all conversations, once something is searched for
   const mark = () => {
     [...found.children].forEach((option, i) => option.setAttribute("aria-selected", String(i === at)));
     found.children[at]?.scrollIntoView({ block: "nearest" });
   };
   const refresh = () => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = all.filter(({ title }) => words.every((word) => title.toLowerCase().includes(word))).slice(0, 50);
-    const options = [{ title: "New chat", id: null }, ...fits].map(({ title, id }) => {
+    const isFit = (text) => words.every((word) => text.toLowerCase().includes(word));
+    const fits = all.filter(({ title }) => isFit(title)).slice(0, MOST_FOUND);
+    for (const conversation of words.length ? all : []) {
+      if (fits.length >= MOST_FOUND) break;
+      const node = !fits.includes(conversation) && nodes?.get(conversation.id)?.find(({ message }) => isFit(message.content));
+      if (node) fits.push({ ...conversation, excerpt: excerptOf(node.message.content, words[0]) });
+    }
+    if (words.length && !nodes) {
+      nodes = new Map(); // until they are read
+      noted(store.everything().then((read) => ((nodes = read), refresh())));
+    }
+    const options = [{ title: "New chat", id: null }, ...fits].map(({ title, id, excerpt }) => {
       const go = () => (shown.close(), id ? noted(open(id)) : fresh());
-      return el("div", { role: "option", className: "option", textContent: title, onclick: go });
+      return el("div", { role: "option", className: "option", onclick: go }, title, excerpt && el("span", { className: "soft", textContent: excerpt }));
     });
     found.replaceChildren(...options);
     at = words.length && fits.length ? 1 : 0;
@@ -161,10 +180,12 @@ async function importFiles() {
   $("import-file").value = "";
   for (const file of files) {
     try {
-      const { conversation, nodes } = conversationOf(await file.text(), file.name);
+      const { conversation, nodes, tools } = conversationOf(await file.text(), file.name);
       await store.putNodes(nodes);
       await store.putConversation(conversation.id, conversation);
       await open(conversation.id);
+      const missing = tools.filter((name) => !find(name));
+      if (missing.length) emit("note", `${file.name} was saved with tools that this server does not have: ${missing.join(", ")}`);
     } catch (error) {
       emit("note", error.message);
     }

@@ -24,22 +24,22 @@ const PATHS = {
   stop: "M7.5 7.5h9v9h-9z",
   copy: "M9 9h10v11H9zM15 9V4H5v11h4",
   check: "M5 12.5l4.5 4.5L19 7.5",
-  edit: "M4 20l1-4.5L16 4.5l3.500 3.500L8.500 19z",
-  retry: "M19 12a7 7 0 1 1-2.200-5.100M19.500 3.500v4.500H15",
-  left: "M14.500 6l-6 6 6 6",
-  right: "M9.500 6l6 6-6 6",
+  edit: "M4 20l1-4.5L16 4.5l3.5 3.5L8.5 19z",
+  retry: "M19 12a7 7 0 1 1-2.2-5.1M19.5 3.5v4.5H15",
+  left: "M14.5 6l-6 6 6 6",
+  right: "M9.5 6l6 6-6 6",
   down: "M12 5v14M6 13l6 6 6-6",
-  trash: "M5 7h14M10 7V4.500h4V7M7 7l.8 12.500h8.400L17 7M10.500 11v5M13.500 11v5",
-  download: "M12 4v11M7.500 11l4.500 4.500 4.500-4.500M5 20h14",
-  settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.500v5M9 14.500v5",
-  light: "M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 3v2M12 19v2M3 12h2M19 12h2M5.600 5.600L7 7M17 17l1.400 1.400M18.400 5.600L17 7M7 17l-1.400 1.400",
-  dark: "M19.500 14.500A8 8 0 1 1 9.500 4.500a6.500 6.500 0 0 0 10 10z",
-  auto: "M12 4a8 8 0 1 0 0 16zM12 4a8 8 0 0 1 0 16M12 8h5.500M12 12h8M12 16h5.500",
-  help: "M9 9.500a3 3 0 1 1 4.300 2.700c-.9.5-1.300 1-1.300 2.300M12 18v.1",
-  run: "M4 12h3.500l2.500-7 4 14 2.500-7H20",
-  tool: "M14.500 6.500a4 4 0 0 1 5-1l-2.500 2.500 1.500 2 2.500-2a4 4 0 0 1-5.500 4.500L9 19a2 2 0 0 1-3-3l6-6.500a4 4 0 0 1 2.500-3z",
-  inside: "M2.500 12S6 5.500 12 5.500 21.500 12 21.500 12 18 18.500 12 18.500 2.500 12 2.500 12zM12 15a3 3 0 1 0 0-6 3 3 0 0 0 0 6z",
-  warn: "M12 4l9 16H3zM12 10v4.500M12 17.200v.1",
+  trash: "M5 7h14M10 7V4.5h4V7M7 7l.8 12.5h8.4L17 7M10.5 11v5M13.5 11v5",
+  download: "M12 4v11M7.5 11l4.5 4.5 4.5-4.5M5 20h14",
+  settings: "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.5v5M9 14.5v5",
+  light: "M12 16a4 4 0 1 0 0-8 4 4 0 0 0 0 8zM12 3v2M12 19v2M3 12h2M19 12h2M5.6 5.6L7 7M17 17l1.4 1.4M18.4 5.6L17 7M7 17l-1.4 1.4",
+  dark: "M19.5 14.5A8 8 0 1 1 9.5 4.5a6.5 6.5 0 0 0 10 10z",
+  auto: "M12 4a8 8 0 1 0 0 16zM12 4a8 8 0 0 1 0 16M12 8h5.5M12 12h8M12 16h5.5",
+  help: "M9 9.5a3 3 0 1 1 4.3 2.7c-.9.5-1.3 1-1.3 2.3M12 18v.1",
+  run: "M4 12h3.5l2.5-7 4 14 2.5-7H20",
+  tool: "M14.5 6.5a4 4 0 0 1 5-1l-2.5 2.5 1.5 2 2.5-2a4 4 0 0 1-5.5 4.5L9 19a2 2 0 0 1-3-3l6-6.5a4 4 0 0 1 2.5-3z",
+  inside: "M2.5 12S6 5.5 12 5.5 21.5 12 21.5 12 18 18.5 12 18.5 2.5 12 2.5 12zM12 15a3 3 0 1 0 0-6 3 3 0 0 0 0 6z",
+  warn: "M12 4l9 16H3zM12 10v4.5M12 17.2v.1",
 };
 
 export function icon(name) {
@@ -130,8 +130,8 @@ export const kilo = (count) => count.toLocaleString("en");
 
 // What a text of any length shows: the beginning, and how much more there is.
 export function shortened(text, most, label) {
-  if (text.length <= most) return el("pre", { className: "plain", tabIndex: 0 }, text);
   const pre = el("pre", { className: "plain", tabIndex: 0 }, text.slice(0, most));
+  if (text.length <= most) return pre;
   const rest = el("button", {
     type: "button",
     className: "quiet",

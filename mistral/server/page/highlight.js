@@ -4,12 +4,12 @@ import hljs from "./vendor/highlight.core.js";
 import { sanitized } from "./markdown.js";
 import { el } from "./dom.js";
 
-const NAMES = "bash cpp diff go java javascript json python rust sql xml yaml".split(" ");
+const NAMES = "bash cpp diff javascript json python sql xml yaml".split(" ");
 const ALIASES = {
   sh: "bash", shell: "bash", zsh: "bash", console: "bash", c: "cpp", h: "cpp", "c++": "cpp", hpp: "cpp", cc: "cpp",
-  patch: "diff", golang: "go", js: "javascript", jsx: "javascript",
+  patch: "diff", js: "javascript", jsx: "javascript",
   mjs: "javascript", ts: "javascript", tsx: "javascript", typescript: "javascript", jsonl: "json", json5: "json",
-  py: "python", python3: "python", pycon: "python", rs: "rust", html: "xml", svg: "xml", xhtml: "xml",
+  py: "python", python3: "python", pycon: "python", html: "xml", svg: "xml", xhtml: "xml",
   yml: "yaml",
 };
 const LONGEST = 50_000; // characters
@@ -18,7 +18,8 @@ const loaded = new Map(); // name -> a promise
 // The language of a fence's info string, "" for one that is not known.
 export function languageName(info) {
   const name = info.trim().split(/[\s,{]/)[0].toLowerCase();
-  return NAMES.includes(name) ? name : (Object.hasOwn(ALIASES, name) ? ALIASES[name] : "");
+  if (NAMES.includes(name)) return name;
+  return Object.hasOwn(ALIASES, name) ? ALIASES[name] : "";
 }
 
 // Fill an element with code, at once if the grammar is there, again when it has come.

@@ -1,24 +1,25 @@
 // The conversation on the screen: one article a message, changed in place while an answer grows.
 
-import { answer, ask, moveHead } from "./answer.js";
+import { answer, ask, moveHead, reword } from "./answer.js";
 import { $, button, copy, el, focusBox, icon, kilo, say } from "./dom.js";
 import { empty } from "./empty.js";
 import { lookInside } from "./inside.js";
 import { codeOf, show } from "./markdown.js";
-import { noted, on, state } from "./state.js";
+import { emit, noted, on, state } from "./state.js";
 import * as store from "./store.js";
 import { leafOf, pathTo, resultsOf, siblingsOf } from "./tree.js";
 import { cardOf } from "./calls.js";
 
 const articles = new Map(); // id of a message -> its article
 const waiting = new Set(); // messages that are drawn at the next frame
-let editing = null; // id of the question that is being edited
+let editing = null; // id of the message that is being edited
 
 export function begin() {
   on("conversation", draw);
   on("busy", draw);
   on("asked", draw);
   on("panel", draw);
+  on("shown", draw);
   on("about", draw);
   on("node", drawSoon);
   $("scroll").addEventListener("scroll", () => ($("to-end").hidden = isAtEnd()), { passive: true });
@@ -148,7 +149,8 @@ export function edit(id) {
 }
 
 function editorOf(node) {
-  const area = el("textarea", { value: node.message.content, "aria-label": "Edit the question", rows: 2 });
+  const isUser = node.message.role === "user";
+  const area = el("textarea", { value: node.message.content, "aria-label": isUser ? "Edit the question" : "Edit the answer", rows: 2 });
   const close = () => {
     editing = null;
     draw();
@@ -158,13 +160,13 @@ function editorOf(node) {
     const text = area.value;
     if (!text.trim() || state.writing) return;
     close();
-    noted(ask(text, node.parent));
+    noted(isUser ? ask(text, node.parent) : reword(node, text));
   };
   area.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) (event.preventDefault(), send());
     if (event.key === "Escape") (event.stopPropagation(), close());
   });
-  const sends = el("button", { type: "button", className: "primary", textContent: "Send as a new branch", onclick: send });
+  const sends = el("button", { type: "button", className: "primary", textContent: `${isUser ? "Send" : "Keep"} as a new branch`, onclick: send });
   const cancels = el("button", { type: "button", textContent: "Cancel", onclick: close });
   return el("div", { className: "editor" }, area, el("div", { className: "choices" }, cancels, sends));
 }
@@ -191,6 +193,10 @@ function branches(node) {
 
 function fillAnswer(node, results, isLast) {
   const article = articleOf(node);
+  if (editing === node.id) {
+    if (!article.querySelector(".editor")) article.replaceChildren(editorOf(node));
+    return Object.assign(article, { prose: null, text: null, afterKey: null, cards: null });
+  }
   if (!article.prose) {
     article.prose = el("div", { className: "prose" });
     article.calls = el("div", { className: "calls" });
@@ -227,7 +233,7 @@ function showText(article, node, content) {
 const WHY = { length: "The answer was cut off at its limit of tokens.", content_filter: "The answer was filtered." };
 
 function fillAfter(article, node, isWriting, isLast) {
-  const key = JSON.stringify([node.status, node.error, node.info.usage, isLast, isWriting, branchKey(node), Boolean(state.writing), state.about?.inside]);
+  const key = JSON.stringify([node.status, node.error, node.info.usage, isLast, isWriting, branchKey(node), Boolean(state.writing), state.about?.inside, isRecorded(node), state.shown]);
   if (article.afterKey === key) return;
   article.afterKey = key;
   const retry = () => {
@@ -239,12 +245,18 @@ function fillAfter(article, node, isWriting, isLast) {
   notice?.append(icon("warn"), el("span", { textContent: problem }));
   if (notice && !state.writing) notice.append(button("retry", "Retry", retry, "Retry"));
   const copies = button("copy", "Copy", () => copy(node.message.content, copies));
+  const edits = node.message.tool_calls ? null : button("edit", "Edit", () => edit(node.id));
   const retries = button("retry", "Another answer", retry);
-  retries.disabled = Boolean(state.writing);
-  const insides = state.about?.inside ? button("inside", "Look inside this answer", () => lookInside(node, insides)) : null;
-  const actions = el("div", { className: "actions" }, branches(node), copies, retries, insides, el("span", { className: "facts", textContent: factsOf(node.info) }));
+  for (const one of [edits, retries]) if (one) one.disabled = Boolean(state.writing);
+  const insides = state.about?.inside && !node.info.isEdited ? button("inside", "Look inside this answer", () => lookInside(node, insides)) : null;
+  const runs = isRecorded(node) ? button("run", "The run of this answer", () => ((state.shown = node.id), emit("shown"))) : null;
+  runs?.setAttribute("aria-pressed", String(state.shown === node.id));
+  const actions = el("div", { className: "actions" }, branches(node), copies, edits, retries, insides, runs, el("span", { className: "facts", textContent: factsOf(node.info) }));
   article.after.replaceChildren(...[notice, isWriting ? null : actions].filter(Boolean));
 }
+
+// The panel is open, and has something to show of this answer.
+const isRecorded = (node) => state.panel && state.details.has(node.id);
 
 function problemOf(node, isWriting) {
   if (node.status === "failed") return node.error;
@@ -253,8 +265,8 @@ function problemOf(node, isWriting) {
   return WHY[node.info.finish] ?? null;
 }
 
-export function factsOf({ usage, timings, first, seconds }) {
-  const facts = [];
+function factsOf({ usage, timings, first, seconds, isEdited }) {
+  const facts = isEdited ? ["edited"] : [];
   const tokens = usage?.completion_tokens;
   const speed = timings?.predicted_per_second ?? (tokens > 1 && seconds > first ? (tokens - 1) / (seconds - first) : null);
   if (speed) facts.push(`${speed >= 100 ? Math.round(speed) : speed.toFixed(1)} tokens/s`);

@@ -20,18 +20,34 @@ function show(target, content) {
   const box = $("popover");
   box.replaceChildren(...content);
   box.hidden = false;
+  place(target);
+}
+
+function place(target) {
+  const box = $("popover");
   const from = target.getBoundingClientRect();
-  const free = target.closest("#run")?.getBoundingClientRect().left ?? 0; // beside the panel, if there is room
-  const isBeside = free > 2 * box.offsetWidth;
-  const above = from.top - box.offsetHeight - 6;
+  const panel = target.closest("#run")?.getBoundingClientRect().left ?? 0;
   const lowest = innerHeight - box.offsetHeight - 8;
-  const left = isBeside ? free - box.offsetWidth - 8 : Math.min(Math.max(8, from.left), innerWidth - box.offsetWidth - 8);
-  const top = isBeside ? Math.min(from.top - 12, lowest) : above > 8 ? above : Math.min(from.bottom + 6, lowest);
+  let left = Math.min(Math.max(8, from.left), innerWidth - box.offsetWidth - 8);
+  let top = from.top - box.offsetHeight - 6;
+  if (panel > 2 * box.offsetWidth) {
+    left = panel - box.offsetWidth - 8; // beside the panel, which has room
+    top = Math.min(from.top - 12, lowest);
+  } else if (top <= 8) {
+    top = Math.min(from.bottom + 6, lowest); // below the target
+  }
   box.style.setProperty("left", `${left}px`);
   box.style.setProperty("top", `${Math.max(8, top)}px`);
 }
 
-document.addEventListener("scroll", hide, { capture: true, passive: true });
+// What the keyboard is at may have been scrolled into view just now: its box moves with it.
+function scrolled() {
+  const at = document.activeElement;
+  if (!$("popover").hidden && at.closest("#run [data-at]")) place(at);
+  else hide();
+}
+
+document.addEventListener("scroll", scrolled, { capture: true, passive: true });
 
 export function hide() {
   $("popover").hidden = true;

@@ -3,9 +3,10 @@
 import * as api from "./api.js";
 import { $, button, el, kilo } from "./dom.js";
 import { read, write } from "./kept.js";
-import { emit, on, state } from "./state.js";
+import { emit, noted, on, state } from "./state.js";
 import { Passes } from "./passes.js";
 import { slotOf } from "./slots.js";
+import * as store from "./store.js";
 import { Tokens } from "./tokens.js";
 import { pathTo } from "./tree.js";
 
@@ -13,11 +14,14 @@ const AGAIN = 3000; // ms
 let asking = null; // the AbortController of the stream of slots
 let parts = null;
 let drawn = false; // a frame is asked for
+let recalled = null; // the conversation whose kept answers are in state.details
 
 export function begin() {
   $("run-toggle").onclick = () => set(!state.panel);
   on("node", soon);
   on("conversation", soon);
+  on("shown", soon);
+  on("conversation", () => noted(recall()));
   on("about", () => state.panel && (listen(), draw()));
   if (read("panel", false) && !matchMedia("(max-width: 800px)").matches) set(true);
 }
@@ -34,6 +38,7 @@ function set(isOpen) {
     build();
     listen();
     draw();
+    noted(recall());
   } else {
     $("run").replaceChildren();
     parts = null;
@@ -69,14 +74,24 @@ function soon() {
   });
 }
 
-// The last answer of the branch that was recorded.
+// What the browser keeps of answers that were recorded before the page was loaded.
+async function recall() {
+  const id = state.conversation?.id;
+  if (!state.panel || !id || id === recalled) return;
+  recalled = id;
+  for (const { id: answer, ...details } of await store.detailsOf(id)) if (!state.details.has(answer)) state.details.set(answer, details);
+  emit("shown");
+}
+
+// The answer that was chosen, or the last one of the branch that was recorded.
 function draw() {
   if (!parts) return;
-  const node = pathTo(state.nodes, state.head).findLast(({ id }) => state.details.has(id));
+  const recorded = pathTo(state.nodes, state.head).filter(({ id }) => state.details.has(id));
+  const node = recorded.find(({ id }) => id === state.shown) ?? recorded.at(-1);
   const details = node && state.details.get(node.id);
   parts.tokens.show(node?.id ?? null, details);
   parts.passes.show(node?.id ?? null, details);
-  parts.told.textContent = details ? windowLine(details) : "Ask something: answers are recorded while this panel is open.";
+  parts.told.textContent = details ? windowLine(details) : `Ask something: answers are recorded while this panel is open. The browser keeps the last ${store.MOST_RECORDED}, of up to ${kilo(store.MOST_TOKENS)} tokens.`;
 }
 
 function windowLine({ prompt, tokens, end }) {
@@ -85,7 +100,7 @@ function windowLine({ prompt, tokens, end }) {
   const cached = prompt?.cached ? `${kilo(prompt.cached)} of the prompt's tokens were in the slot already. ` : "";
   if (!window) return `${cached}${kilo(count)} tokens, no window: all are seen.`;
   const rolled = Math.max(0, count - window);
-  const out = rolled ? `; ${kilo(rolled)} have rolled out` : "";
+  const out = rolled ? `; ${kilo(rolled)} ${rolled === 1 ? "has" : "have"} rolled out` : "";
   return `${cached}${kilo(count)} tokens, of which the next one sees the last ${kilo(Math.min(count, window))} (window ${kilo(window)})${out}.`;
 }
 

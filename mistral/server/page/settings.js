@@ -1,8 +1,8 @@
 // Settings: the system prompt, sampling, stop strings, tools. Fields have the names of the server's API.
 
-import { apiKey } from "./kept.js";
-import { $, dialog, el, icon } from "./dom.js";
-import { change, emit, on, state } from "./state.js";
+import { apiKey, write } from "./kept.js";
+import { $, dialog, el, icon, kilo } from "./dom.js";
+import { change, emit, noted, on, state, TEMPERATURE } from "./state.js";
 import * as store from "./store.js";
 import { keyOf, known, permit } from "./tools.js";
 
@@ -18,7 +18,7 @@ export const FIELDS = {
   seed: [0, 4294967295, 1, "the same seed: the same answer"],
   max_tokens: [1, 1000000, 1, "of an answer; empty: what there is room for"],
 };
-const NEUTRAL = { temperature: 1, top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1, frequency_penalty: 0, presence_penalty: 0 };
+const NEUTRAL = { top_p: 1, top_k: 0, min_p: 0, repetition_penalty: 1, frequency_penalty: 0, presence_penalty: 0 };
 
 export function begin() {
   for (const [id, name] of [["settings", "settings"], ["run-toggle", "run"]]) $(id).append(icon(name));
@@ -39,7 +39,7 @@ function systemField() {
     if (!state.conversation) state.newSystem = area.value;
     else {
       state.conversation.system = area.value;
-      store.putConversation(state.conversation.id, { system: area.value });
+      noted(store.putConversation(state.conversation.id, { system: area.value }));
       emit("conversation");
     }
   };
@@ -52,7 +52,7 @@ function group(title, says, ...children) {
 
 function samplingFields() {
   const fields = Object.entries(FIELDS).map(([name, [min, max, step, says]]) => {
-    const standard = state.about?.sampling?.[name] ?? NEUTRAL[name];
+    const standard = name === "temperature" ? TEMPERATURE : state.about?.sampling?.[name] ?? NEUTRAL[name];
     const input = el("input", { type: "number", min, max, step: "any", value: state.settings.sampling[name] ?? "", placeholder: standard ?? "", id: `field-${name}`, inputMode: "decimal" });
     input.oninput = () => {
       const value = input.value === "" ? null : Number(input.value);
@@ -60,12 +60,11 @@ function samplingFields() {
       input.setAttribute("aria-invalid", String(!isFit));
       if (isFit && !input.validity.badInput) keep(name, value);
     };
-    const range = `${min} to ${max.toLocaleString("en")}${step === 1 ? ", a whole number" : ""}`;
-    input.title = range;
+    input.title = `${min} to ${kilo(max)}${step === 1 ? ", a whole number" : ""}`;
     return el("label", { className: "field" }, el("code", { textContent: name }), input, el("span", { className: "soft", textContent: says }));
   });
   const resets = el("button", { type: "button", className: "quiet", textContent: "Reset all", onclick: () => reset(fields) });
-  return group("Sampling", "Empty fields have the server's own values, which are shown in grey.", el("div", { className: "fields" }, ...fields), resets);
+  return group("Sampling", "Empty fields have the values that are shown in grey.", el("div", { className: "fields" }, ...fields), resets);
 }
 
 function keep(name, value) {
@@ -117,7 +116,7 @@ function openTools() {
     may.value = state.settings.allowed[keyOf(tool)] ?? "";
     may.onchange = () => permit(tool, may.value || null);
     const says = el("div", {}, el("code", { textContent: tool.name }), el("p", { className: "soft", textContent: tool.description ?? "" }), el("p", { className: "soft", textContent: tool.source ? `from ${tool.source}` : "" }));
-    return el("li", {}, isOn, says, may);
+    return el("li", {}, el("label", { className: "hit" }, isOn), says, may);
   });
   const says = "They run on the machine of the server, each call after you allowed it.";
   dialog("Tools", el("p", { className: "soft", textContent: says }), el("ul", { className: "tools" }, ...rows)).classList.add("large");
@@ -138,11 +137,7 @@ function theme() {
     at = (at + 1) % names.length;
     if (names[at] === "auto") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = names[at];
-    try {
-      localStorage.setItem("mistral.theme", names[at]);
-    } catch {
-      // The choice lasts as long as the page.
-    }
+    write("theme", names[at]);
     show();
   };
   show();

@@ -11,10 +11,13 @@ const memory = { conversations: new Map(), nodes: new Map() };
 export async function open() {
   try {
     base = await new Promise((resolve, reject) => {
-      const request = indexedDB.open("mistral", 1);
-      request.onupgradeneeded = () => {
-        request.result.createObjectStore("conversations", { keyPath: "id" });
-        request.result.createObjectStore("nodes", { keyPath: "id" }).createIndex("conversation", "conversation");
+      const request = indexedDB.open("mistral", 2);
+      request.onupgradeneeded = ({ oldVersion }) => {
+        const create = (name) => request.result.createObjectStore(name, { keyPath: "id" });
+        if (oldVersion < 1) create("conversations");
+        if (oldVersion < 1) create("nodes").createIndex("conversation", "conversation");
+        const details = create("details"); // since version 2
+        for (const name of ["conversation", "at"]) details.createIndex(name, name);
       };
       request.onsuccess = () => resolve(request.result);
       request.onerror = () => reject(request.error);
@@ -60,6 +63,12 @@ export async function conversations() {
   return all.sort((a, b) => b.updated - a.updated);
 }
 
+// id of a conversation -> its messages; of the first 20,000 messages in all.
+export async function everything() {
+  const nodes = base ? await result(base.transaction("nodes").objectStore("nodes").getAll(null, 20_000)) : [...memory.nodes.values()];
+  return Map.groupBy(nodes, (node) => node.conversation);
+}
+
 export async function conversation(id) {
   return base ? result(base.transaction("conversations").objectStore("conversations").get(id)) : memory.conversations.get(id);
 }
@@ -95,6 +104,24 @@ export async function putNodes(nodes) {
   tell({ conversation: nodes[0].conversation });
 }
 
+// What was recorded of the last answers, those that are not too long: {id, conversation, at, prompt, tokens, ...}
+export const MOST_RECORDED = 50;
+export const MOST_TOKENS = 20_000;
+
+export async function putDetails(record) {
+  const count = record.tokens.length + (record.prompt?.tokens.length ?? 0);
+  if (!base || count > MOST_TOKENS || removed.has(record.conversation)) return;
+  const transaction = base.transaction("details", "readwrite");
+  const store = transaction.objectStore("details");
+  store.put(record);
+  store.index("at").getAllKeys().onsuccess = ({ target }) => target.result.slice(0, -MOST_RECORDED).forEach((id) => store.delete(id));
+  await finished(transaction);
+}
+
+export async function detailsOf(id) {
+  return base ? result(base.transaction("details").objectStore("details").index("conversation").getAll(id)) : [];
+}
+
 export async function remove(id) {
   removed.add(id);
   if (!base) {
@@ -102,16 +129,18 @@ export async function remove(id) {
     for (const node of await nodesOf(id)) memory.nodes.delete(node.id);
     return;
   }
-  const nodes = await nodesOf(id);
-  const transaction = base.transaction(["conversations", "nodes"], "readwrite");
+  const transaction = base.transaction(["conversations", "nodes", "details"], "readwrite");
   transaction.objectStore("conversations").delete(id);
-  for (const node of nodes) transaction.objectStore("nodes").delete(node.id);
+  for (const name of ["nodes", "details"]) {
+    const store = transaction.objectStore(name);
+    store.index("conversation").getAllKeys(id).onsuccess = ({ target }) => target.result.forEach((key) => store.delete(key));
+  }
   await finished(transaction);
   tell({ conversation: id, gone: true });
 }
 
 // An answer that is being written has the time of its last change. One that this tab wrote before it was reloaded, or
-// that nobody has changed for a while, was interrupted.
+// that has not changed for a while, was interrupted.
 const SILENCE = 6000; // ms
 
 export function isInterrupted(node, now = Date.now()) {

@@ -5,14 +5,14 @@ import { change, emit, state } from "./state.js";
 
 export class NotAllowed extends Error {}
 
-export const asked = new Map(); // id of a call -> {call, args, decide}: the person is asked
+export const asked = new Map(); // id of a call -> {tool, decide}: the person is asked
 
 // A tool is the same while its name, its source and what it takes are the same: a permission is for all of them.
 export const keyOf = (tool) => JSON.stringify([tool.name, tool.source, tool.description, tool.parameters]);
 
 // None, if the model's chat format has no tools.
 export const known = () => (state.about?.chat?.has_tools === false ? [] : state.about?.tools ?? []);
-const find = (name) => known().find((tool) => tool.name === name);
+export const find = (name) => known().find((tool) => tool.name === name);
 
 // The tools as a request has them, without those that are switched off.
 export function offered() {
@@ -25,11 +25,11 @@ export function schemaOf({ source, ...described }) {
 }
 
 // Returns when the call may run; throws if it may not.
-export async function allowed(call, args, signal) {
+export async function allowed(call, signal) {
   const tool = find(call.function.name);
   if (!tool || state.settings.off.includes(tool.name)) throw new Error(`There is no tool ${call.function.name}.`);
   const decided = state.settings.allowed[keyOf(tool)];
-  const decision = decided ?? (await askPerson(call, args, tool, signal));
+  const decision = decided ?? (await askPerson(call, tool, signal));
   if (decision === "always" || decision === "never") permit(tool, decision);
   if (decision === "never" || decision === "no") throw new NotAllowed("The person did not allow this call.");
 }
@@ -41,13 +41,13 @@ export function permit(tool, decision) {
   change({ allowed: permissions });
 }
 
-function askPerson(call, args, tool, signal) {
+function askPerson(call, tool, signal) {
   return new Promise((resolve, reject) => {
     const decide = (decision) => {
       asked.delete(call.id);
       resolve(decision);
     };
-    asked.set(call.id, { call, args, tool, decide });
+    asked.set(call.id, { tool, decide });
     signal.addEventListener("abort", () => (asked.delete(call.id), reject(new Error("stopped"))), { once: true });
     emit("asked", call.id);
     say(`The model asks to call ${tool.name}`);

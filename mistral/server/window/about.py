@@ -35,6 +35,7 @@ async def about(service: Service, request: Request, limit: int) -> Response:
             "needs_key": settings.api_key is not None,
             "token": window.token,
             "tools": window.tools.about(),
+            "questions": [list(question) for question in window.questions],
             "inside": service.inside is not None,
         },
         headers={"Cache-Control": "no-store"},

@@ -35,7 +35,8 @@ class InsidePages:
         if len(prompt) + len(answer) > most:
             raise invalid(
                 f"the conversation has {len(prompt) + len(answer)} tokens; a page that looks "
-                f"inside holds {most} of this model",
+                f"inside holds {most} of this model: begin a new one, or switch off tools, whose "
+                "descriptions count too",
                 "messages",
                 "context_length_exceeded",
             )
@@ -61,5 +62,5 @@ class InsidePages:
     def _page(self, prompt: list[int], answer: list[int]) -> str:
         model = with_own_hooks(self._model)
         trace, watch = record_given(model, [ids for ids in (prompt, answer) if ids])
-        sizes = {"prompt": len(prompt), "top": _TOP, "name": self._name}
-        return render(page_data(model, self._tokenizer, trace, watch, **sizes), trace)
+        facts = {"prompt": len(prompt), "top": _TOP, "name": self._name, "greedy": False}
+        return render(page_data(model, self._tokenizer, trace, watch, **facts), trace)

@@ -210,7 +210,10 @@ class McpServers:
 
 
 def unique_name(name: str, server: str, names: set[str]) -> str:
-    """A tool's name if no other has it, else with the server's name before it."""
+    """A tool's name if no other has it, else with the server's name before it.
+
+    Characters that chat formats do not have in names become _. ValueError if both are taken.
+    """
     name = _NOT_IN_A_NAME.sub("_", name)[:64]
     if name not in names and name not in ("auto", "none", "required"):
         return name
@@ -231,7 +234,7 @@ def _text_of(block: Any) -> str:
 
 
 def _told(error: BaseException) -> str:
-    """An exception in one line; of a group of a task group the first."""
+    """An exception in one line; of an exception group the first."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return describe_error(error)

@@ -1,4 +1,4 @@
-"""The run, live: the states of the slots and the last forward pass, while somebody looks."""
+"""The run, live: the states of the slots and the last forward pass, while a page shows them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ from mistral.server.protocol.reply import to_json
 from mistral.server.service import Service
 
 _EVERY = 0.1  # seconds from one event to the next
-_SILENCE = 50  # so many times nothing has changed: a comment shows that the connection lives
+_SILENCE = 50  # events without a change until a comment shows that the connection lives
 _MOST_LISTENERS = 16
 
 
@@ -58,7 +58,7 @@ def state_of(service: Service) -> dict[str, Any]:
     """
     engine = service.engine
     window = engine.config.sliding_window
-    capacity = cache_slots(window, engine.limit, engine.slack + 1 if engine.slack else 0)
+    capacity = cache_slots(window, engine.limit, engine.slack)
     snapshot = service.worker.snapshot
     slots = []
     for row in snapshot.rows:
