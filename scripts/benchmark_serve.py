@@ -206,11 +206,11 @@ def by_locust(program: Path, address: str, load: Load, seconds: int) -> dict:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise RuntimeError(f"locust ended with {done.returncode}: {done.stderr[-2000:]}")
-    sizes = {"prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
+    lengths = {"prompt_tokens": load.prompt_tokens, "new_tokens": load.new_tokens}
     result = json.loads(lines[-1])
     if result["failures"]:
         common.note(f"note: {result['failures']}")
-    return {"load": "locust", "clients": load.clients, **sizes, **result}
+    return {"load": "locust", "clients": load.clients, **lengths, **result}
 
 
 async def one_client(http: httpx2.AsyncClient, load: Load, client: int) -> list[Measured]:

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from mistral.server.service import Service
     from mistral.server.window.toolbox import Toolbox
 
+# What the demo was trained to answer
+_DEMO_QUESTIONS = [
+    ("Explain", "What is a sliding window?"),
+    ("Describe", "What is a rolling cache?"),
+]
+
 
 def arguments() -> argparse.Namespace:
     parser = common.parser(
@@ -88,12 +94,10 @@ def arguments() -> argparse.Namespace:
         help="that running requests get when the server is told to end (default: 30)",
     )
     args = parser.parse_args()
-    for name in ("slots", "queue", "drain", "tool_seconds"):
-        if getattr(args, name) < (name == "slots"):
+    for name, least in dict(slots=1, queue=0, chunk=2, drain=0, tool_seconds=0).items():
+        if getattr(args, name) < least:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is too small: {getattr(args, name)}")
-    if args.chunk < 2:
-        raise ValueError(f"--chunk must be 2 or more, not {args.chunk}")
+            raise ValueError(f"{flag} must be {least} or more, not {getattr(args, name)}")
     if args.lookup and args.same_bits:
         raise ValueError("--same-bits excludes --lookup: guesses that are read along change bits")
     if not 0 <= args.port < 65536:
@@ -163,6 +167,7 @@ def open_service(args: argparse.Namespace) -> "Service":
         close()
         raise
     brief = re.split("[:;] ", line.removeprefix("engine: "))[0]  # without the reasons
+    brief = brief.replace("cpu (cpu, ", "cpu (")
     service = Service(
         engine,
         tokenizer,
@@ -172,7 +177,9 @@ def open_service(args: argparse.Namespace) -> "Service":
         chunk=args.chunk,
         queue=args.queue,
         same_bits=args.same_bits,
-        window=Window(model=model, engine=brief, tools=tools, close=close),
+        window=Window(
+            model=model, engine=brief, tools=tools, close=close, questions=first_questions(args)
+        ),
     )
     seconds = time.perf_counter() - start
     common.note(f"{line}; ready after {seconds:.1f} s")
@@ -212,6 +219,16 @@ def open_tools(args: argparse.Namespace) -> "tuple[Toolbox, Callable[[], None]]"
     if served:
         common.note(f"tools of the chat window: {', '.join(one.tool.name for one in served)}")
     return Toolbox(served, args.tool_seconds), servers.stop
+
+
+def first_questions(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """What the chat window proposes to ask this model; none: its own proposals."""
+    has_examples = args.tools is not None and args.tools.resolve() == common.EXAMPLE_TOOLS
+    tool = ("Use a tool", "What is 17 * 23?")
+    if args.model == "demo":
+        last = tool if has_examples else ("About itself", "What can you do?")
+        return [*_DEMO_QUESTIONS, last]
+    return [tool] if has_examples else []
 
 
 def is_this_machine(host: str) -> bool:

@@ -199,7 +199,8 @@ class Conversation:
         saved, schemas = head.get("tools"), loaded._schemas()
         if without_descriptions(saved) != without_descriptions(schemas):
             raise ConversationError(
-                f"{path} is a conversation with other tools; pass those that it began with"
+                f"{path} is a conversation with other tools; pass those that it began with "
+                "as tools=..."
             )
         if saved != schemas:
             warnings.warn(
@@ -212,6 +213,11 @@ class Conversation:
                 loaded._chat.begin(tokenizer, messages, tools, generate=False)
         except ValueError as error:
             raise ConversationError(f"{path}: {error}") from error
+        if head.get("branches"):  # the chat window wrote the file
+            warnings.warn(
+                f"{path} has other branches: they are left out, also when this one is saved",
+                stacklevel=2,
+            )
         loaded.messages = messages
         return loaded
 

@@ -13,13 +13,6 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from mistral.checkpoints.consolidated import TOKENIZERS
 from mistral.checkpoints.hugging_face_weights import choose_weights, is_file_name, shards
@@ -124,6 +117,8 @@ def download(source: str, revision: str | None) -> Path:
     CheckpointError, with what the repository has, for a repository, revision or quantisation that
     is not available.
     """
+    from huggingface_hub import errors  # takes 0.2 s: it imports an HTTP client
+
     name = parse(source)
     repo = name.repo
     if revision and name.revision and revision != name.revision:
@@ -132,14 +127,14 @@ def download(source: str, revision: str | None) -> Path:
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision)
         files = [file.rfilename for file in info.siblings if _is_plain(file.rfilename)]
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise CheckpointError(
             f"there is no file or folder {source} here, and no repository {repo} on the hub "
             "(or HF_TOKEN gives no access to it)"
         ) from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise _gated(repo) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{repo} has no revision {revision!r}") from error
     except Exception as error:  # the HTTP client's; they differ by version
         return _cached(source, name, revision, _reason(error))
@@ -152,7 +147,7 @@ def download(source: str, revision: str | None) -> Path:
         paths = [fetch(file) for file in wanted]
     except CheckpointError:
         raise
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise _gated(repo) from error
     except Exception as error:
         raise CheckpointError(
@@ -324,10 +319,12 @@ def _gated(repo: str) -> CheckpointError:
 
 def _reason(error: BaseException | None) -> str:
     """Why something was not downloaded: the first of the chained errors that is known."""
+    from huggingface_hub import errors  # as above
+
     texts = []
     while error is not None:
         text = f"{type(error).__name__}: {error}"
-        if isinstance(error, HfHubHTTPError):
+        if isinstance(error, errors.HfHubHTTPError):
             text = f"HTTP {error.response.status_code}"
         texts.append(one_line(text))
         error = error.__cause__ or error.__context__

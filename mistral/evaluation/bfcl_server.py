@@ -68,7 +68,7 @@ def post_to(address: str) -> Post:
 def _answer(status: int, reply: Any) -> BfclAnswer:
     """What a reply says. A call whose arguments are not a JSON object keeps its text as them."""
     if status in (400, 500):
-        return BfclAnswer(refusal=one_line(str(reply))[:300])
+        return BfclAnswer(refusal=one_line(str(reply)))
     if status != 200:
         raise DataError(f"the server refuses to answer, with {status}: {one_line(str(reply))}")
     try:

@@ -53,11 +53,6 @@ class Answering:
             for task in waiting:
                 task.cancel()
 
-    async def finish(self) -> None:
-        """Wait until all answers have ended. ApiError if one fails."""
-        async for _ in self.deltas():
-            pass
-
     async def close(self) -> None:
         """Cancel what still runs."""
         for stream in self._streams:

@@ -59,11 +59,16 @@ async def _events(service: Service, answering: Answering, reply: Reply) -> Async
 async def whole(service: Service, answering: Answering, reply: Reply, request: Request) -> Response:
     """The reply when all answers have ended."""
     try:
-        await unless_left(request, answering.finish())
+        await unless_left(request, _finish(answering, reply))
         return Json(reply.whole())
     finally:
         await answering.close()
         service.metrics.count_answers(answering.choices)
+
+
+async def _finish(answering: Answering, reply: Reply) -> None:
+    async for delta in answering.deltas():
+        reply.note(delta)
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, None]) -> None:

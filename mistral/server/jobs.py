@@ -16,6 +16,7 @@ from mistral.chat.tool_choice import constraint_on_calls
 from mistral.chat.tools.json_schema import SchemaError, compile_schema, problem
 from mistral.engine.base import Constraint, Engine
 from mistral.engine.constraints import AnyToken, KnownTokens
+from mistral.engine.ids import check_rows
 from mistral.errors import one_line
 from mistral.sampling import Sampling
 from mistral.server.choice import Choice, Reads
@@ -122,10 +123,11 @@ class Jobs:
         return choices
 
     def _text_prompt(self, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
         try:
-            return self.tokenizer.encode(prompt)
+            if isinstance(prompt, str):
+                return self.tokenizer.encode(prompt)
+            check_rows([prompt], 1, self.vocab_size)
+            return prompt
         except ValueError as error:
             raise invalid(one_line(str(error)), "prompt") from None
 
@@ -137,11 +139,6 @@ class Jobs:
         if room < 1:
             raise too_long(len(prompt), self.limit)
         wanted = self._max_new_tokens if task.max_new_tokens is None else task.max_new_tokens
-        for id in prompt:
-            if not 0 <= id < self.vocab_size:
-                raise invalid(
-                    f"token id {id} is not in the vocabulary of {self.vocab_size}", "prompt"
-                )
         try:
             task.sampling.check_ids(self.vocab_size)
         except ValueError as error:

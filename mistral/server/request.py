@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from mistral.engine.base import Constraint
@@ -116,10 +117,16 @@ class Chosen(NamedTuple):
     forward: int | None = None
 
     @classmethod
-    def scored(cls, id: int, log_p: Tensor, most: int, origin: Origin = "sampled") -> Self:
-        """A token with its log-probability and the `most` highest, from log_p [V]."""
-        values, ids = log_p.topk(min(most, len(log_p)))
-        return cls(id, log_p[id].item(), list(zip(ids.tolist(), values.tolist())), origin)
+    def scored(cls, ids: Sequence[int], log_p: Tensor, most: int) -> list[Self]:
+        """Tokens with their log-probabilities and the `most` highest of each, from log_p [T, V]."""
+        own = log_p.gather(1, torch.tensor(ids, device=log_p.device)[:, None])  # [T, 1]
+        values, top = log_p.topk(min(most, log_p.shape[1]))  # [T, most] each
+        # Read back for all tokens together: each read waits for the device.
+        scores = torch.cat((own, values), dim=1).tolist()
+        return [
+            cls(id, score, list(zip(best, highest)))
+            for id, (score, *highest), best in zip(ids, scores, top.tolist())
+        ]
 
 
 @dataclass(eq=False)
@@ -165,9 +172,10 @@ class Run:
 
     def add_prompt(self, log_p: Tensor) -> None:
         """Add what the model gave the next ids of the prompt: log_p [T, V]."""
-        following = self.request.prompt_ids[len(self.prompt) + 1 :]
-        most = self.request.top_logprobs or 0
-        self.prompt += [Chosen.scored(id, row, most) for id, row in zip(following, log_p)]
+        following = self.request.prompt_ids[len(self.prompt) + 1 :][: len(log_p)]
+        if following:  # the last id of a prompt has none after it
+            most = self.request.top_logprobs or 0
+            self.prompt += Chosen.scored(following, log_p[: len(following)], most)
 
     def take(self) -> list[Chosen]:
         """The tokens that were added since the last call."""

@@ -27,14 +27,13 @@ async def chat_completions(service: Service, request: Request, limit: int) -> Re
     """POST /v1/chat/completions."""
     body = ChatBody.parse(await read_body(request, limit))
     answering = await service.answer(body.task())
-    options = body.stream_options
     details = None
     if body.details:
         details = AnswerDetails(answering.choices[0], service.engine.config.sliding_window)
     reply = ChatReply(
         service.name,
         answering.choices,
-        with_usage=bool(options is not None and options.include_usage),
+        with_usage=body.wants_usage,
         details=details,
     )
     return await _reply(service, request, answering, reply, bool(body.stream))
@@ -44,11 +43,10 @@ async def completions(service: Service, request: Request, limit: int) -> Respons
     """POST /v1/completions."""
     body = CompletionBody.parse(await read_body(request, limit))
     answering = await service.answer(body.task())
-    options = body.stream_options
     reply = CompletionReply(
         service.name,
         answering.choices,
-        with_usage=bool(options is not None and options.include_usage),
+        with_usage=body.wants_usage,
         echo=body.prompts() if body.echo else None,
     )
     return await _reply(service, request, answering, reply, bool(body.stream))

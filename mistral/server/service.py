@@ -73,11 +73,11 @@ class Service:
 
     async def answer(self, task: Task) -> Answering:
         """Begin to answer. ApiError for a task that cannot be served."""
-        choices = await self.in_thread(self.jobs.choices, task)
-        if len(choices) > self._most_choices:
+        if task.num_answers > self._most_choices:
             raise invalid(
-                f"{len(choices)} answers at once; the slots and their queue hold "
+                f"{task.num_answers} answers at once; the slots and their queue hold "
                 f"{self._most_choices}",
                 "n",
             )
+        choices = await self.in_thread(self.jobs.choices, task)
         return await Answering.begin(self.worker, choices)

@@ -183,12 +183,13 @@ class Slots:
         # 1. Launch.
         asking = [b for b in rows if self._runs[b].request.num_reported is not None]
         self._watch.begin("step", [self._runs[b] for b in rows], len(rows))
-        log_p = self._log_probabilities(asking)
+        log_p = self._log_probabilities(asking) if asking else None
         sampling = [run.request.sampling if b in rows else None for b, run in enumerate(self._runs)]
         ids = self.engine.step(sampling, mask).tolist()
         self._watch.end()
         self._held.append({b: ids[b] for b in rows})
         # 2. Read back.
+        scored = {} if log_p is None else self._scored({b: ids[b] for b in asking}, log_p)
         for b in rows:
             if problem := choice_problem(ids[b]):
                 self._end(b, "error", ValueError(problem))
@@ -196,11 +197,8 @@ class Slots:
                     self._held.erase(b)
                 continue
             origin = "drafted" if self.engine.is_ahead(b) else "sampled"
-            if b in log_p:
-                most = self._runs[b].request.num_reported
-                self._take(b, Chosen.scored(ids[b], log_p[b], most, origin))
-            else:
-                self._take(b, Chosen(ids[b], origin=origin))
+            chosen = scored[b] if b in scored else Chosen(ids[b])
+            self._take(b, chosen._replace(origin=origin))
             self._ask_forced(b)
 
     def _masks(self, rows: list[int]) -> Tensor | None:
@@ -209,26 +207,34 @@ class Slots:
         An exception of a constraint ends its run.
         """
         shape = (len(self._runs), self.engine.config.vocab_size)
-        together = None
+        masks: dict[int, Tensor] = {}
         for b, request in self._constrained(rows):
             try:
                 mask = request.constraint.mask()
-                if mask is None:
-                    continue
-                require_mask(mask, shape[1])
+                if mask is not None:
+                    require_mask(mask, shape[1])
+                    masks[b] = mask
             except Exception as error:
                 self._end(b, "error", error)
-                continue
-            if together is None:
-                together = torch.ones(shape, dtype=torch.bool)
-            together[b] = mask
+        if not masks:
+            return None
+        # On the device that one of them is on, if any: a copy to the host would wait for it.
+        device = max((mask.device for mask in masks.values()), key=lambda on: on.type != "cpu")
+        together = torch.ones(shape, dtype=torch.bool, device=device)
+        for b, mask in masks.items():
+            together[b].copy_(mask, non_blocking=True)
         return together
 
-    def _log_probabilities(self, rows: list[int]) -> dict[int, Tensor]:
-        """What the model gives each id as the next of these rows: [V] of each."""
-        if not rows:
-            return {}
-        return dict(zip(rows, self.engine.logits[rows].float().log_softmax(dim=-1)))
+    def _log_probabilities(self, rows: list[int]) -> Tensor:
+        """What the model gives each id as the next of these rows: [len(rows), V]."""
+        return self.engine.logits[rows].float().log_softmax(dim=-1)
+
+    def _scored(self, ids: dict[int, int], log_p: Tensor) -> dict[int, Chosen]:
+        """The tokens that a step has chosen for rows, with what each row asks for of log_p."""
+        most = [self._runs[b].request.num_reported for b in ids]
+        # A negative id is a problem of its row, which does not take the token.
+        tokens = Chosen.scored([max(id, 0) for id in ids.values()], log_p, max(most))
+        return {b: token._replace(top=token.top[:n]) for b, token, n in zip(ids, tokens, most)}
 
     def _take(self, b: int, chosen: Chosen) -> None:
         """Give a run its next token, tell its constraint, and see whether it has ended."""
@@ -294,13 +300,14 @@ class Slots:
     def _read(self, most: int) -> None:
         """Read up to `most` tokens of prompts, those of earlier requests first."""
         chunks = self._chunks(most)
-        scored = [b for b in chunks if self._runs[b].request.score_prompt]
-        if chunks:
-            runs = [self._runs[b] for b in chunks]
-            self._watch.begin("prompt", runs, sum(map(len, chunks.values())))
-        for b in scored:
-            self._runs[b].add_prompt(self._held.score(b, chunks[b]))
-        if chunks and not scored:
+        if not chunks:
+            return
+        runs = [self._runs[b] for b in chunks]
+        self._watch.begin("prompt", runs, sum(map(len, chunks.values())))
+        if runs[0].request.score_prompt:  # alone
+            [(b, ids)] = chunks.items()
+            runs[0].add_prompt(self._held.score(b, ids))
+        else:
             self._held.prefill(chunks)
         self._watch.end()
         for b in chunks:

@@ -11,7 +11,7 @@ from mistral.server.request import Forward, PassKind, Run
 class Watch:
     """Is told of every forward pass. Override what is needed; this one does nothing.
 
-    A pass that raises an exception has no `end`, and an `end` without a pass means nothing.
+    A pass that raises an exception has no `end`.
     """
 
     def begin(self, kind: PassKind, runs: Sequence[Run], tokens: int) -> None:

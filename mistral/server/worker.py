@@ -34,14 +34,14 @@ class Stream:
     """The tokens of one run, for one task: `async for tokens in stream`, lists of Chosen.
 
     accepted  a future, done when the request was queued; its exception says why it was not
-    run       what became of the request; when the iteration has ended, it has a reason
+    run       what became of the request; when the iteration has ended, it has a reason; None until
+              the request is queued
 
     A slow reader gets longer lists. Leave it early by `aclose`, or use it as a context manager.
     """
 
-    run: Run
-
     def __init__(self, worker: "Worker"):
+        self.run: Run | None = None
         self._worker = worker
         self._loop = asyncio.get_running_loop()
         self.accepted = self._loop.create_future()
@@ -239,6 +239,5 @@ class Worker:
             self._slots.cancel(run)
 
     def _cancel(self, stream: Stream) -> None:
-        run = getattr(stream, "run", None)
-        if self._streams.pop(run, None):
-            self._slots.cancel(run)
+        if self._streams.pop(stream.run, None):
+            self._slots.cancel(stream.run)

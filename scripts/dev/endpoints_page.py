@@ -45,7 +45,7 @@ nothing), or is **refused** (every value except null is an error). A field that 
 - The ids of an answer do not depend on the other requests: each has random numbers of its own. A request without a seed
   gets a random one. Logits differ in their last bits, because a sum of float32 has another order for another number of
   rows; with `--same-bits` they do not. The engines `kernels` and `cpu` then still step all slots together: their splits
-  and tiles do not depend on the others. `eager` and `compile` multiply by PyTorch's library, whose order depends on the
+  and tiles do not depend on the others (with more than 16 slots `kernels` reads plain weights once for every 16 then). `eager` and `compile` multiply by PyTorch's library, whose order depends on the
   number of rows, so each slot has a forward pass of its own.
 - What a prompt has in common with a slot, from its first token on (16 tokens or more), is not read again: the slot is
   continued if it is free, and copied if it is not. So `n` answers read their prompt once. `cached_tokens` says how much. A

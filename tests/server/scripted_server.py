@@ -4,9 +4,10 @@ import asyncio
 import json
 from dataclasses import dataclass, field, replace
 
-from scripted import TOKENIZER, Scripted, written
+from scripted import END, TOKENIZER, Scripted, written
 from starlette.testclient import TestClient
 
+from mistral.chat.grammar import GrammarError
 from mistral.server.app import App, Settings
 from mistral.server.request import Chosen, Run
 from mistral.server.service import Service
@@ -147,3 +148,15 @@ def parsed(text):
         lines = dict(line.split(": ", 1) for line in block.split("\n"))
         data = lines["data"]
         yield lines.get("event"), data if data == "[DONE]" else json.loads(data)
+
+
+def allows(request, text):
+    """Whether the constraint of a request allows a text, and its end after it."""
+    constraint = request.constraint.copy()
+    try:
+        for id in written(text, end=False):
+            assert constraint.mask()[id]
+            constraint.accept(id)
+    except (AssertionError, GrammarError):
+        return False
+    return bool(constraint.mask()[END])

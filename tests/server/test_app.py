@@ -172,7 +172,7 @@ def test_while_the_model_loads_the_server_says_so():
     ended = Client()
 
     def open():
-        ready.wait(10)
+        ready.wait(60)
         return ended.served._open()
 
     with loading(open) as (client, app):
@@ -181,7 +181,7 @@ def test_while_the_model_loads_the_server_says_so():
         response = client.post(CHAT, json=HI)
         assert error(response, 503) and response.headers["retry-after"]
         ready.set()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while client.get("/health").status_code != 200 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert client.post(CHAT, json=HI).status_code == 200

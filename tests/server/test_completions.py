@@ -117,6 +117,7 @@ def test_tokenize_and_detokenize(client):
     for path, body in [
         ("/tokenize", {}),
         ("/tokenize", {"content": "a", "prompt": "b"}),
+        ("/tokenize", {"content": "a", "messages": [{"role": "user", "content": "b"}]}),
         ("/tokenize", {"messages": []}),
         ("/detokenize", {"tokens": [99999]}),
         ("/detokenize", {"tokens": ["a"]}),

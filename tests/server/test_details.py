@@ -202,10 +202,10 @@ async def listen(app, events, then=lambda: None, leaves=True):
         "asgi": {"version": "3.0", "spec_version": "2.3"},
     }
     running = asyncio.create_task(app.asgi(scope, receive, send))
-    await asyncio.wait_for(enough.wait(), 10)
+    await asyncio.wait_for(enough.wait(), 60)
     if leaves:
         left.set()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
     return got
 
 
@@ -222,7 +222,7 @@ def test_the_run_is_recorded_while_somebody_listens(served, monkeypatch):
     first, second, *_ = asyncio.run(listen(app, 2, ask))
     assert first["turn"] is None and first["waiting"] == 0
     assert [row["id"] for row in first["slots"]] == [0, 1]
-    assert {(row["window"], row["capacity"]) for row in first["slots"]} == {(32, 32 + 16 + 1)}
+    assert {(row["window"], row["capacity"]) for row in first["slots"]} == {(32, 32 + 16)}
     held = max(row["held_tokens"] for row in second["slots"])
     assert max(row["rolled"] for row in second["slots"]) == held - 32 > 0
     assert second["turn"]["kind"] == "step" and second["turn"]["n"] > before

@@ -83,7 +83,7 @@ def serving(model, tokenizer, queue):
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        wait_for(lambda: server.started, 20)
+        wait_for(lambda: server.started, 60)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield watched, f"http://127.0.0.1:{port}"
     finally:
@@ -125,7 +125,7 @@ def many_clients(demo, clients, queue, new):
 
     with serving(*demo, queue) as (watched, address), ThreadPoolExecutor(clients) as pool:
         waits = list(pool.map(client, range(clients)))
-        wait_for(lambda: not watched.busy, 10)
+        wait_for(lambda: not watched.busy, 60)
         runs = watched.runs
         # First come, first served: nobody is overtaken.
         assert len(runs) == clients
@@ -177,7 +177,7 @@ def killed_clients(demo, clients):
             start = time.monotonic()
             for stream in streams:
                 stream.close()  # of a response that was not read to its end: the socket is closed
-        wait_for(lambda: not watched.busy and not watched.service.worker.snapshot.waiting, 20)
+        wait_for(lambda: not watched.busy and not watched.service.worker.snapshot.waiting, 60)
         seconds = time.monotonic() - start
         # The turn that is being computed ends, and no other one begins.
         assert len(watched.late) == clients and max(watched.late) <= 1

@@ -130,6 +130,7 @@ def test_errors_have_anthropics_form():
         with pytest.raises(anthropic.APIStatusError, match="NaN"), stream as events_of_it:
             events_of_it.get_final_message()
         image = [{"type": "image"}]
+        result = {"type": "tool_result", "tool_use_id": "a", "content": "b"}
         for fields in (
             {"max_tokens": 0},
             {"messages": []},
@@ -142,6 +143,13 @@ def test_errors_have_anthropics_form():
                 ]
             },
             {"messages": [{"role": "system", "content": "x"}]},
+            {"messages": [{"role": "user", "content": []}, *HI]},
+            {
+                "messages": [
+                    *HI,
+                    {"role": "user", "content": [{"type": "text", "text": "So"}, result]},
+                ]
+            },
             {"container": "x"},
             {"foo": 1},
         ):

@@ -7,7 +7,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from scripted import TOKENIZER, call
-from scripted_server import Client, Said
+from scripted_server import Client, Said, allows
 
 from mistral.server.protocol.errors import ApiError
 from mistral.server.protocol.responses import Stored
@@ -134,6 +134,11 @@ def test_choices_and_formats(client):
         got = reply(client, tools=[TOOL], tool_choice=choice, parallel_tool_calls=False)
         assert got.output[0].type == "function_call" and got.parallel_tool_calls is False
         assert not client.worker.requests[-1].constraint.accepting
+    # A function that is named is called once.
+    client.worker.answers += [LISBON, LISBON]
+    for choice, twice in (("required", True), ({"type": "function", "name": "weather"}, False)):
+        reply(client, tools=[TOOL], tool_choice=choice)
+        assert allows(client.worker.requests[-1], LISBON + LISBON) is twice
     allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]}  # fmt: skip
     assert reply(client, tools=[TOOL], tool_choice=allowed).output_text == "Hello"
 
@@ -153,6 +158,19 @@ def test_log_probabilities(client):
     assert "".join(one.token for one in part.logprobs) == "Hello"
     deltas = [one for one in events(client, **fields) if one.type == "response.output_text.delta"]
     assert "".join(one.token for delta in deltas for one in delta.logprobs) == "Hello"
+
+
+def test_log_probabilities_belong_to_their_text_streamed_or_not():
+    said = "A < B. " + LISBON + " Done"  # "<" is held back: it might begin a call
+    fields = dict(include=["message.output_text.logprobs"], tools=[TOOL])
+    with Client(said, said) as client:
+        whole = reply(client, **fields).output
+        streamed = events(client, **fields)[-1].response.output
+    spelled = []
+    for output in (whole, streamed):
+        parts = [item.content[0] for item in output if item.type == "message"]
+        spelled.append(["".join(one.token for one in part.logprobs) for part in parts])
+    assert spelled == [["A < B.", " Done"]] * 2
 
 
 def test_an_error_in_the_middle_of_a_stream_is_raised_by_the_client():
@@ -175,6 +193,8 @@ def test_bad_requests_are_400(client):
         ({"background": True}, "background"),
         ({"conversation": "x"}, "conversation"),
         ({"truncation": "auto"}, "truncation"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ]:
         response = client.post(PATH, json={"input": "Hi"} | fields)

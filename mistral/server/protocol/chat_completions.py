@@ -119,7 +119,7 @@ class ChatBody(GenerationBody):
     messages: list[Message] = done("text that spells a control token stays text", ...)
     tools: list[Tool] | None = done()
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = done(
-        "held by a grammar: auto, none, required, a function, allowed_tools"
+        "held by a grammar: auto, none, required, a function (exactly one call), allowed_tools"
     )
     parallel_tool_calls: bool | None = done("false: a grammar allows one call at most")
     response_format: ResponseFormat | None = differs(
@@ -154,6 +154,7 @@ class ChatBody(GenerationBody):
     def task(self) -> ChatTask:
         """What the model has to do. ApiError for fields that contradict each other."""
         choice, allowed = chosen_tools(self.tool_choice)
+        is_named = isinstance(self.tool_choice, NamedTool)
         schema, instruct, strict = wanted_schema(self.response_format)
         if self.details and (self.n or 1) > 1:
             raise invalid("details needs n = 1", "details")
@@ -162,7 +163,7 @@ class ChatBody(GenerationBody):
             tools=tools_to_read(self._given.get("tools")),
             tool_choice=choice,
             allowed=allowed,
-            parallel=self.parallel_tool_calls is not False,
+            parallel=self.parallel_tool_calls is not False and not is_named,
             schema=schema,
             instruct=instruct,
             strict=strict,

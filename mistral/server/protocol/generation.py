@@ -1,6 +1,8 @@
 """The fields that OpenAI's two older APIs have in common: sampling, stop strings, streams."""
 
-from typing import Any
+from typing import Any, Self
+
+from pydantic import model_validator
 
 from mistral.sampling import Sampling
 from mistral.server.protocol.errors import invalid
@@ -17,15 +19,26 @@ class StreamOptions(Part):
     include_obfuscation: bool | None = ignored("nothing is added to the chunks")
 
 
-class GenerationBody(Body):
+class StreamableBody(Body):
+    """A request whose reply may be a stream."""
+
+    stream: bool | None = done("server-sent events")
+    stream_options: StreamOptions | None = done("needs stream: true")
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options needs stream: true", "stream_options")
+        return self
+
+
+class GenerationBody(StreamableBody):
     """How to generate."""
 
     model: str | None = differs("any name; the server has one model, and replies with its name")
     n: int | None = done("answers; the k-th has the seed + k", ge=1, le=MOST_CHOICES)
     seed: int | None = done("the same seed, prompt and options give the same text")
     stop: str | list[str] | None = differs("any number of strings; they do not end a call")
-    stream: bool | None = done("server-sent events")
-    stream_options: StreamOptions | None = done()
     temperature: float | None = differs("0 (greedy), or 0.00001 and more; not only up to 2")
     top_p: float | None = done()
     top_k: int | None = differs("not in OpenAI's API: keep the k highest scores")
@@ -37,6 +50,11 @@ class GenerationBody(Body):
     presence_penalty: float | None = done("over the tokens of the answer")
     logit_bias: dict[str, float] | None = done("ids as strings; any finite number")
     user: str | None = ignored("users are not told apart")
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk that has the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(self) -> Sampling:
         """The fields of `mistral.Sampling`."""

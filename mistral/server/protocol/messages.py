@@ -18,7 +18,9 @@ class Message(Part):
 
     role: Literal["user", "assistant"] = done("", ...)
     content: str | list[dict[str, Any]] = differs(
-        "blocks of the types text, tool_use and tool_result; thinking is left out", ...
+        "blocks of the types text, tool_use and tool_result; thinking is left out, and an "
+        "assistant's calls follow its text",
+        ...,
     )
 
 
@@ -116,6 +118,8 @@ class CountBody(Body):
         turns: list[dict[str, Any]] = []
         for i, message in enumerate(self.messages):
             where = f"messages[{i}]"
+            if not message.content and message.role == "user":
+                raise invalid(f"{where}: the content is empty", "messages")
             if isinstance(message.content, str):
                 turns.append({"role": message.role, "content": message.content})
             elif message.role == "assistant":
@@ -175,13 +179,15 @@ def _assistants(where: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _users(where: str, blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results, and then the user's text."""
+    """Results, and then the user's text. ApiError for a result after text, as of Anthropic's."""
     turns: list[dict[str, Any]] = []
     texts = []
     for block in blocks:
         if block.get("type") != "tool_result":
             texts.append(_text_part(where, block))
             continue
+        if texts:
+            raise invalid(f"{where}: a tool_result after text; results come first", "messages")
         fields = _fields(where, block, "tool_use_id", "content", "is_error")
         content = fields.get("content") or ""
         if not isinstance(content, str):

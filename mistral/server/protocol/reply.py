@@ -14,6 +14,8 @@ Event = dict[str, Any]
 class Reply(ABC):
     """The reply to one request. An API overrides it; a stream is begin, chunks of deltas, end.
 
+    One that is not streamed is told the deltas by `note`, and then is `whole`.
+
     names_events  whether each event has its type as its name, in a line of its own
     last_line     the data of the last event, if it is not JSON
     """
@@ -27,6 +29,9 @@ class Reply(ABC):
     @abstractmethod
     def whole(self) -> dict[str, Any]:
         """The reply when all answers have ended."""
+
+    def note(self, delta: Delta) -> None:  # noqa: B027
+        """A delta of a reply that is not streamed; most find all that they need in the choices."""
 
     @abstractmethod
     def begin(self) -> Iterator[Event]:

@@ -45,13 +45,11 @@ class ResponsesReply(Reply):
         self._created = int(time.time())
         self._output: list[Item] = []
         self._in_text = False
+        self._logprobs: list[dict[str, Any]] = []  # of tokens whose text is not certain yet
         self._sequence = 0
 
     def whole(self) -> dict[str, Any]:
         """The reply when the answer has ended."""
-        choice = self.choices[0]
-        for _ in self.chunks(Delta(0, choice.parts, choice.tokens)):
-            pass
         for _ in self._end_text():
             pass
         self._store()
@@ -62,16 +60,22 @@ class ResponsesReply(Reply):
         yield self._event("response.created", response=self._response())
         yield self._event("response.in_progress", response=self._response())
 
+    def note(self, delta: Delta) -> None:
+        """Add to the output."""
+        for _ in self.chunks(delta):
+            pass
+
     def chunks(self, delta: Delta) -> Iterator[Event]:
         """Items, and their text."""
-        logprobs = [token_logprob(self.choices[0].tokenizer, token) for token in delta.tokens]
+        tokenizer = self.choices[0].tokenizer
+        self._logprobs += [token_logprob(tokenizer, token) for token in delta.tokens]
         for event in delta.events:
             if isinstance(event, Text):
-                yield from self._text(event.text, logprobs)
-            else:
+                yield from self._text(event.text, self._logprobs)
+            else:  # the API has no place for the log-probabilities of a call
                 yield from self._end_text()
                 yield from self._call(event)
-            logprobs = []
+            self._logprobs = []
 
     def end(self) -> Iterator[Event]:
         """The whole response."""

@@ -8,8 +8,8 @@ from pydantic import Field
 
 from mistral.server.protocol.chat_completions import ObjectFormat, TextFormat
 from mistral.server.protocol.errors import invalid
-from mistral.server.protocol.fields import Body, Part, differs, done, ignored, refused
-from mistral.server.protocol.generation import StreamOptions, sampling_of
+from mistral.server.protocol.fields import Part, differs, done, ignored, refused
+from mistral.server.protocol.generation import StreamableBody, StreamOptions, sampling_of
 from mistral.server.protocol.task import ChatTask
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -63,7 +63,7 @@ class TextOptions(Part):
     verbosity: str | None = ignored("ask for it in the prompt")
 
 
-class ResponsesBody(Body):
+class ResponsesBody(StreamableBody):
     """The body of a request to /v1/responses."""
 
     model: str | None = differs("any name; the server has one model, and replies with its name")
@@ -78,17 +78,19 @@ class ResponsesBody(Body):
         Literal["auto", "none", "required"]
         | Annotated[NamedTool | AllowedChoice, Field(discriminator="type")]
         | None
-    ) = done("held by a grammar")
+    ) = done("held by a grammar; a function: exactly one call")
     parallel_tool_calls: bool | None = done("false: a grammar allows one call at most")
     text: TextOptions | None = done()
     max_output_tokens: int | None = differs("what does not fit is cut: incomplete", ge=1)
     temperature: float | None = differs("0 (greedy), or 0.00001 and more; not only up to 2")
     top_p: float | None = done()
     seed: int | None = differs("not in OpenAI's API: as in chat completions")
-    top_logprobs: int | None = done("0 to 20", ge=0, le=20)
+    top_logprobs: int | None = done(f"0 to 20; needs include: {_LOGPROBS}", ge=0, le=20)
     include: list[str] | None = differs(f"{_LOGPROBS}; others are ignored")
     stream: bool | None = done("server-sent events; a call comes when it is complete")
-    stream_options: StreamOptions | None = ignored("the last event has the usage in any case")
+    stream_options: StreamOptions | None = differs(
+        "needs stream: true; the last event has the usage in any case"
+    )
     truncation: Literal["disabled"] | None = differs("only disabled: too long is an error")
     background: Literal[False] | None = differs("only false")
     background_options: None = refused("there is no background")
@@ -115,13 +117,14 @@ class ResponsesBody(Body):
             system = [{"role": "system", "content": self.instructions}]
         schema, instruct, strict = self._schema()
         choice, allowed = self._choice()
+        is_named = isinstance(self.tool_choice, NamedTool)
         given = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         return ChatTask(
             messages=[*system, *messages],
             tools=[_tool(tool) for tool in self.tools or ()],
             tool_choice=choice,
             allowed=allowed,
-            parallel=self.parallel_tool_calls is not False,
+            parallel=self.parallel_tool_calls is not False and not is_named,
             schema=schema,
             instruct=instruct,
             strict=strict,
@@ -150,6 +153,8 @@ class ResponsesBody(Body):
 
     def _top_logprobs(self) -> int | None:
         if _LOGPROBS not in (self.include or ()):
+            if self.top_logprobs:
+                raise invalid(f"top_logprobs needs include: {_LOGPROBS}", "top_logprobs")
             return None
         return self.top_logprobs or 0
 

@@ -25,6 +25,11 @@ class Task:
     top_logprobs: int | None = None
     alternatives: int | None = None
 
+    @property
+    def num_answers(self) -> int:
+        """How many answers there will be."""
+        return self.n
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask(Task):
@@ -35,6 +40,11 @@ class TextTask(Task):
 
     prompts: Sequence[str | list[int]]
     prompt_logprobs: bool = False
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers there will be, to all prompts together."""
+        return self.n * len(self.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,10 @@ class TokenizeBody(Body):
     with_pieces: bool | None = done("each token with its text")
 
     def task(self) -> ChatTask | None:
-        """The conversation; None for a text."""
+        """The conversation; None for a text. ApiError unless there is one of the two."""
+        given = [one for one in (self.content, self.prompt, self.messages) if one is not None]
+        if len(given) != 1:
+            raise invalid("give one of content, prompt, messages", "content")
         if self.messages is None:
             return None
         return ChatTask(
@@ -39,12 +42,9 @@ class TokenizeBody(Body):
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """The ids of the text."""
-        given = [text for text in (self.content, self.prompt) if text is not None]
-        if len(given) != 1:
-            raise invalid("give one of content, prompt, messages", "content")
         try:
             return tokenizer.encode(
-                given[0],
+                self.prompt if self.content is None else self.content,
                 bos=bool(self.add_special or self.add_special_tokens),
                 special=bool(self.parse_special),
             )

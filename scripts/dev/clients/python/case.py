@@ -3,11 +3,13 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
 ADDRESS, MODEL = sys.argv[1:3]
+OPENAI: dict[str, Any] = {"base_url": f"{ADDRESS}/v1", "api_key": "x", "max_retries": 0}
 QUESTION = "What is a rolling cache?"
 QUESTION_FOR_TOOL = "How many miles are 42 kilometers?"
 MOST_TOKENS = 200  # of an answer in JSON
@@ -100,6 +102,16 @@ class Conversation:
         """Call the tool: its result."""
         self.calls.append([name, arguments])
         return json.dumps(miles(**arguments))
+
+    def tool(self) -> Callable[[float], float]:
+        """`miles` for clients that call it themselves: its calls are noted."""
+
+        @wraps(miles)
+        def noted(kilometers: float) -> float:
+            self.calls.append(["miles", {"kilometers": kilometers}])
+            return miles(kilometers)
+
+        return noted
 
     def run(self, turn: Callable[[], str | None]) -> Answer:
         """Take turns until one returns the last text."""

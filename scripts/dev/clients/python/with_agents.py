@@ -14,11 +14,11 @@ from agents import (
     function_tool,
 )
 from case import (
-    ADDRESS,
     JSON,
     MODEL,
     MOST_TOKENS,
     MOST_TURNS,
+    OPENAI,
     TEXT_AND_TOOL,
     Answer,
     Conversation,
@@ -27,7 +27,6 @@ from case import (
     has_tool,
     invention,
     is_streamed,
-    miles,
     question,
 )
 
@@ -36,7 +35,7 @@ MODELS = {"chat": OpenAIChatCompletionsModel, "responses": OpenAIResponsesModel}
 
 def open_agent(api: str, **options: Any) -> Agent:
     """An agent; `api` is chat or responses."""
-    client = openai.AsyncOpenAI(base_url=f"{ADDRESS}/v1", api_key="x", max_retries=0)
+    client = openai.AsyncOpenAI(**OPENAI)
     model = MODELS[api](model=MODEL, openai_client=client)
     return Agent(name="assistant", model=model, **options)
 
@@ -58,13 +57,7 @@ def final_output(agent: Agent, asked: str, form: str) -> Any:
 def chat(api: str, form: str) -> Answer:
     """`run` and `run_streamed`: the runner itself calls the tool."""
     conversation = Conversation(form)
-
-    def called(kilometers: float) -> float:
-        conversation.call("miles", {"kilometers": kilometers})
-        return miles(kilometers)
-
-    called.__doc__ = miles.__doc__
-    tools = [function_tool(called, name_override="miles")] if has_tool(form) else []
+    tools = [function_tool(conversation.tool())] if has_tool(form) else []
     agent = open_agent(api, tools=tools, model_settings=ModelSettings(temperature=0))
     return {"text": final_output(agent, question(form), form), "calls": conversation.calls}
 

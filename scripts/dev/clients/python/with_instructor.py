@@ -5,10 +5,10 @@ from functools import partial
 import instructor
 import openai
 from case import (
-    ADDRESS,
     JSON,
     MODEL,
     MOST_TOKENS,
+    OPENAI,
     Answer,
     Person,
     declare,
@@ -19,7 +19,7 @@ from case import (
 
 def create(mode: str, form: str, n: int) -> Answer:
     """`create` and `create_partial` with response_model."""
-    api = openai.OpenAI(base_url=f"{ADDRESS}/v1", api_key="x", max_retries=0)
+    api = openai.OpenAI(**OPENAI)
     completions = instructor.from_openai(api, mode=instructor.Mode[mode]).chat.completions
     asked = dict(
         model=MODEL,

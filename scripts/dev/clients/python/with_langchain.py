@@ -4,10 +4,10 @@ from functools import partial
 from typing import Any
 
 from case import (
-    ADDRESS,
     JSON,
     MODEL,
     MOST_TOKENS,
+    OPENAI,
     TEXT_AND_TOOL,
     Answer,
     Conversation,
@@ -27,14 +27,7 @@ from langchain_openai import ChatOpenAI
 
 def open_model(**options: Any) -> ChatOpenAI:
     """The chat model."""
-    return ChatOpenAI(
-        model=MODEL,
-        base_url=f"{ADDRESS}/v1",
-        api_key="x",
-        max_retries=0,
-        stream_usage=True,
-        **options,
-    )
+    return ChatOpenAI(model=MODEL, stream_usage=True, **OPENAI, **options)
 
 
 def chat(form: str) -> Answer:

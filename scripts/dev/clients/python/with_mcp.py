@@ -6,9 +6,9 @@ from typing import Any
 
 import openai
 from case import (
-    ADDRESS,
     MODEL,
     MOST_TURNS,
+    OPENAI,
     QUESTION_FOR_TOOL,
     Answer,
     Conversation,
@@ -29,7 +29,7 @@ async def converse(conversation: Conversation) -> Answer:
     """The conversation with the tools of the MCP server."""
     server = MCPServer("lengths")
     server.tool(name="miles")(miles)
-    api = openai.AsyncOpenAI(base_url=f"{ADDRESS}/v1", api_key="x", max_retries=0)
+    api = openai.AsyncOpenAI(**OPENAI)
     messages: list[Any] = [{"role": "user", "content": QUESTION_FOR_TOOL}]
     async with Client(server) as session:
         tools = [as_function(tool) for tool in (await session.list_tools()).tools]

@@ -6,11 +6,11 @@ from typing import Any
 
 import openai
 from case import (
-    ADDRESS,
     FUNCTION,
     JSON,
     MODEL,
     MOST_TOKENS,
+    OPENAI,
     TEXT_AND_TOOL,
     Answer,
     Conversation,
@@ -24,13 +24,12 @@ from case import (
     question,
 )
 
-API = {"base_url": f"{ADDRESS}/v1", "api_key": "x", "max_retries": 0}
 WITH_USAGE = {"stream_options": {"include_usage": True}}
 
 
 def chat(form: str) -> Answer:
     """`create`, with stream=True or without."""
-    create = openai.OpenAI(**API).chat.completions.create
+    create = openai.OpenAI(**OPENAI).chat.completions.create
 
     def ask(messages: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         asked = options | dict(model=MODEL, temperature=0, messages=messages)
@@ -71,7 +70,7 @@ def stream(form: str) -> Answer:
 
     def ask(messages: list[Any], options: dict[str, Any]) -> dict[str, Any]:
         asked = options | dict(model=MODEL, temperature=0, messages=messages)
-        with openai.OpenAI(**API).chat.completions.stream(**asked, **WITH_USAGE) as events:
+        with openai.OpenAI(**OPENAI).chat.completions.stream(**asked, **WITH_USAGE) as events:
             got = events.get_final_completion()
         check_usage(got.usage)
         return got.choices[0].message.model_dump()
@@ -88,7 +87,7 @@ def parse(form: str, n: int) -> Answer:
         seed=n,
         max_tokens=MOST_TOKENS,
     )
-    api = openai.OpenAI(**API).chat.completions
+    api = openai.OpenAI(**OPENAI).chat.completions
     if is_streamed(form):
         with api.stream(**asked) as events:
             got = events.get_final_completion()
@@ -99,7 +98,7 @@ def parse(form: str, n: int) -> Answer:
 
 def responses(form: str) -> Answer:
     """`responses.create` and `.stream`; results follow their call by previous_response_id."""
-    api = openai.OpenAI(**API).responses
+    api = openai.OpenAI(**OPENAI).responses
     conversation = Conversation(form)
     asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "input": question(form)}
     if has_tool(form):
@@ -132,7 +131,7 @@ def streamed_response(api: Any, asked: dict[str, Any]) -> Any:
 
 def parse_response(form: str, n: int) -> Answer:
     """`responses.parse`, and the same in a stream."""
-    api = openai.OpenAI(**API).responses
+    api = openai.OpenAI(**OPENAI).responses
     asked = dict(model=MODEL, input=invention(n), text_format=Person, max_output_tokens=MOST_TOKENS)
     if is_streamed(form):
         with api.stream(**asked) as events:

@@ -6,10 +6,10 @@ from typing import Any
 
 import openai
 from case import (
-    ADDRESS,
     JSON,
     MODEL,
     MOST_TOKENS,
+    OPENAI,
     TEXT_AND_TOOL,
     Answer,
     Conversation,
@@ -18,7 +18,6 @@ from case import (
     has_tool,
     invention,
     is_streamed,
-    miles,
     question,
 )
 from pydantic_ai import Agent, NativeOutput
@@ -30,7 +29,7 @@ MODELS = {"chat": OpenAIChatModel, "responses": OpenAIResponsesModel}
 
 def open_agent(api: str, **options: Any) -> Agent:
     """An agent; `api` is chat or responses."""
-    client = openai.AsyncOpenAI(base_url=f"{ADDRESS}/v1", api_key="x", max_retries=0)
+    client = openai.AsyncOpenAI(**OPENAI)
     return Agent(MODELS[api](MODEL, provider=OpenAIProvider(openai_client=client)), **options)
 
 
@@ -38,14 +37,8 @@ def chat(api: str, form: str) -> Answer:
     """`run` and `run_stream`: the agent itself calls the tool."""
     agent = open_agent(api, model_settings={"temperature": 0})
     conversation = Conversation(form)
-
-    def called(kilometers: float) -> float:
-        conversation.call("miles", {"kilometers": kilometers})
-        return miles(kilometers)
-
-    called.__doc__ = miles.__doc__
     if has_tool(form):
-        agent.tool_plain(name="miles")(called)
+        agent.tool_plain(conversation.tool())
 
     async def ask() -> str:
         if not is_streamed(form):
