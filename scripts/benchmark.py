@@ -19,6 +19,7 @@ from benchmark_parts.warm_up import WarmUp
 import mistral
 from mistral.checkpoints.load import choose_device
 from mistral.files import format_bytes
+from mistral_kernels.engines import has_dependent_launch
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -201,7 +202,7 @@ def taking_part(device: torch.device, size: str, format: str) -> list[str]:
     """The engines that are measured unless --engines names others."""
     packed = ("kernels", "kernels-pdl", "cpu", "eager", "llama.cpp")
     names = set(turns.NAMES if format == "plain" else packed)
-    if device.type != "cuda" or not (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0):
+    if device.type != "cuda" or not has_dependent_launch(device):
         names.discard("kernels-pdl")
     if device.type != "cpu":
         names.discard("cpu")

@@ -5,7 +5,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import common
 from chat_parts.commands import Chat
@@ -18,7 +17,6 @@ from mistral.chat.tool_choice import check_tool_choice
 from mistral.chat.tools import tool_table
 from mistral.engine.base import Engine
 
-_EXAMPLE_TOOLS = Path(__file__).resolve().with_name("example_tools.py")
 _HINT = 'ask about this project, for example "What is a sliding window?", "Explain attention."'
 _HINT_FOR_TOOLS = 'ask, for example, "What is 17 * 23?", "How many miles are 42 kilometers?"'
 
@@ -131,7 +129,7 @@ def introduce(args: argparse.Namespace, conversation: Conversation, engine: str)
         return
     if conversation.tools:
         common.note(f"tools: {', '.join(conversation.tools)}", style="dim")
-    if args.tools and args.tools.resolve() == _EXAMPLE_TOOLS:
+    if args.tools and args.tools.resolve() == common.EXAMPLE_TOOLS:
         common.note(_HINT_FOR_TOOLS)
     elif args.model == "demo" and not args.tools:
         common.note(_HINT)

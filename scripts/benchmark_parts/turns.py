@@ -98,7 +98,8 @@ class Row:
     failed: str = ""
     peak_bytes: int | None = None  # weights included; known on a GPU
     reserved_bytes: int | None = None  # the most that PyTorch reserved on the GPU until then
-    state: dict[str, float] = dataclasses.field(default_factory=dict)  # of the GPU, at the end
+    # of the GPU, after the first turn
+    state: dict[str, float] = dataclasses.field(default_factory=dict)
     prefills: list[float] = dataclasses.field(default_factory=list)  # seconds
     decodes: list[float] = dataclasses.field(default_factory=list)
 

@@ -7,7 +7,9 @@ Triton's cache on disk ($TRITON_CACHE_DIR, or ~/.triton/cache), under the keys t
 makes; the decoders that run on the GPU find them there.
 """
 
+import contextlib
 import json
+import math
 import multiprocessing
 import os
 import subprocess
@@ -31,7 +33,7 @@ class WarmUp:
     """A process that compiles; begun by the constructor.
 
     formats  of the weights: a model of each
-    engines  kernels, kernels-pdl: the others compile nothing here
+    engines  of kernels and kernels-pdl
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class WarmUp:
             "dtype": str(dtype).removeprefix("torch."),
             "formats": list(formats),
             "cases": [asdict(case) for case in cases],
-            "early": [name == "kernels-pdl" for name in engines if name.startswith("kernels")],
+            "early": [name == "kernels-pdl" for name in engines],
             "capability": 10 * capability[0] + capability[1],
         }
         self._began = time.monotonic()
@@ -60,11 +62,16 @@ class WarmUp:
             text=True,
         )
 
-    def wait(self, seconds: float | None = None) -> str:
-        """A line about what was compiled, or why not; then kernels are compiled when they run."""
+    def wait(self, seconds: float) -> str:
+        """A line about what was compiled, or why not; then kernels are compiled when they run.
+
+        seconds  it is ended after so many; infinity: never
+        """
         later = "the rest is compiled when it is first launched"
         try:
-            out, errors = self._process.communicate(timeout=seconds)
+            out, errors = self._process.communicate(
+                timeout=None if seconds == math.inf else seconds
+            )
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
@@ -128,10 +135,8 @@ def _compile(number: int) -> str:
         kernel = variant.function.preload(variant.data)
     except Exception as error:  # of any kind: the GPU's own attempt will tell
         return f"{variant.function.__name__}: {type(error).__name__}"
-    try:
+    with contextlib.suppress(Exception):  # without a driver there is no launch either
         CudaLauncher(kernel.src, kernel.metadata)
-    except Exception:  # without a driver there is no launch either
-        return ""
     return ""
 
 

@@ -87,7 +87,7 @@ class _Shown:
                 self._line(label, event.message, style)
 
     def end_line(self) -> None:
-        """Begin a new line, unless this is the begin of one."""
+        """Begin a new line, unless this is the beginning of one."""
         if self._within_line:
             console.show()
         self._within_line = False

@@ -10,6 +10,7 @@ import common
 from chat_parts.answers import show_answer
 from chat_parts.line_editor import confirm
 from mistral.chat import Conversation
+from mistral.chat.saved import read_lines
 from mistral.chat.tools import Tool
 from mistral.engine.base import Engine
 from mistral.errors import one_line
@@ -105,8 +106,8 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         question = self.conversation.undo()[0]["content"]
-        left = len(self.conversation.messages)
-        common.note(f"forgot: {one_line(str(question), 60)} | {left} messages", style="dim")
+        left = _count(self.conversation.messages)
+        common.note(f"forgot: {one_line(str(question), 60)} | {left}", style="dim")
 
     def _retry(self, _: str) -> None:
         sampling = self.conversation.sampling
@@ -143,9 +144,10 @@ class Chat:
 
     def _load(self, name: str) -> None:
         path = self._named("/load", name)
+        read_lines(path)  # its errors come before the question
         if self._may_forget():
             self.conversation = self._resume(path)
-            common.note(f"{len(self.conversation.messages)} messages", style="dim")
+            common.note(_count(self.conversation.messages), style="dim")
 
     def _named(self, command: str, name: str) -> Path:
         """The path that a command names, with ~ as the home. ValueError for none."""
@@ -159,6 +161,10 @@ class Chat:
 
     def _quit(self, _: str) -> None:
         raise EOFError
+
+
+def _count(messages: list[dict]) -> str:
+    return f"{len(messages)} message{'' if len(messages) == 1 else 's'}"
 
 
 def signature(tool: Tool) -> str:

@@ -147,11 +147,18 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", help="stages, by name")
     args = parser.parse_args()
+    stages = PARTS[args.part](args.out, args.rehearse)
+    names = [stage.name for stage in stages]
+    if unknown := set(args.only or ()) - set(names):
+        raise ValueError(
+            f"--only: {args.part} has no stage {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(names)}"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     # Whoever ends this process ends the stage that runs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = Run(args.out, args.part, args.seconds, args.rehearse, args.compile)
-    for stage in PARTS[args.part](args.out, args.rehearse):
+    for stage in stages:
         if not args.only or stage.name in args.only:
             run.do(stage)
     common.note(f"{run.failed} of {run.done} stages failed; {args.out}/results.jsonl has all lines")

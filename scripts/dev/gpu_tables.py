@@ -1,7 +1,8 @@
 """Write docs/benchmarks/gpu.md from what gpu_run.py has measured.
 
-Each section is replaced by a table of the latest lines of its kind, with the machine and the
-versions; a section without lines stays as it is. Lines of a rehearsal are refused: nothing ran.
+Each section is replaced by a table of the latest lines of its kind, the first by the machine and
+the versions. A section without lines stays as it is, and so does the introduction, which is written
+by hand. Lines of a rehearsal are refused: nothing ran.
 """
 
 import json

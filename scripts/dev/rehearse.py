@@ -50,7 +50,7 @@ class NoWarmUp:
     def __init__(self, *_: object):
         pass
 
-    def wait(self, seconds: float | None = None) -> str:
+    def wait(self, seconds: float) -> str:
         """The line about it."""
         return "nothing is compiled ahead: this rehearsal compiles nothing"
 

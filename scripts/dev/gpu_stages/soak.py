@@ -45,10 +45,11 @@ def compare(model: torch.nn.Module, steps: int, pdl: bool) -> dict[str, bool | i
         decoder.prefill([_PROMPT])
     done = 0
     while done < steps:
+        count = min(_EVERY, steps - done)
         ids = []
         for decoder in (by_graph, one_by_one):
-            ids.append(torch.stack([decoder.step(GREEDY) for _ in range(_EVERY)]))
-        done += _EVERY
+            ids.append(torch.stack([decoder.step(GREEDY) for _ in range(count)]))
+        done += count
         same = torch.equal(*ids) and torch.equal(by_graph.logits, one_by_one.logits)
         if not same:
             return {"same_bits": False, "differ_within": done, "counters_are_zero": zero(by_graph)}

@@ -150,7 +150,8 @@ def lines(call: Call, limit: TimeLimit) -> Iterator[dict]:
         try:
             got = results(call, launch, pdl)
             wanted = wanted or got
-            distance = max(map(relative_distance, got, wanted))
+            # Of tensors, because Python's `max` drops a NaN that is not the first.
+            distance = torch.tensor([*map(relative_distance, got, wanted)]).max().item()
             took = seconds_a_launch(call, launch, sets, pdl)
         except Exception as error:  # too many registers or too much shared memory, say
             failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
