@@ -60,6 +60,12 @@ def model(dtype=torch.float64, seed=0, **changes) -> mistral.Mistral:
     return made.to(dtype).requires_grad_(False)
 
 
+def seeds(quick: int, count: int) -> list:
+    """The numbers below `count`, those from `quick` on marked as the long form of a test."""
+    long = (pytest.param(seed, marks=pytest.mark.slow) for seed in range(quick, count))
+    return [*range(quick), *long]
+
+
 def tokens(*shape: int, seed=0, vocab_size=SIZES["vocab_size"]) -> torch.Tensor:
     return torch.randint(3, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 

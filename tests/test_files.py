@@ -328,7 +328,7 @@ def test_pipes_and_devices_get_the_finished_file(tmp_path):
     listener = threading.Thread(target=lambda: heard.append(pipe.read_text()))
     listener.start()
     write_text(pipe, "through the pipe")
-    listener.join(timeout=10)
+    listener.join(timeout=60)
     assert heard == ["through the pipe"]
     assert list(tmp_path.iterdir()) == [pipe]
     with pytest.raises(OSError, match="^cannot write /dev/full: no space left"):

@@ -350,9 +350,9 @@ def test_the_time_is_linear_in_the_text(first, repeated, last, piece, length):
         streamed(pieces)
         return time.process_time() - begin
 
-    # Ten times the text: ten times as long, or a hundred times if it were quadratic
-    short, long = (min(seconds(n) for _ in range(2)) for n in (length // 10, length))
-    assert long < 30 * max(short, 0.005)
+    # Ten times the text: ten times as long, or a hundred times if it were quadratic. One of five
+    # comparisons must show it: other processes may disturb some.
+    assert any(seconds(length) < 30 * max(seconds(length // 10), 0.005) for _ in range(5))
 
 
 # Valid blocks

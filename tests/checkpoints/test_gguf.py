@@ -2,6 +2,7 @@
 refused.
 """
 
+import functools
 import json
 import math
 import random
@@ -187,7 +188,7 @@ def test_the_true_vocabulary_is_rebuilt_from_unreliable_metadata(damage, forge):
         "  ",
         "im_start",
     ]
-    for _ in range(1500):
+    for _ in range(500):
         text = "".join(generator.choice(alphabet) for _ in range(generator.randrange(25)))
         assert rebuilt.encode(text) == true.encode(text)
         assert rebuilt.encode("<|im_start|>" + text, special=True) == true.encode(
@@ -324,6 +325,11 @@ def test_the_window_is_told_by_a_rule_that_says_what_it_decided(
         assert load(FILES / "q8_0.gguf", sliding_window=7)[0].config.sliding_window == 7
 
 
+@functools.cache
+def read_by_gguf_py(source):
+    return gguf_py.GGUFReader(source)
+
+
 def rewrite(
     source,
     target,
@@ -335,7 +341,7 @@ def rewrite(
     **split,
 ):
     """A copy by gguf-py with other metadata and some of the tensors; replaced ones have `kind`."""
-    reader = gguf_py.GGUFReader(source)
+    reader = read_by_gguf_py(source)
     writer = gguf_py.GGUFWriter(target, "llama", **split)
     for key, field in reader.fields.items():
         if key.startswith("GGUF.") or key == "general.architecture" or key in drop:
@@ -424,8 +430,8 @@ def test_types_that_gguf_py_unpacks_are_loaded(name, tmp_path):
     weights, size = gguf_py.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(0)
     stored = {}
-    for tensor in gguf_py.GGUFReader(FILES / "q8_0.gguf").tensors:
-        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+    for tensor in read_by_gguf_py(FILES / "q8_0.gguf").tensors:
+        if tensor.name.startswith("blk.0.") and len(tensor.shape) == 2:
             columns, rows = (int(n) for n in tensor.shape)
             # Bytes below 64 are small finite scales in all of these types.
             stored[tensor.name] = generator.integers(0, 64, (rows, columns // weights * size), "u1")
@@ -451,7 +457,7 @@ def test_types_that_gguf_py_unpacks_are_loaded(name, tmp_path):
             assert np.array_equal(packed.state_dict()[ours].numpy(), expected)
     with torch.no_grad():
         for model in (whole, packed):
-            assert model(TOKENS).shape == (*TOKENS.shape, 480)
+            assert model(TOKENS[:, :3]).shape == (len(TOKENS), 3, 480)
 
 
 DEFAULTED = (
@@ -513,7 +519,7 @@ def test_broken_headers_are_refused(data, message, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*names no sliding window")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", small.seeds(3, 8))
 def test_mutated_files_give_a_model_or_a_checkpoint_error(seed, tmp_path):
     generator = random.Random(seed)
     path = tmp_path / "m.gguf"

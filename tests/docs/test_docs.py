@@ -1,6 +1,7 @@
 """The book is true: its code prints what it shows, its quotations, names and figures hold."""
 
 import ast
+import functools
 import importlib
 import keyword
 import re
@@ -136,6 +137,7 @@ FOREIGN = {"tokenizer.apply_chat_template", "skip_special_tokens", "dequantize_r
 NOT_OURS = ("demo.md", "reference/coming-from.md")
 
 
+@functools.cache
 def definitions():
     """Every class and function at the top of a module of ours: name -> where it is."""
     found = {}
@@ -147,9 +149,6 @@ def definitions():
                 if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                     found.setdefault(node.name, (module, ast.unparse(node)))
     return found
-
-
-DEFINITIONS = definitions()
 
 
 def spans(page):
@@ -180,11 +179,11 @@ def name_exists(name, page):
         return exists_in_module(name)
     code = "\n".join(block.code for block in refresh.blocks(page))
     literally = [*TEXT.values(), code]
-    if rest and (first in DEFINITIONS or first in INSTANCES):
-        _, body = DEFINITIONS[INSTANCES.get(first, first)]
+    if rest and (first in definitions() or first in INSTANCES):
+        _, body = definitions()[INSTANCES.get(first, first)]
         if re.search(rf"(def |self\.|^    |^class ){rest[0]}\b", body, re.M):
             return True
-        if first in DEFINITIONS:
+        if first in definitions():
             return False
     if rest:
         return name in FILES or any(name in text for text in literally)
@@ -356,7 +355,14 @@ def test_a_figure_shows_what_the_code_computes(name):
     )
 
 
-@pytest.mark.parametrize("name", draw.NAMES)
+# One of each kind of drawing: a matrix, curves, and what is placed by hand
+DRAWN = ("attention_weights", "decode_bytes", "residual_stream", "rolling_cache", "window_mask")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in DRAWN else pytest.mark.slow) for n in draw.NAMES],
+)
 def test_a_figure_can_be_drawn_and_takes_the_colour_of_its_page(name, tmp_path):
     pytest.importorskip("matplotlib")
     importlib.import_module(name).draw(tmp_path)

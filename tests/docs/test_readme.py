@@ -86,16 +86,16 @@ def test_every_option_in_the_readme_exists(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("code", BLOCKS["python"])
-def test_the_python_examples_run(code, tmp_path):
+def test_the_python_examples_run(code, tmp_path, monkeypatch, capsys):
     (tmp_path / "Mistral-7B-v0.1").symlink_to(small.DATA / "small")
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout
+    (tmp_path / "example.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("example.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed
     for shown in re.findall(r"print\(.*\)  # (.+)", code):
-        assert shows(result.stdout, shown), (
-            f"the README shows {shown!r}, and this was printed:\n{result.stdout}"
+        assert shows(printed, shown), (
+            f"the README shows {shown!r}, and this was printed:\n{printed}"
         )
 
 

@@ -42,14 +42,14 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("seed", small.seeds(1, 3))
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_sampling_one_prompt(pair, settings):
+def test_sampling_one_prompt(pair, settings, seed):
     ours, reference = pair
-    for seed in range(3):
-        prompt = small.tokens(5 + 7 * seed, seed=seed).tolist()
-        expected = theirs(reference, [prompt], seed, do_sample=True, **{"top_k": 0} | settings)
-        sampling = mistral.Sampling(seed=seed, **settings)
-        assert list(mistral.generate(ours, prompt, sampling, max_new_tokens=50)) == expected[0]
+    prompt = small.tokens(5 + 7 * seed, seed=seed).tolist()
+    expected = theirs(reference, [prompt], seed, do_sample=True, **{"top_k": 0} | settings)
+    sampling = mistral.Sampling(seed=seed, **settings)
+    assert list(mistral.generate(ours, prompt, sampling, max_new_tokens=50)) == expected[0]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mistral.chat.formats import chat_format, encode_chat
 pytestmark = real_model.needs_it
 
 T = 1320  # of the long form
-T_SHORT = 160
+T_SHORT = 96
 # What the file's chat template puts before a conversation that has no system message
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -89,7 +89,7 @@ def long_ids(pair):
 @pytest.fixture(scope="module")
 def ids(pair):
     """As `long_ids`: [1, T_SHORT]."""
-    return mixed_ids(pair, 160, T_SHORT)
+    return mixed_ids(pair, 96, T_SHORT)
 
 
 def mixed_ids(pair, longest, count):
@@ -106,7 +106,10 @@ def difference(ours, reference):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("length", ["ids", pytest.param("long_ids", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+)
 def test_logits_are_transformers_to_the_last_bit(pair, theirs, request, dtype, length):
     ids = request.getfixturevalue(length)
     ours = pair[0]
@@ -138,7 +141,7 @@ def test_logits_are_those_of_from_pretrained_in_16_bits(long_ids, dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("chunk", "length"), [(1, 9), (7, 40), (60, 150)])
+@pytest.mark.parametrize(("chunk", "length"), [(1, 5), (7, 20), (30, 70)])
 def test_cached_logits_are_those_of_the_whole(pair, ids, chunk, length):
     model, _ = pair
     tokens = ids[:, :length]
@@ -155,7 +158,7 @@ def test_packed_logits_are_the_unpacked_ones(pair, ids):
     packed, _ = mistral.load(
         PATH, device="cpu", dtype=torch.float32, packed=True, sliding_window=None
     )
-    tokens = ids[:, :96]
+    tokens = ids[:, :40]
     assert difference(packed(tokens), pair[0](tokens)) < 1e-4
 
 
@@ -225,7 +228,7 @@ def greedy(pair, max_new_tokens):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_each_greedy_token_is_transformers_most_likely_one(pair, theirs, count):
     prompt, ours = greedy(pair, count)
     logits = theirs(torch.tensor([prompt + ours]), use_cache=False).logits[0]
@@ -255,9 +258,8 @@ def test_it_knows_the_capital_of_france(pair):
 
 @torch.inference_mode()
 def test_llama_cpps_logits_are_ours_within_the_rounding_of_its_activations(pair, llama_cpp, ids):
-    tokens = ids[:, :160]
-    log_p = pair[0](tokens)[0].double().log_softmax(-1)
-    log_q = llama_cpp.logits(tokens[0].tolist()).double().log_softmax(-1)
+    log_p = pair[0](ids)[0].double().log_softmax(-1)
+    log_q = llama_cpp.logits(ids[0].tolist()).double().log_softmax(-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     # Measured: 0.006 nats on average, 0.12 of probability, and 96% of the most likely tokens.
     assert divergence.mean() < 0.02
@@ -269,10 +271,9 @@ def test_llama_cpps_logits_are_ours_within_the_rounding_of_its_activations(pair,
 @torch.inference_mode()
 def test_llama_cpps_logits_are_ours_on_the_same_values_in_float32(pair, llama_cpp, ids, tmp_path):
     write_float32(PATH, tmp_path / "float32.gguf")
-    tokens = ids[:, :160]
-    ours = pair[0](tokens)[0]
-    exact = LlamaCpp(tmp_path / "float32.gguf", n_ctx=512).logits(tokens[0].tolist())
-    rounded = llama_cpp.logits(tokens[0].tolist())
+    ours = pair[0](ids)[0]
+    exact = LlamaCpp(tmp_path / "float32.gguf", n_ctx=512).logits(ids[0].tolist())
+    rounded = llama_cpp.logits(ids[0].tolist())
     # So the difference on the file itself is the rounding of activations.
     assert difference(exact, ours) < 1e-3
     assert difference(rounded, ours) > 0.5

@@ -1,5 +1,6 @@
 """scripts/chat.py at a terminal: what it asks, shows, shortens and keeps."""
 
+import argparse
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import chat
 import common
 import console
 import pytest
+import serve
 import small
 from chat_parts import answers, commands, line_editor
 from scripted import TOKENIZER, Scripted, call
@@ -45,6 +47,8 @@ def test_what_would_be_lost_is_asked_about_and_what_is_saved_is_not(at_terminal,
     terminal.type("/reset\rHello\r")  # nothing is lost by the first
     terminal.until("[")
     assert "Forget" not in terminal.until("2 tokens")
+    terminal.type("/load ~/missing\r")
+    assert "Forget" not in terminal.until("No such file")
     terminal.type("/system Be brief.\r")
     terminal.until("Forget 2 messages that are not saved? [y/N] ")
     terminal.type("\r")
@@ -187,6 +191,8 @@ def test_the_demo_knows_what_the_hint_names():
 
     known = {question for questions, _ in talk.TALK for question in questions}
     assert set(re.findall('"(.*?)"', chat._HINT)) <= known
+    window = serve.first_questions(argparse.Namespace(model="demo", tools=None))
+    assert len(window) == 3 and {text for _, text in window} <= known
 
 
 def test_the_help_lists_every_command():
@@ -221,6 +227,9 @@ def test_the_note_is_short_and_says_more_when_there_is_more_to_say(capsys):
     assert re.search(
         r"s, \d+ of 40 tokens of the conversation\]", noted(talk("a " * 24, limit=40), capsys)
     )
+
+    assert "window" not in noted(talk("a b c d e", window=4096), capsys)
+    assert re.search(r"s, \d+ have left the window\]", noted(talk("a " * 24, window=20), capsys))
 
     @tool
     def fail() -> str:

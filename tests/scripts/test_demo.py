@@ -133,7 +133,7 @@ def test_it_calls_the_scripts_tools(demo, text, name, arguments):
     assert (call.name, call.arguments) == (name, arguments)
 
 
-@pytest.mark.parametrize(("requests", "least"), [(8, 7), SLOW_REQUESTS])
+@pytest.mark.parametrize(("requests", "least"), [(4, 4), SLOW_REQUESTS])
 def test_it_calls_functions_that_it_never_saw(demo, requests, least):
     model, tokenizer = demo
     random = Random(7)
@@ -291,16 +291,16 @@ def test_attention_in_blocks_is_attention_rounded_to_bfloat16(T, window):
 def test_a_few_steps_of_training_lower_the_loss_and_go_on_after_a_stop(bfloat16, demo, monkeypatch):
     _, tokenizer = demo
     monkeypatch.setattr(training, "BATCH_TOKENS", 512)
-    trainer = training.Trainer(tokenizer, 30, torch.device("cpu"), bfloat16=bfloat16)
+    trainer = training.Trainer(tokenizer, 16, torch.device("cpu"), bfloat16=bfloat16)
     losses = [loss for _, loss in trainer.run()]
     assert sum(losses[-3:]) < sum(losses[:3]) - 3
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    other = training.Trainer(tokenizer, 32, torch.device("cpu"), bfloat16=bfloat16)
+    other = training.Trainer(tokenizer, 18, torch.device("cpu"), bfloat16=bfloat16)
     other.tokenizer = None
     other.load_state_dict(trainer.state_dict())
     # a training keeps the one that it began with
     assert other.tokenizer.vocabulary() == tokenizer.vocabulary()
-    assert [step for step, _ in other.run()] == [31, 32]
+    assert [step for step, _ in other.run()] == [17, 18]
 
 
 def test_a_call_costs_fewer_tokens_in_earlier_stages(demo):

@@ -1,17 +1,23 @@
 """The stages of a run on a GPU, with programs in their place; and the tables made of their lines."""
 
+import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
+import types
 
 import gpu_run
 import gpu_tables
 import pytest
+import torch
+from benchmark_parts.turns import TimeLimit
 from gpu_run import Run, Stage
-from gpu_stages import trial
+from gpu_stages import sweep, trial
 
 from mistral_kernels.decode.step import KERNELS
+from mistral_kernels.portable import Launch
 
 
 def python(code):
@@ -123,6 +129,27 @@ def test_a_twin_takes_no_pdl():
     called = []
     trial.without_pdl(lambda *given, **options: called.append((given, options)))(1, pdl=True, eps=2)
     assert called == [((1,), {"eps": 2})]
+
+
+def test_a_variant_that_computes_nan_is_not_called_right(monkeypatch):
+    right = [torch.ones(2), torch.ones(2)]  # its input, which no variant changes, and its output
+    answers = iter([right, [torch.ones(2), torch.tensor([1.0, math.nan])]])
+    monkeypatch.setattr(sweep, "results", lambda *_: next(answers))
+    monkeypatch.setattr(sweep, "seconds_a_launch", lambda *_: 1e-6)
+    kernel = types.SimpleNamespace(arg_names=(), __name__="head_kernel")
+    call = sweep.Call(kernel, Launch((1,), {}, {}), ())
+    first, second = itertools.islice(sweep.lines(call, TimeLimit(None)), 2)
+    assert first["distance"] == 0 and "failed" not in first
+    assert second["failed"] == "it computes something else"
+
+
+def test_a_stage_that_does_not_exist_is_refused(tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    command = ["gpu_run.py", "first", "--out", str(out), "--only", "soak", "benchmark"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match="first has no stage benchmark; it has facts, compile"):
+        gpu_run.main()
+    assert not out.exists()
 
 
 SPEED = {

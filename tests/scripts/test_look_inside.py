@@ -553,6 +553,7 @@ def test_a_click_on_a_token_moves_every_panel(opened):
     data = data_of(html)
     page = opened(html)
     layer, head = data["opens"].values()
+    assert "always the most probable one" in shown(page, "#tokens")
     # the end of the prompt
     assert page.evaluate("document.body.dataset.shown") == f"10 {layer} {head}"
     assert f"opens on layer {layer}, head {head}:" in shown(page, "#opens")
