@@ -13,13 +13,12 @@ from transformers import (
 )
 
 from mistral import Sampling
+from mistral.engine.draws import RandomNumbers, sample_rows
 from mistral.sampling import (
     IDLE,
-    RandomNumbers,
     ban_repeated_ngrams,
     next_ids,
     processed_scores,
-    sample_rows,
 )
 
 V = 60

@@ -17,9 +17,10 @@ from mistral.engine.base import IDLE
 from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder as ReferenceDecoder
 from mistral.engine.decoder import computes, one_thread, only_row
+from mistral.engine.draws import sample_rows
 from mistral.engine.given import only_model
 from mistral.model import Mistral
-from mistral.sampling import Sampling, sample_rows
+from mistral.sampling import Sampling
 from mistral_kernels.decode.matvec import MAX_BATCH, MAX_ROWS
 from mistral_kernels.decode.step import KERNELS, REFERENCES, DecodeStep
 from mistral_kernels.portable import arch_for

@@ -167,7 +167,7 @@ class CompiledDecoder(Decoder):
         """
         tokens = torch.zeros(self.batch_size, 1, dtype=torch.int64, device=self.model.device)
         try:
-            # Decoders of several models and batch _sizes share the functions below; the default
+            # Decoders of several models and batch sizes share the functions below; the default
             # limit of 8 variants is too low for them.
             with torch._dynamo.config.patch(recompile_limit=256):
                 self._one_token(tokens, size)

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral.engine.base import Engine
+from mistral.engine.draws import RandomNumbers, sample_rows
 from mistral.engine.given import only_model
 from mistral.engine.ids import check_rows, check_sizes
 from mistral.engine.memory import checked_cache
 from mistral.model import Mistral
-from mistral.sampling import RandomNumbers, Sampling, sample_rows
+from mistral.sampling import Sampling
 
 _LONGEST_CHUNK = 2048  # longer chunks take memory and are no faster
 # So few tokens a row are read in about the time of one: it goes into reading the weights.

@@ -276,7 +276,7 @@ def decoder_for(
 
 
 class IdsInFlight:
-    """Ids [B] on their way to the host; work that is launched after them is not waited for."""
+    """Ids [B] that are copied to the host; work that is launched later is not waited for."""
 
     def __init__(self, ids: Tensor):
         self._ids = ids.to("cpu", non_blocking=True)

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from mistral.engine.base import IDLE, Engine
 from mistral.engine.decoder import one_thread
+from mistral.engine.draws import RandomNumbers, sample_rows
 from mistral.engine.ids import check_rows
-from mistral.sampling import RandomNumbers, Sampling, sample_rows
+from mistral.sampling import Sampling
 
 _LONGEST_CHUNK = 64  # more new ids are a prompt: no guess, whose logits would cost too much
 

@@ -16,10 +16,11 @@ from fuzz_chat import PARTS, TAGS, made_schema
 
 import mistral
 from mistral.chat.tools.json_schema import as_json
+from mistral.engine.draws import RandomNumbers, sample_rows
 from mistral.evaluation import fixed_rules, paper_rules
 from mistral.evaluation.rows import DataError, read_rows
 from mistral.evaluation.verdict import REASONS
-from mistral.sampling import IDLE, RandomNumbers, next_ids, processed_scores, sample_rows
+from mistral.sampling import IDLE, next_ids, processed_scores
 
 # 1. Texts
 

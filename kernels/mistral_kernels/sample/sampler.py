@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mistral.sampling import Draws, Sampling
+from mistral.engine.draws import Draws
+from mistral.sampling import Sampling
 from mistral_kernels.portable import require, row_width
 from mistral_kernels.sample import kernel
 
@@ -31,7 +32,7 @@ class Sampler:
 
     plain  run the kernel's plain-PyTorch twin instead
 
-    Which random numbers belong to which step is the rule of `mistral.sampling.RandomNumbers`: rows
+    Which random numbers belong to which step is the rule of `RandomNumbers` (engine/draws.py): rows
     that share a Sampling draw together, others each by itself. Without a seed they start from a
     number of PyTorch's global generator, anew after the row was emptied (or all that draw
     together), and none are drawn again.
