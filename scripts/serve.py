@@ -167,7 +167,6 @@ def open_service(args: argparse.Namespace) -> "Service":
         close()
         raise
     brief = re.split("[:;] ", line.removeprefix("engine: "))[0]  # without the reasons
-    brief = brief.replace("cpu (cpu, ", "cpu (")
     service = Service(
         engine,
         tokenizer,

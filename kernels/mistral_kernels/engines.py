@@ -64,7 +64,7 @@ def open_engine(
         return decoder, f"engine: compile ({place})"
     progress = _announced(say, progress)
     if name == "cpu":
-        return _open_cpu(model, sizes, progress), f"engine: cpu ({_place(model)}){_cache_note()}"
+        return _open_cpu(model, sizes, progress), f"engine: cpu ({_threads()}){_cache_note()}"
     if model.device.type == "cuda" and _kernels_problem(model, batch_size) is None:
         say("trying the kernels; the first time on a machine, compiling them takes some minutes")
     if name == "kernels":
@@ -149,7 +149,7 @@ def _open_without_gpu(
     regrouped = _regrouped(model)
     try:
         decoder = _open_cpu(model, sizes, progress)
-        return decoder, f"engine: cpu ({_place(model)}): {reason}{_cache_note()}"
+        return decoder, f"engine: cpu ({_threads()}): {reason}{_cache_note()}"
     except ValueError as error:
         problem = str(error)
     _put_back(model, regrouped)
@@ -357,11 +357,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
 def _place(model: Mistral) -> str:
     """The device that an engine runs on."""
     if model.device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"cpu, {threads} thread{'' if threads == 1 else 's'}"
+        return f"cpu, {_threads()}"
     if model.device.type == "cuda" and torch.version.cuda:
         return "CUDA sm_{}{}".format(*torch.cuda.get_device_capability(model.device))
     return "GPU"

@@ -42,18 +42,25 @@ _D = Copied(0, 1, 2)
 _M = Copied(2, 1, 2)
 _SIX_BITS = Copied(4, 12, 1)
 FORMS = {
-    "Q4_0": Form(18, 32, (_D,), Bits(2, 16, 4, 16)),
-    "Q4_1": Form(20, 32, (_D, _M), Bits(4, 16, 4, 16)),
-    "Q5_0": Form(22, 32, (_D,), Bits(6, 16, 4, 16), Bits(2, 4, 1, 1)),
-    "Q5_1": Form(24, 32, (_D, _M), Bits(8, 16, 4, 16), Bits(4, 4, 1, 1)),
+    "Q4_0": Form(18, 32, (_D,), low=Bits(2, 16, 4, 16)),
+    "Q4_1": Form(20, 32, (_D, _M), low=Bits(4, 16, 4, 16)),
+    "Q5_0": Form(22, 32, (_D,), low=Bits(6, 16, 4, 16), high=Bits(2, 4, 1, 1)),
+    "Q5_1": Form(24, 32, (_D, _M), low=Bits(8, 16, 4, 16), high=Bits(4, 4, 1, 1)),
     "Q8_0": Form(34, 32, (_D, Copied(2, 16, 2))),
-    "Q4_K": Form(144, 256, (_D, _M, _SIX_BITS), Bits(16, 128, 4, 32)),
-    "Q5_K": Form(176, 256, (_D, _M, _SIX_BITS), Bits(48, 128, 4, 32), Bits(16, 32, 1, 32)),
+    "Q4_K": Form(144, 256, (_D, _M, _SIX_BITS), low=Bits(16, 128, 4, 32)),
+    "Q5_K": Form(
+        bytes=176,
+        weights=256,
+        copied=(_D, _M, _SIX_BITS),
+        low=Bits(48, 128, 4, 32),
+        high=Bits(16, 32, 1, 32),
+    ),
     "Q6_K": Form(
-        *(210, 256),
-        (Copied(208, 1, 2), Copied(192, 16, 1)),
-        Bits(0, 128, 4, 64),
-        Bits(128, 64, 2, 32),
+        bytes=210,
+        weights=256,
+        copied=(Copied(208, 1, 2), Copied(192, 16, 1)),
+        low=Bits(0, 128, 4, 64),
+        high=Bits(128, 64, 2, 32),
         columns=16,
     ),
 }

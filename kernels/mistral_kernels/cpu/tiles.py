@@ -46,9 +46,7 @@ from mistral_kernels.cpu.pool import share
 
 KINDS = tuple(FORMS)
 ROWS = 8  # of a tile
-_AT_ONCE = (
-    1 << 18
-)  # bytes to restore at a time: what it needs besides stays small and is used again
+_AT_ONCE = 1 << 18  # bytes to restore at a time: the memory besides stays small
 _NIBBLES = (0, 4, 8, 12)  # at which bit of a lane each value of a vector begins
 _HIGHER = (4, 8, 12, 0)  # the same for the higher bits
 

@@ -147,10 +147,9 @@ def kernels_for(model: Mistral, cache_dtype: torch.dtype) -> list[str]:
     names = ["step", "round rows", "norm rows", "gate rows", "rotate rows"]
     names += [f"attention of {_name(cache_dtype)}", f"storing of {_name(cache_dtype)}"]
     names += [f"plain product of {_name(weight.dtype)}" for _, weight in _plain_weights(model)]
-    packed = [module.kind.name for module in model.modules() if isinstance(module, Packed)]
-    for kind in packed:
-        if kind in KINDS:
-            names += [f"product of {kind}", f"tiles of {kind}"]
+    for module in model.modules():
+        if isinstance(module, Packed) and module.kind.name in KINDS:
+            names += [f"product of {module.kind.name}", f"tiles of {module.kind.name}"]
     embedding = model.model.embed_tokens
     if isinstance(embedding, Packed) and embedding.kind.name in KINDS:
         names.append(f"row of {embedding.kind.name}")
