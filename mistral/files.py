@@ -7,18 +7,21 @@ import re
 import shutil
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mistral.errors import CheckpointError
+from mistral.errors import CheckpointError, shown
 from mistral.exchange import take_place
 from mistral.printable import on_one_line
 from mistral.temporary import (
     complete,
     new_file,
     new_folder,
+    open_folder,
+    release,
     sync_folder,
     wait_for_lock,
 )
@@ -44,8 +47,11 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 _WITHOUT_REASON = re.compile(
     r"\d+ requested and \d+ written|PytorchStreamWriter failed|unexpected pos \d+ vs \d+"
 )
-_LARGEST_JSON = 128 << 20  # bytes; the largest vocabularies in use take 40 MB
+_LARGEST_JSON = 64 << 20  # bytes; the largest vocabularies in use take 40 MB
 _DEEPEST_JSON = 64  # objects and arrays in each other
+# Values and keys: a vocabulary of 256,000 pieces with 514,000 merges, the largest in use, has 2.1
+# million. In memory an empty array takes 64 bytes, a key with a number 200.
+_MOST_JSON_PARTS = 3_000_000
 _ALMOST_NOTHING = 1_000_000  # bytes: with less space left it is the disk that is full
 
 
@@ -76,7 +82,7 @@ def whole_file(path: Path, size: int = 0) -> Iterator[Path]:
             return
         _require_space(target.parent, size)
         unfinished, lock = new_file(target, 0o666 if earlier is None else 0o600)
-        mode = os.fstat(lock).st_mode if earlier is None else earlier.st_mode
+        mode = unfinished.stat().st_mode if earlier is None else earlier.st_mode
         try:
             yield unfinished
             complete(unfinished, mode, earlier)
@@ -84,7 +90,7 @@ def whole_file(path: Path, size: int = 0) -> Iterator[Path]:
             sync_folder(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
-            os.close(lock)
+            release(lock)
 
 
 @contextmanager
@@ -112,7 +118,7 @@ def whole_folder(folder: Path, last: str, size: int = 0) -> Iterator[Path]:
         is_inside = not os.access(target.parent, os.W_OK) or os.path.ismount(target)
         _require_space(target if is_inside else target.parent, size)
         unfinished, lock = new_folder(target / target.name if is_inside else target)
-        mode = os.fstat(lock).st_mode & 0o666
+        mode = unfinished.stat().st_mode & 0o666
         try:
             yield unfinished
             names = [file.name for file in unfinished.iterdir()]
@@ -123,7 +129,7 @@ def whole_folder(folder: Path, last: str, size: int = 0) -> Iterator[Path]:
             _publish(unfinished, names, target)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-            os.close(lock)
+            release(lock)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -223,7 +229,9 @@ def _replace_files(unfinished: Path, names: list[str], target: Path) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Waits until no other process writes to a folder, and lets none until the end."""
     while True:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = open_folder(folder)
+        if descriptor is None:
+            break
         wait_for_lock(descriptor)
         if os.path.samestat(os.fstat(descriptor), folder.stat()):
             break
@@ -231,7 +239,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(descriptor)
+        release(descriptor)
 
 
 @contextmanager
@@ -327,11 +335,17 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises CheckpointError if the file does not exist or does not hold a JSON object, and for one
-    that is larger, or has deeper nesting, than any of a checkpoint.
+    that is larger, or has deeper nesting, than any of a checkpoint, or a key twice in an object.
     """
     data = read_file(path, _LARGEST_JSON)
+    parts = sum(map(data.count, (b",", b":", b"[", b"{")))  # at least as many as it has
+    if parts > _MOST_JSON_PARTS:
+        raise CheckpointError(
+            f"{path} has {parts:,} values and keys; such files have at most {_MOST_JSON_PARTS:,}: "
+            "download it again"
+        )
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_once)
         if _is_deeper(value, _DEEPEST_JSON):
             raise RecursionError(f"it is nested more than {_DEEPEST_JSON} deep")
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or not JSON
@@ -341,6 +355,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
     if value.keys() == {"error"}:
         raise CheckpointError(f"{path} {what_is(path)}")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise ValueError(f"the key {shown(twice)} stands twice in one object")
     return value
 
 

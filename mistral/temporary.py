@@ -18,32 +18,53 @@ _ENDING = re.compile(r"\.[0-9a-f]{16}\.unfinished")
 _MOST_LETTERS = 50  # of the target's name: in UTF-8 at most 200 of the 255 bytes that a name has
 
 
-def new_file(target: Path, mode: int) -> tuple[Path, int]:
-    """A new empty file next to `target`, and a descriptor that locks it until it is closed.
+def new_file(target: Path, mode: int) -> tuple[Path, int | None]:
+    """A new empty file next to `target`, and a descriptor that locks it until `release`.
 
     Its name is NAME.<16 hex digits>.unfinished. Those of processes that were killed are deleted.
 
     mode  permissions, less those that the umask takes away
     """
-    return _new(target, lambda path: os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
 
-
-def new_folder(target: Path) -> tuple[Path, int]:
-    """The same for an empty folder."""
-
-    def make(path: Path) -> int:
-        path.mkdir()
-        return os.open(path, os.O_RDONLY)
+    def make(path: Path) -> int | None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        if fcntl is not None:
+            return descriptor
+        os.close(descriptor)  # Windows: nothing could take the place of a file that is open
+        return None
 
     return _new(target, make)
 
 
-def _new(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+def new_folder(target: Path) -> tuple[Path, int | None]:
+    """The same for an empty folder."""
+
+    def make(path: Path) -> int | None:
+        path.mkdir()
+        return open_folder(path)
+
+    return _new(target, make)
+
+
+def open_folder(path: Path) -> int | None:
+    """A descriptor of a folder, to lock it; None on Windows, which opens no folders."""
+    return None if fcntl is None else os.open(path, os.O_RDONLY)
+
+
+def release(descriptor: int | None) -> None:
+    """Close the descriptor of a lock, if there is one."""
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _new(target: Path, make: Callable[[Path], int | None]) -> tuple[Path, int | None]:
     _delete_leftovers(target.parent, target.name)
     name = target.name[:_MOST_LETTERS]
     while True:
         path = target.with_name(f"{name}.{secrets.token_hex(8)}.unfinished")
         descriptor = make(path)
+        if descriptor is None:
+            return path, None
         if _lock(descriptor) is not False and path.exists():
             return path, descriptor
         os.close(descriptor)  # another process took it for a leftover before it was locked

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import mistral
+from mistral import temporary
 from mistral.chat import Conversation
 from mistral.checkpoints.hugging_face import save
 from mistral.files import (
@@ -220,6 +221,39 @@ def test_only_what_a_dead_process_left_is_deleted(tmp_path):
     os.close(folder_lock)
     write_text(path, "new")
     assert set(tmp_path.iterdir()) == {path, *others}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="lists open files as Linux does")
+def test_files_and_folders_are_written_as_windows_needs_it(tmp_path, monkeypatch):
+    """No locks, no descriptor of a folder, and nothing that is open can be renamed or replaced."""
+
+    def open_no_folder(path, *arguments, opened=os.open, **options):
+        if Path(path).is_dir() and "dir_fd" not in options:  # shutil passes one
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    def moved(name):
+        move = getattr(Path, name)
+
+        def check(path, target):
+            links = list(Path("/proc/self/fd").iterdir())
+            assert path not in [link.readlink() for link in links if link.is_symlink()]
+            return move(path, target)
+
+        return check
+
+    monkeypatch.setattr(temporary, "fcntl", None)
+    monkeypatch.setattr(os, "open", open_no_folder)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, moved(name))
+    for text in ("first", "second"):
+        write_text(tmp_path / "out.txt", text)
+        with whole_folder(tmp_path / "folder", "config.json") as unfinished:
+            for name in ("weights", "config.json"):
+                (unfinished / name).write_text(text)
+        files = [tmp_path / "out.txt", *(tmp_path / "folder").iterdir()]
+        assert [file.read_text() for file in files] == [text] * 3
+    assert {file.name for file in tmp_path.iterdir()} == {"out.txt", "folder"}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="uses links and permissions")

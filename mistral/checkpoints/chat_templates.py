@@ -25,9 +25,9 @@ def folder_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[
     default = folder / "chat_template.jinja"
     if is_there(default):
         templates["default"] = _text(default)
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = _text(path)
     with blaming(folder):
+        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+            templates[path.stem] = _text(path)
         _require_unicode(templates)
     return templates
 

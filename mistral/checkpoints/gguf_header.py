@@ -41,6 +41,11 @@ _NUMBERS = {
 }
 _STRING = 8
 _ARRAY = 9
+# More than any model has. A tensor, a key or a string takes 50 to 500 bytes of memory, up to ten
+# times as much as in the file.
+_MOST_TENSORS = 1 << 17
+_MOST_KEYS = 1 << 19
+_MOST_STRINGS = 3 << 20  # of all arrays; the largest vocabulary with its merges has 0.8 million
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 256
 
@@ -100,6 +105,7 @@ class _Reader:
         self.data = data
         self.size = len(data)
         self.at = 0
+        self.strings = 0  # read in arrays
 
     def header(self) -> GgufHeader:
         magic = self.take(4)
@@ -119,6 +125,8 @@ class _Reader:
             )
         num_tensors = self.count(least=24)
         num_keys = self.count(least=13)
+        if num_tensors > _MOST_TENSORS or num_keys > _MOST_KEYS:
+            raise self.bad(f"has {num_tensors:,} tensors and {num_keys:,} keys, too many")
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
             key = self.name()
@@ -182,7 +190,11 @@ class _Reader:
             length = self.count(least=dtype.itemsize)
             return np.frombuffer(self.take(length * dtype.itemsize), dtype)
         if inner == _STRING:
-            return [self.string() for _ in range(self.count(least=8))]
+            length = self.count(least=8)
+            self.strings += length
+            if self.strings > _MOST_STRINGS:
+                raise self.bad(f"has {self.strings:,} strings in arrays, too many")
+            return [self.string() for _ in range(length)]
         # Arrays of arrays are possible too. No model has any, and with them a small file could take
         # much memory.
         raise self.bad(f"has a value of type {kind}, {inner}, which is not read")

@@ -14,7 +14,7 @@ from mistral.errors import CheckpointError
 from mistral.quantization.dequantize import dequantize
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import weights_at_once
-from mistral.unreadable import unreadable
+from mistral.unreadable import is_there, unreadable
 
 # Types that are plain values
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -101,6 +101,7 @@ class GgufTensor(StoredTensor):
 
     def _read_rows(self, first: int, into: Tensor) -> None:
         """Fill contiguous memory on the CPU, uint8 [n, bytes of a row], with rows from `first`."""
+        is_there(self.path)  # refuses a pipe in its place, which would wait for ever
         try:
             with self.path.open("rb") as file:
                 file.seek(self.start + first * self.row_bytes)

@@ -175,7 +175,7 @@ def _checkpoint_of(folder: Path) -> Path:
             f"{folder} has {len(files)} GGUF files; name one of them: {_some(files)}"
         )
     repository = folder.parent if folder.name == "snapshots" else folder
-    if (repository / "snapshots").is_dir():
+    if os.path.isdir(repository / "snapshots"):  # noqa: PTH112 (never raises)
         snapshot = hub.snapshot(repository)
         warnings.warn(f"{folder} is a folder of the hub's cache: loading {snapshot}", stacklevel=4)
         return _checkpoint_of(snapshot)
@@ -200,7 +200,7 @@ def _checkpoints_in(folder: Path, depth: int = 3) -> Iterator[Path]:
     """The folders with weights, and the GGUF files, below a folder."""
     for name in _names_below(folder):
         inner = folder / name
-        if not inner.is_dir() or inner.is_symlink():
+        if not os.path.isdir(inner) or inner.is_symlink():  # noqa: PTH112 (never raises)
             continue
         names = _names_below(inner)
         ggufs = hub.gguf_sets(names)
@@ -213,7 +213,7 @@ def _checkpoints_in(folder: Path, depth: int = 3) -> Iterator[Path]:
 
 
 def _note_adapter(folder: Path) -> None:
-    if (folder / ADAPTER).exists() and any(folder.glob("adapter_model.*")):
+    if _exists(folder / ADAPTER) and any(folder.glob("adapter_model.*")):
         warnings.warn(
             f"{folder} has weights and an adapter ({ADAPTER}): the adapter is not applied",
             stacklevel=4,

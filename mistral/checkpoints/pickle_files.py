@@ -20,10 +20,12 @@ from torch import Tensor
 from mistral.checkpoints.pickle_machine import PickleMachine, View
 from mistral.checkpoints.reader import MappedTensor, blaming
 from mistral.errors import one_line
+from mistral.unreadable import is_there
 
 # Bytes of a pickle, and of a ZIP archive's directory: a 7B has 100 kB and 30 kB.
 _MAX_BYTES = 4 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_BIG_ENDIAN = "the values are big-endian; save it again on a little-endian machine"
 _DAMAGED = "damaged or not complete; download it again"
 
 
@@ -45,6 +47,7 @@ class PickledTensor(MappedTensor):
 
     def mapped(self) -> Tensor:
         size = _span(self.shape, self.strides) * self.dtype.itemsize
+        is_there(self.path)  # refuses a pipe in its place, which would wait for ever
         with blaming(self.path):
             # "c", copy on write: a write to the tensor never reaches the file
             values = np.memmap(self.path, np.uint8, "c", self.start, (size,))
@@ -107,8 +110,9 @@ def _read_zip(file: io.FileIO, size: int) -> tuple[Any, _Places]:
         file.seek(start)
         return file.read(length)
 
-    if root + "byteorder" in by_name and content(root + "byteorder") != b"little":
-        raise ValueError("the values are big-endian; save it again on a little-endian machine")
+    order = content(root + "byteorder") if root + "byteorder" in by_name else b"little"
+    if order != b"little":
+        raise ValueError(_BIG_ENDIAN if order == b"big" else _DAMAGED)
     machine = PickleMachine()
     state = machine.run(io.BytesIO(content(pickles[0])))
     places = {key: place(f"{root}data/{key}") for key in machine.storages}
@@ -147,7 +151,7 @@ def _read_legacy(file: io.FileIO, size: int) -> tuple[Any, _Places]:
     machine.run(pickles)  # the version of the format; there is one
     system = machine.run(pickles)
     if type(system) is not dict or system.get("little_endian") is not True:
-        raise ValueError("the values are big-endian; save it again on a little-endian machine")
+        raise ValueError(_BIG_ENDIAN)
     state = machine.run(pickles)
     keys = machine.run(pickles)
     if type(keys) is not list or any(type(key) is not str for key in keys):

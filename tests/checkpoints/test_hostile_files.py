@@ -7,6 +7,7 @@ import os
 import struct
 import time
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,11 @@ import pytest
 import small
 import tokenizer_files as files
 import torch
+from safetensors.torch import save_file
 
 import mistral
+from mistral import files as files_module
+from mistral.checkpoints import gguf_header, safetensors_files
 from mistral.checkpoints.added_tokens import named_tokens, tokens_of_decoder, tokens_of_map
 from mistral.checkpoints.assemble import match_tensors
 from mistral.checkpoints.gguf import GgufReader
@@ -28,10 +32,13 @@ from mistral.checkpoints.hugging_face_tokenizer import read_tokenizer, save_toke
 from mistral.checkpoints.hugging_face_weights import shards
 from mistral.checkpoints.load import open_reader, read_config_and_tokenizer
 from mistral.checkpoints.names import consolidated_names
+from mistral.checkpoints.paths import local_path
+from mistral.checkpoints.pickle_files import pickled_tensors
 from mistral.checkpoints.pre_tokenizers import PRE_TOKENIZERS
 from mistral.checkpoints.sentencepiece_model import write_model
 from mistral.files import read_json
 from mistral.pieces import AddedToken, JsonPieces, SentencePieces, Splitter, regex_cost
+from mistral.pieces.library import without_messages
 from mistral.pieces.model_proto import bytes_field
 from mistral.pieces.regex_cost import require_linear
 from mistral.rotary import Rotary
@@ -125,6 +132,39 @@ def test_a_pipe_of_another_form_is_not_opened(name, folder):
     assert "is a pipe" in refusal(lambda: mistral.load(source, device="cpu"))
 
 
+@pytest.mark.parametrize("name", ["m.gguf", "m.safetensors", "m.bin"])
+def test_a_pipe_in_the_place_of_a_file_is_not_opened(name, tmp_path):
+    path = tmp_path / name
+    if name == "m.gguf":
+        tensors = read_header(gguf_file(path, [("x", 8, 0)])).tensors
+    elif name == "m.safetensors":
+        save_file({"x": torch.ones(8)}, path)
+        tensors = safetensors_files.tensors_in(path)
+    else:
+        torch.save({"x": torch.ones(8)}, path)
+        tensors = pickled_tensors(path)
+    path.unlink()
+    os.mkfifo(path)
+    read = partial(tensors["x"].read, torch.device("cpu"), torch.float32)
+    assert f"{name} is a pipe" in refusal(read)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "snapshots", "inner"])
+def test_a_link_that_no_system_call_follows_is_ignored(name, folder):
+    """Path.exists and Path.is_dir raise for it."""
+    (folder / name).symlink_to("/" + "a" * 4000)
+    if name == "adapter_config.json":
+        open_reader(folder)
+    else:
+        (folder / "model.safetensors").unlink()
+        assert "model.safetensors" in refusal(lambda: open_reader(local_path(folder)))
+
+
+def test_templates_that_cannot_be_listed_are_one_line(folder):
+    (folder / "additional_chat_templates").symlink_to("/" + "a" * 4000)
+    assert "the name is too long" in refusal(lambda: mistral.load(folder, device="cpu"))
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer.model"])
 def test_a_file_that_is_too_large_is_not_read(name, folder):
     (folder / name).unlink()
@@ -137,6 +177,39 @@ def test_a_file_that_is_too_large_is_not_read(name, folder):
 # JSON
 
 
+@pytest.mark.parametrize("part", ["[],", "0,", '"{i}":1,'], ids=["arrays", "numbers", "keys"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_json_with_more_values_than_any_is_not_parsed(name, part, folder, monkeypatch):
+    monkeypatch.setattr(files_module, "_MOST_JSON_PARTS", 500)
+    values = "".join(part.replace("{i}", str(i)) for i in range(501)).rstrip(",")
+    replace(folder / name, f'{{"a": {{{values}}}}}' if ":" in part else f'{{"a": [{values}]}}')
+    monkeypatch.setattr(files_module.json, "loads", lambda data: pytest.fail("it is parsed"))
+    assert "such files have at most 500" in refusal(lambda: read_json(folder / name))
+
+
+def test_a_vocabulary_as_large_as_the_largest_in_use_is_read(tmp_path):
+    vocab = {f"p{i}": i for i in range(2560)}
+    merges = [["a", "b"]] * 5140
+    text = json.dumps({"model": {"vocab": vocab, "merges": merges}})
+    parts = sum(map(text.count, ",:[{"))  # in a hundredth of its pieces and merges
+    assert 100 * parts < files_module._MOST_JSON_PARTS
+    assert 200 * files_module._MOST_JSON_PARTS / 2 <= 300e6  # bytes: the memory that they take
+
+
+def test_a_large_header_of_safetensors_is_not_read(folder, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "_LARGEST_HEADER", 100)
+    monkeypatch.setattr(safetensors_files, "safe_open", lambda *_, **__: pytest.fail("it is read"))
+    message = refusal(lambda: safetensors_files.tensors_in(folder / "model.safetensors"))
+    assert "its header has 2.22 kB, and that of a checkpoint at most 100 bytes" in message
+
+
+def test_a_path_that_safetensors_cannot_open_is_named(folder):
+    path = folder / "b\udcff.safetensors"
+    path.symlink_to(SMALL / "model.safetensors")
+    message = refusal(lambda: safetensors_files.tensors_in(path))
+    assert r"b\udcff.safetensors: its path is not valid UTF-8" in message
+
+
 @pytest.mark.parametrize("depth", [64, 200, 950, 985, 100_000])
 def test_nested_json_is_refused(depth, folder):
     for opening, closing in (("[", "]"), ('{"x":', "}")):
@@ -145,6 +218,17 @@ def test_nested_json_is_refused(depth, folder):
         assert "JSON" in refusal(lambda: read_json(folder / "config.json"))
     replace(folder / "config.json", {"a": json.loads("[" * 63 + "]" * 63)})
     assert read_json(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, "b": 2, "a": 1}', '{"x": [{"a\\u001b": 1, "a\\u001b": 2}]}']
+)
+def test_a_key_that_stands_twice_is_named(text, folder):
+    replace(folder / "config.json", text)
+    message = refusal(lambda: read_json(folder / "config.json"))
+    assert "the key 'a" in message
+    assert "stands twice in one object" in message
+    assert "\x1b" not in message
 
 
 @pytest.mark.parametrize(
@@ -482,8 +566,19 @@ TOO_LONG = {
 
 
 @pytest.mark.parametrize("what", TOO_LONG)
-def test_an_expression_that_takes_too_long_is_refused(what):
+def test_an_expression_that_takes_too_long_is_refused(what, capfd):
     assert "may take hours for a long text" in refusal(lambda: require_linear(TOO_LONG[what]))
+    assert capfd.readouterr().err == ""  # the library panics in some
+
+
+def test_without_messages_nothing_else_is_lost(capfd):
+    with without_messages():
+        os.write(2, b"a message")
+    os.write(2, b"after it")
+    with pytest.raises(KeyError), without_messages():
+        raise KeyError
+    os.write(2, b", and after an error")
+    assert capfd.readouterr().err == "after it, and after an error"
 
 
 @pytest.mark.parametrize("step", ["normalizer", "pre_tokenizer"])
@@ -600,6 +695,31 @@ def test_no_name_is_there_twice(tmp_path):
     assert "has the tensor a twice" in refusal(lambda: read_header(path))
     gguf_file(path, [("a", 8, 0)], keys=[("k", "x"), ("k", "y")])
     assert "has the key k twice" in refusal(lambda: read_header(path))
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "words"),
+    [
+        ("_MOST_TENSORS", 1, "has 2 tensors and 3 keys, too many"),
+        ("_MOST_KEYS", 2, "has 2 tensors and 3 keys, too many"),
+        ("_MOST_STRINGS", 3, "has 4 strings in arrays, too many"),
+    ],
+)
+def test_a_gguf_with_more_of_something_than_any_is_refused(
+    limit, most, words, tmp_path, monkeypatch
+):
+    strings = struct.pack("<IIQ", 9, 8, 2) + 2 * gguf_string("a")
+    header = b"GGUF" + struct.pack("<IQQ", 3, 2, 3)
+    header += gguf_string("x") + strings + gguf_string("y") + strings
+    header += gguf_string("z") + struct.pack("<IB", 0, 1)
+    for name, offset in (("a", 0), ("b", 32)):
+        header += gguf_string(name) + struct.pack("<IQIQ", 1, 8, 0, offset)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header + bytes(-len(header) % 32) + bytes(64))
+    monkeypatch.setattr(gguf_header, limit, most + 1)
+    assert len(read_header(path).tensors) == 2
+    monkeypatch.setattr(gguf_header, limit, most)
+    assert words in refusal(lambda: read_header(path))
 
 
 @pytest.mark.parametrize("axes", [0, 5])
