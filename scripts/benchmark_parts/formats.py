@@ -9,14 +9,17 @@ import mistral
 from benchmark_parts import mixtures
 from mistral.quantization.packed import Packed, PackedEmbedding, PackedLinear, TiedOutput
 
-FORMATS = ("Q4_K_M", "Q5_K_M", "Q4_0", "Q6_K", "Q8_0")
+FORMATS = ("Q4_K_M", "Q5_K_M", "Q4_0", "Q6_K", "Q8_0", "Q3_K_M", "Q2_K", "IQ4_XS")
 # Where a block has its float16 scales, and what they must be for weights of about 0.02
 SCALES = {
     "Q4_0": {0: 4e-3},
     "Q8_0": {0: 2.7e-4},
+    "Q2_K": {80: 1.8e-3, 82: 2.6e-3},
+    "Q3_K": {108: 4.3e-4},
     "Q4_K": {0: 1.3e-4, 2: 1e-3},
     "Q5_K": {0: 6.5e-5, 2: 1e-3},
     "Q6_K": {208: 1.5e-5},
+    "IQ4_XS": {0: 1.6e-5},
 }
 
 

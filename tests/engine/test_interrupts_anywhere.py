@@ -152,7 +152,7 @@ def check_every_operation(decoder, sampling, every):
     assert places > 5
 
 
-@pytest.mark.parametrize("every", [37, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", ENGINES, ids=lambda make: make.__name__)
 def test_an_exception_at_any_operation_changes_no_text(model, make, every):
     check_every_operation(make(model), SAMPLED, every)
@@ -192,7 +192,7 @@ def test_without_slack_an_exception_in_the_head_changes_no_text(make, monkeypatc
     assert set(read[1:]) == {1}  # what the last token needs is still there: it is read alone
 
 
-@pytest.mark.parametrize("every", [43, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [19, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampling", [SAMPLED, ROWS], ids=["one", "own"])
 @pytest.mark.parametrize("make", BATCHES)
 def test_an_exception_at_any_operation_changes_no_row(model, make, sampling, every):

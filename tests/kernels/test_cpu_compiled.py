@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 
 from mistral_kernels.cpu import compiled  # noqa: E402
-from mistral_kernels.cpu.compiler import object_code  # noqa: E402
+from mistral_kernels.cpu.compiler import object_code, part  # noqa: E402
 
 SMALL = "storing of float32"
 
@@ -113,6 +113,13 @@ def test_a_division_by_zero_raises_nothing():
     code, arguments = object_code(divide)
     assert arguments == 2
     assert b"Py" not in code
+    inner = part(divide)
+
+    @numba.njit
+    def call(a, b):
+        return inner(a, b)
+
+    assert (call(7, 2), call(7, 0)) == (4, 0)
 
 
 def test_a_process_that_decodes_imports_no_numba():
@@ -138,11 +145,15 @@ def test_other_processors_and_versions_have_a_cache_of_their_own(monkeypatch):
     versions = [compiled._version()]
     monkeypatch.setattr(compiled.llvm, "get_host_cpu_name", lambda: "another")
     versions.append(compiled._version())
+    features = compiled.llvm.get_host_cpu_features()
+    more = type(features)({**features, "another": True})
+    monkeypatch.setattr(compiled.llvm, "get_host_cpu_features", lambda: more)
+    versions.append(compiled._version())
     monkeypatch.setattr(compiled.metadata, "version", lambda package: "0.99")
     versions.append(compiled._version())
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     versions.append(compiled._version())
-    assert len(set(versions)) == 4
+    assert len(set(versions)) == 5
 
 
 def test_a_home_that_cannot_be_written_is_said(monkeypatch, tmp_path):

@@ -13,8 +13,8 @@ import torch
 
 import mistral
 from mistral import Decoder, Sampling, generate, generate_batch
+from mistral.config import RotaryScaling
 from mistral.quantization.dequantize import dequantize
-from mistral.quantization.ggml_types import GGML_TYPES
 from mistral.quantization.packed import PackedLinear
 from mistral.quantization.quantize import Q8_0, quantize
 
@@ -24,7 +24,7 @@ from mistral_kernels import engines  # noqa: E402
 from mistral_kernels.cpu import Decoder as CpuDecoder  # noqa: E402
 from mistral_kernels.cpu import compiled  # noqa: E402
 from mistral_kernels.cpu import prompt as prompt_module  # noqa: E402
-from mistral_kernels.cpu.layout import MAX_COLUMNS, PHASE_BYTES, Sizes  # noqa: E402
+from mistral_kernels.cpu.layout import LEAD, MAX_COLUMNS, PHASE_BYTES, Sizes  # noqa: E402
 from mistral_kernels.cpu.weights import problem  # noqa: E402
 
 GREEDY = Sampling(temperature=0)
@@ -130,6 +130,25 @@ def test_rows_that_keep_their_bits_share_a_step(packed, kind, threads):
     assert torch.equal(all_logits([1, 3])[0], together[[1, 3]])
 
 
+def test_a_row_alone_is_computed_twice_if_rows_keep_their_bits(packed, monkeypatch):
+    """Q4_K, Q5_K and Q6_K add in another order if there is one column."""
+    decoder = CpuDecoder(packed[0], 2, 40, threads=2)
+    give_orders = decoder._buffers.give_orders
+    columns = []
+
+    def recorded(rows, *more):
+        columns.append(rows)
+        give_orders(rows, *more)
+
+    monkeypatch.setattr(decoder._buffers, "give_orders", recorded)
+    decoder.prefill([prompt(5), []])
+    for rows_together, expected in ((False, [0, 0]), (True, [0])):
+        decoder.rows_together = rows_together
+        decoder.step([GREEDY, None])
+        _ = decoder.logits
+        assert columns[-1] == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cache_of_16_bits_is_nearer_to_float32_than_the_reference(dtype):
     exact = model(sliding_window=8)
@@ -221,6 +240,23 @@ def test_packed_logits_are_within_5e_4_and_greedy_text_is_the_reference_text(pac
     decoder.rewind(decoder.lengths)
     decoder.prefill([ids + want[:-1]])  # as one prompt
     assert distance(decoder.logits, reference.logits) < 5e-4
+
+
+@pytest.mark.parametrize("file, threads", [("q2_k", 1), ("q2_k", 8), ("iq4_xs", 3)])
+def test_files_of_several_types_have_the_reference_logits(file, threads):
+    """Of llama.cpp's mixtures, whose embedding has one of the types, too."""
+    path = small.DATA / f"gguf/{file}.gguf"
+    unpacked = mistral.load(path, device="cpu", dtype=torch.float32, sliding_window=24)[0]
+    packed = mistral.load(path, device="cpu", packed=True, sliding_window=24)[0]
+    blocks = {name: values for name, values in packed.state_dict().items() if "blocks" in name}
+    reference = Decoder(unpacked, 2, 200)
+    decoder = CpuDecoder(packed, 2, 200, threads=threads)
+    for lengths in ((9, 3), (70, 1), (1, 1), (1, 1)):
+        for engine in (reference, decoder):
+            engine.prefill([prompt(n, n) for n in lengths])
+        assert distance(decoder.logits, reference.logits) < 5e-4
+    after = packed.state_dict()
+    assert all(torch.equal(after[name], values) for name, values in blocks.items())
 
 
 @pytest.mark.slow
@@ -347,10 +383,10 @@ def test_what_cannot_run_is_said():
 def test_one_matrix_of_a_type_without_a_product_is_named_and_nothing_is_regrouped():
     m = mistral.load("demo", packed=True)[0]
     layer = m.model.layers[1].mlp.down_proj
-    layer.kind = next(kind for kind in GGML_TYPES.values() if kind.name == "IQ4_NL")
+    layer.kind = layer.kind._replace(name="Q9_9")
     decoder, line = engines.open_engine("auto", m)
     assert type(decoder) is Decoder
-    assert "not cpu: no CPU kernel multiplies IQ4_NL, the type of model.layers.1.mlp" in line
+    assert "not cpu: no CPU kernel multiplies Q9_9, the type of model.layers.1.mlp" in line
     assert all(m.keeper is None for m in m.modules() if isinstance(m, PackedLinear))
 
 
@@ -375,3 +411,30 @@ def test_a_step_has_the_sizes_of_its_model_and_the_places_of_its_columns():
     assert orders[:4] == [3, 2, 1, 5]  # columns, columns with logits, threads, columns of shares
     padding = [0] * (MAX_COLUMNS - 3)
     assert orders[4:] == [1, 0, 1, *padding, 7, 3, 8, *padding]
+
+
+def test_the_angles_of_a_step_are_those_of_the_model_far_out_and_scaled():
+    scaling = RotaryScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+    reference = model(rope_scaling=scaling, sliding_window=None)
+    decoder = CpuDecoder(reference, 1, 64, threads=1)
+    buffers, positions = decoder._buffers, [3, 50_001, 16_777_217]
+    with torch.inference_mode():
+        buffers.give_orders([0, 0, 0], positions, 1, 3)
+        decoder._work(LEAD)
+    cos, sin = reference.model.rotary(torch.tensor([positions]), torch.float32)
+    half = cos.shape[-1] // 2
+    assert (buffers._cos[:3] - cos[0, 0, :, :half]).abs().max() < 1e-6
+    assert (buffers._sin[:3] - sin[0, 0, :, :half]).abs().max() < 1e-6
+
+
+def test_a_helper_that_missed_a_step_takes_nothing_of_the_next_ones_orders():
+    decoder = CpuDecoder(model(), 1, 80, threads=1)
+    decoder.prefill([prompt(1)])
+    buffers = decoder._buffers
+    # The next step has more items in each phase, and its counters are not open yet.
+    with torch.inference_mode():
+        buffers.give_orders([0] * 8, list(range(8)), 8, 8)
+    before = buffers._phases.clone()
+    ticket = int(buffers.tickets[0])
+    assert decoder._work(ticket - 1) == ticket
+    assert torch.equal(buffers._phases, before)

@@ -26,6 +26,15 @@ def _run(floats, ints, brains, halves, out, whole, sums):
     lanes.store_float(sums + 4, lanes.largest(value))
 
 
+@numba.njit
+def _totals(rows, out):
+    a, b = lanes.floats_at(rows), lanes.floats_at(rows + 32)
+    c, d = lanes.floats_at(rows + 64), lanes.floats_at(rows + 96)
+    e, f = lanes.floats_at(rows + 128), lanes.floats_at(rows + 160)
+    g, h = lanes.floats_at(rows + 192), lanes.floats_at(rows + 224)
+    lanes.store_floats(out, lanes.totals(a, b, c, d, e, f, g, h))
+
+
 def run(values, small=(0,) * 8):
     """float32 [8] and bytes [8] through every operation."""
     floats = torch.as_tensor(values)
@@ -64,7 +73,33 @@ def test_powers_of_two_and_bytes_are_exact():
     assert torch.equal(out[3], ints.view(torch.uint8).float())
 
 
+_looked_up = lanes.table_of(tuple(range(-128, 128, 17)))
+
+
+@numba.njit
+def _look_up(indices, low, high):
+    found = _looked_up(lanes.words_at(indices))
+    lanes.store_words(low, lanes.low_bytes(found))
+    lanes.store_words(high, lanes.high_bytes(found))
+
+
+def test_bytes_are_looked_up_and_widened():
+    indices = torch.tensor([*range(16), *reversed(range(16))], dtype=torch.uint8)
+    low, high = torch.zeros(2, 16, dtype=torch.int16)
+    _look_up(indices.data_ptr(), low.data_ptr(), high.data_ptr())
+    want = -128 + 17 * indices.int()
+    assert torch.equal(low.int(), want[0::2])
+    assert torch.equal(high.int(), want[1::2])
+
+
 def test_of_a_number_and_a_nan_the_number_is_larger_and_smaller():
     _, _, _, _, out, _, _ = run([NAN, 0.0, 1.0, 2.0, NAN, -3.0, 5.0, NAN])
     assert out[4].tolist() == [1, 1, 1, 2, 1, 1, 5, 1]
     assert out[5].tolist() == [1, 0, 1, 1, 1, -3, 1, 1]
+
+
+def test_eight_sums_at_once_are_each_in_its_own_lane():
+    rows = torch.arange(64.0).view(8, 8) ** 2  # whole numbers: sums of any order are exact
+    out = torch.zeros(8)
+    _totals(rows.data_ptr(), out.data_ptr())
+    assert torch.equal(out, rows.sum(-1))

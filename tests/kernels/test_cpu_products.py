@@ -2,8 +2,11 @@
 
 import os
 import signal
+import threading
 
+import numpy as np
 import pytest
+import small
 import torch
 
 pytest.importorskip("numba")
@@ -12,12 +15,13 @@ gguf = pytest.importorskip("gguf")
 from mistral.quantization.ggml_types import GGML_TYPES  # noqa: E402
 from mistral_kernels.cpu import compiled, linear  # noqa: E402
 from mistral_kernels.cpu.activations import Activations  # noqa: E402
-from mistral_kernels.cpu.tiles import KINDS, repack, restore, restore_rows  # noqa: E402
+from mistral_kernels.cpu.tiles import KINDS, repack, restore, restore_rows, tiles_shape  # noqa: E402
 from mistral_kernels.cpu.weights import InTiles  # noqa: E402
 
 TYPES = {kind.name: kind for kind in GGML_TYPES.values()}
+GENUINE = np.load(small.DATA / "gguf/genuine_blocks.npz")  # packed by llama.cpp
 # One of each encoding and each form of scales; the others differ in one of the two alone.
-SHORT = ("Q5_1", "Q8_0", "Q4_K", "Q6_K")
+SHORT = ("Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS")
 EACH = [pytest.param(k, marks=() if k in SHORT else pytest.mark.slow, id=k) for k in KINDS]
 # Where the fp16 scales are in a block, and their size for weights near 0.02
 SCALES = {
@@ -26,9 +30,13 @@ SCALES = {
     "Q5_0": ((0, 2e-3),),
     "Q5_1": ((0, 2e-3), (2, -0.03)),
     "Q8_0": ((0, 3e-4),),
+    "Q2_K": ((80, 9e-4), (82, 2e-3)),
+    "Q3_K": ((108, 4e-4),),
     "Q4_K": ((0, 1.3e-4), (2, 1e-3)),
     "Q5_K": ((0, 7e-5), (2, 1e-3)),
     "Q6_K": ((208, 1.7e-5),),
+    "IQ4_NL": ((0, 3e-4),),
+    "IQ4_XS": ((0, 1.5e-5),),
 }
 
 
@@ -36,6 +44,7 @@ SCALES = {
 def compiled_together():
     """All that is compiled here, by several processes, if no earlier run has done it."""
     products = [f"product of {kind}" for kind in (*SHORT, "Q4_0")]
+    products += [f"row of {kind}" for kind in SHORT]
     tiles = [f"tiles of {kind}" for kind in KINDS]
     compiled.prepare([*products, *tiles, "plain product of bfloat16", "round rows"])
 
@@ -95,6 +104,18 @@ def test_tiles_hold_the_blocks_to_the_bit(kind, rows):
     assert tiles.data.numel() == -(-rows // 8) * 8 * blocks.shape[1]  # not a byte more
 
 
+def test_a_product_with_several_rows_reads_nothing_behind_the_last_tile():
+    columns = 3 * 32  # of the 8 groups that are unpacked at a time
+    blocks = blocks_of("Q8_0", 16, columns)
+    size = blocks.numel()
+    memory = torch.full((size + 8192,), 0xFF, dtype=torch.uint8)  # scales that are NaN
+    data = memory[:size].view(tiles_shape(blocks))
+    repack(blocks, TYPES["Q8_0"], data)
+    got = multiplied("product of Q8_0", data, torch.ones(5, columns), tiles=2)
+    want = exactly("Q8_0", blocks).sum(-1)
+    assert (got[:, :16] - want).abs().max() < 1e-4 * want.abs().max()
+
+
 @pytest.mark.parametrize("kind", EACH)
 def test_a_product_is_within_3e_5_of_float64(kind):
     rows, columns = 40, 768
@@ -109,6 +130,29 @@ def test_a_product_is_within_3e_5_of_float64(kind):
         if C > 1:  # a row of activations has the result that it has alone, up to rounding
             alone = multiplied(f"product of {kind}", tiles.data, x[1:2], 5)
             assert distance(got[1:2], alone) < 1e-6
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_genuine_blocks_are_multiplied_and_restored(kind):
+    blocks = torch.from_numpy(GENUINE[kind]).view(8, -1)  # 3 in a row
+    layer = InTiles(repack(blocks, TYPES[kind]))
+    assert torch.equal(layer.blocks(), blocks)
+    weights = exactly(kind, blocks)
+    for rows in (1, 7):
+        x = torch.randn(rows, weights.shape[1], generator=torch.Generator().manual_seed(rows))
+        assert distance(layer.linear(x, TYPES[kind]), x.double() @ weights.T) < 3e-5
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_one_row_is_unpacked_to_the_reference_weights(kind):
+    blocks = blocks_of(kind, 16, 768)
+    tiles = repack(blocks, TYPES[kind])
+    unpack = compiled.function(f"row of {kind}")
+    weights = exactly(kind, blocks)
+    for row in (0, 13):
+        out = torch.empty(768)
+        unpack(tiles.data.data_ptr(), row, 768 // 32, out.data_ptr())
+        assert distance(out, weights[row]) < 1e-6
 
 
 @pytest.mark.parametrize("kind", EACH)
@@ -149,7 +193,8 @@ def test_a_child_process_multiplies_although_it_has_no_threads_of_its_parent():
         child = os.fork()
         if child == 0:
             signal.alarm(30)
-            os._exit(int(not torch.equal(linear.linear(x, tiles), whole)))
+            is_same = torch.equal(linear.linear(x, tiles), whole)
+            os._exit(0 if is_same and threading.active_count() == 2 else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)

@@ -4,14 +4,16 @@ In the process that decodes:
 
     decoder       the engine
     weights       a model's weights as tiles
+    pages         their memory, in pages of 2 MB
     tiles         ggml's blocks in the order of the products
+    widening      blocks of other types as signed bytes
     buffers       the memory of a step
     layout        what a step's threads share: records, sizes
     team          threads that help with a step
     prompt        a forward pass over many tokens
     linear        a prompt's product, shared by threads
     activations   float32 rounded to int16: the memory for it
-    pool          Python threads that share work
+    pool          Python threads that share work; how many PyTorch's own are
     compiled      kernels by name, from a cache on disk or from workers
 
 What numba compiles, in a process of its own:
@@ -21,6 +23,7 @@ What numba compiles, in a process of its own:
     compiler      from a Python function to object code
     emit          how numba gets vectors: LLVM IR
     lanes         vectors of 8 or 16 lanes, and their operations
+    halves        float16 to float32 and back
     wide          vectors of twice the size
     shared        counters of several threads, records, and calls by address
     encodings     32 columns of a tile, times activations or unpacked

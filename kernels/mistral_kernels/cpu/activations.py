@@ -4,7 +4,7 @@
     largest of the 32
 
 With them go sums that products use for weights with an offset: s = d (q_0 + ... + q_31), and the
-int32 sums of 16 (for Q6_K, which has a scale for 16 columns).
+int32 sums of 16 (for types that have a scale for 16 columns: Q2_K, Q3_K, Q6_K).
 
 A NaN or an infinity among the 32 makes d NaN, and with it all that depends on them: no value turns
 into a plausible one.

@@ -34,8 +34,9 @@ from mistral_kernels.cpu.lanes import (
     store_floats,
     store_halves,
     total,
+    totals,
 )
-from mistral_kernels.cpu.layout import AHEAD, VALUE_BYTES
+from mistral_kernels.cpu.layout import VALUE_BYTES
 
 _BLOCK = 32  # positions: with 128 columns in float32 their keys and values are 32 kB
 _LOWEST = np.float32(-1e30)  # a score that weighs nothing
@@ -48,9 +49,10 @@ _CELLS = {
 }
 
 
-def _dot_of(load: Callable, size: int) -> Callable:
+def _scores_of(load: Callable, size: int) -> Callable:
     @part
-    def dot(q, key, H):
+    def one(q, key, H):
+        """The product of a query with a key."""
         a = floats_of(np.float32(0))
         b = floats_of(np.float32(0))
         for i in range(0, H, 16):
@@ -58,56 +60,102 @@ def _dot_of(load: Callable, size: int) -> Callable:
             b = multiply_add(load(key + size * i + 8 * size), floats_at(q + 4 * i + 32), b)
         return total(a + b)
 
-    return dot
+    @part
+    def eight(q, key, H):
+        """With eight keys: each value of the query is loaded once for all of them."""
+        row = size * H
+        a = b = c = d = e = f = g = h = floats_of(np.float32(0))
+        for i in range(0, H, 8):
+            x = floats_at(q + 4 * i)
+            k = key + size * i
+            a = multiply_add(load(k), x, a)
+            b = multiply_add(load(k + row), x, b)
+            c = multiply_add(load(k + 2 * row), x, c)
+            d = multiply_add(load(k + 3 * row), x, d)
+            e = multiply_add(load(k + 4 * row), x, e)
+            f = multiply_add(load(k + 5 * row), x, f)
+            g = multiply_add(load(k + 6 * row), x, g)
+            h = multiply_add(load(k + 7 * row), x, h)
+        return totals(a, b, c, d, e, f, g, h)
+
+    @part
+    def scores(q, count, keys, values, H, out, ahead, share):
+        """Of `count` keys, and up to a multiple of 8 scores that weigh nothing.
+
+        With every 8 keys it asks for `share` bytes of keys and values that lie `ahead` bytes on.
+        """
+        whole = count // 8 * 8
+        for t in range(0, whole, 8):
+            at = ahead + size * H * t
+            for line in range(at, at + share, 64):
+                prefetch(keys + line)
+                prefetch(values + line)
+            store_floats(out + 4 * t, eight(q, keys + size * H * t, H))
+        if whole < count:
+            store_floats(out + 4 * whole, floats_of(_LOWEST))
+            for t in range(whole, count):
+                store_float(out + 4 * t, one(q, keys + size * H * t, H))
+
+    return scores
 
 
 def _add_values_of(load: Callable, size: int) -> Callable:
     @part
+    def sixteen(weights, count, values, H, out):
+        a = floats_at(out)
+        b = floats_at(out + 32)
+        for t in range(count):
+            w = floats_of(float_at(weights + 4 * t))
+            v = values + size * H * t
+            a = multiply_add(load(v), w, a)
+            b = multiply_add(load(v + 8 * size), w, b)
+        store_floats(out, a)
+        store_floats(out + 32, b)
+
+    @part
+    def sixty_four(weights, count, values, H, out):
+        """Eight sums at once, each of which waits for its last one."""
+        a, b = floats_at(out), floats_at(out + 32)
+        c, d = floats_at(out + 64), floats_at(out + 96)
+        e, f = floats_at(out + 128), floats_at(out + 160)
+        g, h = floats_at(out + 192), floats_at(out + 224)
+        for t in range(count):
+            w = floats_of(float_at(weights + 4 * t))
+            v = values + size * H * t
+            a = multiply_add(load(v), w, a)
+            b = multiply_add(load(v + 8 * size), w, b)
+            c = multiply_add(load(v + 16 * size), w, c)
+            d = multiply_add(load(v + 24 * size), w, d)
+            e = multiply_add(load(v + 32 * size), w, e)
+            f = multiply_add(load(v + 40 * size), w, f)
+            g = multiply_add(load(v + 48 * size), w, g)
+            h = multiply_add(load(v + 56 * size), w, h)
+        for i, x in enumerate((a, b, c, d, e, f, g, h)):
+            store_floats(out + 32 * i, x)
+
+    @part
     def add_values(weights, count, values, H, out):
         """out [H] += sum of weights[t] * values[t]."""
-        for i in range(0, H, 16):
-            a = floats_at(out + 4 * i)
-            b = floats_at(out + 4 * i + 32)
-            c = floats_of(np.float32(0))
-            d = floats_of(np.float32(0))
-            for t in range(0, count - 1, 2):
-                value = values + size * (t * H + i)
-                w = floats_of(float_at(weights + 4 * t))
-                v = floats_of(float_at(weights + 4 * t + 4))
-                a = multiply_add(load(value), w, a)
-                b = multiply_add(load(value + 8 * size), w, b)
-                c = multiply_add(load(value + size * H), v, c)
-                d = multiply_add(load(value + size * (H + 8)), v, d)
-            if count % 2:
-                value = values + size * ((count - 1) * H + i)
-                w = floats_of(float_at(weights + 4 * (count - 1)))
-                a = multiply_add(load(value), w, a)
-                b = multiply_add(load(value + 8 * size), w, b)
-            store_floats(out + 4 * i, a + c)
-            store_floats(out + 4 * i + 32, b + d)
+        whole = H // 64 * 64
+        for i in range(0, whole, 64):
+            sixty_four(weights, count, values + size * i, H, out + 4 * i)
+        for i in range(whole, H, 16):
+            sixteen(weights, count, values + size * i, H, out + 4 * i)
 
     return add_values
 
 
 def _block_of(load: Callable, size: int) -> Callable:
-    dot = _dot_of(load, size)
+    scores = _scores_of(load, size)
     add_values = _add_values_of(load, size)
     scratch = local_memory(4 * _BLOCK)
 
     @part
-    def block(q, count, keys, values, H, out, is_first):
-        """Up to _BLOCK positions for one query, the first one that reads them or another."""
+    def block(q, count, keys, values, H, out, ahead, share):
+        """Up to _BLOCK positions for one query."""
         weights = scratch(0)
-        # 1. Scores; those that fill up the last vector weigh nothing.
-        for t in range(count):
-            if is_first:
-                # The next keys, and the values, which are read when all scores are known.
-                for line in range(size * t * H, size * (t + 1) * H, 64):
-                    prefetch(keys + AHEAD + line)
-                    prefetch(values + line)
-            store_float(weights + 4 * t, dot(q, keys + size * t * H, H))
-        for t in range(count, (count + 7) // 8 * 8):
-            store_float(weights + 4 * t, _LOWEST)
+        # 1. Scores.
+        scores(q, count, keys, values, H, weights, ahead, share)
         # 2. The running maximum; scale down what was summed before.
         top = floats_at(weights)
         for t in range(8, count, 8):
@@ -147,6 +195,8 @@ def attention(dtype: str) -> Callable:
 
     def attend(q, heads, H, keys, values, S, first, last, out):
         part_size = 4 * (H + 8)
+        # Each query asks for its share of the next block.
+        share = 8 * size * H // heads
         for g in range(heads):
             store_float(out + g * part_size, _LOWEST)
             store_float(out + g * part_size + 4, np.float32(0))
@@ -159,7 +209,8 @@ def attention(dtype: str) -> Callable:
             at = size * slot * H
             for g in range(heads):
                 result = out + g * part_size
-                block(q + 4 * g * H, count, keys + at, values + at, H, result, g == 0)
+                ahead = size * _BLOCK * H + share * g
+                block(q + 4 * g * H, count, keys + at, values + at, H, result, ahead, share)
             position += count
 
     return attend

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mistral.cache import RollingCache
-from mistral.config import Config
+from mistral.model import Mistral
 from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.activations import Activations
 from mistral_kernels.cpu.layout import (
@@ -28,7 +28,8 @@ class Buffers:
     sizes, addresses  the records of layout.py, int64
     """
 
-    def __init__(self, config: Config, cache: RollingCache, threads: int, weights: Weights):
+    def __init__(self, model: Mistral, cache: RollingCache, threads: int, weights: Weights):
+        config, rotary = model.config, model.model.rotary
         D, N, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         H, F = config.head_dim, config.intermediate_size
         C = MAX_COLUMNS
@@ -49,8 +50,10 @@ class Buffers:
         )
         most_shares = max(shares_of(c, K, threads) for c in range(1, C + 1))
         self.x = torch.zeros(C, D)
-        self.cos = torch.zeros(C, H // 2)
-        self.sin = torch.zeros(C, H // 2)
+        self._attention_factor = torch.tensor([rotary.attention_factor])
+        self._frequencies = rotary.frequencies.float().contiguous()
+        self._cos = torch.zeros(C, H // 2)
+        self._sin = torch.zeros(C, H // 2)
         self.logits = torch.zeros(C, 8 * weights.vocab_tiles)
         self.tickets = torch.zeros(8, dtype=torch.int64)
         self._threads = threads
@@ -81,8 +84,10 @@ class Buffers:
             up=self._up.data_ptr(),
             added=self._added.data_ptr(),
             logits=self.logits.data_ptr(),
-            cos=self.cos.data_ptr(),
-            sin=self.sin.data_ptr(),
+            frequencies=self._frequencies.data_ptr(),
+            attention_factor=self._attention_factor.data_ptr(),
+            cos=self._cos.data_ptr(),
+            sin=self._sin.data_ptr(),
             attend=compiled.address(f"attention of {dtype}"),
             store=compiled.address(f"storing of {dtype}"),
             keys=cache.keys.data_ptr(),

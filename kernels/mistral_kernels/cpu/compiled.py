@@ -152,11 +152,17 @@ def _initialize() -> None:
 
 def _compile(names: Sequence[str], folder: Path) -> Iterator[str]:
     """Let several processes write kernels into a folder; yields each name when it is done."""
-    left = iter(names)  # shared: each is taken once
+    left: queue.SimpleQueue[str] = queue.SimpleQueue()  # each is taken once
+    for name in names:
+        left.put(name)
     answers: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
 
     def drive(worker: _Worker) -> None:
-        for name in left:
+        while not left.empty():
+            try:
+                name = left.get_nowait()
+            except queue.Empty:  # another thread has taken the last one
+                return
             another_was_faster = (folder / name).exists()  # another process
             answers.put((name, "done" if another_was_faster else worker.compile(name)))
 

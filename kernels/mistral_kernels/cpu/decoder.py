@@ -1,6 +1,7 @@
 """The CPU's engine: `mistral.Decoder` with a compiled step that reads packed weights."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -11,10 +12,12 @@ from mistral.engine.attached import refuse_attachments
 from mistral.engine.decoder import Decoder as ReferenceDecoder
 from mistral.engine.given import only_model
 from mistral.model import Mistral
+from mistral.sampling import Sampling
 from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.buffers import Buffers
 from mistral_kernels.cpu.compiled import Progress
 from mistral_kernels.cpu.layout import LEAD, MAX_COLUMNS
+from mistral_kernels.cpu.pool import short_waits, torch_threads
 from mistral_kernels.cpu.prompt import LONGEST, read_prompt
 from mistral_kernels.cpu.team import Team
 from mistral_kernels.cpu.weights import Weights, kernels_for, problem
@@ -74,7 +77,7 @@ class Decoder(ReferenceDecoder):
 
     def _prepare(self) -> None:
         """What belongs to this decoder alone: buffers, and helpers that hold no decoder."""
-        buffers = Buffers(self.config, self._cache, self._threads, self._weights)
+        buffers = Buffers(self.model, self._cache, self._threads, self._weights)
         step = compiled.function("step")
         fixed = buffers.sizes.data_ptr(), buffers.addresses.data_ptr()
         kept = (buffers, self._weights, self._cache.keys, self._cache.values)
@@ -104,7 +107,26 @@ class Decoder(ReferenceDecoder):
         refuse_attachments(self.model, _NAME)
         self._weights.check(self.model)
 
+    def step(
+        self,
+        sampling: Sampling | Sequence[Sampling | None],
+        mask: Tensor | None = None,
+        active: Sequence[bool] | None = None,
+    ) -> Tensor:
+        """As in `mistral.Decoder`. What PyTorch does in it is too little for several threads."""
+        with torch_threads(1):
+            return super().step(sampling, mask, active)
+
+    def verify_rows(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As in `mistral.Decoder`, like `step`."""
+        with torch_threads(1):
+            return super().verify_rows(rows)
+
     def _forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
+        if counts == [1] * self.batch_size and self.batch_size <= MAX_COLUMNS:
+            growth = self._cache.grow(counts)
+            columns = [(b, 0) for b in range(self.batch_size)]
+            return self._read(tokens, columns, len(columns), growth).clone()
         logits = torch.zeros(self.batch_size, self.config.vocab_size)
         for rows in self._passes(counts):
             if self._is_short(rows[0], counts[rows[0]]):
@@ -160,7 +182,8 @@ class Decoder(ReferenceDecoder):
 
     def _read_prompt(self, tokens: Tensor, b: int, last_only: bool) -> Tensor:
         """Tokens [T] of row b by PyTorch's attention: float32 [T, V], or of the last one [1, V]."""
-        return read_prompt(self.model, self._weights, tokens, self._cache.row(b), last_only)
+        with torch_threads(self._threads), short_waits():
+            return read_prompt(self.model, self._weights, tokens, self._cache.row(b), last_only)
 
     def _read(
         self, tokens: Tensor, columns: list[tuple[int, int]], scored: int, growth: Growth
@@ -180,10 +203,6 @@ class Decoder(ReferenceDecoder):
         ids = torch.tensor([flat[b * tokens.shape[1] + i] for b, i in columns])
         buffers = self._buffers
         self._weights.embed(ids, buffers.x)
-        cos, sin = self.model.model.rotary(torch.tensor([positions]), torch.float32)
-        half = self.config.head_dim // 2
-        buffers.cos[: len(columns)] = cos[0, 0, :, :half]
-        buffers.sin[: len(columns)] = sin[0, 0, :, :half]
         columns_of_shares = len(columns) if self.rows_together else self.batch_size
         buffers.give_orders(rows, positions, scored, columns_of_shares)
         self._cache.begin(growth)

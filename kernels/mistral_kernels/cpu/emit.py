@@ -85,6 +85,11 @@ def pick(b: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
     return b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
+def pick_of_two(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
+    """A vector of these lanes of two: those of y are counted on from those of x."""
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
 def function_of(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
     """One of LLVM's functions on 8 float32, which every processor has in some form."""
     kind = ir.VectorType(F32, 8)

@@ -7,17 +7,23 @@ costs a load, a mask and a product for every two columns of 8 rows.
 
 import numpy as np
 
+from mistral_kernels.cpu.blocks import IQ4_VALUES
 from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.lanes import (
     as_floats,
     bytes_at,
+    high_bytes,
+    low_bytes,
     pair_at,
     pair_products,
     store_words,
     sums_of,
+    table_of,
     words_at,
     words_of_bytes_at,
 )
+
+_iq4_values = table_of(IQ4_VALUES)
 
 # ---- 32 columns of each encoding, times one row of activations: int32 sums of 8 rows ----
 # x: the address of 32 int16
@@ -81,6 +87,66 @@ def byte_sums(vectors, x):
     return sums
 
 
+@part
+def two_bit_sums(vector, x):
+    """16 columns in one vector."""
+    ones = sums_of(np.int32(0))
+    fours = sums_of(np.int32(0))  # 4 times the sum
+    sixteens = sums_of(np.int32(0))
+    last = sums_of(np.int32(0))  # 64 times the sum
+    for i in range(2):
+        w = words_at(vector) >> (8 * i)
+        ones = ones + pair_products(w & 0x3, pair_at(x + 16 * i))
+        fours = fours + pair_products(w & 0xC, pair_at(x + 16 * i + 4))
+        sixteens = sixteens + pair_products(w & 0x30, pair_at(x + 16 * i + 8))
+        last = last + pair_products(w & 0xC0, pair_at(x + 16 * i + 12))
+    return ones + (fours >> 2) + (sixteens >> 4) + (last >> 6)
+
+
+@part
+def three_bit_sums(vectors, half, x):
+    """16 columns, half 0 or 1 of 32: the vector of third bits, and two of two bits."""
+    ones = sums_of(np.int32(0))
+    fours = sums_of(np.int32(0))
+    sixteens = sums_of(np.int32(0))
+    last = sums_of(np.int32(0))
+    words = words_at(vectors + 32 + 32 * half)
+    third = words_at(vectors) >> half
+    for i in range(2):
+        w = words >> (8 * i)
+        t = third >> (8 * i)
+        above = t & 0x100 if i == 0 else (third & 1) << 8  # bit 16 is bit 0
+        ones = ones + pair_products((w & 0x3) | (t & 0x4), pair_at(x + 16 * i))
+        fours = fours + pair_products((w & 0xC) | (t & 0x10), pair_at(x + 16 * i + 4))
+        sixteens = sixteens + pair_products((w & 0x30) | (t & 0x40), pair_at(x + 16 * i + 8))
+        last = last + pair_products((w & 0xC0) | above, pair_at(x + 16 * i + 12))
+    return ones + (fours >> 2) + (sixteens >> 4) + (last >> 6)
+
+
+@part
+def iq4_sums(vectors, x):
+    """32 columns in nibbles that stand for other values."""
+    sums = sums_of(np.int32(0))
+    for i in range(4):
+        w = words_at(vectors + 32 * i)
+        even = _iq4_values(w & 0x0F0F)  # pairs 0 and 2
+        odd = _iq4_values((w >> 4) & 0x0F0F)  # pairs 1 and 3
+        sums = sums + pair_products(low_bytes(even), pair_at(x + 16 * i))
+        sums = sums + pair_products(low_bytes(odd), pair_at(x + 16 * i + 4))
+        sums = sums + pair_products(high_bytes(even), pair_at(x + 16 * i + 8))
+        sums = sums + pair_products(high_bytes(odd), pair_at(x + 16 * i + 12))
+    return sums
+
+
+@part
+def sixteen_byte_sums(vectors, x):
+    """16 columns of signed bytes."""
+    sums = sums_of(np.int32(0))
+    for j in range(8):
+        sums = sums + pair_products(words_of_bytes_at(vectors + 16 * j), pair_at(x + 4 * j))
+    return sums
+
+
 # ---- The same 32 columns unpacked: 16 vectors of int16, one for each pair of columns ----
 # 64 bytes apart: the vectors of another tile lie between them (groups.py)
 
@@ -127,7 +193,56 @@ def unpack_bytes(vectors, to):
         store_words(to + 64 * j, words_of_bytes_at(vectors + 16 * j))
 
 
-# ---- Scales of Q4_K and Q5_K ----
+@part
+def unpack_iq4(vectors, to):
+    """The same for nibbles that stand for other values."""
+    for i in range(4):
+        w = words_at(vectors + 32 * i)
+        even = _iq4_values(w & 0x0F0F)
+        odd = _iq4_values((w >> 4) & 0x0F0F)
+        store_words(to + 256 * i, low_bytes(even))
+        store_words(to + 256 * i + 64, low_bytes(odd))
+        store_words(to + 256 * i + 128, high_bytes(even))
+        store_words(to + 256 * i + 192, high_bytes(odd))
+
+
+@part
+def unpack_two_bits(vector, to):
+    """16 columns: 8 vectors."""
+    w = words_at(vector)
+    for j in range(8):
+        store_words(to + 64 * j, (w >> (2 * j)) & 0x3)
+
+
+@part
+def unpack_three_bits(vectors, half, to):
+    """16 columns, half 0 or 1 of 32, less 4: 8 vectors."""
+    w = words_at(vectors + 32 + 32 * half)
+    third = words_at(vectors)
+    for j in range(8):
+        above = (third >> ((2 * j + 2 + half) & 15)) & 0x1
+        store_words(to + 64 * j, (((w >> (2 * j)) & 0x3) | (above << 2)) - 4)
+
+
+# ---- Scales of groups ----
+
+
+@part
+def low_and_high(both):
+    """Scale and min of Q2_K: 8 bytes at an address hold one in each nibble."""
+    held = bytes_at(both)
+    return as_floats(held & 15), as_floats(held >> 4)
+
+
+@part
+def six_bit_scale(six_bits, group):
+    """The scale of a group of 16 columns of Q3_K, 0 to 15, less 32, as Floats.
+
+    six_bits is the address of 12 x 8 bytes; see `_q3_k` in dequantize.py.
+    """
+    low = bytes_at(six_bits + 8 * (group & 7)) >> (4 * (group >> 3))
+    high = bytes_at(six_bits + 64 + 8 * (group & 3)) >> (2 * (group >> 2))
+    return as_floats(((low & 15) | ((high & 3) << 4)) - 32)
 
 
 @part
@@ -144,3 +259,15 @@ def scale_and_min(six_bits, group):
     scale = (third & 15) | ((first >> 6) << 4)
     low = (third >> 4) | ((second >> 6) << 4)
     return as_floats(scale), as_floats(low)
+
+
+@part
+def iq4_xs_scale(six_bits, group):
+    """The scale of a group of 32 columns of IQ4_XS, 0 to 7, less 32, as Floats.
+
+    six_bits is the address of 2 x 8 bytes with the upper two bits, and 4 x 8 with the lower four;
+    see `_iq4_xs` in dequantize.py.
+    """
+    high = bytes_at(six_bits + 8 * (group >> 2)) >> (2 * (group & 3))
+    low = bytes_at(six_bits + 16 + 8 * (group >> 1)) >> (4 * (group & 1))
+    return as_floats(((low & 15) | ((high & 3) << 4)) - 32)

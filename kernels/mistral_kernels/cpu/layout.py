@@ -86,6 +86,8 @@ class Addresses(NamedTuple):
     up: int  # float32 [32, F]
     added: int  # float32 [32, D]: what O or down adds to x
     logits: int  # float32 [32, V padded to 8]
+    frequencies: int  # float32 [H/2]: of the rotary embedding
+    attention_factor: int  # float32
     cos: int  # float32 [32, H/2]: of the columns' positions
     sin: int
     attend: int  # the compiled attention

@@ -60,13 +60,14 @@ def _copied_fields(form: Form) -> Callable:
 
 
 def _weights(form: Form) -> Callable:
-    """Writes the vectors of higher bits and of nibbles of a block, a chunk of columns at a time."""
+    """Writes the vectors of higher and of low bits of a block, a chunk of columns at a time."""
     if form.low is None:
         return part(lambda block, row_bytes, to: None)
-    weights, columns, vectors = form.weights, form.columns, form.columns // 8
-    low = _eight_columns(form.low)
+    weights, columns, apart = form.weights, form.columns, form.low.bits
+    wide = 32 // apart  # columns of a vector
+    low = _lanes(form.low, apart)
     has_high = form.high is not None
-    high = _eight_columns(form.high) if has_high else low
+    high = _lanes(form.high, apart) if has_high else low
     bits = form.high.bits if has_high else 0
 
     @part
@@ -75,19 +76,42 @@ def _weights(form: Form) -> Callable:
             if has_high:
                 for r in range(8):
                     even = odd = 0
-                    for i in range(vectors):
-                        values = high(block + row_bytes * r, first + 8 * i)
-                        even |= _rotated(_lane(values)) << bits * i
-                        odd |= _rotated(_lane(values >> 8)) << bits * i
+                    for i in range(columns // wide):
+                        lanes = high(block + row_bytes * r, first + wide * i)
+                        even |= _rotated(lanes[0], apart) << bits * i
+                        odd |= _rotated(lanes[1], apart) << bits * i
                     store_int(to + 4 * r, np.int32(even | odd << 16))
                 to += 32
-            for c in range(first, first + columns, 8):
+            for c in range(first, first + columns, wide):
                 for r in range(8):
-                    values = low(block + row_bytes * r, c)
-                    store_int(to + 4 * r, np.int32(_lane(values) | _lane(values >> 8) << 16))
+                    even, odd = low(block + row_bytes * r, c)
+                    store_int(to + 4 * r, np.int32(even | odd << 16))
                 to += 32
 
     return write
+
+
+def _lanes(field: Bits, apart: int) -> Callable:
+    """A function of a block's address and a column: the lanes of even columns and of odd ones.
+
+    Their values begin every `apart` bits, 4 or 2, so a lane has 4 or 8 of them.
+    """
+    values = _eight_columns(field)
+
+    @part
+    def of_eight(block, column):
+        eight = values(block, column)
+        return _lane(eight), _lane(eight >> 8)
+
+    @part
+    def of_sixteen(block, column):
+        first = values(block, column)
+        second = values(block, column + 8)
+        even = _closer(_lane(first)) | _closer(_lane(second)) << 8
+        odd = _closer(_lane(first >> 8)) | _closer(_lane(second >> 8)) << 8
+        return even, odd
+
+    return of_eight if apart == 4 else of_sixteen
 
 
 @part
@@ -99,9 +123,16 @@ def _lane(values):
 
 
 @part
-def _rotated(lane):
-    """16 bits, 4 to the left: where a tile holds the higher bits of the four pairs."""
-    return (lane << 4 | lane >> 12) & 0xFFFF
+def _closer(lane):
+    """Four values of 2 bits, from every 4 bits to every 2."""
+    pairs = (lane | lane >> 2) & 0x0F0F
+    return (pairs | pairs >> 4) & 0xFF
+
+
+@part
+def _rotated(lane, bits):
+    """16 bits, some to the left: where a tile holds the higher bits, above the low ones."""
+    return (lane << bits | lane >> 16 - bits) & 0xFFFF
 
 
 def _eight_columns(field: Bits) -> Callable:

@@ -9,7 +9,8 @@ another program, claims less or nothing, and the step is as fast as the other co
 may only be waited for while it has an item in hand.
 
 The counters carry the step's number (its ticket): a helper that comes back in the middle of a later
-step finds nothing to claim under its own old number.
+step finds nothing to claim under its own old number. One that comes back between two steps may read
+the orders of the next one, so before it claims it looks whether its own step has ended.
 
 Between steps a helper looks for the next ticket a few thousand times, then sleeps for moments, and
 after a while in Python, where it costs nothing until the next step wakes it (team.py).
@@ -20,6 +21,7 @@ from mistral_kernels.cpu.layout import PHASE_BYTES
 from mistral_kernels.cpu.shared import (
     add_shared,
     doze,
+    fence,
     relax,
     replace_shared,
     shared_at,
@@ -73,6 +75,13 @@ def await_release(phase, ticket):
         relax(0)
         if looks > _SPINS:
             yield_core(0)
+
+
+@part
+def is_released(phase, ticket):
+    """Whether the phase is released. If not, it was not when earlier reads of this thread ran."""
+    fence(0)
+    return shared_at(phase + 128) >= ticket
 
 
 @part

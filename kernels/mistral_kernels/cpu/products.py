@@ -19,14 +19,22 @@ from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.encodings import (
     byte_sums,
     five_bit_sums,
+    iq4_sums,
+    iq4_xs_scale,
+    low_and_high,
     nibble_sums,
     scale_and_min,
+    six_bit_scale,
     six_bit_sums,
+    sixteen_byte_sums,
+    three_bit_sums,
+    two_bit_sums,
 )
-from mistral_kernels.cpu.groups import unpacker
+from mistral_kernels.cpu.groups import TWO_MINS, unpacker
 from mistral_kernels.cpu.lanes import (
     as_floats,
     float_at,
+    floats_at,
     floats_of,
     floats_of_halves_at,
     int_at,
@@ -100,6 +108,26 @@ def _of_super_blocks(size: int, sums: Callable) -> Callable:
 
 
 @part
+def _one_iq4_xs(tile, groups, x, d, s, sixteens):
+    """8 groups of 32 columns, each with a scale of 6 bits."""
+    result = floats_of(np.float32(0))
+    for b in range(groups // 8):
+        block = tile + 1088 * b
+        scaled = floats_of(np.float32(0))
+        prefetch(block + AHEAD)
+        for i in range(8):
+            g = 8 * b + i
+            weights = block + 64 + 128 * i
+            prefetch(weights + AHEAD)
+            prefetch(weights + AHEAD + 64)
+            product = as_floats(iq4_sums(weights, x + 64 * g))
+            scale = iq4_xs_scale(block + 16, i) * floats_of(float_at(d + 4 * g))
+            scaled = multiply_add(product, scale, scaled)
+        result = multiply_add(scaled, floats_of_halves_at(block), result)
+    return result
+
+
+@part
 def _one_q6_k(tile, groups, x, d, s, sixteens):
     """16 groups of 16 columns, whose weights are w - 32: the sum begins at -32 times that of x."""
     result = floats_of(np.float32(0))
@@ -119,6 +147,66 @@ def _one_q6_k(tile, groups, x, d, s, sixteens):
     return result
 
 
+@part
+def _one_q2_k(tile, groups, x, d, s, sixteens):
+    """16 groups of 16 columns, each with a scale and a min of 4 bits."""
+    result = floats_of(np.float32(0))
+    for b in range(groups // 8):
+        block = tile + 672 * b
+        scaled = floats_of(np.float32(0))
+        lows = floats_of(np.float32(0))
+        for line in range(0, 160, 64):
+            prefetch(block + AHEAD + line)
+        for i in range(16):
+            h = 16 * b + i
+            vector = block + 160 + 32 * i
+            prefetch(vector + AHEAD)
+            scale, low = low_and_high(block + 32 + 8 * i)
+            d_of_x = float_at(d + 4 * (h // 2))
+            product = as_floats(two_bit_sums(vector, x + 32 * h))
+            scaled = multiply_add(product, scale * floats_of(d_of_x), scaled)
+            sum_of_x = np.float32(int_at(sixteens + 4 * h)) * d_of_x
+            lows = multiply_add(low, floats_of(sum_of_x), lows)
+        result = multiply_add(scaled, floats_of_halves_at(block), result)
+        result = result - lows * floats_of_halves_at(block + 16)
+    return result
+
+
+@part
+def _one_q3_k(tile, groups, x, d, s, sixteens):
+    """16 groups of 16 columns, whose weights are w - 4: the sum begins at -4 times that of x."""
+    result = floats_of(np.float32(0))
+    for b in range(groups // 8):
+        block = tile + 880 * b
+        scaled = floats_of(np.float32(0))
+        for i in range(16):
+            h = 16 * b + i
+            vectors = block + 112 + 96 * (i // 2)
+            prefetch(vectors + AHEAD + 48 * (i % 2))
+            start = sums_of(np.int32(-4) * int_at(sixteens + 4 * h))
+            product = as_floats(start + three_bit_sums(vectors, i % 2, x + 32 * h))
+            scale = six_bit_scale(block + 16, i) * floats_of(float_at(d + 4 * (h // 2)))
+            scaled = multiply_add(product, scale, scaled)
+        result = multiply_add(scaled, floats_of_halves_at(block), result)
+    return result
+
+
+@part
+def _one_bytes(tile, groups, x, d, s, sixteens):
+    """Groups of 32 columns: two scales of float32, each of 16 columns, and the bytes."""
+    result = floats_of(np.float32(0))
+    for g in range(groups):
+        block = tile + 320 * g
+        for line in range(0, 320, 64):
+            prefetch(block + AHEAD + line)
+        for half in range(2):
+            vectors = block + 64 + 128 * half
+            product = as_floats(sixteen_byte_sums(vectors, x + 64 * g + 32 * half))
+            scale = floats_at(block + 32 * half) * floats_of(float_at(d + 4 * g))
+            result = multiply_add(product, scale, result)
+    return result
+
+
 # ---- Loops over tiles. Their arguments are numbers and addresses: they are called by address ----
 # weights      the tile with number 0
 # first, last  which tiles
@@ -130,8 +218,8 @@ def _one_q6_k(tile, groups, x, d, s, sixteens):
 
 def _loop(kind: str, one: Callable) -> Callable:
     """The loop for a type; one row of activations needs no unpacking."""
-    is_q6_k = kind == "Q6_K"
-    many = several(kind, halves=is_q6_k)
+    many = several(kind)
+    two_mins = kind in TWO_MINS
     _, group_bytes = unpacker(kind)
     unpacked = local_memory(UNPACKED_BYTES)
     products = local_memory(SUMS_BYTES)
@@ -147,11 +235,12 @@ def _loop(kind: str, one: Callable) -> Callable:
                 store_floats(out + 32 * t, one(weights + size * t, groups, x, d, s, sixteens))
             return
         sums = products(0)
+        sums_of_x = sixteens if two_mins else s
         for t in range(first, last, 2):
             next = min(t + 1, last - 1)  # a tile that is left over is its own partner
             left = weights + size * t
             right = weights + size * next
-            many(left, right, groups, columns, x, d, s, unpacked(0), sums)
+            many(left, right, groups, columns, x, d, sums_of_x, unpacked(0), sums)
             write_two(sums, columns, out + 32 * t, out + 32 * next, stride)
 
     return loop
@@ -164,9 +253,14 @@ def _products_of_a_row() -> dict[str, Callable]:
         "Q5_0": _of_small_blocks(176, False, 16.0, five_bit_sums),
         "Q5_1": _of_small_blocks(192, True, 0.0, five_bit_sums),
         "Q8_0": _of_small_blocks(272, False, 0.0, byte_sums),
+        "Q2_K": _one_q2_k,
+        "Q3_K": _one_q3_k,
         "Q4_K": _of_super_blocks(1152, nibble_sums),
         "Q5_K": _of_super_blocks(1408, five_bit_sums),
         "Q6_K": _one_q6_k,
+        "IQ4_NL": _of_small_blocks(144, False, 0.0, iq4_sums),
+        "IQ4_XS": _one_iq4_xs,
+        "bytes": _one_bytes,
     }
 
 

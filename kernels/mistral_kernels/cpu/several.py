@@ -11,8 +11,17 @@ from collections.abc import Callable
 import numpy as np
 
 from mistral_kernels.cpu.compiler import part
-from mistral_kernels.cpu.groups import FIRST, GROUP_BYTES, LAST, MINS, unpacker
-from mistral_kernels.cpu.lanes import float_at, prefetch, store_floats
+from mistral_kernels.cpu.groups import (
+    FIRST,
+    GROUP_BYTES,
+    HALVES,
+    LAST,
+    LAST_MINS,
+    MINS,
+    TWO_MINS,
+    unpacker,
+)
+from mistral_kernels.cpu.lanes import float_at, int_at, prefetch, store_floats
 from mistral_kernels.cpu.layout import AHEAD, AT_ONCE
 from mistral_kernels.cpu.rounding import rows_together
 from mistral_kernels.cpu.wide import (
@@ -83,16 +92,35 @@ def _add_mins(to, s, sums):
     )
 
 
-def several(kind: str, halves: bool) -> Callable:
+@part
+def _add_mins_of_half(to, mins, sixteens, d, sums):
+    """Add m times the sum of 16 activations, which is d times the int32 at `sixteens`."""
+    m = wide_floats_at(to + mins)
+    return (
+        wide_multiply_add(m, wide_floats_of(_sum_of_half(sixteens, d, 0)), sums[0]),
+        wide_multiply_add(m, wide_floats_of(_sum_of_half(sixteens, d, 1)), sums[1]),
+        wide_multiply_add(m, wide_floats_of(_sum_of_half(sixteens, d, 2)), sums[2]),
+        wide_multiply_add(m, wide_floats_of(_sum_of_half(sixteens, d, 3)), sums[3]),
+    )
+
+
+@part
+def _sum_of_half(sixteens, d, row):
+    """The sum of 16 activations of one of four rows; each 32 have two of them."""
+    return np.float32(int_at(sixteens + 2 * _SCALAR * row)) * float_at(d + _SCALAR * row)
+
+
+def several(kind: str) -> Callable:
     """The product of two tiles of a type with up to `AT_ONCE` rows of activations.
 
-    halves  16 columns have a scale of their own
-
     Of the function made: left and right are the addresses of the tiles, `to` and `sums` those of
-    UNPACKED_BYTES and SUMS_BYTES of memory, and the others are those of products.py. It writes
-    float32 [columns, 16] to sums.
+    UNPACKED_BYTES and SUMS_BYTES of memory, and the others are those of products.py; s is the
+    address of the `sixteens` for TWO_MINS. It writes float32 [columns, 16] to sums.
     """
     unpack, group_bytes = unpacker(kind)
+    halves = kind in HALVES
+    two_mins = kind in TWO_MINS
+    s_bytes = 8 if two_mins else 4  # for a group
 
     @part
     def four(to, count, x, d, s, sums):
@@ -111,6 +139,9 @@ def several(kind: str, halves: bool) -> Callable:
             else:
                 kept = _add_group(group, 0, 16, FIRST, x + 64 * i, d + 4 * i, kept)
                 kept = _add_mins(group, s + 4 * i, kept)
+            if two_mins:
+                kept = _add_mins_of_half(group, MINS, s + 8 * i, d + 4 * i, kept)
+                kept = _add_mins_of_half(group, LAST_MINS, s + 8 * i + 4, d + 4 * i, kept)
         store_wide_floats(sums, kept[0])
         store_wide_floats(sums + 64, kept[1])
         store_wide_floats(sums + 128, kept[2])
@@ -131,7 +162,8 @@ def several(kind: str, halves: bool) -> Callable:
                     prefetch(right + group_bytes * (g + i) + AHEAD + line)
             for c in range(0, rows, 4):
                 at = g * rows // _BLOCK + c  # this row's place among all blocks of all rows
-                four(to, count, x + _ROW * at, d + _SCALAR * at, s + _SCALAR * at, sums + 64 * c)
+                of_rows = s + s_bytes * _BLOCK * at
+                four(to, count, x + _ROW * at, d + _SCALAR * at, of_rows, sums + 64 * c)
 
     return product
 

@@ -44,15 +44,22 @@ def replace_shared(b, address, old, new):
 @operation(types.void, types.int64)
 def relax(b, unused):
     """Tell the core that this loop only waits. Some processors have no word for it."""
-    machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
+    # What the code is for: the machine may be an ARM one that emulates x86 for this process.
+    processor = b.module.triple.partition("-")[0]
+    if processor == "x86_64":
         signature = ir.FunctionType(ir.VoidType(), [])
         call = cgutils.get_or_insert_function(b.module, signature, "llvm.x86.sse2.pause")
         b.call(call, [])
-    elif machine in ("aarch64", "arm64"):
+    elif processor in ("aarch64", "arm64"):
         signature = ir.FunctionType(ir.VoidType(), [I32])
         call = cgutils.get_or_insert_function(b.module, signature, "llvm.aarch64.hint")
         b.call(call, [ir.Constant(I32, 1)])
+
+
+@operation(types.void, types.int64)
+def fence(b, unused):
+    """What this thread has read stays before what it reads after this."""
+    b.fence("acquire")
 
 
 @operation(types.void, types.int64)

@@ -25,6 +25,7 @@ from mistral_kernels.cpu.phases import (
     await_ticket,
     claim,
     completes,
+    is_released,
     open_phases,
     release,
 )
@@ -38,6 +39,7 @@ from mistral_kernels.cpu.shared import (
 )
 from mistral_kernels.cpu.work import (
     add_rows,
+    angles,
     attend_share,
     gate_and_up,
     merge_shares,
@@ -167,17 +169,23 @@ def step(sizes_address, addresses_address, seen):
     sizes = sizes_at(sizes_address)
     addresses = addresses_at(addresses_address)
     leads = seen == LEAD
+    count = _PHASES * sizes.layers + 1
+    last_phase = addresses.phases + PHASE_BYTES * (count - 1)
     if leads:
         seen = shared_at(addresses.tickets)
         orders = orders_at(addresses.orders)
+        angles(sizes, addresses, orders.columns)
         norm(sizes, addresses, addresses.norms, orders.columns)
-        open_phases(addresses.phases, _PHASES * sizes.layers + 1, seen + 1)
+        open_phases(addresses.phases, count, seen + 1)
         store_shared(addresses.tickets, seen + 1)
     while True:
         ticket = await_ticket(addresses.tickets, seen)
         if ticket < 0:
             return seen
-        _run(sizes, addresses, orders_at(addresses.orders), ticket)
+        orders = orders_at(addresses.orders)
+        # If the step has ended without this thread, these may be the orders of the next one.
+        if not is_released(last_phase, ticket):
+            _run(sizes, addresses, orders, ticket)
         if leads:
             return ticket
         seen = ticket

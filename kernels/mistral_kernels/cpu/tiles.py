@@ -17,22 +17,29 @@ runs across lanes. A lane has 16 bits, so a vector holds several pairs of column
               4 to the left, because that nibble is shifted to the bottom)
     sixth     for 16 columns 1 vector: bits (4, 8, 12, 0)[p] + 2i and the next one are the fifth
               and sixth bit of the pair (i, p) of the 2 vectors of nibbles
+    two bits  2 vectors: bits 2j and 2j + 1 of a lane of vector i are column 16i + 2j (+ 1)
+    third     1 vector: bit 2j + 2 + i (of 16: 16 and 17 are 0 and 1) is the third bit of the pair
+              (i, j) of `two bits`: a shift by i puts it above its two bits
 
-                of 32 columns (Q4_K, Q5_K, Q6_K: of 256)                bytes, as in the file
+                of 32 columns (with a K, and IQ4_XS: of 256)            bytes, as in the file
     Q4_0        d, nibbles                                              144
     Q4_1        d, m, nibbles                                           160
     Q5_0        d, fifth, nibbles                                       176
     Q5_1        d, m, fifth, nibbles                                    192
     Q8_0        d, bytes                                                272
+    Q2_K        d, dmin, the 16 bytes of scales, 8 x two bits           672
+    Q3_K        d, the 12 bytes of scales, 8 x (third, two bits)        880
     Q4_K        d, dmin, the 12 bytes of scales, 8 x nibbles            1152
     Q5_K        d, dmin, the 12 bytes of scales, 8 x (fifth, nibbles)   1408
     Q6_K        d, 16 scales, 16 x (sixth, 2 vectors of nibbles)        1680
+    IQ4_NL      d, nibbles                                              144
+    IQ4_XS      d, the 6 bytes of scales, 8 x nibbles                   1088
 
 Every field is in the order of the file (blocks.py) with the 8 rows innermost. All is exact:
 `restore` returns the blocks. Rows are padded to a multiple of 8 with zeros.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +54,6 @@ from mistral_kernels.cpu.pool import share
 KINDS = tuple(FORMS)
 ROWS = 8  # of a tile
 _AT_ONCE = 1 << 18  # bytes to restore at a time: the memory besides stays small
-_NIBBLES = (0, 4, 8, 12)  # at which bit of a lane each value of a vector begins
-_HIGHER = (4, 8, 12, 0)  # the same for the higher bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +71,21 @@ class Tiles:
         return self.rows, self.columns
 
 
-def repack(blocks: Tensor, kind: GgmlType) -> Tiles:
-    """Blocks uint8 [rows, bytes of a row] of one of KINDS as tiles."""
+def tiles_shape(blocks: Tensor) -> tuple[int, int]:
+    """(tiles, bytes of a tile) of blocks uint8 [rows, bytes of a row]."""
+    rows, row_bytes = blocks.shape
+    return -(-rows // ROWS), ROWS * row_bytes
+
+
+def repack(blocks: Tensor, kind: GgmlType, data: Tensor | None = None) -> Tiles:
+    """Blocks uint8 [rows, bytes of a row] of one of KINDS as tiles.
+
+    data  where they are written: uint8 of `tiles_shape`; None: to new memory
+    """
     rows, row_bytes = blocks.shape
     fill = compiled.function(f"tiles of {kind.name}")
-    data = blocks.new_empty(-(-rows // ROWS), ROWS * row_bytes)
+    if data is None:
+        data = blocks.new_empty(tiles_shape(blocks))
     whole = rows // ROWS
     source = blocks.contiguous()
     at = source.data_ptr(), row_bytes, data.data_ptr()
@@ -116,13 +131,16 @@ def _unpack(tiles: Tensor, kind: GgmlType) -> Tensor:
     # 2. The weights, chunk by chunk of columns: the vector of higher bits, then the others.
     if form.low is None:
         return blocks.view(n * ROWS, -1)
+    low = form.low.bits
+    starts = range(0, 16, low)
     chunks = tiles[..., at:].reshape(n, b, form.weights // form.columns, -1)
     if form.high:
         bits = form.high.bits
-        starts = [start + bits * i for i in range(form.columns // 8) for start in _HIGHER]
-        _store_values(blocks, form.high, _from_lanes(chunks[..., :32], bits, starts))
+        vectors = form.columns * low // 32
+        above = [(start + low) % 16 + bits * i for i in range(vectors) for start in starts]
+        _store_values(blocks, form.high, _from_lanes(chunks[..., :32], bits, above))
         chunks = chunks[..., 32:]
-    _store_values(blocks, form.low, _from_lanes(chunks, 4, _NIBBLES))
+    _store_values(blocks, form.low, _from_lanes(chunks, low, starts))
     return blocks.view(n * ROWS, -1)
 
 
@@ -134,12 +152,12 @@ def _store_values(blocks: Tensor, field: Bits, values: Tensor) -> None:
     blocks[..., field.at : field.at + field.bytes] = written
 
 
-def _from_lanes(vectors: Tensor, bits: int, starts: Sequence[int]) -> Tensor:
+def _from_lanes(vectors: Tensor, bits: int, starts: Iterable[int]) -> Tensor:
     """The values in the lanes of vectors; pair p begins at bit starts[p] of a lane.
 
     uint8 [n, b, chunks, 32 * vectors] -> [n, 8, b, columns], one a byte.
     """
-    shifts = torch.tensor(starts, dtype=torch.int32)[:, None]
+    shifts = torch.tensor(list(starts), dtype=torch.int32)[:, None]
     lanes = vectors.contiguous().view(torch.int16).int().unflatten(-1, (-1, ROWS, 1, 2))
     values = lanes >> shifts & (1 << bits) - 1  # [n, b, chunks, vectors, 8, pairs, 2]
     return values.to(torch.uint8).permute(0, 4, 1, 2, 3, 5, 6).flatten(3)

@@ -1,7 +1,8 @@
-"""A model's weights as the CPU's step reads them; no packed matrix stays in memory twice.
+"""A model's weights as the CPU's step reads them.
 
 Packed matrices become tiles (tiles.py), and the model's layers give up their blocks; what the model
-itself needs, it gets from the tiles. Other matrices are read where they are.
+itself needs, it gets from the tiles. So no packed matrix is in memory twice, except those of types
+that are widened to bytes (widening.py). Other matrices are read where they are.
 """
 
 import ctypes
@@ -12,13 +13,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mistral.engine.memory import has_room
+from mistral.files import format_bytes
 from mistral.model import Mistral
 from mistral.quantization.ggml_types import GgmlType
 from mistral.quantization.packed import Keeper, Packed, TiedOutput
 from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.layout import VALUE_BYTES
 from mistral_kernels.cpu.linear import linear
-from mistral_kernels.cpu.tiles import KINDS, ROWS, Tiles, repack, restore, restore_rows
+from mistral_kernels.cpu.pages import Pages
+from mistral_kernels.cpu.tiles import (
+    KINDS,
+    ROWS,
+    Tiles,
+    repack,
+    restore,
+    restore_rows,
+    tiles_shape,
+)
+from mistral_kernels.cpu.widening import WIDENED, widen, widened_bytes
 from mistral_kernels.widths import width_problem
 
 
@@ -47,6 +60,22 @@ class InTiles(Keeper):
         return out.to(x.dtype).view(*x.shape[:-1], self.tiles.rows)
 
 
+class InBytes(InTiles):
+    """Holds a layer's blocks, and multiplies with the signed bytes that they were widened to."""
+
+    def __init__(self, blocks: Tensor, kind: GgmlType):
+        super().__init__(widen(blocks, kind))
+        self._blocks = blocks
+
+    def blocks(self) -> Tensor:
+        """All blocks: uint8 [rows, bytes of a row]."""
+        return self._blocks
+
+    def rows(self, which: Tensor) -> Tensor:
+        """The blocks of some rows: int64 [n] -> uint8 [n, bytes of a row]."""
+        return self._blocks.index_select(0, which)
+
+
 class _Matrix(NamedTuple):
     """One matrix as a step reads it."""
 
@@ -66,7 +95,7 @@ class Weights:
 
     def __init__(self, model: Mistral):
         self.embedding = model.model.embed_tokens
-        _repack(self.embedding)
+        _repack(model)
         layers = [[_matrix(module) for module in _linears(layer)] for layer in model.model.layers]
         head = _matrix(model.lm_head)
         _return_freed_memory()
@@ -129,17 +158,60 @@ def problem(model: Mistral) -> str | None:
         return reason
     if config.head_dim % 16:
         return f"the CPU kernels need a head_dim that is a multiple of 16, not {config.head_dim}"
-    for name, module in model.named_modules():
-        # The embedding is not multiplied: a row of any type can be unpacked.
-        layer = module.embedding if isinstance(module, TiedOutput) else module
-        is_product = isinstance(layer, Packed) and module is not model.model.embed_tokens
-        if is_product and layer.kind.name not in KINDS:
+    for name, layer in _multiplied(model):
+        if layer.kind.name not in KINDS + WIDENED:
             return f"no CPU kernel multiplies {layer.kind.name}, the type of {name}"
     dtypes = {weight.dtype for _, weight in _plain_weights(model)} | {model.dtype}
     for dtype in dtypes:
         if _name(dtype) not in VALUE_BYTES:
             return f"the CPU kernels know no {dtype}: load the checkpoint in float32 or bfloat16"
+    layers = _to_widen(model)
+    needed = sum(widened_bytes(layer.num_rows, _columns(layer)) for layer in layers)
+    if not has_room(needed, model.device):
+        size = format_bytes(needed)
+        return f"{_kinds(layers)} as bytes would take {size}, more than is free: free some memory"
     return None
+
+
+def widening_note(model: Mistral) -> str | None:
+    """What is widened before a decoder is there, which takes long; None if nothing is."""
+    layers = _to_widen(model)
+    if not layers:
+        return None
+    return f"unpacking {_kinds(layers)} to bytes, which may take minutes"
+
+
+def widened_note(model: Mistral) -> str | None:
+    """Which types were widened, and what they take; None if none was."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Packed)]
+    layers = [layer for layer in layers if isinstance(layer.keeper, InBytes)]
+    if not layers:
+        return None
+    packed = sum(layer.keeper.blocks().nbytes for layer in layers)
+    both = packed + sum(layer.keeper.tiles.data.nbytes for layer in layers)
+    return f"{_kinds(layers)} multiplied as bytes, with {both / packed:.1f} times the file's memory"
+
+
+def _multiplied(model: Mistral) -> Iterator[tuple[str, Packed]]:
+    """The packed layers that are multiplied, by name: of an embedding any row can be unpacked."""
+    for name, module in model.named_modules():
+        layer = _holder(module)
+        if isinstance(layer, Packed) and module is not model.model.embed_tokens:
+            yield name, layer
+
+
+def _to_widen(model: Mistral) -> list[Packed]:
+    """The layers that a decoder would widen."""
+    layers = [layer for _, layer in _multiplied(model)]
+    return [layer for layer in layers if layer.keeper is None and layer.kind.name in WIDENED]
+
+
+def _columns(layer: Packed) -> int:
+    return layer.row_bytes // layer.kind.block_bytes * layer.kind.block_weights
+
+
+def _kinds(layers: list[Packed]) -> str:
+    return ", ".join(sorted({layer.kind.name for layer in layers}))
 
 
 def kernels_for(model: Mistral, cache_dtype: torch.dtype) -> list[str]:
@@ -150,6 +222,8 @@ def kernels_for(model: Mistral, cache_dtype: torch.dtype) -> list[str]:
     for module in model.modules():
         if isinstance(module, Packed) and module.kind.name in KINDS:
             names += [f"product of {module.kind.name}", f"tiles of {module.kind.name}"]
+    if any(layer.kind.name in WIDENED for _, layer in _multiplied(model)):
+        names += ["product of bytes", "row of bytes"]
     embedding = model.model.embed_tokens
     if isinstance(embedding, Packed) and embedding.kind.name in KINDS:
         names.append(f"row of {embedding.kind.name}")
@@ -175,10 +249,19 @@ def _linears(layer: nn.Module) -> tuple[nn.Module, ...]:
     )
 
 
-def _repack(module: nn.Module) -> None:
-    """If the matrix of a layer is packed, it becomes tiles, and the layer gives up its blocks."""
-    if isinstance(module, Packed) and module.keeper is None and module.kind.name in KINDS:
-        module.hand_over(InTiles(repack(module.blocks, module.kind)))
+def _repack(model: Mistral) -> None:
+    """Packed matrices become tiles, in the order of a step; their layers give up the blocks."""
+    modules = [module for layer in model.model.layers for module in _linears(layer)]
+    modules = [*map(_holder, modules), _holder(model.lm_head), model.model.embed_tokens]
+    packed = [
+        module
+        for module in dict.fromkeys(modules)
+        if isinstance(module, Packed) and module.keeper is None and module.kind.name in KINDS
+    ]
+    shapes = [tiles_shape(module.blocks) for module in packed]
+    memory = Pages(sum(tiles * size for tiles, size in shapes), pieces=len(packed))
+    for module, shape in zip(packed, shapes):
+        module.hand_over(InTiles(repack(module.blocks, module.kind, memory.take(*shape))))
 
 
 def _return_freed_memory() -> None:
@@ -187,14 +270,20 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _holder(module: nn.Module) -> nn.Module:
+    """The module that has the matrix."""
+    return module.embedding if isinstance(module, TiedOutput) else module
+
+
 def _matrix(module: nn.Module) -> _Matrix:
-    layer = module.embedding if isinstance(module, TiedOutput) else module
-    _repack(layer)
+    layer = _holder(module)
+    if isinstance(layer, Packed) and layer.keeper is None:
+        layer.hand_over(InBytes(layer.blocks, layer.kind))
     if isinstance(layer, Packed):
         if not isinstance(layer.keeper, InTiles):
             raise ValueError("another engine holds the packed weights: load the checkpoint again")
         data = layer.keeper.tiles.data
-        function = compiled.address(f"product of {layer.kind.name}")
+        function = compiled.address(f"product of {layer.keeper.tiles.kind.name}")
         return _Matrix(function=function, data=data, tiles=len(data))
     weight = layer.weight.data
     function = compiled.address(f"plain product of {_name(weight.dtype)}")

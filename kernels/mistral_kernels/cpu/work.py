@@ -16,6 +16,7 @@ from mistral_kernels.cpu.lanes import (
     floats_of,
     long_at,
     multiply_add,
+    store_float,
     store_floats,
     total,
 )
@@ -60,6 +61,19 @@ def norm(sizes, addresses, weight, columns):
         at = 4 * D * c
         norm_row(addresses.x + at, weight, D, eps, addresses.normed + at)
     _round_all(addresses.normed_activations, D, columns)
+
+
+@part
+def angles(sizes, addresses, columns):
+    """The cosines and sines of the columns' positions, as in mistral/rotary.py."""
+    factor = float_at(addresses.attention_factor)
+    for c in range(columns):
+        position = np.float32(long_at(addresses.orders + 8 * (4 + MAX_COLUMNS + c)))
+        for i in range(sizes.H // 2):
+            angle = position * float_at(addresses.frequencies + 4 * i)
+            at = 2 * sizes.H * c + 4 * i
+            store_float(addresses.cos + at, np.cos(angle) * factor)
+            store_float(addresses.sin + at, np.sin(angle) * factor)
 
 
 @part

@@ -20,7 +20,12 @@ def write_kernel(name: str, folder: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as stream:
         stream.write(hashlib.sha256(body).digest() + body)
     # At once: other processes see all of it or nothing.
-    Path(stream.name).replace(folder / name)
+    try:
+        Path(stream.name).replace(folder / name)
+    except PermissionError:  # Windows, while another process reads the one that it has written
+        Path(stream.name).unlink()
+        if not (folder / name).exists():
+            raise
 
 
 def main() -> None:
