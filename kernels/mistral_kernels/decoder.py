@@ -1,7 +1,6 @@
 """The fast engine: `mistral.Decoder` with CUDA graphs for a token and for short chunks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from mistral.engine.attached import (
     refuse_moved,
 )
 from mistral.engine.base import IDLE
-from mistral.engine.cuda_graph import Recorder
 from mistral.engine.decoder import Decoder as ReferenceDecoder
 from mistral.engine.decoder import computes, one_thread, only_row
 from mistral.engine.draws import sample_rows
@@ -27,6 +25,7 @@ from mistral_kernels.portable import arch_for
 from mistral_kernels.prefill.chunk import read_chunk, run_chunk
 from mistral_kernels.sample.sampler import Sampler
 from mistral_kernels.weights import unpacked_kinds
+from mistral_kernels.works import Works
 
 _NAME = "the kernels"
 
@@ -87,10 +86,7 @@ class Decoder(ReferenceDecoder):
             )
         graph = on_gpu and not plain if graph is None else graph
         self.steps_in_flight = min(2, slack)
-        self.unrecorded: list[str] = []  # works without a CUDA graph, because it did not fit
-        # name of a work -> its CUDA graph; None: it has run once, and is recorded the next time
-        self._graphs: dict[str, Callable[[], object] | None] | None = {} if graph else None
-        self._recorder = Recorder(model.device)
+        self.works = Works(model.device, recorded=graph)
         self._plain = plain
         with torch.inference_mode():
             self._step = DecodeStep(model, self._cache, REFERENCES if plain else KERNELS, pdl)
@@ -109,11 +105,6 @@ class Decoder(ReferenceDecoder):
         self._short_logits: dict[str, Tensor] = {}  # where each short chunk's graph writes them
         self._placed: list[int] | None = None  # the lengths in `_positions`; None: unknown
         self._sampled = False  # True: `_step.tokens` are the ids that the cache reads next
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self._recorder)] = Recorder(self.model.device)
-        memo[id(self._graphs)] = None if self._graphs is None else {}  # graphs hold addresses
-        return super().__deepcopy__(memo)
 
     def __getstate__(self) -> None:
         raise TypeError("the kernels' decoder cannot be pickled; a mistral.Decoder can")
@@ -191,7 +182,7 @@ class Decoder(ReferenceDecoder):
         self._unsettled = True
         own = [sampling if count else None for sampling, count in zip(sampling, ours)]
         self._sampler.prepare(own, mask, self._history, ours, self._lengths)
-        self._run("sample for some rows", self._choose_for_some)
+        self.works.run("sample for some rows", self._choose_for_some)
         self._sampler.forget()  # it does not know the ids of the others
         rows = (self._history, self._lengths)
         starts = self.answer_starts
@@ -219,9 +210,9 @@ class Decoder(ReferenceDecoder):
         self._catch_up()
         self._place()
         if all(counts):
-            self._run("sample", self._choose)
+            self.works.run("sample", self._choose)
         else:
-            self._run("sample for some rows", self._choose_for_some)
+            self.works.run("sample for some rows", self._choose_for_some)
 
     @computes
     def rewind(self, n: int | Sequence[int]) -> None:
@@ -336,7 +327,7 @@ class Decoder(ReferenceDecoder):
             )
 
         self._cache.begin(growth)
-        self._run(name, work)
+        self.works.run(name, work)
         self._cache.commit(growth)
         return self._short_logits[name].clone()
 
@@ -401,29 +392,6 @@ class Decoder(ReferenceDecoder):
         self._placed = None
         self._cache.begin(growth)
         self._step.keep_bits = not self.rows_together
-        self._run(name if self.rows_together else f"{name}, same bits", work)
+        self.works.run(name if self.rows_together else f"{name}, same bits", work)
         self._cache.commit(growth)
         self._placed = growth.lengths
-
-    def _run(self, name: str, work: Callable[[], object]) -> None:
-        """Do the work, from the second time on by a CUDA graph if there is memory for it.
-
-        The first time compiles the kernels.
-        """
-        if self._graphs is None:
-            work()
-        elif name not in self._graphs:
-            work()
-            self._graphs[name] = None
-        else:
-            if self._graphs[name] is None:
-                self._graphs[name] = self._recorded(name, work)
-            self._graphs[name]()
-
-    def _recorded(self, name: str, work: Callable[[], object]) -> Callable[[], object]:
-        """The work as a CUDA graph, or itself if the graph does not fit: this may be mid-text."""
-        try:
-            return self._recorder.record(work).replay
-        except torch.OutOfMemoryError:
-            self.unrecorded.append(name)
-            return work

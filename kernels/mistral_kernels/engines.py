@@ -7,7 +7,8 @@
 
 All are an `Engine` (mistral/engine/base.py), with the same logits up to rounding. `auto` tries
 kernels, compile and eager in this order on a GPU, and cpu and eager on a CPU. On a GPU that has
-dependent launch it tries the kernels with it first; `kernels` never uses it.
+dependent launch it tries the kernels with it first, and before that in a process of its own
+(apart.py); `kernels` never uses it.
 """
 
 import gc
@@ -22,6 +23,7 @@ import torch
 from mistral import Decoder, Mistral, NotEnoughMemory
 from mistral.engine.base import Engine
 from mistral.quantization.packed import Packed
+from mistral_kernels.apart import problem_apart
 from mistral_kernels.widths import width_problem
 
 ENGINES = ("auto", "eager", "compile", "kernels", "cpu")
@@ -29,6 +31,7 @@ _MOST_ROWS = 64  # MAX_ROWS of the decode kernels, whose file imports Triton
 _MOST_ROWS_EARLY = 16  # with dependent launch: MAX_BATCH there
 _OLDEST_TRITON = (3, 6)
 _OLDEST_GPU = (8, 0)
+_EARLY = ", dependent launch, which another process has tried first"
 _DEPENDENT_LAUNCH = ((9, 0), (12, 0))  # from this compute capability, up to but not this one
 _DRIVER = Path("/proc/driver/nvidia/version")  # exists on Linux if an NVIDIA driver is loaded
 
@@ -64,14 +67,15 @@ def open_engine(
         return decoder, f"engine: compile ({place})"
     progress = _announced(say, progress)
     if name == "cpu":
-        return _open_cpu(model, sizes, progress), f"engine: cpu ({_threads()}){_cache_note()}"
+        decoder = _open_cpu(model, sizes, say, progress)
+        return decoder, f"engine: cpu ({_threads()}){_cpu_notes(model)}"
     if model.device.type == "cuda" and _kernels_problem(model, batch_size) is None:
         say("trying the kernels; the first time on a machine, compiling them takes some minutes")
     if name == "kernels":
         decoder, place = _open_kernels(model, sizes)
         return decoder, f"engine: kernels ({place}){_slow_part(decoder)}"
     if model.device.type != "cuda":
-        return _open_without_gpu(model, sizes, progress)
+        return _open_without_gpu(model, sizes, say, progress)
     return _open_fastest(model, sizes)
 
 
@@ -113,12 +117,13 @@ def _open_fastest(model: Mistral, sizes: dict) -> tuple[Engine, str]:
         except (ValueError, NotEnoughMemory) as error:
             problems.append(f"not {name}: {error}")
         # After the `except` block: its traceback keeps the memory of the failed engine alive.
+        _check_gpu(model.device, problems)
         _put_back(model, regrouped)
     return Decoder(model, **sizes), "; ".join(["engine: eager", *problems])
 
 
 def _open_quick_kernels(model: Mistral, sizes: dict, problems: list[str]) -> tuple[Engine, str]:
-    """The kernels with dependent launch if they can have it and pass the trial, else without.
+    """The kernels with dependent launch if they can have it and pass both trials, else without.
 
     problems  receives why they are without
     """
@@ -126,13 +131,28 @@ def _open_quick_kernels(model: Mistral, sizes: dict, problems: list[str]) -> tup
     problem = _kernels_problem(model, batch_size)
     if problem or batch_size > _MOST_ROWS_EARLY or not has_dependent_launch(model.device):
         return _open_kernels(model, sizes)
+    if problem := problem_apart(model, batch_size):
+        problems.append(f"not kernels with dependent launch: {problem}")
+        return _open_kernels(model, sizes)
     regrouped = _regrouped(model)
     try:
         return _open_kernels(model, sizes, pdl=True)
     except ValueError as error:  # plain launches need the same memory, but may compute right
         problems.append(f"not kernels with dependent launch: {error}")
+    _check_gpu(model.device, problems)
     _put_back(model, regrouped)  # see `_open_fastest`
     return _open_kernels(model, sizes)
+
+
+def _check_gpu(device: torch.device, problems: list[str]) -> None:
+    """ValueError if the GPU takes no more work from this process, whatever engine it is for."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the GPU takes no more work from this process ({_one_line(error)}) after this: "
+            f"{'; '.join(problems)}; start again with another engine, and please report it"
+        ) from error
 
 
 def has_dependent_launch(device: torch.device) -> bool:
@@ -142,14 +162,17 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 
 def _open_without_gpu(
-    model: Mistral, sizes: dict, progress: Callable[[int, int, str], object]
+    model: Mistral,
+    sizes: dict,
+    say: Callable[[str], object],
+    progress: Callable[[int, int, str], object],
 ) -> tuple[Engine, str]:
     """The CPU's engine, or eager, and its line with the problem of the CPU's."""
     reason = _no_gpu(model.device)
     regrouped = _regrouped(model)
     try:
-        decoder = _open_cpu(model, sizes, progress)
-        return decoder, f"engine: cpu ({_threads()}): {reason}{_cache_note()}"
+        decoder = _open_cpu(model, sizes, say, progress)
+        return decoder, f"engine: cpu ({_threads()}): {reason}{_cpu_notes(model)}"
     except ValueError as error:
         problem = str(error)
     _put_back(model, regrouped)
@@ -264,12 +287,21 @@ def _announced(
     return report
 
 
-def _open_cpu(model: Mistral, sizes: dict, progress: Callable[[int, int, str], object]) -> Engine:
+def _open_cpu(
+    model: Mistral,
+    sizes: dict,
+    say: Callable[[str], object],
+    progress: Callable[[int, int, str], object],
+) -> Engine:
     if problem := _cpu_problem(model.device):
         raise ValueError(problem)
     try:
         from mistral_kernels.cpu import Decoder as CpuDecoder
+        from mistral_kernels.cpu.weights import problem as weights_problem
+        from mistral_kernels.cpu.weights import widening_note
 
+        if not weights_problem(model) and (note := widening_note(model)):
+            say(note)
         return CpuDecoder(model, **sizes, progress=progress)
     except (ValueError, NotEnoughMemory):
         raise
@@ -280,12 +312,15 @@ def _open_cpu(model: Mistral, sizes: dict, progress: Callable[[int, int, str], o
         ) from error
 
 
-def _cache_note() -> str:
-    """The end of the CPU engine's line if it is compiled at every start."""
+def _cpu_notes(model: Mistral) -> str:
+    """The end of the CPU engine's line: what takes more time or memory than it should."""
     from mistral_kernels.cpu.compiled import cache_problem
+    from mistral_kernels.cpu.weights import widened_note
 
     problem = cache_problem()
-    return f"; compiled at every start: {problem}" if problem else ""
+    recompiled = f"; compiled at every start: {problem}" if problem else ""
+    widened = widened_note(model)
+    return recompiled + (f"; {widened}" if widened else "")
 
 
 def _open_kernels(model: Mistral, sizes: dict, pdl: bool = False) -> tuple[Engine, str]:
@@ -306,7 +341,7 @@ def _open_kernels(model: Mistral, sizes: dict, pdl: bool = False) -> tuple[Engin
         expected = expected_logits(model)  # before the decoder regroups the model's weights
         decoder = KernelsDecoder(model, **sizes, pdl=pdl)
         distance = try_out(decoder, expected)
-        place = _kernels_place(model) + (", dependent launch" if pdl else "")
+        place = _kernels_place(model) + (_EARLY if pdl else "")
         return decoder, f"{place}, logits {distance:.1%} from eager's"
     except NotEnoughMemory:
         raise

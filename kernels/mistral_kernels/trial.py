@@ -51,8 +51,10 @@ def try_out(decoder: Decoder, expected: Tensor) -> float:
         for T in sorted({2, *per_row, MAX_ROWS + 1}):
             if 1 < T <= decoder.limit - 5:
                 distances += _do_everything(decoder, T, expected)
-    if decoder.unrecorded:
-        raise torch.OutOfMemoryError(f"no memory for the CUDA graph of {decoder.unrecorded[0]}")
+    if decoder.works.unrecorded:
+        raise torch.OutOfMemoryError(
+            f"no memory for the CUDA graph of {decoder.works.unrecorded[0]}"
+        )
     decoder.rewind(decoder.lengths)
     # `max` ignores a NaN that is not the first.
     return max(distances) if all(map(math.isfinite, distances)) else math.nan

@@ -22,7 +22,7 @@ from mistral import Config
 from mistral_kernels.decode import attention as decode_attention
 from mistral_kernels.decode import embed, gate_up, head, many_rows, projection, qkv
 from mistral_kernels.decode.matvec import DENSE
-from mistral_kernels.packed import dequantize, short_linear
+from mistral_kernels.packed import dequantize, joint_linear, short_linear
 from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_for
 from mistral_kernels.prefill import attention as prefill_attention
 from mistral_kernels.prefill import pointwise as prefill_pointwise
@@ -30,7 +30,7 @@ from mistral_kernels.prefill import short_attention
 from mistral_kernels.sample import kernel as sampling
 
 # Numbers of elements that are multiples of 16, as a head's size is.
-_STRIDES = ("q_stride", "k_stride", "v_stride", "kv_stride", "gate_stride", "up_stride")
+_STRIDES = ("stride", "q_stride", "k_stride", "v_stride", "kv_stride", "gate_stride", "up_stride")
 # The types of arguments, by name; any other points to elements of the weights' dtype.
 _TYPES = (
     dict.fromkeys(
@@ -43,6 +43,7 @@ _TYPES = (
     | dict.fromkeys(
         ("ring_size", "num_slots", "window", "T", "out_features", "rows", "q_rows", "k_rows"), "i32"
     )
+    | dict.fromkeys(("second_at", "third_at"), "i32")
     | dict.fromkeys(_STRIDES, "i32")
     | dict.fromkeys(("allowed", "seen"), "*i1")
     | dict.fromkeys(("product", "q_product", "k_product", "v_product"), "*fp32")
@@ -53,7 +54,11 @@ _TYPES = (
 _MODELS = ("q", "keys", "values", "norm", "inputs", "outputs")
 # The constants that name types of weights, and the matrices of that type; packed ones are bytes.
 KINDS = {"KIND": ("weight", "gate_proj", "up_proj", "table")} | {
-    name: (matrix,) for name, matrix in zip(qkv.KIND_NAMES, ("q_proj", "k_proj", "v_proj"))
+    name: (matrix,)
+    for name, matrix in (
+        *zip(qkv.KIND_NAMES, ("q_proj", "k_proj", "v_proj")),
+        *zip(joint_linear.KIND_NAMES, ("first", "second", "third")),
+    )
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
@@ -145,8 +150,12 @@ def short_kernels(
     how = (dtype, arch_for(capability))
     kernel = short_linear.short_linear_kernel
     launch = short_linear.launch
+    joint = joint_linear.joint_linear_kernel
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     return {
         "scale": _Task(short_linear.scale_rows_kernel, short_linear.scale_launch(T, F)),
+        "short qkv": _Task(joint, joint_linear.launch(T, D, heads, *how, (kind, kind, more))),
+        "short gate up": _Task(joint, joint_linear.launch(T, D, 2 * F, *how, (kind, kind))),
         "short up": _Task(kernel, launch(T, D, F, *how, kind)),
         "short down": _Task(kernel, launch(T, F, D, *how, more)),
         "short head": _Task(kernel, launch(T, D, V, *how, more)),
@@ -173,16 +182,19 @@ def many_rows_kernels(
     how = (dtype, arch_for(capability))
     kernel = short_linear.short_linear_kernel
     launch = short_linear.launch
-    joined = kind == DENSE
-    return {
+    tasks = {}
+    if kind != DENSE:
+        both = joint_linear.launch(batch, D, 2 * F, *how, (kind, kind), scaled=False)
+        tasks["rows gate up"] = _Task(joint_linear.joint_linear_kernel, both)
+    return tasks | {
         "rows up": _Task(kernel, launch(batch, D, F, *how, kind, scaled=False)),
         "rows down": _Task(kernel, launch(batch, F, D, *how, more, scaled=False)),
         "normalise": _Task(many_rows.normalise_kernel, many_rows.normalise_launch(batch, D)),
         "rotate store": _Task(
-            many_rows.rotate_store_kernel, many_rows.rotate_store_launch(batch, *heads, joined)
+            many_rows.rotate_store_kernel, many_rows.rotate_store_launch(batch, *heads, joined=True)
         ),
         "add": _Task(many_rows.add_kernel, many_rows.add_launch(batch, D)),
-        "silu": _Task(many_rows.silu_kernel, many_rows.silu_launch(batch, F, joined)),
+        "silu": _Task(many_rows.silu_kernel, many_rows.silu_launch(batch, F, joined=True)),
     }
 
 

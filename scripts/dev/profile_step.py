@@ -60,6 +60,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=10, help="the mean of so many (default: 10)")
     parser.add_argument(
+        "--compiled", action="store_true", help="Triton has the kernels: compile none ahead"
+    )
+    parser.add_argument(
         "--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)"
     )
     args = parser.parse_args()
@@ -122,7 +125,7 @@ def open_decoder(
     on_gpu = device.type == "cuda"
     size = args.size or ("7b" if on_gpu else "small")
     ahead = None
-    if on_gpu and args.engine in ("auto", "kernels"):
+    if on_gpu and args.engine in ("auto", "kernels") and not args.compiled:
         common.note("compiling the kernels in all cores; meanwhile the weights are made")
         case = sizes.Case(args.batch_size, args.context, 3 * args.steps)
         capability = torch.cuda.get_device_capability(device)

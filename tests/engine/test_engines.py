@@ -42,6 +42,8 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(engines, "problem_apart", lambda model, batch_size: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
 def model(**changes):
@@ -389,7 +391,10 @@ def trial(a_gpu, monkeypatch):
     return made
 
 
-EARLY = "engine: kernels (CUDA sm_90, Triton 3.6, dependent launch, logits 1.2% from eager's)"
+EARLY = (
+    "engine: kernels (CUDA sm_90, Triton 3.6, dependent launch, which another process has tried "
+    "first, logits 1.2% from eager's)"
+)
 PLAIN = "engine: kernels (CUDA sm_90, Triton 3.6, logits 1.2% from eager's)"
 
 
@@ -416,6 +421,30 @@ def test_auto_launches_early_if_that_passes_the_trial(trial):
     assert decoder.pdl
     assert note == EARLY
     assert trial.done == ["asked", "made", ("tried", "numbers", True)]
+
+
+def test_auto_launches_plainly_if_another_process_fails_with_dependent_launch(trial, monkeypatch):
+    asked = []
+    failure = "a trial in another process failed: CUDA error: an illegal memory access"
+    monkeypatch.setattr(engines, "problem_apart", lambda *given: asked.append(given) or failure)
+    tried = model()
+    decoder, note = open_engine("auto", tried, batch_size=3)
+    assert asked == [(tried, 3)]
+    assert not decoder.pdl
+    # Nothing was launched early in this process.
+    assert [pdl for what, *_, pdl in trial.done if what == "tried"] == [False]
+    assert note == f"{PLAIN}; not kernels with dependent launch: {failure}"
+
+
+def test_a_gpu_that_takes_no_more_work_is_told_and_no_other_engine_is_tried(trial, monkeypatch):
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    trial.faults = {True: RuntimeError("CUDA error: an illegal address")}
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(engines, "_open_compiled", lambda *_: pytest.fail("it cannot run"))
+    with pytest.raises(ValueError, match="takes no more work from this process .*illegal address"):
+        open_engine("auto", model())
 
 
 @pytest.mark.parametrize(

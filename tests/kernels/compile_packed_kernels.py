@@ -27,20 +27,18 @@ DECODE = {
         *((80, 16, kind, None, ("down",)) for kind in FAST_KINDS),
     ],
 }
+SHORT = ("short up", "short qkv", "short gate up", "short down", "short head")
 # The same for chunks of so many rows
 CHUNKS = {
-    "short": [(90, 9, "Q4_K", None, ("scale", "short up"))],
+    "short": [(90, 9, "Q4_K", None, ("scale", "short gate up"))],
     "full": [
-        *(
-            (target, 9, "Q4_K", "Q6_K", ("scale", "short up", "short down", "short head"))
-            for target in (90, 80)
-        ),
-        *((90, 2, kind, None, ("short down",)) for kind in FAST_KINDS),
+        *((target, 9, "Q4_K", "Q6_K", ("scale", *SHORT)) for target in (90, 80)),
+        *((90, T, kind, None, ("short down", "short qkv")) for kind in FAST_KINDS for T in (2, 16)),
         (80, 9, "Q4_0", None, ("short down",)),
     ],
 }
 # The same for a step of so many rows
-ROWS = ("rows up", "rows down")
+ROWS = ("rows up", "rows gate up", "rows down")
 POINTWISE = ("normalise", "rotate store", "add", "silu")
 MANY_ROWS = {
     "short": [(90, 24, "Q4_K", None, ("rows up", *POINTWISE))],

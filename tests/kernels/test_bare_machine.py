@@ -14,7 +14,7 @@ HIDDEN = (
 SCRIPTS = (
     *("benchmark", "benchmark_load", "profile_step", "gpu_run", "gpu_tables", "rehearse"),
     *("gpu_stages.facts", "gpu_stages.compiling", "gpu_stages.trial", "gpu_stages.soak"),
-    "gpu_stages.sweep",
+    *("gpu_stages.sweep", "gpu_stages.crossover", "gpu_stages.testing"),
 )
 
 

@@ -6,8 +6,8 @@ import pytest
 from ahead import FORMS, compiled_by
 
 MATRICES = ("qkv", "output", "gate_up", "down", "head")
-SHORT = ("short up", "short down", "short head")
-ROWS = ("rows up", "rows down")
+SHORT = ("short up", "short qkv", "short gate up", "short down", "short head")
+ROWS = ("rows up", "rows gate up", "rows down")
 POINTWISE = {"normalise", "rotate store", "add", "silu"}
 KINDS = ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 ROOM = 65536  # registers of a multiprocessor
@@ -30,7 +30,7 @@ def is_full(request):
 def test_every_kind_compiles_for_every_target(compiled, request):
     if not is_full(request):
         assert {made["name"] for made in compiled} == {
-            "qkv", "gate_up", "down", "scale", "short up", "rows up", *POINTWISE,
+            "qkv", "gate_up", "down", "scale", "short gate up", "rows up", *POINTWISE,
         }  # fmt: skip
         return
     for target in (90, 80):

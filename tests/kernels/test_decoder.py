@@ -115,7 +115,7 @@ def a_decoder_under_way():
 
 def test_a_step_never_waits_for_the_device(a_decoder_under_way, no_host_reads, monkeypatch):
     if PLAIN:  # the kernels' twins read numbers: here all around the kernels is looked at
-        monkeypatch.setattr(a_decoder_under_way, "_run", lambda name, work: None)
+        monkeypatch.setattr(a_decoder_under_way.works, "run", lambda name, work: None)
     allowed = torch.ones(101, dtype=torch.bool, device=DEVICE)
     other_rules = replace(RULES, temperature=0)
     for _ in range(8):  # past the window

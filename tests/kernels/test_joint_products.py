@@ -13,6 +13,7 @@ from torch import nn
 
 from mistral_kernels.decode.step import DecodeStep
 from mistral_kernels.packed.dequantize import unpack_reference
+from mistral_kernels.packed.joint_linear import joint_linear_reference
 from mistral_kernels.packed.short_linear import scale_rows_reference, short_linear_reference
 from mistral_kernels.prefill import chunk, pointwise
 from mistral_kernels.prefill.attention import attend_chunk_reference
@@ -47,6 +48,7 @@ def products(monkeypatch):
              ("rotate_chunk", "store_chunk", "swiglu")}  # fmt: skip
     twins |= dict(attend_chunk=attend_chunk_reference, attend_short=attend_short_reference)
     twins |= dict(scale_rows=scale_rows_reference, short_linear=short_linear_reference)
+    twins |= dict(joint_linear=joint_linear_reference)
     for name, twin in twins.items():
         monkeypatch.setattr(chunk, name, twin)
 

@@ -204,7 +204,7 @@ def test_bits_are_kept_if_they_are_asked_for():
     """The tiles are slower than a GEMM, so only then; each way has a CUDA graph of its own."""
     fast = Decoder(small_model("plain"), 17)
     names = []
-    fast._run = lambda name, work: names.append((name, fast._step.keep_bits))
+    fast.works.run = lambda name, work: names.append((name, fast._step.keep_bits))
     for fast.rows_together in (True, False):
         fast.prefill([[3]] * 17)
     assert names == [("forward", False), ("forward, same bits", True)]

@@ -58,8 +58,8 @@ def test_it_does_everything_twice_so_that_graphs_are_recorded(room, chunks):
     decoder = Decoder(model, max_tokens=room, plain=True)
     done = []
     decoder._plain = False  # short chunks are graphs, too
-    run = decoder._run
-    decoder._run = lambda name, work: done.append(name) or run(name, work)
+    run = decoder.works.run
+    decoder.works.run = lambda name, work: done.append(name) or run(name, work)
     try_out(decoder, expected)
     kinds = {
         "sample",
@@ -98,12 +98,12 @@ def test_a_graph_that_does_not_fit_is_told_before_a_text_is_begun(monkeypatch):
     model = dense_model()
     expected = expected_logits(model)
     decoder = Decoder(model, plain=True)
-    decoder._graphs = {}
+    decoder.works._graphs = {}
 
     def no_room(work):
         raise torch.OutOfMemoryError("tried 9 GB")
 
-    monkeypatch.setattr(decoder._recorder, "record", no_room)
+    monkeypatch.setattr(decoder.works._recorder, "record", no_room)
     with pytest.raises(torch.OutOfMemoryError, match="no memory for the CUDA graph of"):
         try_out(decoder, expected)
 
@@ -114,17 +114,17 @@ def test_a_graph_that_does_not_fit_in_the_midst_of_a_text_is_done_without(monkey
         mistral.generate(copy.deepcopy(model), [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=())
     )
     decoder = Decoder(model, plain=True)
-    decoder._graphs = {}
+    decoder.works._graphs = {}
 
     def no_room(work):
         raise torch.OutOfMemoryError("tried 9 GB")
 
-    monkeypatch.setattr(decoder._recorder, "record", no_room)
+    monkeypatch.setattr(decoder.works._recorder, "record", no_room)
     assert (
         list(mistral.generate(decoder, [5, 6, 7], GREEDY, max_new_tokens=20, stop_tokens=()))
         == wanted
     )
-    assert "forward and sample" in decoder.unrecorded
+    assert "forward and sample" in decoder.works.unrecorded
 
 
 @pytest.mark.parametrize("room", range(1, 12))

@@ -9,7 +9,8 @@ The tile of decode/matvec.py multiplies 16 rows in one pass over the weights, an
 operation is done by the CTA that has the product. For more rows the product is stored, and a kernel
 of its own does the rest:
 
-* packed weights by `short_linear`, 16 rows in a pass (packed/short_linear.py): float32
+* packed weights by `short_linear`, 16 rows in a pass (packed/short_linear.py): float32. Q, K and V
+  are one product, and so are gate and up (packed/joint_linear.py)
 * plain weights by one GEMM of cuBLAS, which reads them once for all rows, and rounds its results to
   their dtype. Which kernel cuBLAS takes depends on the number of rows, and nobody promises that all
   rows of a product are summed in the same order. So with `keep_bits` they go by `short_linear`,
@@ -20,7 +21,7 @@ read (7B, 64 rows: 0.4 GB in 16 bits, 0.7 in 32).
 
 Versions (times not measured; launches are those of a layer with its attention)
   torch           about 40 launches
-  this one        plain: 11; packed: 14; all of a step in one CUDA graph
+  this one        11; all of a step in one CUDA graph
   the tile with M = 32 or 64 columns   a CTA would load 2 or 4 times as many bytes of x as of
                                        weights; cuBLAS shares them among 128 rows of the matrix
 """
@@ -32,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mistral_kernels.decode.matvec import TILE, require_multiple
+from mistral_kernels.packed.joint_linear import is_joint, joint_linear
 from mistral_kernels.packed.planes import Planes
 from mistral_kernels.packed.short_linear import short_linear
 from mistral_kernels.portable import Launch, arch_of, to_activation
@@ -248,9 +250,16 @@ def _normalised(x: Tensor, sums: Tensor, eps: float) -> Tensor:
 def _products(
     x: Tensor, weight: Tensor | Planes | tuple[Planes, ...], keep_bits: bool
 ) -> tuple[Tensor, ...]:
-    """x W^T of a plain matrix, or of each packed one: [B, rows of the matrix] each."""
+    """x W^T of a plain matrix, or of each packed one: [B, rows of the matrix] each.
+
+    Packed ones may be side by side in one tensor.
+    """
     if isinstance(weight, Tensor) and not keep_bits:
         return (F.linear(x.to(weight.dtype), weight),)
+    if isinstance(weight, tuple) and is_joint(weight):
+        product = x.new_empty(len(x), sum(part.rows for part in weight), dtype=torch.float32)
+        joint_linear(x, None, weight, product)
+        return (product,)
     products = []
     for matrix in weight if isinstance(weight, tuple) else (weight,):
         product = x.new_empty(len(x), matrix.shape[0], dtype=torch.float32)

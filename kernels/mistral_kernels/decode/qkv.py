@@ -40,7 +40,7 @@ from mistral_kernels.decode.matvec import (
     tile_rows,
 )
 from mistral_kernels.packed.planes import Planes, dense
-from mistral_kernels.packed.tile import matrix_tile, operands
+from mistral_kernels.packed.tile import operands, tile_of_three
 from mistral_kernels.portable import Launch, activation, arch_of, release_consumer, to_activation
 
 KIND_NAMES = ("Q_KIND", "K_KIND", "V_KIND")
@@ -74,26 +74,6 @@ def qkv_reference(
     values[rows, :, slots] = activation(out[:, N + K :], values.dtype)
 
 
-@triton.jit
-def _one_of(
-    takes_second, x, first, second, rows, KIND: tl.constexpr, SECOND_KIND: tl.constexpr,
-    B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
-    M: tl.constexpr, ARCH: tl.constexpr,
-):  # fmt: skip
-    """A tile of one of two matrices.
-
-    If both have one type, the code is there once, with one of two addresses.
-    """
-    if KIND == SECOND_KIND:
-        weight = tl.where(takes_second, second, first)
-        out = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
-    elif takes_second:
-        out = matrix_tile(x, second, rows, SECOND_KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
-    else:
-        out = matrix_tile(x, first, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
-    return out
-
-
 @triton.jit(do_not_specialize=["ring_size"])
 def qkv_kernel(
     x, sums, q_proj, k_proj, v_proj, cos, sin, slots, q, keys, values, eps, gain, ring_size,
@@ -113,19 +93,10 @@ def qkv_kernel(
     rows = tile_rows(row, row + HALF, WARPS)
 
     # 2. The product, of up to three types of weights: fp32 [16, M].
-    if Q_KIND == K_KIND:
-        first = tl.where(head < N, q_proj, k_proj)
-        out = _one_of(
-            head >= N + K, x, first, v_proj, rows, Q_KIND, V_KIND, B, COLUMNS, WARPS, CHUNKS, M,
-            ARCH,
-        )  # fmt: skip
-    elif head < N:
-        out = matrix_tile(x, q_proj, rows, Q_KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
-    else:
-        out = _one_of(
-            head >= N + K, x, k_proj, v_proj, rows, K_KIND, V_KIND, B, COLUMNS, WARPS, CHUNKS, M,
-            ARCH,
-        )  # fmt: skip
+    out = tile_of_three(
+        head < N, head >= N + K, x, q_proj, k_proj, v_proj, rows, Q_KIND, K_KIND, V_KIND, B,
+        COLUMNS, WARPS, CHUNKS, M, ARCH,
+    )  # fmt: skip
 
     # 3. The norm's division, on 16 results instead of D inputs.
     out = out * inverse_rms(sums, eps, gain, COLUMNS, B, M)[None, :]

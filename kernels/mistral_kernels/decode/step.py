@@ -8,10 +8,10 @@
                      project    residual += h down^T;  x
     head                                                      x -> logits
 
-5 launches per layer and 2 more (7B: 162); for more than 16 rows two or three times as many, see
-many_rows.py. The host reads nothing back and decides nothing, and
-every buffer stays at its address, so a CUDA graph of `run` serves every later step. The residual
-stream is float32: only the inputs of matrices are rounded.
+5 launches per layer and 2 more (7B: 162); for more than 16 rows about twice as many, see
+many_rows.py. The host reads nothing back and decides nothing, and every buffer stays at its
+address, so a CUDA graph of `run` serves every later step. The residual stream is float32: only the
+inputs of matrices are rounded.
 
 Packed matrices are multiplied without unpacking them. One that no kernel can multiply is unpacked
 before its kernel, at every step, into memory that all such matrices share. That takes more launches
@@ -64,13 +64,13 @@ KERNELS = Operations(
     unpack=dequantize.unpack,
 )
 # For more than MAX_BATCH rows. They do not take `pdl`.
-_MANY_ROWS = KERNELS._replace(
+MANY_ROWS = KERNELS._replace(
     qkv=many_rows.qkv,
     project=many_rows.project,
     gate_up=many_rows.gate_up,
     head=many_rows.head,
 )
-_MANY_ROWS_SAME_BITS = KERNELS._replace(
+MANY_ROWS_SAME_BITS = KERNELS._replace(
     qkv=partial(many_rows.qkv, keep_bits=True),
     project=partial(many_rows.project, keep_bits=True),
     gate_up=partial(many_rows.gate_up, keep_bits=True),
@@ -213,7 +213,7 @@ class DecodeStep:
         """Those for the number of rows."""
         if self.operations is not KERNELS or self.cache.batch_size <= MAX_BATCH:
             return self.operations
-        return _MANY_ROWS_SAME_BITS if self.keep_bits else _MANY_ROWS
+        return MANY_ROWS_SAME_BITS if self.keep_bits else MANY_ROWS
 
     def _ready(self, weight: Weight) -> tuple[Tensor | Planes | tuple[Planes, ...], dict]:
         """A matrix in a form that its kernel takes, and the options of that kernel's launch.

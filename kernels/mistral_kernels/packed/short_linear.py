@@ -24,9 +24,10 @@ Versions (times not measured)
                                still be faster; by instructions a pass takes up to three quarters of
                                the time of its bytes, which the L2 cache does not shorten. A limit
                                of 4 leaves room for error on both sides
-  this one                     2 launches; matrices with the same input share the first. The numbers
-                               of rows of x and of W are not constants: every T up to 8 runs the
-                               same code, and so does every T above
+  this one                     2 launches; matrices with the same input share the first, and the
+                               second, too, if their rows are whole tiles (joint_linear.py). The
+                               numbers of rows of x and of W are not constants: every T up to 8 runs
+                               the same code, and so does every T above
 """
 
 import torch
@@ -37,7 +38,7 @@ from torch import Tensor
 from mistral_kernels.decode.matvec import MAX_BATCH, MAX_ROWS, TILE, tile_launch, tile_rows
 from mistral_kernels.packed.planes import Planes, dense
 from mistral_kernels.packed.tile import matrix_tile, operands
-from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, require
+from mistral_kernels.portable import TRITON_DTYPES, Launch, arch_of, require, spaced
 
 
 def scale_rows_reference(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,13 +54,13 @@ def scale_rows_reference(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit(do_not_specialize=["T"])
-def scale_rows_kernel(inputs, x, inverse, T, COLUMNS: tl.constexpr):
+def scale_rows_kernel(inputs, x, inverse, T, stride, COLUMNS: tl.constexpr):
     """One CTA: one row; rows >= T become zeros."""
     row = tl.program_id(0)
     column = tl.arange(0, triton.next_power_of_2(COLUMNS))
     at = row * COLUMNS + column
     real = column < COLUMNS
-    v = tl.load(inputs + at, mask=real & (row < T), other=0.0).to(tl.float32)
+    v = tl.load(inputs + row * stride + column, mask=real & (row < T), other=0.0).to(tl.float32)
     size = tl.abs(v)
     largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
     # The scale is 2^(14 - exponent of the largest). It and its inverse are built from their bits,
@@ -78,11 +79,13 @@ def scale_launch(T: int, columns: int) -> Launch:
 def scale_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The inputs of packed matrices: [T, in] -> x [R, in] and inverse, fp32 [R].
 
+    inputs may be columns of a wider tensor.
+
     R is 8, 16, 32, 48 or 64. x is fp32 if the inputs are, else fp16. Row t is
     inputs[t] / inverse[t]; rows >= T are zeros.
 
-    Raises ValueError for more than 64 rows, and for dtypes other than bfloat16, float16 and
-    float32.
+    Raises ValueError for more than 64 rows, for dtypes other than bfloat16, float16 and float32,
+    and for rows that are not contiguous.
     """
     T, columns = inputs.shape
     require(
@@ -95,7 +98,8 @@ def scale_rows(inputs: Tensor) -> tuple[Tensor, Tensor]:
     )
     arch_of(inputs)  # raises if no kernel can run on this device
     x, inverse = _new(inputs)
-    scale_launch(T, columns).run(scale_rows_kernel, inputs, x, inverse, T)
+    inputs, stride = spaced("inputs", inputs)
+    scale_launch(T, columns).run(scale_rows_kernel, inputs, x, inverse, T, stride)
     return x, inverse
 
 

@@ -343,3 +343,45 @@ def matrix_tile(
     else:
         out = _packed_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, M, ARCH)
     return out
+
+
+@triton.jit
+def _one_of(
+    takes_second, x, first, second, rows, KIND: tl.constexpr, SECOND_KIND: tl.constexpr,
+    B: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, CHUNKS: tl.constexpr,
+    M: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """A tile of one of two matrices.
+
+    If both have one type, the code is there once, with one of two addresses.
+    """
+    if KIND == SECOND_KIND:
+        weight = tl.where(takes_second, second, first)
+        out = matrix_tile(x, weight, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
+    elif takes_second:
+        out = matrix_tile(x, second, rows, SECOND_KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
+    else:
+        out = matrix_tile(x, first, rows, KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
+    return out
+
+
+@triton.jit
+def tile_of_three(
+    is_first, is_third, x, first, second, third, rows, FIRST_KIND: tl.constexpr,
+    SECOND_KIND: tl.constexpr, THIRD_KIND: tl.constexpr, B: tl.constexpr, COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr, CHUNKS: tl.constexpr, M: tl.constexpr, ARCH: tl.constexpr,
+):  # fmt: skip
+    """A tile of one of three matrices, of up to three types: fp32 [16, M]."""
+    if FIRST_KIND == SECOND_KIND:
+        out = _one_of(
+            is_third, x, tl.where(is_first, first, second), third, rows, FIRST_KIND, THIRD_KIND, B,
+            COLUMNS, WARPS, CHUNKS, M, ARCH,
+        )  # fmt: skip
+    elif is_first:
+        out = matrix_tile(x, first, rows, FIRST_KIND, B, COLUMNS, WARPS, CHUNKS, M, ARCH)
+    else:
+        out = _one_of(
+            is_third, x, second, third, rows, SECOND_KIND, THIRD_KIND, B, COLUMNS, WARPS, CHUNKS, M,
+            ARCH,
+        )  # fmt: skip
+    return out

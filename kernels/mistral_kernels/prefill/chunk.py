@@ -12,7 +12,8 @@ Packed matrices are unpacked one after the other into the same memory (see dequa
 none stays. Those that this memory holds together share a product: Q, K and V of a 7B. Gate and up
 would need 117 MB more, and save little, because each fills the GPU alone. Up to 64 rows, such as a
 guess that is read along with the last token, are bound by memory like a decode step, and multiply
-packed matrices as they are: short_linear.py.
+packed matrices as they are: short_linear.py, and Q, K and V, or gate and up, in one launch:
+joint_linear.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from mistral.rms_norm import RMSNorm
 from mistral_kernels.decode.attention import Partials
 from mistral_kernels.decode.matvec import MAX_ROWS
 from mistral_kernels.packed.dequantize import Workspace
+from mistral_kernels.packed.joint_linear import is_joint, joint_linear
 from mistral_kernels.packed.planes import Planes
 from mistral_kernels.packed.short_linear import scale_rows, short_linear
 from mistral_kernels.prefill.attention import attend_chunk
@@ -168,19 +170,32 @@ def _linear(x: Tensor, workspace: Workspace | None, *modules: nn.Module) -> Sequ
     if weight is not None:
         sizes = [matrix_of(module).shape[0] for module in modules]
         return F.linear(x, weight).split(sizes, dim=-1)
+    if len(rows) <= MAX_ROWS and (matrices := _joint(modules)):
+        sizes = [matrix.rows for matrix in matrices]
+        y = x.new_empty(len(rows), sum(sizes))
+        joint_linear(*scale_rows(rows), matrices, y)
+        return y.view(*x.shape[:-1], -1).split(sizes, dim=-1)
     results = []
     scaled = None
     for module in modules:
         if not isinstance(module, (Packed, TiedOutput)):
             results.append(module(x))
         elif isinstance(matrix := matrix_of(module), Planes) and len(rows) <= MAX_ROWS:
-            scaled = scaled or scale_rows(rows.contiguous())
+            scaled = scaled or scale_rows(rows)
             y = x.new_empty(len(rows), matrix.rows)
             short_linear(*scaled, matrix, y)
             results.append(y.view(*x.shape[:-1], -1))
         else:
             results.append(_required(workspace).linear(x, matrix))
     return results
+
+
+def _joint(modules: Sequence[nn.Module]) -> list[Planes] | None:
+    """The matrices of some layers, if one launch multiplies them as they are."""
+    if not all(isinstance(module, Packed) for module in modules):
+        return None
+    matrices = [matrix_of(module) for module in modules]
+    return matrices if is_joint(matrices) else None
 
 
 def _together(
