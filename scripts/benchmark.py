@@ -83,6 +83,9 @@ def arguments() -> argparse.Namespace:
         help="seconds, shared among the cases; what does not fit is left out (default: core 330)",
     )
     parser.add_argument(
+        "--compiled", action="store_true", help="Triton has the kernels: compile none ahead"
+    )
+    parser.add_argument(
         "--plot",
         type=common.path,
         help="draw cost a token against context into this file (matplotlib)",
@@ -176,7 +179,7 @@ def compile_ahead(
 ) -> WarmUp | None:
     """Begin to compile the kernels of all cases, if they take part on a GPU; else None."""
     ours = [name for name in names if name.startswith("kernels")]
-    if device.type != "cuda" or not ours or args.file:
+    if device.type != "cuda" or not ours or args.file or args.compiled:
         return None
     common.note("compiling the kernels in all cores; meanwhile the machine is measured")
     capability = torch.cuda.get_device_capability(device)

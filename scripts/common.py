@@ -355,14 +355,18 @@ def problem(error: BaseException) -> str:
 
 def check_output(path: Path) -> None:
     """ValueError unless a file can be written there."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return  # a pipe or a device, such as /dev/stdout
     folder = path.absolute().parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 (never raises)
         raise ValueError(f"{folder} is not a folder")
+    try:
+        exists = path.exists()
+    except OSError as error:  # the name is too long
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    if exists and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device, such as /dev/stdout
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if not os.access(folder, os.W_OK) or (exists and not os.access(path, os.W_OK)):
         raise ValueError(f"{path} cannot be written: there is no permission")
 
 

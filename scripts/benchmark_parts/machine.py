@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from mistral_kernels.cpu.pages import ask_for_large
+
 # nvidia-smi's names, and ours
 _STATE = {
     "clocks.sm": "sm_mhz",
@@ -41,14 +43,18 @@ def read_bandwidth(device: torch.device) -> float:
     """Bytes/s of the quickest way to read 1 GB of random numbers and do nothing else.
 
     Sums by PyTorch, and on a GPU a kernel that only reads (reading.py). A GPU has done one in a
-    quarter of a millisecond, and starting it and waiting for it would count: it does 20.
+    quarter of a millisecond, and starting it and waiting for it would count: it does 20. On a CPU
+    the numbers are in large pages, as the weights of its engine are.
     """
-    numbers = torch.rand(250_000_000, device=device)
+    numbers = torch.empty(250_000_000, device=device)
+    if device.type == "cpu":
+        ask_for_large(numbers)
+    numbers.uniform_()
     times = 20 if device.type == "cuda" else 1
     sums = [numbers.sum, numbers.view(25_000, -1).sum, lambda: numbers.view(25_000, -1).sum(-1)]
     quickest = min(
         seconds(device, lambda run=run: [run() for _ in range(times)])
-        for _ in range(2)
+        for _ in range(4)
         for run in sums
     )
     return max(times * 1e9 / quickest, _kernel_bandwidth(device) if times > 1 else 0.0)

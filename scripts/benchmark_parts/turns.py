@@ -45,6 +45,10 @@ _OUT_OF_TIME = "left out: the time limit was reached"
 _REGROUPING = {"kernels", "kernels-pdl", "cpu"}  # these keep packed weights in another order
 
 
+class OutOfTime(BaseException):
+    """The time is up. Not an Exception: an engine takes those for failures of its own kernels."""
+
+
 class Field:
     """Opens the contestants in `names`; peers' models are built when the first of them asks.
 
@@ -152,7 +156,7 @@ class TimeLimit:
 
     @contextmanager
     def enforced(self) -> Iterator[None]:
-        """Interrupt what runs inside when the time is up, by a TimeoutError.
+        """Interrupt what runs inside when the time is up, by OutOfTime.
 
         Only in the main thread, and not on Windows: elsewhere it runs to its end.
         """
@@ -165,7 +169,7 @@ class TimeLimit:
             if _is_called_by_pytorch(frame):
                 signal.setitimer(signal.ITIMER_REAL, 0.01)
                 return
-            raise TimeoutError(_OUT_OF_TIME)
+            raise OutOfTime(_OUT_OF_TIME)
 
         before = signal.signal(signal.SIGALRM, interrupt)
         signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3))
@@ -268,10 +272,10 @@ def _attempt(row: Row, work: Callable[[], object], limit: TimeLimit) -> None:
     """Do it within the limit; a row that has turns already keeps them if the time is up."""
     try:
         if not limit.left():
-            raise TimeoutError(_OUT_OF_TIME)
+            raise OutOfTime(_OUT_OF_TIME)
         with limit.enforced():
             work()
-    except TimeoutError as error:
+    except OutOfTime as error:
         row.failed = "" if row.decodes else str(error)
         error.__traceback__ = None
     except Exception as error:  # a peer may fail in any way; that is a result

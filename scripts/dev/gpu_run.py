@@ -6,15 +6,14 @@
     final  the tables: all engines, all formats, long contexts; the memory checker
 
 Each stage is a process with a time limit. What it prints goes to DIR/log.txt, and a line of JSON to
-DIR/results.jsonl as soon as it ends. A stage that fails does not stop the next ones; one that no
-longer fits into the time is left out, which its line says. gpu_tables.py makes tables of the
-lines.
+DIR/results.jsonl as soon as it ends. A stage that fails does not stop the next ones; each leaves
+the next ones the least that they need, and one that no longer fits into the time is left out, which
+its line says. gpu_tables.py makes tables of the lines.
 
 Nothing has to be installed besides PyTorch, Triton and pytest: PYTHONPATH=.:kernels. With
 --rehearse nothing runs on a GPU, every line says so, and no table is made of it.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -47,63 +46,84 @@ class Stage:
 
     command  a script of this project with its arguments, or a program
     seconds  it is ended after so many
-    least    it is left out if fewer are left
+    least    it is left out if fewer are left; the stages before it leave it these
     """
 
     name: str
     command: tuple[object, ...]
     seconds: float
-    least: float = 10
+    least: float
 
 
-def first(out: Path, rehearse: bool) -> list[Stage]:
+def first(rehearse: bool) -> list[Stage]:
     """What a first run asks: does it work, and about how fast is it."""
-    stages = [
-        Stage("facts", (_STAGES / "facts.py",), 60),
-        Stage("compile", (_STAGES / "compiling.py",), 130),
-        Stage("trial", (_STAGES / "trial.py",), 90),
-        tests("GPU tests", "gpu", 120, rehearse),
-        Stage("soak", (_STAGES / "soak.py", "--steps", 100 if rehearse else 2000), 40),
-        benchmark("plain", 90, rehearse, *_OURS, "eager", "transformers"),
-    ]
-    stages += [benchmark(format, 45, rehearse, *_OURS) for format in _PACKED]
-    stages += [profile("plain"), profile("Q4_K_M"), tests("kernel tests", "not gpu", 150, rehearse)]
-    return stages
-
-
-def tune(out: Path, rehearse: bool) -> list[Stage]:
-    """Which launch shapes are the quickest."""
-    sweep = _STAGES / "sweep.py"
-    lines = ("--out", out / "sweep.jsonl")
-    long = ("--context", 4096, "--batches", 1, 8, "--only", "decode_attention_kernel")
-    once = ("--formats", "Q4_K_M", "--batches", 1)
-    counters = ("ncu", "--clock-control", "none", "--launch-skip", 60, "--launch-count", 14)
     return [
-        Stage("compile", (_STAGES / "compiling.py",), 100),
-        Stage("sweep", (sweep, *lines, "--seconds", 290), 320),
-        Stage("sweep of attention", (sweep, *lines, "--seconds", 70, *long), 90),
-        Stage("counters", (*counters, sys.executable, _STAGES / "trial.py", *once), 60),
+        facts(),
+        Stage("compile", (_STAGES / "compiling.py", "--seconds", 110), 120, 40),
+        Stage("trial", trial(rehearse, "--batches", 1, 8), 70, 30),
+        Stage("trial of many rows", trial(rehearse, "--batches", 17, 64), 50, 25),
+        tests("GPU tests", "gpu", 110, rehearse),
+        Stage("soak", (_STAGES / "soak.py", "--steps", 100 if rehearse else 2000), 45, 20),
+        benchmark("plain", 70, rehearse, *_OURS, "eager", "transformers"),
+        benchmark("Q4_K_M", 50, rehearse, *_OURS),
+        many_rows("plain", 40, rehearse),
+        many_rows("Q4_K_M", 40, rehearse),
+        benchmark("Q8_0", 50, rehearse, *_OURS),
+        benchmark("Q6_K", 50, rehearse, *_OURS),
+        profile("plain"),
+        profile("Q4_K_M"),
+        tests("kernel tests", "not gpu and not slow", 120, rehearse),
     ]
 
 
-def final(out: Path, rehearse: bool) -> list[Stage]:
+def tune(rehearse: bool) -> list[Stage]:
+    """Which launch shapes are the quickest."""
+    counters = ("ncu", "--clock-control", "none", "--launch-skip", 60, "--launch-count", 14)
+    one = ("--here", "--formats", "Q4_K_M", "--batches", 1, "--how", "plain")
+    return [
+        Stage("compile", (_STAGES / "compiling.py", "--sweep", "--seconds", 200), 210, 60),
+        sweep("steps", 150),
+        sweep("attention", 60),
+        sweep("chunks", 60),
+        sweep("prompts", 30),
+        Stage("crossover", (_STAGES / "crossover.py",), 45, 20),
+        Stage("counters", (*counters, sys.executable, _STAGES / "trial.py", *one), 60, 20),
+    ]
+
+
+def final(rehearse: bool) -> list[Stage]:
     """The tables."""
     contexts = ("--suite", "sweep", "--batches", 1, "--contexts", 512, 4096, 32768)
     check = ("compute-sanitizer", "--tool", "memcheck", sys.executable, _STAGES / "soak.py")
     small = ("--size", "tiny", "--formats", "plain", "--steps", 100)
-    stages = [
-        Stage("facts", (_STAGES / "facts.py",), 60),
-        Stage("compile", (_STAGES / "compiling.py",), 100),
-        benchmark("plain", 200, rehearse),
-    ]
-    stages += [benchmark(format, 50, rehearse, *_OURS) for format in _PACKED]
-    stages += [
-        benchmark("plain", 90, rehearse, *contexts, *_OURS, name="contexts"),
+    return [
+        facts(),
+        Stage("compile", (_STAGES / "compiling.py", "--seconds", 90), 100, 40),
+        benchmark("plain", 150, rehearse),
+        *(benchmark(format, 45, rehearse, *_OURS) for format in _PACKED),
+        many_rows("plain", 35, rehearse),
+        many_rows("Q4_K_M", 35, rehearse),
+        benchmark("plain", 50, rehearse, *contexts, *_OURS, name="contexts"),
         profile("plain"),
         profile("Q4_K_M"),
-        Stage("memory checker", (*check, *small), 90),
+        Stage("memory checker", (*check, *small), 60, 20),
     ]
-    return stages
+
+
+def facts() -> Stage:
+    """The machine, and its rates."""
+    return Stage("facts", (_STAGES / "facts.py",), 45, 15)
+
+
+def trial(rehearse: bool, *options: object) -> tuple[object, ...]:
+    """Only this process pretends to have a GPU: a rehearsal is in one."""
+    return (_STAGES / "trial.py", *options, *(["--here"] if rehearse else []))
+
+
+def sweep(work: str, seconds: float) -> Stage:
+    """The launch shapes of one work, with a limit of its own."""
+    command = (_STAGES / "sweep.py", work, "--seconds", seconds)
+    return Stage(f"sweep of {work}", command, seconds + 15, seconds / 3)
 
 
 def benchmark(
@@ -112,23 +132,26 @@ def benchmark(
     """benchmark.py with its own limit; ended only if that does not hold."""
     limit = seconds * (_SLOWER if rehearse else 1)
     turns = ("--repeats", 1, "--new-tokens", 4) if rehearse else ("--repeats", 3)
-    command = (_BENCHMARK, "--format", format, *turns, "--time-limit", limit, *options)
-    return Stage(f"{name} {format}", command, seconds + 30, least=seconds / 2)
+    command = (_BENCHMARK, "--format", format, "--compiled", *turns, "--time-limit", limit)
+    return Stage(f"{name} {format}", (*command, *options), seconds + 20, seconds / 2)
+
+
+def many_rows(format: str, seconds: float, rehearse: bool) -> Stage:
+    """Steps of 32 and 64 rows, which have kernels of their own."""
+    cases = ("--suite", "sweep", "--batches", 32, 64, "--contexts", 512, "--engines", "kernels")
+    return benchmark(format, seconds, rehearse, *cases, name="rows")
 
 
 def profile(format: str) -> Stage:
     """The kernels of one step."""
-    command = (_PROFILE, "--engine", "kernels", "--format", format, "--context", 512)
-    return Stage(f"profile {format}", command, 45)
+    engine = ("--engine", "kernels", "--compiled", "--context", 512)
+    return Stage(f"profile {format}", (_PROFILE, "--format", format, *engine), 35, 20)
 
 
 def tests(name: str, marker: str, seconds: float, rehearse: bool) -> Stage:
     """pytest in several processes; a rehearsal only collects."""
-    folders = ("tests/kernels", "tests/engine/test_cuda_graph.py")
-    command = (sys.executable, "-m", "pytest", "-q", "-m", marker, *folders)
-    if importlib.util.find_spec("xdist") and not rehearse:
-        command += ("-n", min(12, os.cpu_count() or 1))
-    return Stage(name, (*command, "--collect-only") if rehearse else command, seconds)
+    command = (_STAGES / "testing.py", marker, *(["--collect-only"] if rehearse else []))
+    return Stage(name, command, seconds, 30)
 
 
 PARTS = {"first": first, "tune": tune, "final": final}
@@ -147,7 +170,7 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", help="stages, by name")
     args = parser.parse_args()
-    stages = PARTS[args.part](args.out, args.rehearse)
+    stages = PARTS[args.part](args.rehearse)
     names = [stage.name for stage in stages]
     if unknown := set(args.only or ()) - set(names):
         raise ValueError(
@@ -158,9 +181,9 @@ def main() -> int:
     # Whoever ends this process ends the stage that runs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = Run(args.out, args.part, args.seconds, args.rehearse, args.compile)
-    for stage in stages:
-        if not args.only or stage.name in args.only:
-            run.do(stage)
+    chosen = [stage for stage in stages if not args.only or stage.name in args.only]
+    for number, stage in enumerate(chosen, 1):
+        run.do(stage, sum(later.least for later in chosen[number:]))
     common.note(f"{run.failed} of {run.done} stages failed; {args.out}/results.jsonl has all lines")
     return 1 if run.failed else 0
 
@@ -180,14 +203,14 @@ class Run:
         self.done = 0
         self.failed = 0
 
-    def do(self, stage: Stage) -> None:
-        """Run a stage, or say why not."""
-        left = self._end - time.monotonic()
+    def do(self, stage: Stage, later: float = 0) -> None:
+        """Run a stage, or say why not; `later`: the seconds that are kept for the next ones."""
+        left = self._end - time.monotonic() - later
         line = self._facts | {"stage": stage.name}
         program = stage.command[0]
         is_program = isinstance(program, str)
         if left < stage.least:
-            line["skipped"] = f"{left:.0f} s are left, and it needs {stage.least:.0f}"
+            line["skipped"] = f"{left:.0f} s are left for it, and it needs {stage.least:.0f}"
         elif stage.name == "compile" and not self._compiles:
             line["skipped"] = "a rehearsal compiles with --compile alone"
         elif is_program and program != sys.executable and self._rehearse:

@@ -19,6 +19,7 @@ from mistral.files import format_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/benchmarks/gpu.md"
+_WAYS = ("packed_us", "unpacked_us")
 
 
 def main() -> None:
@@ -34,6 +35,8 @@ def main() -> None:
         ("Distances from the eager model", distance_table(stages)),
         ("Kernels of one step", profile_table(stages)),
         ("Launch shapes", shape_table(stages)),
+        ("Packed products, as they are and unpacked", crossover_table(stages)),
+        ("Tests", test_table(stages)),
     ):
         if table:
             write_section(args.page, heading, table)
@@ -87,7 +90,7 @@ def machine_table(stages: Sequence[dict]) -> str:
 def speed_table(stages: Sequence[dict]) -> str:
     """A row for each format, engine and case, the latest: tokens/s and their share of the roof."""
     rows = {}
-    for prefix in ("benchmark", "contexts"):
+    for prefix in ("benchmark", "rows", "contexts"):
         for stage in stages:
             name, _, format = stage["stage"].partition(" ")
             if name != prefix:
@@ -124,10 +127,9 @@ def distance_table(stages: Sequence[dict]) -> str:
     for line in lines_of(stages, "trial"):
         if "format" not in line:
             continue
-        launches = "dependent" if line["dependent"] else "plain"
         outcome = line.get("failed")
         shown = f"{line['distance']:.2%}" if outcome is None else f"{outcome}; {line['works']}"
-        rows[line["format"], str(line["batch"]), launches] = (shown,)
+        rows[line["format"], str(line["batch"]), line["how"]] = (shown,)
     head = ("format", "rows", "launches", "distance of the logits")
     return table(head, [(*key, *values) for key, values in rows.items()])
 
@@ -135,7 +137,8 @@ def distance_table(stages: Sequence[dict]) -> str:
 def profile_table(stages: Sequence[dict]) -> str:
     """The kernels of a step that take a hundredth of it or more."""
     rows = []
-    for line in {line["format"]: line for line in lines_of(stages, "profile")}.values():
+    found = [line for line in lines_of(stages, "profile") if "step_s" in line]
+    for line in {line["format"]: line for line in found}.values():
         total = sum(row["us"] for row in line["rows"]) or 1.0
         for row in line["rows"]:
             if row["us"] >= total / 100:
@@ -155,7 +158,8 @@ def shape_table(stages: Sequence[dict]) -> str:
     groups: dict[tuple, list[dict]] = {}
     for line in lines_of(stages, "sweep"):
         if "kernel" in line:
-            key = line["format"], str(line["batch"]), str(line["context"]), line["kernel"]
+            tokens = line["context"] if line["chunk"] == 1 else f"chunk of {line['chunk']}"
+            key = line["format"], str(line["batch"]), str(tokens), line["kernel"]
             groups.setdefault(key, []).append(line)
     rows = []
     for key, lines in groups.items():
@@ -169,8 +173,38 @@ def shape_table(stages: Sequence[dict]) -> str:
         changes = best["constants"] | best["options"] | ({"pdl": True} if best["dependent"] else {})
         shown = ", ".join(f"{name} {value}" for name, value in changes.items()) or "as it is"
         rows.append((*key, now, f"{best['us']:.2f}", shown))
-    head = ("format", "rows", "context", "kernel", "us in use", "us at best", "shape")
+    head = ("format", "rows", "tokens", "kernel", "us in use", "us at best", "shape")
     return table(head, rows)
+
+
+def crossover_table(stages: Sequence[dict]) -> str:
+    """Microseconds of the products of some layers, by both ways."""
+    rows = {}
+    for line in lines_of(stages, "crossover"):
+        if "rows" in line:
+            values = [f"{line[name]:,.0f}" if name in line else "" for name in _WAYS]
+            rows[line["format"], line["rows"]] = (*values, line.get("failed", ""))
+    head = ("format", "rows", "packed, us", "unpacked, us", "failed")
+    return table(head, [(*key, *values) for key, values in rows.items()])
+
+
+def test_table(stages: Sequence[dict]) -> str:
+    """The counts of each run of tests, and the tests that failed; the comparisons of the soak."""
+    rows = []
+    for line in lines_of(stages, "soak"):
+        if "steps" in line:
+            right = bool(line.get("same_bits") and line.get("counters_are_zero"))
+            launches = "dependent" if line["dependent"] else "plain"
+            name = f"soak, {line['format']}, {launches} launches, {line['steps']} steps"
+            why = "" if right else line.get("failed", "other bits, or counters that are not zero")
+            rows.append((name, int(right), int(not right), 0, why))
+    for stage in {stage["stage"]: stage for stage in stages if "tests" in stage["stage"]}.values():
+        lines = stage.get("results", [])
+        counts = next((line for line in lines if "passed" in line), {})
+        failed = [f"{line['test']}: {line['failed']}" for line in lines if "test" in line]
+        values = [str(counts.get(name, "")) for name in ("passed", "failed", "skipped")]
+        rows.append((stage["stage"], *values, "<br>".join(failed) or stage.get("failed", "")))
+    return table(("", "passed", "failed", "skipped", "which"), rows)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -20,27 +20,34 @@ def main() -> int:
     parser = common.parser(
         __doc__, "python scripts/dev/rehearse.py scripts/benchmark.py --engines kernels"
     )
-    parser.add_argument("--note", action="store_true", help="note the kernels, compile none")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--note", action="store_true", help="note the kernels, compile none")
+    how.add_argument(
+        "--ahead", action="store_true", help="note the kernels, then compile all at once"
+    )
+    parser.add_argument("--capability", type=int, default=90, help="of the GPU (default: 90)")
     parser.add_argument("script", type=common.path)
     args, rest = parser.parse_known_args()
     common.note("rehearsal: nothing runs on a GPU, and no figure below means anything")
     warnings.simplefilter("ignore")  # PyTorch's own, about fake tensors
-    recording = pretended_gpu.install(compiles=not args.note)
-    if args.note:
+    only_notes = args.note or args.ahead
+    recording = pretended_gpu.install(args.capability, compiles=not only_notes)
+    if only_notes:
         warm_up.WarmUp = NoWarmUp  # before the script imports it
     code = run(args.script, rest)
-    common.show_json(
-        {
-            "rehearsal": str(args.script),
-            "exit_code": code,
-            "kernels": len(recording.variants),
-            "compiled": sorted(recording.compiled),
-            "launches": len(recording.launches),
-            "launched_early": sum(early for _, early in recording.launches),
-            "graphs": len(recording.graphs),
-            "faults": recording.faults,
-        }
-    )
+    line = {
+        "rehearsal": str(args.script),
+        "exit_code": code,
+        "kernels": len(recording.variants),
+        "compiled": sorted(recording.compiled),
+        "launches": len(recording.launches),
+        "launched_early": sum(early for _, early in recording.launches),
+        "graphs": len(recording.graphs),
+        "faults": recording.faults,
+    }
+    if args.ahead:
+        line["not_compiled"] = warm_up.compile_all(list(recording.variants.values()))
+    common.show_json(line)
     return 1 if code or recording.faults else 0
 
 

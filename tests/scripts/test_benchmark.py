@@ -54,7 +54,16 @@ def test_the_shapes_of_7b_are_mistrals():
 
 @pytest.mark.parametrize(
     ("format", "gigabytes"),
-    [("Q4_K_M", 4.294), ("Q5_K_M", 5.041), ("Q4_0", 4.034), ("Q6_K", 5.834), ("Q8_0", 7.556)],
+    [
+        ("Q4_K_M", 4.294),
+        ("Q5_K_M", 5.041),
+        ("Q4_0", 4.034),
+        ("Q6_K", 5.834),
+        ("Q8_0", 7.556),
+        ("Q3_K_M", 3.461),
+        ("Q2_K", 2.675),
+        ("IQ4_XS", 3.873),
+    ],
 )
 def test_packed_formats_of_7b_read_as_much_as_the_files_hold(format, gigabytes):
     model = sizes.make_model("7b", torch.device("meta"), torch.bfloat16, format)
@@ -199,8 +208,11 @@ def test_who_takes_too_long_is_interrupted_and_turns_that_were_done_count(tiny, 
         def prefill(self):
             Slow.turns += 1
             if Slow.turns == 3:  # opening, the first turn, the second
-                while True:
-                    time.sleep(0.001)
+                try:
+                    while True:
+                        time.sleep(0.001)
+                except Exception as error:  # as an engine does
+                    raise ValueError("the kernels do not run here") from error
 
         def generate(self, n):
             pass
@@ -229,7 +241,7 @@ def test_nothing_is_interrupted_inside_pytorchs_dispatcher():
             done.append(function)
             return function(*args, **(kwargs or {}))
 
-    with pytest.raises(TimeoutError), turns.TimeLimit(0.02).enforced():
+    with pytest.raises(turns.OutOfTime), turns.TimeLimit(0.02).enforced():
         with Waiting():
             torch.ones(1)
         while True:

@@ -52,3 +52,9 @@ def test_an_engine_for_a_chat_has_slack_for_spelled_ends_and_guesses():
     arguments = argparse.Namespace(engine="eager", lookup=8)
     engine, _ = common.open_chat_engine(arguments, small.model(), None)
     assert engine.slack == SLACK
+
+
+@pytest.mark.parametrize("place", ["a" * 300, "a" * 300 + "/b"])
+def test_an_output_whose_name_is_too_long_is_named(place, tmp_path):
+    with pytest.raises(ValueError, match="too long|is not a folder"):
+        common.check_output(tmp_path / place)
