@@ -351,9 +351,12 @@ class Endless(TypedDict):
     inner: "Endless"
 
 
-@pytest.mark.parametrize(
-    "hint", [[int], type, callable, Host, Callable[[int], int], Endless, list[Host]], ids=str
-)
+HINTS_WITHOUT_JSON = [[int], type, callable, Host, Callable[[int], int], list[Host]]
+if sys.version_info < (3, 12):  # pydantic reads the TypedDict of later versions, with a $ref
+    HINTS_WITHOUT_JSON.append(Endless)
+
+
+@pytest.mark.parametrize("hint", HINTS_WITHOUT_JSON, ids=str)
 def test_a_hint_without_json_is_named(hint):
     with pytest.raises(
         SchemaError, match="tool f: the parameter x: .* has no JSON schema"
@@ -1380,7 +1383,8 @@ UNWRITABLE = {
     "circle": (circle(), "[[...]]"),
     "surrogate": ("\ud800", "\\ud800"),
     "deep": (nested([], 65, lambda v: [v]), "[" * 66 + "]" * 66),
-    "very deep": (nested([], 5000, lambda v: [v]), "an object of the class list"),
+    # From Python 3.14 on `repr` goes that deep.
+    "very deep": (nested([], 5000, lambda v: [v]), ("an object of the class list", "[[[")),
     "digits": (1 << 20_000, "an object of the class int"),
     "evil": (Evil([1]), "[1]"),
     "endless": (itertools.count(), "count("),

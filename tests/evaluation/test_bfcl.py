@@ -138,7 +138,7 @@ def test_a_model_is_asked_each_row_once(opened):
     model, tokenizer = mistral.load("demo", device="cpu")
     rows = [row for category in bfcl.CATEGORIES for row in bfcl.read_suite(data, category, 1)]
     engine = Decoder(model, 3, slack=32)
-    asked = list(bfcl.ask(engine, tokenizer, rows, max_new_tokens=24))
+    asked = list(bfcl.ask(engine, tokenizer, rows))
     assert sorted(row.id for row, _ in asked) == sorted(row.id for row in rows)
     scored = [(row, answer, bfcl.judge(row, answer, checker)) for row, answer in asked]
     found = bfcl.bfcl_summary(scored)
@@ -196,13 +196,22 @@ def reply_with(reply, path, body):
     return 200, reply
 
 
+@pytest.mark.parametrize(("reason", "was_cut"), [("length", True), ("stop", False)])
+def test_an_answer_that_was_cut_says_so(opened, reason, was_cut):
+    rows = bfcl.read_suite(opened[0], "multiple", 1)
+    reply = {"choices": [{"finish_reason": reason, "message": {"content": "No."}}]}
+    ((_, answer),) = bfcl_server.ask_server(partial(reply_with, reply), rows)
+    assert (answer.text, answer.was_cut) == ("No.", was_cut)
+
+
 def test_arguments_that_are_not_an_object_are_an_invalid_call(opened):
     rows = bfcl.read_suite(opened[0], "multiple", 1)
-    for written in ('["a"]', "{", "{'radius': 1}"):
+    for written, kept in (('["a"]', ["a"]), ("{", "{"), ("{'radius': 1}", "{'radius': 1}")):
         call = {"function": {"name": "geometry_area", "arguments": written}}
         message = {"tool_calls": [call]}
         reply = {"choices": [{"finish_reason": "tool_calls", "message": message}]}
         ((row, answer),) = bfcl_server.ask_server(partial(reply_with, reply), rows)
+        assert answer.calls == [Call("geometry_area", kept)]
         assert len(bfcl.format_problems(row, answer)) == 1
         assert not bfcl.judge(row, answer, opened[1]).passed
 

@@ -27,6 +27,19 @@ class Window:
         self.browser.open(f"{self.server.url}?{self._opened}{path}")
         self.wait("document.body.dataset.ready === 'yes'")
 
+    def reopen(self) -> None:
+        """Load the same conversation again, when the browser has written what the page stores."""
+        # Transactions of one store end in the order in which they began.
+        self.js(
+            "(() => { window.isStored = false; const request = indexedDB.open('mistral');"
+            "request.onsuccess = () => { const database = request.result;"
+            "const stores = [...database.objectStoreNames];"
+            "database.transaction(stores, 'readwrite').oncomplete = () => {"
+            "database.close(); window.isStored = true } } })()"
+        )
+        self.wait("window.isStored")
+        self.open(self.js("location.hash"))
+
     def js(self, expression: str):
         return self.browser.evaluate(expression)
 

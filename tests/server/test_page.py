@@ -137,7 +137,7 @@ def test_retry_and_edit_are_branches(page):
     assert page.server.bodies[2]["messages"] == [{"role": "user", "content": "Hi there"}]
     page.click("article.question .branches button", "Branch before")
     page.wait("document.querySelector('.bubble').innerText === 'Hi'")
-    page.open(page.js("location.hash"))  # all of it is kept
+    page.reopen()  # all of it is kept
     assert page.texts(".bubble") == ["Hi"] and page.text("article.answer .branches") == "2 / 2"
 
 
@@ -515,7 +515,7 @@ def test_what_was_recorded_is_there_after_a_reload(page):
     page.ask("two")
     page.click("#run-toggle")
     page.ask("three")  # not recorded
-    page.open(page.js("location.hash"))
+    page.reopen()
     assert page.texts(".actions button[title^=The]") == []
     page.click("#run-toggle")
     page.wait("document.querySelectorAll('.token.generated').length === 3")  # the last one recorded
