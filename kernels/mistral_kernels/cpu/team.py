@@ -1,9 +1,13 @@
 """Python threads that help with the steps of one decoder (phases.py says how they share them)."""
 
+import atexit
 import threading
+import weakref
 from collections.abc import Callable
 
 from torch import Tensor
+
+_teams: "weakref.WeakSet[Team]" = weakref.WeakSet()
 
 
 class Team:
@@ -22,6 +26,7 @@ class Team:
         self._bells = [threading.Semaphore(0) for _ in range(threads - 1)]
         self._asleep = [True] * (threads - 1)
         self._helpers: list[threading.Thread] = []
+        _teams.add(self)
 
     def wake(self) -> None:
         """Call before a step: helpers that sleep in Python will look for its ticket."""
@@ -52,6 +57,11 @@ class Team:
         for bell in self._bells:
             bell.release()
 
+    def join(self) -> None:
+        """Wait until the helpers of a closed team have ended: some 20 milliseconds."""
+        for helper in self._helpers:
+            helper.join()
+
     def _help(self, i: int) -> None:
         seen = int(self.tickets[0])
         while True:
@@ -60,3 +70,17 @@ class Team:
                 return
             seen = self._serve(seen)
             self._asleep[i] = True
+
+
+@atexit.register
+def end_all() -> None:
+    """Let the helpers of all teams end, and wait for them.
+
+    Python ends a thread that comes back from compiled code after its last moment. That unwinds a
+    stack that C++ cannot unwind, and the process would abort.
+    """
+    teams = list(_teams)
+    for team in teams:
+        team.close()
+    for team in teams:
+        team.join()
