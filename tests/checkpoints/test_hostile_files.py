@@ -223,11 +223,11 @@ def test_nested_json_is_refused(depth, folder):
 @pytest.mark.parametrize(
     "text", ['{"a": 1, "b": 2, "a": 1}', '{"x": [{"a\\u001b": 1, "a\\u001b": 2}]}']
 )
-def test_a_key_that_stands_twice_is_named(text, folder):
+def test_a_key_that_occurs_twice_is_named(text, folder):
     replace(folder / "config.json", text)
     message = refusal(lambda: read_json(folder / "config.json"))
     assert "the key 'a" in message
-    assert "stands twice in one object" in message
+    assert "occurs twice in one object" in message
     assert "\x1b" not in message
 
 

@@ -104,7 +104,7 @@ def test_tiles_hold_the_blocks_to_the_bit(kind, rows):
     assert tiles.data.numel() == -(-rows // 8) * 8 * blocks.shape[1]  # not a byte more
 
 
-def test_a_product_with_several_rows_reads_nothing_behind_the_last_tile():
+def test_a_product_with_several_rows_reads_nothing_after_the_last_tile():
     columns = 3 * 32  # of the 8 groups that are unpacked at a time
     blocks = blocks_of("Q8_0", 16, columns)
     size = blocks.numel()

@@ -49,22 +49,19 @@ _CELLS = {
 }
 
 
-def _scores_of(load: Callable, size: int) -> Callable:
-    @part
-    def one(q, key, H):
-        """The product of a query with a key."""
-        a = floats_of(np.float32(0))
-        b = floats_of(np.float32(0))
-        for i in range(0, H, 16):
-            a = multiply_add(load(key + size * i), floats_at(q + 4 * i), a)
-            b = multiply_add(load(key + size * i + 8 * size), floats_at(q + 4 * i + 32), b)
-        return total(a + b)
-
+def _eight_scores_of(load: Callable, size: int) -> Callable:
     @part
     def eight(q, key, H):
         """With eight keys: each value of the query is loaded once for all of them."""
         row = size * H
-        a = b = c = d = e = f = g = h = floats_of(np.float32(0))
+        a = floats_of(np.float32(0))
+        b = floats_of(np.float32(0))
+        c = floats_of(np.float32(0))
+        d = floats_of(np.float32(0))
+        e = floats_of(np.float32(0))
+        f = floats_of(np.float32(0))
+        g = floats_of(np.float32(0))
+        h = floats_of(np.float32(0))
         for i in range(0, H, 8):
             x = floats_at(q + 4 * i)
             k = key + size * i
@@ -77,6 +74,22 @@ def _scores_of(load: Callable, size: int) -> Callable:
             g = multiply_add(load(k + 6 * row), x, g)
             h = multiply_add(load(k + 7 * row), x, h)
         return totals(a, b, c, d, e, f, g, h)
+
+    return eight
+
+
+def _scores_of(load: Callable, size: int) -> Callable:
+    eight = _eight_scores_of(load, size)
+
+    @part
+    def one(q, key, H):
+        """The product of a query with a key."""
+        a = floats_of(np.float32(0))
+        b = floats_of(np.float32(0))
+        for i in range(0, H, 16):
+            a = multiply_add(load(key + size * i), floats_at(q + 4 * i), a)
+            b = multiply_add(load(key + size * i + 8 * size), floats_at(q + 4 * i + 32), b)
+        return total(a + b)
 
     @part
     def scores(q, count, keys, values, H, out, ahead, share):
@@ -114,11 +127,15 @@ def _add_values_of(load: Callable, size: int) -> Callable:
 
     @part
     def sixty_four(weights, count, values, H, out):
-        """Eight sums at once, each of which waits for its last one."""
-        a, b = floats_at(out), floats_at(out + 32)
-        c, d = floats_at(out + 64), floats_at(out + 96)
-        e, f = floats_at(out + 128), floats_at(out + 160)
-        g, h = floats_at(out + 192), floats_at(out + 224)
+        """Eight sums at once: an addition to one waits until the last one to it has ended."""
+        a = floats_at(out)
+        b = floats_at(out + 32)
+        c = floats_at(out + 64)
+        d = floats_at(out + 96)
+        e = floats_at(out + 128)
+        f = floats_at(out + 160)
+        g = floats_at(out + 192)
+        h = floats_at(out + 224)
         for t in range(count):
             w = floats_of(float_at(weights + 4 * t))
             v = values + size * H * t

@@ -123,10 +123,6 @@ class Decoder(ReferenceDecoder):
             return super().verify_rows(rows)
 
     def _forward(self, tokens: Tensor, counts: list[int]) -> Tensor:
-        if counts == [1] * self.batch_size and self.batch_size <= MAX_COLUMNS:
-            growth = self._cache.grow(counts)
-            columns = [(b, 0) for b in range(self.batch_size)]
-            return self._read(tokens, columns, len(columns), growth).clone()
         logits = torch.zeros(self.batch_size, self.config.vocab_size)
         for rows in self._passes(counts):
             if self._is_short(rows[0], counts[rows[0]]):
@@ -134,7 +130,10 @@ class Decoder(ReferenceDecoder):
                 # The last token of each row first: those have logits.
                 last = [(b, counts[b] - 1) for b in rows]
                 others = [(b, i) for b in rows for i in range(counts[b] - 1)]
-                logits[rows] = self._read(tokens, last + others, len(last), growth)
+                found = self._read(tokens, last + others, len(last), growth)
+                if len(rows) == self.batch_size:  # in their order
+                    return found.clone()
+                logits[rows] = found
             else:
                 b = rows[0]
                 logits[b] = self._read_prompt(tokens[b, : counts[b]], b, last_only=True)[0]
