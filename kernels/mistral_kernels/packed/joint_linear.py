@@ -110,7 +110,7 @@ def joint_linear(
     matrices, kinds, dtype = operands(x, *weights)
     shape = launch(T, weights[0].columns, out_features, dtype, arch_of(x), kinds, scaled)
     second_at = weights[0].rows
-    third_at = second_at + weights[1].rows  # behind the last row, if there are two
+    third_at = second_at + weights[1].rows  # after the last row, if there are only two
     matrices = [*matrices, matrices[-1]][:3]
     factors = inverse if scaled else x  # not read
     sizes = (T, second_at, third_at, out_features)
