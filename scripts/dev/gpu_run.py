@@ -84,6 +84,7 @@ def tune(rehearse: bool) -> list[Stage]:
         Stage("compile", (_STAGES / "compiling.py", "--sweep", "--seconds", 200), 210, 60),
         sweep("steps", 150),
         sweep("attention", 60),
+        sweep("sampling", 30),
         sweep("chunks", 60),
         sweep("prompts", 30),
         Stage("crossover", (_STAGES / "crossover.py",), 45, 20),

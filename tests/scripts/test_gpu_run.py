@@ -20,6 +20,7 @@ from gpu_stages import compiling, sweep, trial
 
 from mistral_kernels.decode.step import KERNELS
 from mistral_kernels.portable import Launch
+from mistral_kernels.sample.sampler import Sampler
 
 
 def python(code):
@@ -194,6 +195,50 @@ def test_a_variant_that_writes_nothing_is_not_called_right(monkeypatch):
     for line in found:
         assert ("failed" in line) == (line["constants"].get("WARPS") == 2)
     assert math.isnan(found[-1]["distance"])
+
+
+class Draws:
+    """In the place of the sampling kernel: what it draws depends on how many ids were drawn."""
+
+    __name__ = "sample_kernel"
+    arg_names = ("logits", "seen", "counts", "ids", "answers")
+
+    def __getitem__(self, grid):
+        def run(logits, seen, counts, ids, answers, GROUPS, BLOCK, num_warps):
+            assert 128 * num_warps == BLOCK
+            ids.copy_(counts % len(seen))
+            answers.copy_(ids)
+            seen[ids] = True
+            counts += 1
+
+        return run
+
+
+def test_every_shape_of_the_sampler_draws_by_the_same_random_numbers(monkeypatch):
+    logits = torch.zeros(8)
+    seen = torch.zeros(8, dtype=torch.bool)
+    arguments = (logits, seen, *(torch.zeros(1, dtype=torch.int64) for _ in range(3)))
+    launch = Launch((1,), dict(GROUPS=512, BLOCK=2048), dict(num_warps=16))
+    call = sweep.Call(Draws(), launch, arguments)
+
+    def used(call):  # as its launches in a graph leave it
+        call.launch.run(call.kernel, *call.arguments)
+        return 1e-6
+
+    found = measured(call, monkeypatch, used)
+    assert [line["options"].get("num_warps") for line in found] == [None, 4, 8, 32]
+    assert [line["distance"] for line in found] == [0.0] * 4
+    assert len(sweep.copies(call, [])) > 1  # one launch alone would time the graph's start
+
+
+def test_the_sampling_kernel_has_every_rule_that_is_measured():
+    (work,) = sweep.WORKS["sampling"]
+    rules = [sweep._RULES[name] for name in work.rules]
+    assert all(map(Sampler.supports, rules))
+    assert {"top_k", "top_p", "min_p"} <= {
+        name for rule in rules for name in vars(rule) if vars(rule)[name] != getattr(rules[1], name)
+    }
+    assert len(set(map(repr, rules))) == len(rules) == 6
 
 
 def test_the_types_of_a_mixture_are_two_calls():

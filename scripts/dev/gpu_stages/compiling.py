@@ -20,7 +20,7 @@ from benchmark_parts.warm_up import WarmUp
 _DEV = Path(__file__).resolve().parents[1]
 # Those of benchmark.py's core, of the trial, and of steps of many rows
 _CASES = (Case(1, 2048, 64), Case(8, 512, 64), Case(32, 512, 64), Case(64, 512, 64))
-_ONCE = ("steps", "attention", "prompts", "chunks", "--once")
+_ONCE = ("steps", "attention", "sampling", "prompts", "chunks", "--once")
 
 
 def main() -> int:

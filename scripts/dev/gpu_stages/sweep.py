@@ -1,18 +1,20 @@
 """Time the launch shapes of each kernel: one line of JSON a variant, at once.
 
-    steps      the kernels of one token, of every format, but for attention
+    steps      the kernels of one token, of every format, but for attention and sampling
     attention  of one token, at a short and a full window, alone and for 8 rows
+    sampling   of one id, greedily and with each of the rules, alone and for 8 rows
     prompts    attention of a prompt of 2,048 tokens
     chunks     the products of packed weights with 8 and with 64 rows, as short chunks have them
 
 The launches of a 7B of two layers, which have all types of a mixture, are recorded, with their
-arguments. Each is repeated in a CUDA
-graph with other numbers of warps, keys at once, parts, loads in flight and registers, over copies
-of its weights that no cache holds, and its results are compared with those of the shape in use. A
-variant that does not compile, or computes something else, is a line that says so.
+arguments. Each is repeated in a CUDA graph with other numbers of warps, keys at once, parts, loads
+in flight and registers, over copies of its weights that no cache holds, and its results are
+compared with those of the shape in use. A variant that does not compile, or computes something
+else, is a line that says so.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -32,6 +34,7 @@ from benchmark_parts.contestants import GREEDY
 from benchmark_parts.turns import TimeLimit
 from torch import Tensor
 
+from mistral import Sampling
 from mistral.files import append_line
 from mistral_kernels.decode.matvec import DENSE
 from mistral_kernels.decoder import Decoder
@@ -39,22 +42,31 @@ from mistral_kernels.portable import Launch
 
 _PACKED = ("Q4_K_M", "Q6_K", "Q8_0")
 _COLD = 512e6  # bytes of weights to walk through: more than eight times an H200's L2
-_MOST_COPIES = 64  # of small ones
+_MOST_COPIES = 64  # of small ones; as often a kernel without weights is launched in a row
 _CLOSE = 0.02  # of the norm: another order of sums, never another result
 
 
-_OF_STEPS = (
-    *("embed_kernel", "qkv_kernel", "projection_kernel", "gate_up_kernel", "head_kernel"),
-    "sample_kernel",
-)
+_OF_STEPS = ("embed_kernel", "qkv_kernel", "projection_kernel", "gate_up_kernel", "head_kernel")
 _OF_CHUNKS = ("short_linear_kernel", "joint_linear_kernel")
+# How ids are sampled, by the name of the rule; every launch draws by other random numbers.
+_RULES = {
+    "greedy": GREEDY,
+    "no rule": Sampling(temperature=0.8, seed=0),
+    "top-k 40": Sampling(temperature=0.8, top_k=40, seed=0),
+    "top-p 0.9": Sampling(temperature=0.8, top_p=0.9, seed=0),
+    "min-p 0.05": Sampling(temperature=0.8, min_p=0.05, seed=0),
+    "all rules": Sampling(
+        temperature=0.8, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.1, seed=0
+    ),
+}
 
 
 class Work(NamedTuple):
-    """What is recorded, once for each format, batch and context.
+    """What is recorded, once for each format, batch, context and rule.
 
     chunk    so many tokens are read at once; 1: a step after `contexts` tokens
     kernels  which of its kernels
+    rules    by which a step samples; names in `_RULES`
     """
 
     formats: tuple[str, ...]
@@ -62,11 +74,13 @@ class Work(NamedTuple):
     batches: tuple[int, ...] = (1,)
     contexts: tuple[int, ...] = (512,)
     chunk: int = 1
+    rules: tuple[str, ...] = ("greedy",)
 
 
 WORKS = {
     "steps": [Work(("plain", *_PACKED), _OF_STEPS)],
     "attention": [Work(("plain",), ("decode_attention_kernel",), (1, 8), (512, 4096))],
+    "sampling": [Work(("plain",), ("sample_kernel",), (1, 8), (16,), rules=tuple(_RULES))],
     "prompts": [Work(("plain",), ("prefill_attention_kernel",), contexts=(0,), chunk=2048)],
     "chunks": [Work(_PACKED, _OF_CHUNKS, chunk=chunk) for chunk in (8, 64)],
 }
@@ -94,7 +108,7 @@ KINDS = {
     "projection_kernel": Kind(("weight",), ("x", "sums"), ("residual",)),
     "gate_up_kernel": Kind(("gate_proj", "up_proj"), ("h",)),
     "head_kernel": Kind(("weight",), ("logits",)),
-    "sample_kernel": Kind((), (), ("ids", "answers"), early=False),
+    "sample_kernel": Kind((), (), ("seen", "counts", "ids", "answers"), early=False),
     "prefill_attention_kernel": Kind(("k", "v"), ("y",), early=False),
     "short_linear_kernel": Kind(("weight",), ("outputs",), early=False),
     "joint_linear_kernel": Kind(("first", "second", "third"), ("outputs",), early=False),
@@ -165,28 +179,48 @@ def measure(args: argparse.Namespace, name: str, work: Work, limit: TimeLimit) -
     for format, batch, context in product(formats, work.batches, work.contexts):
         facts = {"work": name, "format": format, "batch": batch, "context": context}
         facts |= {"chunk": work.chunk}
-        for call in recorded(args.size, format, batch, context, work.chunk):
+        for rule, call in recorded(args.size, format, batch, context, work):
             kernel = call.kernel.__name__
             if kernel not in (args.only or work.kernels):
                 continue
             if args.once:
                 launch_once(call)
                 continue
+            shown = call.name if len(work.rules) == 1 else f"{call.name}, {rule}"
             for line in lines(call, limit):
-                line = facts | {"kernel": call.name} | line
+                line = facts | {"kernel": shown} | line
                 common.show_json(line)
                 if args.out:
                     append_line(args.out, json.dumps(line).encode())
 
 
-def recorded(size: str, format: str, batch: int, context: int, chunk: int) -> list[Call]:
-    """The launches of one step, or of one chunk: one of each name."""
+def recorded(
+    size: str, format: str, batch: int, context: int, work: Work
+) -> Iterator[tuple[str, Call]]:
+    """The launches of one chunk, or of one step by each rule: one of each name.
+
+    The arguments of a launch hold what its rule needs until the next rule's is asked for.
+    """
     device = torch.device("cuda", 0)
     model = sizes.make_model(size, device, torch.bfloat16, format, layers=2)
-    decoder = Decoder(model, batch, context + chunk + 8, graph=False)
+    decoder = Decoder(model, batch, context + work.chunk + 2 * len(work.rules) + 8, graph=False)
     if context:
         decoder.prefill([[3] * context] * batch)
-    calls: dict[str, Call] = {}
+    for rule in work.rules:
+        calls: dict[str, Call] = {}
+        with _recording(calls):
+            if work.chunk > 1:
+                decoder.prefill([[3] * work.chunk] * batch)
+            else:
+                decoder.step(_RULES[rule])
+                decoder.step(_RULES[rule])
+        for call in calls.values():
+            yield rule, call
+
+
+@contextlib.contextmanager
+def _recording(calls: dict[str, Call]) -> Iterator[None]:
+    """Note the first launch of each name in `calls`."""
     run = Launch.run
 
     def record(launch: Launch, kernel: Any, *arguments: Any, pdl: bool = False) -> None:
@@ -194,16 +228,11 @@ def recorded(size: str, format: str, batch: int, context: int, chunk: int) -> li
         calls.setdefault(call.name, call)
         run(launch, kernel, *arguments, pdl=pdl)
 
+    Launch.run = record
     try:
-        Launch.run = record
-        if chunk > 1:
-            decoder.prefill([[3] * chunk] * batch)
-        else:
-            decoder.step(GREEDY)
-            decoder.step(GREEDY)
+        yield
     finally:
         Launch.run = run
-    return list(calls.values())
 
 
 def variants(call: Call) -> Iterator[tuple[dict, dict]]:
@@ -226,7 +255,8 @@ def variants(call: Call) -> Iterator[tuple[dict, dict]]:
                 yield dict(WARPS=warps), dict(num_warps=warps, maxnreg=most)
     else:
         for warps in (4, 8, 16, 32):
-            yield {}, dict(num_warps=warps)
+            changes = dict(BLOCK=128 * warps) if "GROUPS" in constants else {}  # as it samples
+            yield changes, dict(num_warps=warps)
 
 
 def changed(call: Call, constants: dict, options: dict, pdl: bool) -> Call:
@@ -300,8 +330,10 @@ def lines(call: Call, limit: TimeLimit) -> Iterator[dict]:
 
 def copies(call: Call, read: list[int]) -> list[dict[int, Tensor]]:
     """Weights that differ in their place, enough that no cache holds them all."""
+    if not read:
+        return [{}] * _MOST_COPIES
     size = sum(call.arguments[i].nbytes for i in read)
-    count = min(max(2, int(_COLD // max(size, 1)) + 1), _MOST_COPIES) if read else 1
+    count = min(max(2, int(_COLD // max(size, 1)) + 1), _MOST_COPIES)
     return [{}] + [{i: call.arguments[i].clone() for i in read} for _ in range(count - 1)]
 
 
