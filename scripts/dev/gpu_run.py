@@ -59,7 +59,7 @@ def first(rehearse: bool) -> list[Stage]:
     """What a first run asks: does it work, and about how fast is it."""
     return [
         facts(),
-        Stage("compile", (_STAGES / "compiling.py", "--seconds", 110), 120, 40),
+        compilation(110, 40, rehearse),
         Stage("trial", trial(rehearse, "--batches", 1, 8), 70, 30),
         Stage("trial of many rows", trial(rehearse, "--batches", 17, 64), 50, 25),
         tests("GPU tests", "gpu", 110, rehearse),
@@ -81,12 +81,12 @@ def tune(rehearse: bool) -> list[Stage]:
     counters = ("ncu", "--clock-control", "none", "--launch-skip", 60, "--launch-count", 14)
     one = ("--here", "--formats", "Q4_K_M", "--batches", 1, "--how", "plain")
     return [
-        Stage("compile", (_STAGES / "compiling.py", "--sweep", "--seconds", 200), 210, 60),
-        sweep("steps", 150),
-        sweep("attention", 60),
-        sweep("sampling", 30),
-        sweep("chunks", 60),
-        sweep("prompts", 30),
+        compilation(200, 60, rehearse, "--sweep"),
+        sweep("steps", 150, rehearse),
+        sweep("attention", 60, rehearse),
+        sweep("sampling", 30, rehearse),
+        sweep("chunks", 60, rehearse),
+        sweep("prompts", 30, rehearse),
         Stage("crossover", (_STAGES / "crossover.py",), 45, 20),
         Stage("counters", (*counters, sys.executable, _STAGES / "trial.py", *one), 60, 20),
     ]
@@ -99,7 +99,7 @@ def final(rehearse: bool) -> list[Stage]:
     small = ("--size", "tiny", "--formats", "plain", "--steps", 100)
     return [
         facts(),
-        Stage("compile", (_STAGES / "compiling.py", "--seconds", 90), 100, 40),
+        compilation(90, 40, rehearse),
         benchmark("plain", 150, rehearse),
         *(benchmark(format, 45, rehearse, *_OURS) for format in _PACKED),
         many_rows("plain", 35, rehearse),
@@ -116,14 +116,20 @@ def facts() -> Stage:
     return Stage("facts", (_STAGES / "facts.py",), 45, 15)
 
 
+def compilation(seconds: float, least: float, rehearse: bool, *options: object) -> Stage:
+    """All kernels at once; what is not compiled within its own limit is compiled when it runs."""
+    command = (_STAGES / "compiling.py", *options, "--seconds", limit(seconds, rehearse))
+    return Stage("compile", command, seconds + 10, least)
+
+
 def trial(rehearse: bool, *options: object) -> tuple[object, ...]:
     """Only this process pretends to have a GPU: a rehearsal is in one."""
     return (_STAGES / "trial.py", *options, *(["--here"] if rehearse else []))
 
 
-def sweep(work: str, seconds: float) -> Stage:
+def sweep(work: str, seconds: float, rehearse: bool) -> Stage:
     """The launch shapes of one work, with a limit of its own."""
-    command = (_STAGES / "sweep.py", work, "--seconds", seconds)
+    command = (_STAGES / "sweep.py", work, "--seconds", limit(seconds, rehearse))
     return Stage(f"sweep of {work}", command, seconds + 15, seconds / 3)
 
 
@@ -131,10 +137,15 @@ def benchmark(
     format: str, seconds: float, rehearse: bool, *options: object, name: str = "benchmark"
 ) -> Stage:
     """benchmark.py with its own limit; ended only if that does not hold."""
-    limit = seconds * (_SLOWER if rehearse else 1)
     turns = ("--repeats", 1, "--new-tokens", 4) if rehearse else ("--repeats", 3)
-    command = (_BENCHMARK, "--format", format, "--compiled", *turns, "--time-limit", limit)
-    return Stage(f"{name} {format}", (*command, *options), seconds + 20, seconds / 2)
+    command = (_BENCHMARK, "--format", format, "--compiled", *turns)
+    command = (*command, "--time-limit", limit(seconds, rehearse), *options)
+    return Stage(f"{name} {format}", command, seconds + 20, seconds / 2)
+
+
+def limit(seconds: float, rehearse: bool) -> float:
+    """The time that a stage gives itself: as much longer in a rehearsal as the stage's own."""
+    return seconds * (_SLOWER if rehearse else 1)
 
 
 def many_rows(format: str, seconds: float, rehearse: bool) -> Stage:
@@ -220,8 +231,8 @@ class Run:
             line["skipped"] = f"{program} is not installed"
         else:
             self.done += 1
-            seconds = stage.seconds * (_SLOWER if self._rehearse else 1)
-            line |= self._run(self._command(stage), min(seconds, left))
+            seconds = min(limit(stage.seconds, self._rehearse), left)
+            line |= self._run(self._command(stage), seconds)
             self.failed += bool(line.get("failed"))
         append_line(self._results, json.dumps(line).encode())
         outcome = line.get("skipped") or line.get("failed") or f"done in {line['seconds']} s"

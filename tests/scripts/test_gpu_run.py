@@ -101,6 +101,22 @@ def test_no_stage_of_a_part_is_left_out_whatever_the_others_take(part):
         assert isinstance(program, str) or program.is_file(), stage
 
 
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_a_stage_ends_itself_before_it_is_ended(rehearse):
+    """And in a rehearsal, which is slower, no later than it would on a GPU."""
+    limits = {}
+    for part, stages in gpu_run.PARTS.items():
+        for stage in stages(rehearse):
+            command = list(stage.command)
+            for name in {"--seconds", "--time-limit"} & set(map(str, command)):
+                given = command[command.index(name) + 1]
+                limits[part, stage.name] = given
+                assert given < gpu_run.limit(stage.seconds, rehearse)
+                assert given >= 0.6 * gpu_run.limit(stage.seconds, rehearse)
+    assert len(limits) >= 15
+    assert limits["tune", "compile"] == (2000 if rehearse else 200)
+
+
 def test_the_operation_that_is_to_blame_is_named(monkeypatch):
     asked = []
 
