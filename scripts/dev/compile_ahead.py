@@ -43,7 +43,7 @@ _TYPES = (
     | dict.fromkeys(
         ("ring_size", "num_slots", "window", "T", "out_features", "rows", "q_rows", "k_rows"), "i32"
     )
-    | dict.fromkeys(("second_at", "third_at"), "i32")
+    | dict.fromkeys(("second_at", "third_at", "rounds"), "i32")
     | dict.fromkeys(_STRIDES, "i32")
     | dict.fromkeys(("allowed", "seen"), "*i1")
     | dict.fromkeys(("product", "q_product", "k_product", "v_product"), "*fp32")
@@ -60,7 +60,7 @@ KINDS = {"KIND": ("weight", "gate_proj", "up_proj", "table")} | {
         *zip(joint_linear.KIND_NAMES, ("first", "second", "third")),
     )
 }
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 _LABEL = re.compile(r"^\s*(\.L_x?_?\S+):")
 
@@ -72,6 +72,7 @@ class _Compiled:
     registers: int  # per thread
     spilled: int  # bytes per thread that did not fit into registers
     shared: int  # bytes of shared memory per CTA
+    cubin: bytes
     sass: list[str]  # the instructions with their operands
     loops: list[tuple[int, int]]  # first and last + 1 instruction of each loop
     # kWidth of the operands of `tl.dot`: 2 if 16-bit values come straight from memory
@@ -303,6 +304,7 @@ def compile_ahead(
         registers=registers,
         spilled=spilled,
         shared=compiled.metadata.shared,
+        cubin=compiled.asm["cubin"],
         sass=sass,
         loops=loops,
         operand_widths=widths,
@@ -358,7 +360,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tools = ([_TOOLS / "nvdisasm", "-c"], [_TOOLS / "cuobjdump", "-res-usage"])
+        tools = ([TOOLS / "nvdisasm", "-c"], [TOOLS / "cuobjdump", "-res-usage"])
         runs = [
             subprocess.run([*tool, file.name], capture_output=True, text=True, check=True)
             for tool in tools

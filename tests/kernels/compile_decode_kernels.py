@@ -12,6 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 sys.path.append(str(Path(__file__).parents[2] / "scripts/dev"))
+import time_model
 from benchmark_parts.sizes import config
 from compile_ahead import compile_ahead, decode_kernels, instructions_per_weight
 from demo.training import CONFIG as DEMO
@@ -60,7 +61,18 @@ def facts(name, task, dtype, target, model_dtype=None):
         waits=made.count("ACQBULK"),
         wide_loads_before_wait=_before_wait(made.sass),
         a_weight=instructions_per_weight(made, task.launch),
+        predicted=_predicted(made, task.launch) if (name, target) == ("output", 90) else None,
     )
+
+
+def _predicted(made, launch):
+    """Seconds, by the model of a multiprocessor; the loop of plain weights has two rounds here."""
+    warps = launch.options["num_warps"]
+    columns = 32 * warps * launch.constants["CHUNKS"]
+    rounds = max(launch.constants["COLUMNS"] // columns, 1) if columns else 1
+    program = time_model.program(*time_model.instructions(made.cubin), rounds=rounds)
+    CTAs = time_model.resident(made.registers, warps, made.shared)
+    return time_model.seconds(program, launch.grid[0], warps, CTAs)
 
 
 def _before_wait(sass):

@@ -45,6 +45,13 @@ def test_nothing_spills(compiled):
     assert {key: made["spilled"] for key, made in compiled.items() if made["spilled"]} == {}
 
 
+def test_the_model_of_a_multiprocessor_takes_what_a_gpu_may_take(compiled):
+    """At least as long as the memory, and not much longer."""
+    made = compiled["output", 90, "bfloat16", 1]
+    of_memory = 2 * 4096 * 4096 / 4.3e12
+    assert of_memory < made["predicted"] < 1.5 * of_memory
+
+
 def test_two_blocks_of_threads_fit_a_multiprocessor(compiled):
     for key, made in compiled.items():
         if key[2] != "float32":  # it serves comparisons, not speed
