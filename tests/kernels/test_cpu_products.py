@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -15,6 +17,7 @@ gguf = pytest.importorskip("gguf")
 from mistral.quantization.ggml_types import GGML_TYPES  # noqa: E402
 from mistral_kernels.cpu import compiled, linear  # noqa: E402
 from mistral_kernels.cpu.activations import Activations  # noqa: E402
+from mistral_kernels.cpu.blocks import FORMS  # noqa: E402
 from mistral_kernels.cpu.tiles import KINDS, repack, restore, restore_rows, tiles_shape  # noqa: E402
 from mistral_kernels.cpu.weights import InTiles  # noqa: E402
 
@@ -79,7 +82,7 @@ def multiplied(kernel, data, x, tiles):
     product = compiled.function(kernel)
     rounded = rounded_rows(x)
     out = torch.full((len(x), 8 * tiles), torch.nan)
-    table = rounded.tables[0].data_ptr()
+    table = rounded.table
     stride = 4 * out.shape[1]
     half = tiles // 2  # as two threads would
     for first, last in ((0, half), (half, tiles)):
@@ -133,6 +136,25 @@ def test_a_product_is_within_3e_5_of_float64(kind):
 
 
 @pytest.mark.parametrize("kind", EACH)
+@pytest.mark.parametrize("weight, scale", [(0x00, 0x80), (0xFF, 0x7F), (0xFF, 0xFF)])
+def test_the_largest_weights_and_activations_overflow_no_sum_of_integers(kind, weight, scale):
+    blocks = torch.full_like(blocks_of(kind, 16, 512), weight)
+    each = blocks.view(-1, TYPES[kind].block_bytes)
+    for field in FORMS[kind].copied:
+        if field.unit == 1:
+            each[:, field.at : field.at + field.count] = scale
+    for at, value in SCALES[kind]:
+        each[:, at : at + 2] = torch.tensor([value]).half().view(torch.uint8)
+    weights = exactly(kind, blocks)
+    tiles = repack(blocks, TYPES[kind])
+    for C in (1, 5):
+        x = torch.ones(C, 512)
+        got = multiplied(f"product of {kind}", tiles.data, x, 2)
+        want = x.double() @ weights.T
+        assert (got - want).norm() <= 3e-5 * want.norm()
+
+
+@pytest.mark.parametrize("kind", EACH)
 def test_genuine_blocks_are_multiplied_and_restored(kind):
     blocks = torch.from_numpy(GENUINE[kind]).view(8, -1)  # 3 in a row
     layer = InTiles(repack(blocks, TYPES[kind]))
@@ -172,7 +194,7 @@ def test_threads_and_pieces_change_no_bit_of_a_prompts_product(threads, monkeypa
     x = torch.randn(131, 512)
     before = torch.get_num_threads()
     whole = linear.linear(x, tiles)
-    monkeypatch.setattr(linear, "_ROWS", 64)
+    monkeypatch.setattr(linear, "AT_ONCE", 64)
     torch.set_num_threads(threads)
     try:
         assert torch.equal(linear.linear(x, tiles), whole)
@@ -244,3 +266,28 @@ def test_an_activation_that_is_not_finite_makes_all_that_depends_on_it_nan(value
     assert multiplied("product of Q8_0", tiles.data, x, 2).isnan().all()
     assert rounded_rows(torch.zeros(1, 64)).d.eq(0).all()
     assert rounded_rows(torch.full((1, 32), 3e38)).d.isfinite().all()
+
+
+def test_more_rows_of_activations_than_products_take_are_an_error():
+    with pytest.raises(ValueError, match="513 rows of activations, but 512 are the most"):
+        Activations(torch.zeros(513, 32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["haswell", "skylake-avx512", "icelake-server"])
+def test_products_are_right_with_other_sizes_of_registers(processor, tmp_path):
+    """Without AVX-512, with it, and with its products of pairs: three forms of microkernel.py."""
+    able = torch.cpu.get_capabilities()
+    needed = {"haswell": "avx2", "skylake-avx512": "avx512_f", "icelake-server": "avx512_vnni"}
+    if not able.get(needed[processor]):
+        pytest.skip(f"needs {needed[processor]}")
+    env = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    tests = "within_3e_5 or overflow or own_row or reference_weights"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    ended = subprocess.run(
+        [*command, "-k", tests, "-m", "not slow"],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:]

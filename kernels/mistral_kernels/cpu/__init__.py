@@ -24,11 +24,12 @@ What numba compiles, in a process of its own:
     emit          how numba gets vectors: LLVM IR
     lanes         vectors of 8 or 16 lanes, and their operations
     halves        float16 to float32 and back
-    wide          vectors of twice the size
+    wide          words of two tiles
     shared        counters of several threads, records, and calls by address
     encodings     32 columns of a tile, times activations or unpacked
     products      packed weights times one row of activations, and the loop over tiles
     groups        32 columns of two tiles unpacked
+    microkernel   the innermost part of a product with several rows
     several       packed weights times several rows of activations
     plain         products of matrices that are not packed
     rounding      activations to int16

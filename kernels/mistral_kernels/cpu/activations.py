@@ -19,56 +19,45 @@ from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.layout import AT_ONCE, rows_together
 from mistral_kernels.cpu.pool import share
 
-_PIECE = 16  # rows that a thread takes at a time; a part of AT_ONCE
+_PIECE = 16  # rows that a thread takes at a time
 
 
 class Activations:
-    """Rows of activations, and memory for their rounded form.
+    """Up to `AT_ONCE` rows of activations, and memory for their rounded form.
 
     values       float32 [n, width]
     q            int16; with it the float32 d and s of each 32, and the int32 sums of each 16
-    tables       int64 [5] for each AT_ONCE rows: the addresses of their values, q, d, s, sixteens
+    table        the address of five addresses: of values, q, d, s, sixteens
 
-    AT_ONCE rows lie together, in the order in which several.py reads them: the first 256 columns of
-    all of them, then the next. Fewer rows are padded to a multiple of 4; one row is not.
+    The rows lie together, in the order in which several.py reads them: the first 256 columns of all
+    of them, then the next. They are padded to a multiple of 4; one row is not.
     """
 
     def __init__(self, values: Tensor):
         n, width = values.shape
-        room = rows_together(n)
+        if n > AT_ONCE:
+            raise ValueError(f"{n} rows of activations, but {AT_ONCE} are the most")
+        self._rows = rows_together(n)
         padded = -(-width // 256) * 256
         self.values = values
-        self.q = torch.zeros(room, padded, dtype=torch.int16)
-        self.d = torch.zeros(room, padded // 32)
-        self.s = torch.zeros(room, padded // 32)
-        self.sixteens = torch.zeros(room, padded // 16, dtype=torch.int32)
+        self.q = torch.zeros(self._rows, padded, dtype=torch.int16)
+        self.d = torch.zeros(self._rows, padded // 32)
+        self.s = torch.zeros(self._rows, padded // 32)
+        self.sixteens = torch.zeros(self._rows, padded // 16, dtype=torch.int32)
         parts = (values, self.q, self.d, self.s, self.sixteens)
-        self.tables = [
-            torch.tensor([part[start:].data_ptr() for part in parts])
-            for start in range(0, n, AT_ONCE)
-        ]
+        self._addresses = torch.tensor([part.data_ptr() for part in parts])
+        self.table = self._addresses.data_ptr()
 
-    def share_rows(self, work: Callable[[int, int, int, int, int], object]) -> None:
-        """Call work(table, start, rows, first, last) for all rows; several threads share them.
+    def share_rows(self, work: Callable[[int, int, int, int], object]) -> None:
+        """Call work(table, rows, first, last) for all rows; several threads share them.
 
-        table        address of the table of AT_ONCE rows, the first of which is row `start`
-        rows         how many of them lie together
+        rows         how many lie together, with the padding
         first, last  which of them
         """
-        n = len(self.values)
-
-        def some(first: int, last: int) -> None:
-            chunk = first // AT_ONCE
-            start = chunk * AT_ONCE
-            rows = rows_together(min(AT_ONCE, n - start))
-            work(self.tables[chunk].data_ptr(), start, rows, first - start, last - start)
-
-        share(some, n, _PIECE)
+        share(lambda a, b: work(self.table, self._rows, a, b), len(self.values), _PIECE)
 
     def round(self) -> None:
         """Compute the rounded form of `values`."""
         width = self.values.shape[1]
         round_rows = compiled.function("round rows")
-        self.share_rows(
-            lambda table, start, rows, first, last: round_rows(table, width, rows, first, last)
-        )
+        self.share_rows(lambda table, rows, a, b: round_rows(table, width, rows, a, b))

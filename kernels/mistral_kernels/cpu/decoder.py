@@ -16,9 +16,9 @@ from mistral.sampling import Sampling
 from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.buffers import Buffers
 from mistral_kernels.cpu.compiled import Progress
-from mistral_kernels.cpu.layout import LEAD, MAX_COLUMNS
+from mistral_kernels.cpu.layout import AT_ONCE, LEAD, MAX_COLUMNS
 from mistral_kernels.cpu.pool import short_waits, torch_threads
-from mistral_kernels.cpu.prompt import LONGEST, read_prompt
+from mistral_kernels.cpu.prompt import read_prompt
 from mistral_kernels.cpu.team import Team
 from mistral_kernels.cpu.weights import Weights, kernels_for, problem
 
@@ -70,7 +70,7 @@ class Decoder(ReferenceDecoder):
         super().__init__(model, batch_size, max_tokens, slack=slack)
         compiled.prepare(kernels_for(model, self._cache.keys.dtype), progress)
         self._threads = threads or torch.get_num_threads()
-        self._chunk = min(self._chunk, LONGEST)
+        self._chunk = min(self._chunk, AT_ONCE)
         with torch.inference_mode():
             self._weights = Weights(model)
             self._prepare()

@@ -9,9 +9,11 @@ chooses the instructions.
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 I8 = ir.IntType(8)
@@ -54,6 +56,11 @@ def operation(result: types.Type, *arguments: types.Type) -> Callable:
     return decorate
 
 
+def assembly(module: str) -> str:
+    """What LLVM makes of a module for the processor that numba compiles for."""
+    return cpu_target.target_context.codegen()._tm.emit_assembly(llvm.parse_assembly(module))
+
+
 # ---- Helpers that write IR ----
 
 
@@ -72,6 +79,14 @@ def load(b: ir.IRBuilder, address: ir.Value, of: ir.Type, align: int) -> ir.Valu
     return b.load(pointer(b, address, of), align=align)
 
 
+def ask_for(b: ir.IRBuilder, address: ir.Value, near: int) -> None:
+    """Prefetch the cache line at an int64 address, for a read: 3 into the nearest cache, then 2."""
+    signature = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    call = cgutils.get_or_insert_function(b.module, signature, "llvm.prefetch.p0")
+    read, data = ir.Constant(I32, 0), ir.Constant(I32, 1)
+    b.call(call, [pointer(b, address, I8), read, ir.Constant(I32, near), data])
+
+
 def splat(b: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
     """One value in all lanes."""
     vector = ir.VectorType(scalar.type, count)
@@ -88,6 +103,29 @@ def pick(b: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
 def pick_of_two(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
     """A vector of these lanes of two: those of y are counted on from those of x."""
     return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def both(b: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
+    """The lanes of two vectors, one after the other."""
+    return pick_of_two(b, left, right, list(range(2 * left.type.count)))
+
+
+def looked_up(b: ir.IRBuilder, indices: ir.Value, values: tuple[int, ...]) -> ir.Value:
+    """A vector whose bytes, which are 0 to 15, are replaced by one of 16 signed bytes.
+
+    LLVM has no instruction for that, but it knows vectors whose elements are all taken from one
+    place by the elements of another: vpshufb on x86, vpermb with AVX-512, tbl on ARM. A processor
+    that has none of them loads each byte.
+    """
+    of_bytes = ir.VectorType(I8, 2 * indices.type.count)
+    table = ir.Constant(ir.VectorType(I8, 16), list(values))
+    places = b.bitcast(indices, of_bytes)
+    found = ir.Constant(of_bytes, ir.Undefined)
+    for i in range(of_bytes.count):
+        lane = ir.Constant(I32, i)
+        place = b.zext(b.extract_element(places, lane), I32)
+        found = b.insert_element(found, b.extract_element(table, place), lane)
+    return b.bitcast(found, indices.type)
 
 
 def function_of(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:

@@ -16,14 +16,22 @@ from mistral_kernels.cpu.lanes import (
     low_bytes,
     pair_at,
     pair_products,
-    store_words,
     sums_of,
     table_of,
     words_at,
     words_of_bytes_at,
 )
+from mistral_kernels.cpu.wide import (
+    store_wide_words,
+    wide_high_bytes,
+    wide_low_bytes,
+    wide_table_of,
+    wide_words_at,
+    wide_words_of_bytes_at,
+)
 
 _iq4_values = table_of(IQ4_VALUES)
+_wide_iq4_values = wide_table_of(IQ4_VALUES)
 
 # ---- 32 columns of each encoding, times one row of activations: int32 sums of 8 rows ----
 # x: the address of 32 int16
@@ -147,81 +155,83 @@ def sixteen_byte_sums(vectors, x):
     return sums
 
 
-# ---- The same 32 columns unpacked: 16 vectors of int16, one for each pair of columns ----
-# 64 bytes apart: the vectors of another tile lie between them (groups.py)
+# ---- 32 columns of two tiles unpacked: 16 vectors, one for each pair of columns (groups.py) ----
+# left, right: addresses in the two tiles; to: the address of the vectors
 
 
 @part
-def unpack_nibbles(vectors, to):
-    """32 columns as 16 vectors of int16 at `to`, one for each pair of columns."""
+def unpack_nibbles(left, right, zero, to):
+    """Nibbles, less `zero`."""
     for i in range(4):
-        w = words_at(vectors + 32 * i)
+        w = wide_words_at(left + 32 * i, right + 32 * i)
         for p in range(4):
-            store_words(to + 256 * i + 64 * p, (w >> (4 * p)) & 0xF)
+            store_wide_words(to + 256 * i + 64 * p, ((w >> (4 * p)) & 0xF) - zero)
 
 
 @part
-def unpack_five_bits(vectors, to):
+def unpack_five_bits(left, right, zero, to):
     """The same for five bits."""
-    fifth = words_at(vectors)
+    fifth = wide_words_at(left, right)
     for i in range(4):
-        w = words_at(vectors + 32 + 32 * i)
+        w = wide_words_at(left + 32 + 32 * i, right + 32 + 32 * i)
         f = fifth >> i
-        store_words(to + 256 * i, (w & 0xF) | (f & 0x10))
-        store_words(to + 256 * i + 64, ((w >> 4) & 0xF) | ((f >> 4) & 0x10))
-        store_words(to + 256 * i + 128, ((w >> 8) & 0xF) | ((f >> 8) & 0x10))
-        store_words(to + 256 * i + 192, (w >> 12) | ((f & 1) << 4))
+        at = to + 256 * i
+        store_wide_words(at, ((w & 0xF) | (f & 0x10)) - zero)
+        store_wide_words(at + 64, (((w >> 4) & 0xF) | ((f >> 4) & 0x10)) - zero)
+        store_wide_words(at + 128, (((w >> 8) & 0xF) | ((f >> 8) & 0x10)) - zero)
+        store_wide_words(at + 192, ((w >> 12) | ((f & 1) << 4)) - zero)
 
 
 @part
-def unpack_six_bits(vectors, to):
-    """16 columns, less 32: 8 vectors."""
-    upper = words_at(vectors)
+def unpack_six_bits(left, right, scale, to):
+    """16 columns, less 32, times a scale (WideWords): 8 vectors."""
+    upper = wide_words_at(left, right)
     for i in range(2):
-        w = words_at(vectors + 32 + 32 * i)
+        w = wide_words_at(left + 32 + 32 * i, right + 32 + 32 * i)
         u = upper >> (2 * i)
-        store_words(to + 256 * i, ((w & 0xF) | (u & 0x30)) - 32)
-        store_words(to + 256 * i + 64, (((w >> 4) & 0xF) | ((u >> 4) & 0x30)) - 32)
-        store_words(to + 256 * i + 128, (((w >> 8) & 0xF) | ((u >> 8) & 0x30)) - 32)
-        store_words(to + 256 * i + 192, ((w >> 12) | ((u & 3) << 4)) - 32)
+        at = to + 256 * i
+        store_wide_words(at, (((w & 0xF) | (u & 0x30)) - 32) * scale)
+        store_wide_words(at + 64, ((((w >> 4) & 0xF) | ((u >> 4) & 0x30)) - 32) * scale)
+        store_wide_words(at + 128, ((((w >> 8) & 0xF) | ((u >> 8) & 0x30)) - 32) * scale)
+        store_wide_words(at + 192, (((w >> 12) | ((u & 3) << 4)) - 32) * scale)
 
 
 @part
-def unpack_bytes(vectors, to):
-    """The same for signed bytes."""
+def unpack_bytes(left, right, to):
+    """Signed bytes."""
     for j in range(16):
-        store_words(to + 64 * j, words_of_bytes_at(vectors + 16 * j))
+        store_wide_words(to + 64 * j, wide_words_of_bytes_at(left + 16 * j, right + 16 * j))
 
 
 @part
-def unpack_iq4(vectors, to):
-    """The same for nibbles that stand for other values."""
+def unpack_iq4(left, right, to):
+    """Nibbles that stand for other values."""
     for i in range(4):
-        w = words_at(vectors + 32 * i)
-        even = _iq4_values(w & 0x0F0F)
-        odd = _iq4_values((w >> 4) & 0x0F0F)
-        store_words(to + 256 * i, low_bytes(even))
-        store_words(to + 256 * i + 64, low_bytes(odd))
-        store_words(to + 256 * i + 128, high_bytes(even))
-        store_words(to + 256 * i + 192, high_bytes(odd))
+        w = wide_words_at(left + 32 * i, right + 32 * i)
+        even = _wide_iq4_values(w & 0x0F0F)
+        odd = _wide_iq4_values((w >> 4) & 0x0F0F)
+        store_wide_words(to + 256 * i, wide_low_bytes(even))
+        store_wide_words(to + 256 * i + 64, wide_low_bytes(odd))
+        store_wide_words(to + 256 * i + 128, wide_high_bytes(even))
+        store_wide_words(to + 256 * i + 192, wide_high_bytes(odd))
 
 
 @part
-def unpack_two_bits(vector, to):
-    """16 columns: 8 vectors."""
-    w = words_at(vector)
+def unpack_two_bits(left, right, scale, to):
+    """16 columns, times a scale (WideWords): 8 vectors."""
+    w = wide_words_at(left, right)
     for j in range(8):
-        store_words(to + 64 * j, (w >> (2 * j)) & 0x3)
+        store_wide_words(to + 64 * j, ((w >> (2 * j)) & 0x3) * scale)
 
 
 @part
-def unpack_three_bits(vectors, half, to):
-    """16 columns, half 0 or 1 of 32, less 4: 8 vectors."""
-    w = words_at(vectors + 32 + 32 * half)
-    third = words_at(vectors)
+def unpack_three_bits(left, right, half, scale, to):
+    """16 columns, half 0 or 1 of 32, less 4, times a scale (WideWords): 8 vectors."""
+    w = wide_words_at(left + 32 + 32 * half, right + 32 + 32 * half)
+    third = wide_words_at(left, right)
     for j in range(8):
         above = (third >> ((2 * j + 2 + half) & 15)) & 0x1
-        store_words(to + 64 * j, (((w >> (2 * j)) & 0x3) | (above << 2)) - 4)
+        store_wide_words(to + 64 * j, ((((w >> (2 * j)) & 0x3) | (above << 2)) - 4) * scale)
 
 
 # ---- Scales of groups ----
@@ -229,20 +239,20 @@ def unpack_three_bits(vectors, half, to):
 
 @part
 def low_and_high(both):
-    """Scale and min of Q2_K: 8 bytes at an address hold one in each nibble."""
+    """Scale and min of Q2_K, as Sums: 8 bytes at an address hold one in each nibble."""
     held = bytes_at(both)
-    return as_floats(held & 15), as_floats(held >> 4)
+    return held & 15, held >> 4
 
 
 @part
 def six_bit_scale(six_bits, group):
-    """The scale of a group of 16 columns of Q3_K, 0 to 15, less 32, as Floats.
+    """The scale of a group of 16 columns of Q3_K, 0 to 15, less 32, as Sums.
 
     six_bits is the address of 12 x 8 bytes; see `_q3_k` in dequantize.py.
     """
     low = bytes_at(six_bits + 8 * (group & 7)) >> (4 * (group >> 3))
     high = bytes_at(six_bits + 64 + 8 * (group & 3)) >> (2 * (group >> 2))
-    return as_floats(((low & 15) | ((high & 3) << 4)) - 32)
+    return ((low & 15) | ((high & 3) << 4)) - 32
 
 
 @part

@@ -6,11 +6,9 @@ would call a function of a compiler's library that a process does not have.
 
 import functools
 
-from llvmlite import binding as llvm
 from llvmlite import ir
-from numba.core.registry import cpu_target
 
-from mistral_kernels.cpu.emit import F16, F32, I16, I32, constant
+from mistral_kernels.cpu.emit import F16, F32, I16, I32, assembly, constant
 
 _HALVES = ir.VectorType(F16, 8)
 _WORDS = ir.VectorType(I16, 8)
@@ -68,6 +66,4 @@ def narrowed(b: ir.IRBuilder, floats: ir.Value) -> ir.Value:
 @functools.cache
 def has_instructions() -> bool:
     """Whether numba compiles for a processor that converts float16: LLVM is asked."""
-    target = cpu_target.target_context.codegen()._tm
-    module = llvm.parse_assembly(_PROBE)
-    return "__extendhfsf2" not in target.emit_assembly(module)
+    return "__extendhfsf2" not in assembly(_PROBE)

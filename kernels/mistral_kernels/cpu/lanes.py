@@ -10,7 +10,7 @@ matter of luck. So this file adds three types and the few operations that the pr
 An operation is written in LLVM IR (emit.py). The central one, `pair_products`, becomes vpmaddwd on
 x86 (one instruction for 16 products and 8 sums), or vpdpwssd, which also adds to a third vector;
 and smull + smlal + addp on ARM. Everything that is built from these is plain numba (products.py,
-attention.py). wide.py has vectors of twice the size.
+attention.py). wide.py has words of two tiles.
 
 An address is an int64. Loads need no alignment beyond that of one value.
 """
@@ -20,7 +20,6 @@ from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from mistral_kernels.cpu import halves
 from mistral_kernels.cpu.emit import (
@@ -32,10 +31,12 @@ from mistral_kernels.cpu.emit import (
     Vector,
     add_pairs,
     add_products,
+    ask_for,
     constant,
     fold,
     function_of,
     load,
+    looked_up,
     operation,
     operator_of,
     pick_of_two,
@@ -142,10 +143,13 @@ def store_low_words(b, address, value):
 @operation(types.void, types.int64)
 def prefetch(b, address):
     """Ask for the cache line at an address, into the second cache; it may be any address."""
-    signature = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    call = cgutils.get_or_insert_function(b.module, signature, "llvm.prefetch.p0")
-    read, keep, data = (ir.Constant(I32, n) for n in (0, 2, 1))
-    b.call(call, [pointer(b, address, I8), read, keep, data])
+    ask_for(b, address, 2)
+
+
+@operation(types.void, types.int64)
+def prefetch_near(b, address):
+    """The same, into the first cache."""
+    ask_for(b, address, 3)
 
 
 @operation(types.float32, types.int64)
@@ -230,26 +234,13 @@ def local_memory(size: int) -> Callable:
 
 
 def table_of(values: tuple[int, ...]) -> Callable:
-    """An operation that replaces each byte of Words, which is 0 to 15, by one of 16 signed bytes.
-
-    LLVM has no instruction for that, but it knows vectors whose elements are all taken from one
-    place by the elements of another: vpshufb on x86, vpermb with AVX-512, tbl on ARM. A processor
-    that has none of them loads each byte.
-    """
-    of_bytes = ir.VectorType(I8, 32)
-    table = ir.Constant(ir.VectorType(I8, 16), list(values))
+    """An operation: each byte of Words, which is 0 to 15, becomes one of 16 signed bytes."""
 
     @operation(Words, Words)
-    def looked_up(b, indices):
-        places = b.bitcast(indices, of_bytes)
-        found = ir.Constant(of_bytes, ir.Undefined)
-        for i in range(32):
-            lane = ir.Constant(I32, i)
-            place = b.zext(b.extract_element(places, lane), I32)
-            found = b.insert_element(found, b.extract_element(table, place), lane)
-        return b.bitcast(found, Words.llvm)
+    def replaced(b, indices):
+        return looked_up(b, indices, values)
 
-    return looked_up
+    return replaced
 
 
 @operation(Words, Words)

@@ -6,7 +6,7 @@ Compiled code reads the records as int64, one after another.
 from typing import NamedTuple
 
 MAX_COLUMNS = 32  # tokens of a step
-AT_ONCE = 64  # rows of activations of one call of a product
+AT_ONCE = 512  # rows of activations of a product, and tokens of a pass over a prompt
 AHEAD = 4096  # bytes that products ask for in advance
 ORDERS = 4 + 2 * MAX_COLUMNS
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of plain weights, and of the cache

@@ -30,7 +30,7 @@ from mistral_kernels.cpu.encodings import (
     three_bit_sums,
     two_bit_sums,
 )
-from mistral_kernels.cpu.groups import TWO_MINS, unpacker
+from mistral_kernels.cpu.groups import group_of
 from mistral_kernels.cpu.lanes import (
     as_floats,
     float_at,
@@ -38,7 +38,6 @@ from mistral_kernels.cpu.lanes import (
     floats_of,
     floats_of_halves_at,
     int_at,
-    local_memory,
     long_at,
     multiply_add,
     prefetch,
@@ -47,7 +46,7 @@ from mistral_kernels.cpu.lanes import (
     sums_of,
 )
 from mistral_kernels.cpu.layout import AHEAD
-from mistral_kernels.cpu.several import SUMS_BYTES, UNPACKED_BYTES, several, write_two
+from mistral_kernels.cpu.several import several
 
 # ---- A tile times one row of activations, by type ----
 # tile, x (int16), d (float32, one for 32 columns), s (d times the sum of 32) are addresses.
@@ -164,9 +163,9 @@ def _one_q2_k(tile, groups, x, d, s, sixteens):
             scale, low = low_and_high(block + 32 + 8 * i)
             d_of_x = float_at(d + 4 * (h // 2))
             product = as_floats(two_bit_sums(vector, x + 32 * h))
-            scaled = multiply_add(product, scale * floats_of(d_of_x), scaled)
+            scaled = multiply_add(product, as_floats(scale) * floats_of(d_of_x), scaled)
             sum_of_x = np.float32(int_at(sixteens + 4 * h)) * d_of_x
-            lows = multiply_add(low, floats_of(sum_of_x), lows)
+            lows = multiply_add(as_floats(low), floats_of(sum_of_x), lows)
         result = multiply_add(scaled, floats_of_halves_at(block), result)
         result = result - lows * floats_of_halves_at(block + 16)
     return result
@@ -185,8 +184,8 @@ def _one_q3_k(tile, groups, x, d, s, sixteens):
             prefetch(vectors + AHEAD + 48 * (i % 2))
             start = sums_of(np.int32(-4) * int_at(sixteens + 4 * h))
             product = as_floats(start + three_bit_sums(vectors, i % 2, x + 32 * h))
-            scale = six_bit_scale(block + 16, i) * floats_of(float_at(d + 4 * (h // 2)))
-            scaled = multiply_add(product, scale, scaled)
+            scale = as_floats(six_bit_scale(block + 16, i))
+            scaled = multiply_add(product, scale * floats_of(float_at(d + 4 * (h // 2))), scaled)
         result = multiply_add(scaled, floats_of_halves_at(block), result)
     return result
 
@@ -219,10 +218,9 @@ def _one_bytes(tile, groups, x, d, s, sixteens):
 def _loop(kind: str, one: Callable) -> Callable:
     """The loop for a type; one row of activations needs no unpacking."""
     many = several(kind)
-    two_mins = kind in TWO_MINS
-    _, group_bytes = unpacker(kind)
-    unpacked = local_memory(UNPACKED_BYTES)
-    products = local_memory(SUMS_BYTES)
+    group = group_of(kind)
+    group_bytes = group.bytes
+    two_mins = group.mins == 2
 
     def loop(weights, first, last, groups, columns, activations, out, stride):
         x = long_at(activations + 8)
@@ -234,14 +232,11 @@ def _loop(kind: str, one: Callable) -> Callable:
             for t in range(first, last):
                 store_floats(out + 32 * t, one(weights + size * t, groups, x, d, s, sixteens))
             return
-        sums = products(0)
         sums_of_x = sixteens if two_mins else s
-        for t in range(first, last, 2):
-            next = min(t + 1, last - 1)  # a tile that is left over is its own partner
-            left = weights + size * t
-            right = weights + size * next
-            many(left, right, groups, columns, x, d, sums_of_x, unpacked(0), sums)
-            write_two(sums, columns, out + 32 * t, out + 32 * next, stride)
+        t = first
+        while t < last:
+            at = out + 32 * t
+            t += many(weights + size * t, last - t, groups, columns, x, d, sums_of_x, at, stride)
 
     return loop
 

@@ -22,7 +22,6 @@ from mistral_kernels.cpu.pool import share
 from mistral_kernels.cpu.tiles import ROWS
 from mistral_kernels.cpu.weights import Weights
 
-LONGEST = 512  # tokens: more are read in several passes, whose activations take less memory
 _WIDENED = 1 << 20  # 16-bit weights that are widened at a time
 
 
@@ -82,11 +81,8 @@ def _norm(memory: _Memory, weights: Weights, index: int, config: Config) -> None
     eps = torch.tensor([config.rms_norm_eps])
     norm_rows = compiled.function("norm rows")
 
-    def some(table: int, start: int, rows: int, first: int, last: int) -> None:
-        at = 4 * D * start
-        norm_rows(x + at, added + at, weight, D, eps.data_ptr(), table, rows, first, last)
-
-    memory.normed.share_rows(some)
+    fixed = (x, added, weight, D, eps.data_ptr())
+    memory.normed.share_rows(lambda *which: norm_rows(*fixed, *which))
 
 
 def _attention(
@@ -124,11 +120,7 @@ def _mlp(memory: _Memory, mlp: nn.Module) -> None:
     gate_rows = compiled.function("gate rows")
     _product(mlp.gate_proj, memory.normed, memory.gated.values)
     _product(mlp.up_proj, memory.normed, memory.up)
-
-    def some(table: int, start: int, rows: int, first: int, last: int) -> None:
-        gate_rows(up + 4 * F * start, F, table, rows, first, last)
-
-    memory.gated.share_rows(some)
+    memory.gated.share_rows(lambda *which: gate_rows(up, F, *which))
     _product(mlp.down_proj, memory.gated, memory.added)
 
 

@@ -1,103 +1,86 @@
-"""The vectors of lanes.py with twice the lanes, for products with several rows of activations.
+"""The words of two tiles side by side, as they are unpacked (groups.py).
 
-    WideWords   32 lanes of int16
-    WideSums    16 lanes of int32
-    WideFloats  16 lanes of float32
+    WideWords   32 lanes of int16: 16 of a left tile, then 16 of a right one
 
 A processor with AVX-512 has registers of this size; elsewhere LLVM makes two instructions of one.
 """
 
 import operator
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
 
 from mistral_kernels.cpu.emit import (
-    F32,
+    I8,
     I16,
-    I32,
     Vector,
-    add_pairs,
-    add_products,
+    both,
+    constant,
     load,
+    looked_up,
     operation,
     operator_of,
-    pick,
     pointer,
-    splat,
 )
-from mistral_kernels.cpu.lanes import Floats
+from mistral_kernels.cpu.lanes import Sums, Words
 
 WideWords = Vector("WideWords", I16, 32)
-WideSums = Vector("WideSums", I32, 16)
-WideFloats = Vector("WideFloats", F32, 16)
 
 
-@operation(WideWords, types.int64)
-def wide_words_at(b, address):
-    """32 int16."""
-    return load(b, address, WideWords.llvm, 2)
+@operation(WideWords, types.int64, types.int64)
+def wide_words_at(b, left, right):
+    """16 int16 at each address."""
+    return both(b, load(b, left, Words.llvm, 2), load(b, right, Words.llvm, 2))
 
 
-@operation(WideWords, types.int64)
-def wide_pair_at(b, address):
-    """Two int16 in all 16 pairs of lanes."""
-    return b.bitcast(splat(b, load(b, address, I32, 2), 16), WideWords.llvm)
+@operation(WideWords, types.int64, types.int64)
+def wide_words_of_bytes_at(b, left, right):
+    """16 signed bytes at each address, widened."""
+    bytes = ir.VectorType(I8, 16)
+    return b.sext(both(b, load(b, left, bytes, 1), load(b, right, bytes, 1)), WideWords.llvm)
 
 
-@operation(WideFloats, types.int64)
-def wide_floats_at(b, address):
-    """16 float32."""
-    return load(b, address, WideFloats.llvm, 4)
+@operation(WideWords, Sums, Sums)
+def in_pairs(b, left, right):
+    """Lanes 2r and 2r + 1 of each tile: the lower half of its lane r."""
+    numbers = both(b, left, right)
+    low = b.and_(numbers, constant(0xFFFF, numbers.type))
+    return b.bitcast(b.or_(low, b.shl(low, constant(16, numbers.type))), WideWords.llvm)
 
 
-@operation(types.void, types.int64, WideFloats)
-def store_wide_floats(b, address, value):
-    """Write 16 float32."""
-    b.store(value, pointer(b, address, WideFloats.llvm), align=4)
+@operation(types.void, types.int64, WideWords)
+def store_wide_words(b, address, value):
+    """Write 32 int16."""
+    b.store(value, pointer(b, address, WideWords.llvm), align=2)
 
 
-@operation(Floats, WideFloats)
-def low_floats(b, value):
-    """Lanes 0 to 7."""
-    return pick(b, value, list(range(8)))
+@operation(WideWords, WideWords)
+def wide_low_bytes(b, words):
+    """The lower byte of each lane, which is signed, widened."""
+    up = b.shl(words, constant(8, WideWords.llvm))
+    return b.ashr(up, constant(8, WideWords.llvm))
 
 
-@operation(Floats, WideFloats)
-def high_floats(b, value):
-    """Lanes 8 to 15."""
-    return pick(b, value, list(range(8, 16)))
+@operation(WideWords, WideWords)
+def wide_high_bytes(b, words):
+    """The upper byte of each lane, which is signed, widened."""
+    return b.ashr(words, constant(8, WideWords.llvm))
 
 
-@operation(WideSums, WideWords, WideWords)
-def wide_pair_products(b, weights, activations):
-    """Lane r: the products of lanes 2r and 2r + 1, added."""
-    return add_pairs(b, weights, activations)
+def wide_table_of(values: tuple[int, ...]) -> Callable:
+    """`table_of` (lanes.py) for WideWords."""
+
+    @operation(WideWords, WideWords)
+    def replaced(b, indices):
+        return looked_up(b, indices, values)
+
+    return replaced
 
 
-@operation(WideSums, types.int32)
-def wide_sums_of(b, value):
-    """An int32 in all lanes."""
-    return splat(b, value, 16)
-
-
-@operation(WideFloats, types.float32)
-def wide_floats_of(b, value):
-    """A float32 in all lanes."""
-    return splat(b, value, 16)
-
-
-@operation(WideFloats, WideSums)
-def as_wide_floats(b, sums):
-    """Each int32 as a float32."""
-    return b.sitofp(sums, WideFloats.llvm)
-
-
-@operation(WideFloats, WideFloats, WideFloats, WideFloats)
-def wide_multiply_add(b, x, y, z):
-    """x y + z, in one rounding if the processor can."""
-    return add_products(b, x, y, z)
-
-
-operator_of(operator.add, WideSums, WideSums, ir.IRBuilder.add)
-operator_of(operator.mul, WideFloats, WideFloats, ir.IRBuilder.fmul)
+operator_of(operator.or_, WideWords, WideWords, ir.IRBuilder.or_)
+operator_of(operator.mul, WideWords, WideWords, ir.IRBuilder.mul)
+operator_of(operator.and_, WideWords, types.int64, ir.IRBuilder.and_)
+operator_of(operator.lshift, WideWords, types.int64, ir.IRBuilder.shl)
+operator_of(operator.rshift, WideWords, types.int64, ir.IRBuilder.lshr)
+operator_of(operator.sub, WideWords, types.int64, ir.IRBuilder.sub)
