@@ -420,6 +420,10 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         else:
             note(problem(error))
+    finally:
+        # From here on Ctrl-C ends the process at once, and interrupts nothing that Python does
+        # when it ends: it waits for threads, and would abort if it did not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(console.finish(code))
 
 

@@ -318,7 +318,7 @@ def test_a_copy_continues_on_its_own():
 def test_a_dropped_decoder_frees_its_cache_and_its_threads():
     decoder = CpuDecoder(model(), 1, 60, threads=3)
     decoder.prefill([prompt(9)])
-    helpers = list(decoder._team._helpers)
+    helpers = list(decoder._team._helpers._threads)
     assert [helper.is_alive() for helper in helpers] == [True, True]
     kept = weakref.ref(decoder._cache)
     del decoder

@@ -1,7 +1,6 @@
 """Where the CPU's tiles lie, and which threads PyTorch uses beside those of a step."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ import mistral  # noqa: E402
 from mistral_kernels.cpu import Decoder  # noqa: E402
 from mistral_kernels.cpu.pages import Pages, ask_for_large  # noqa: E402
 from mistral_kernels.cpu.pool import short_waits, torch_threads  # noqa: E402
-from mistral_kernels.cpu.team import Team, end_all  # noqa: E402
 
 LARGE = 1 << 21
 
@@ -70,20 +68,3 @@ def test_a_prompt_leaves_no_thread_behind():
     with pytest.raises(KeyError), short_waits():
         raise KeyError
     assert not is_held()
-
-
-def test_a_process_waits_at_its_end_for_helpers_in_compiled_code():
-    begun, ended = threading.Event(), threading.Event()
-
-    def serve(seen):
-        begun.set()
-        time.sleep(0.1)  # without the GIL, like a step
-        ended.set()
-        return seen
-
-    team = Team(2, torch.zeros(8, dtype=torch.int64), serve)
-    team.wake()
-    begun.wait()
-    end_all()
-    assert ended.is_set()
-    assert not any(helper.is_alive() for helper in team._helpers)

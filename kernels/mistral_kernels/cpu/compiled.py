@@ -169,10 +169,13 @@ def _compile(names: Sequence[str], folder: Path) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         for _ in range(min(_MOST_WORKERS, os.cpu_count() or 1, len(names))):
             worker = _Worker(folder)
-            stack.callback(worker.end)
-            threading.Thread(
+            # A daemon: a process that ends does not wait for kernels that another thread wants.
+            driver = threading.Thread(
                 target=drive, args=(worker,), name="mistral-compile", daemon=True
-            ).start()
+            )
+            driver.start()
+            stack.callback(driver.join)
+            stack.callback(worker.end)  # before the thread is waited for
         for _ in names:
             name, answer = answers.get()
             if answer != "done":

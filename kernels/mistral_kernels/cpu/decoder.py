@@ -1,6 +1,5 @@
 """The CPU's engine: `mistral.Decoder` with a compiled step that reads packed weights."""
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -88,7 +87,6 @@ class Decoder(ReferenceDecoder):
         self._buffers = buffers
         self._work = work
         self._team = Team(self._threads, buffers.tickets, work)
-        weakref.finalize(self, self._team.close)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         own = (self._buffers, self._team, self._work)
