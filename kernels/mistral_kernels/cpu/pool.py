@@ -121,4 +121,4 @@ def short_waits() -> Iterator[None]:
 
 @functools.cache
 def _helpers(threads: int) -> Helpers:
-    return Helpers(threads, "mistral-cpu")
+    return Helpers(threads - 1, "mistral-cpu")  # and the calling thread
