@@ -6,6 +6,7 @@ a terminal only; NO_COLOR and TERM=dumb turn it off. The streams are repaired on
 libraries, which take seconds and memory, are imported.
 """
 
+import atexit
 import contextlib
 import errno
 import io
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -26,6 +28,9 @@ _NO_MEMORY = (
     "bad_alloc",
     "out of memory",
 )
+
+
+_exit_code: int | str | None = 1  # unless `finish` says another one
 
 
 class _Notes(io.TextIOWrapper):
@@ -60,7 +65,9 @@ def _end_in_one_line(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
     """Report an error while importing: a library is missing, or does not fit into memory."""
+    global _exit_code
     if isinstance(error, KeyboardInterrupt):
+        _exit_code = 130
         return
     reason = " ".join(str(error).split()) or kind.__name__
     if is_out_of_memory(error):
@@ -71,7 +78,22 @@ def _end_in_one_line(
         sys.__excepthook__(kind, error, traceback)
 
 
+def _leave_daemons() -> None:
+    """End the process at once if threads are still at work that nothing waits for.
+
+    A model that is being loaded, a tool that hangs: Python would end such a thread in the middle of
+    PyTorch's C++ code, and the process would abort.
+    """
+    if not any(thread.daemon for thread in threading.enumerate()):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or full
+            stream.flush()
+    os._exit(_exit_code if isinstance(_exit_code, int) else bool(_exit_code))
+
+
 def _prepare() -> None:
+    atexit.register(_leave_daemons)  # the first that is registered is called last
     _open_closed_streams()
     # A console that cannot show a character shows "?", and the output continues.
     sys.stdout.reconfigure(errors="replace")
@@ -173,6 +195,12 @@ def compiling(done: int, total: int, name: str) -> None:
 
 def finish(code: int | str | None) -> int | str | None:
     """Write the rest of the output; returns the code to exit with, another one if that fails."""
+    global _exit_code
+    _exit_code = _flush(code)
+    return _exit_code
+
+
+def _flush(code: int | str | None) -> int | str | None:
     try:
         sys.stdout.flush()
         return code

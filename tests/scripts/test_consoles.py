@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,15 @@ from mistral.printable import printable
 
 OSC_52 = "\x1b]52;c;cm0gLXJmIH4=\x07"  # writes the clipboard
 HOSTILE = f"{OSC_52}\x1b[2J\x9b31m\r\u202etxt\u2066\u200f\u2028\ufeff\n"
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_as_before():
+    """`common.run` leaves the handler of a process that ends."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
 
 # 1. A hostile checkpoint goes through every script.
 
@@ -365,6 +375,35 @@ def test_no_memory_is_one_line(error, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: out of memory: ")
     assert len(err.splitlines()) == 1
+
+
+def test_a_process_with_a_thread_at_work_ends_at_once():
+    program = """
+import sys, threading, time
+import console
+
+class TornDown:
+    def __del__(self, print=print):
+        print("torn down")
+
+sys.modules["the last one"] = TornDown()
+threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+print("text", flush=False)
+sys.exit(console.finish(3))
+"""
+    environment = os.environ | {"PYTHONPATH": f"{small.ROOT}:{small.ROOT / 'scripts'}"}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (3, "text\n", "")
+
+
+def test_from_its_end_on_ctrl_c_ends_a_script_at_once(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    with pytest.raises(SystemExit):
+        common.run(lambda: handlers.update(during=handlers[signal.SIGINT]))
+    assert handlers["during"] is signal.default_int_handler
+    assert handlers[signal.SIGINT] is signal.SIG_DFL
 
 
 def test_a_limit_on_memory_while_importing_is_one_line():

@@ -9,7 +9,8 @@ In the process that decodes:
     widening      blocks of other types as signed bytes
     buffers       the memory of a step
     layout        what a step's threads share: records, sizes
-    team          threads that help with a step
+    helpers       threads that run jobs, and that a process waits for when it ends
+    team          those that help with a step
     prompt        a forward pass over many tokens
     linear        a prompt's product, shared by threads
     activations   float32 rounded to int16: the memory for it
