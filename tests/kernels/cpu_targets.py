@@ -1,6 +1,7 @@
 """Compile the CPU's kernels for other processors: LLVM has them all, whatever this machine is.
 
-As a program: python cpu_targets.py {native,integers} NAME...; the first says how float16 is read.
+As a program: python cpu_targets.py {native,narrow,integers} NAME...: the IR for this machine, that
+with the products of processors without AVX-512, and that which also reads float16 by integers.
 """
 
 import inspect
@@ -14,7 +15,7 @@ from numba import types
 from numba.core import codegen
 from numba.core.compiler_lock import global_compiler_lock
 
-from mistral_kernels.cpu import compiler, halves
+from mistral_kernels.cpu import compiler, halves, microkernel
 from mistral_kernels.cpu.catalog import kernel
 
 X86 = "x86_64-unknown-linux-gnu"
@@ -94,9 +95,11 @@ def check(text, targets):
 
 
 if __name__ == "__main__":
-    by_integers = sys.argv[1] == "integers"
-    if by_integers:
+    _, way, *names = sys.argv
+    if way == "integers":
         halves.has_instructions = lambda: False
-    for name in sys.argv[2:]:
-        check(ir_of(kernel(name)), WITHOUT_HALVES if by_integers else TARGETS)
+    if way != "native":
+        microkernel._has_wide_products = lambda: False
+    for name in names:
+        check(ir_of(kernel(name)), WITHOUT_HALVES if way == "integers" else TARGETS)
         print(name, flush=True)

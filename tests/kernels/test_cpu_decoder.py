@@ -170,7 +170,7 @@ def test_a_cache_of_16_bits_is_nearer_to_float32_than_the_reference(dtype):
 def test_prompts_of_many_lengths_are_the_reference_ones(window):
     m = model(sliding_window=window)
     engines_of_two = (Decoder(m, 4, 200, slack=4), CpuDecoder(m, 4, 200, slack=4, threads=2))
-    # Longer than a step, longer than AT_ONCE, short ones that no step takes together, none at all
+    # Longer than a step, short ones that no step takes together, none at all
     for lengths in ((90, 20, 1, 14), (0, 33, 5, 1), (1, 0, 70, 0)):
         for engine in engines_of_two:
             engine.prefill([prompt(n, n) for n in lengths])
@@ -178,6 +178,15 @@ def test_prompts_of_many_lengths_are_the_reference_ones(window):
         assert distance(decoder, reference) < 1e-5
     short = CpuDecoder(m, 1, 200, slack=0)
     assert distance(short.verify(prompt(70)), Decoder(m, 1, 200, slack=0).verify(prompt(70))) < 1e-5
+
+
+def test_a_prompt_longer_than_a_product_takes_is_read_in_several_passes():
+    m = model(sliding_window=None, max_position_embeddings=1024)
+    engines_of_two = (Decoder(m, 1, 520, slack=0), CpuDecoder(m, 1, 520, slack=0, threads=2))
+    for engine in engines_of_two:
+        engine.prefill([prompt(515)])
+    reference, decoder = (engine.logits for engine in engines_of_two)
+    assert distance(decoder, reference) < 1e-5
 
 
 @pytest.mark.parametrize("native", [True, False])

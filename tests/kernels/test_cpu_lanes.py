@@ -5,7 +5,7 @@ import torch
 
 numba = pytest.importorskip("numba")
 
-from mistral_kernels.cpu import lanes  # noqa: E402
+from mistral_kernels.cpu import lanes, wide  # noqa: E402
 
 NAN = float("nan")
 
@@ -73,20 +73,22 @@ def test_powers_of_two_and_bytes_are_exact():
     assert torch.equal(out[3], ints.view(torch.uint8).float())
 
 
-_looked_up = lanes.table_of(tuple(range(-128, 128, 17)))
+_looked_up = wide.wide_table_of(tuple(range(-128, 128, 17)))
 
 
 @numba.njit
-def _look_up(indices, low, high):
-    found = _looked_up(lanes.words_at(indices))
-    lanes.store_words(low, lanes.low_bytes(found))
-    lanes.store_words(high, lanes.high_bytes(found))
+def _look_up(left, right, low, high):
+    found = _looked_up(wide.wide_words_at(left, right))
+    wide.store_wide_words(low, wide.wide_low_bytes(found))
+    wide.store_wide_words(high, wide.wide_high_bytes(found))
 
 
-def test_bytes_are_looked_up_and_widened():
-    indices = torch.tensor([*range(16), *reversed(range(16))], dtype=torch.uint8)
-    low, high = torch.zeros(2, 16, dtype=torch.int16)
-    _look_up(indices.data_ptr(), low.data_ptr(), high.data_ptr())
+def test_bytes_of_two_tiles_are_looked_up_and_widened():
+    indices = torch.tensor([*range(16), *reversed(range(16))], dtype=torch.uint8).repeat(2)
+    indices[32:] = indices[32:].roll(5)
+    low, high = torch.zeros(2, 32, dtype=torch.int16)
+    left = indices.data_ptr()
+    _look_up(left, left + 32, low.data_ptr(), high.data_ptr())
     want = -128 + 17 * indices.int()
     assert torch.equal(low.int(), want[0::2])
     assert torch.equal(high.int(), want[1::2])

@@ -165,6 +165,17 @@ def test_genuine_blocks_are_multiplied_and_restored(kind):
         assert distance(layer.linear(x, TYPES[kind]), x.double() @ weights.T) < 3e-5
 
 
+@pytest.mark.parametrize(
+    "rows, tiles, columns", [(512, 34, 64), (509, 18, 352), (12, 3, 352), (3, 2, 352), (20, 9, 576)]
+)
+def test_any_number_of_rows_tiles_and_groups_is_multiplied(rows, tiles, columns):
+    blocks = blocks_of("Q8_0", 8 * tiles, columns)
+    data = repack(blocks, TYPES["Q8_0"]).data
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    got = multiplied("product of Q8_0", data, x, tiles)
+    assert distance(got, x.double() @ exactly("Q8_0", blocks).T) < 3e-5
+
+
 @pytest.mark.parametrize("kind", EACH)
 def test_one_row_is_unpacked_to_the_reference_weights(kind):
     blocks = blocks_of(kind, 16, 768)
@@ -254,8 +265,8 @@ def test_rounding_is_to_15_bits_of_the_largest_of_32():
     most = x.view(4, 16, 32).abs().amax(-1, keepdim=True)
     assert ((q * d[..., None] - x.view(4, 16, 32)).abs() <= most * 1.6e-5).all()
     assert torch.allclose(s, q.sum(-1) * d)
-    sixteens = rounded_rows(x[1:2]).sixteens  # which only the product of one row reads
-    assert torch.equal(sixteens.view(-1).long(), q[1].reshape(32, 16).sum(-1))
+    sixteens = rounded.sixteens.view(2, 4, 16).transpose(0, 1).reshape(4, 32)
+    assert torch.equal(sixteens.long(), q.reshape(4, 32, 16).sum(-1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -265,6 +276,7 @@ def test_an_activation_that_is_not_finite_makes_all_that_depends_on_it_nan(value
     tiles = repack(blocks_of("Q8_0", 16, 512), TYPES["Q8_0"])
     assert multiplied("product of Q8_0", tiles.data, x, 2).isnan().all()
     assert rounded_rows(torch.zeros(1, 64)).d.eq(0).all()
+    assert rounded_rows(torch.full((1, 32), 1e-36)).q.eq(0).all()
     assert rounded_rows(torch.full((1, 32), 3e38)).d.isfinite().all()
 
 
@@ -276,7 +288,7 @@ def test_more_rows_of_activations_than_products_take_are_an_error():
 @pytest.mark.slow
 @pytest.mark.parametrize("processor", ["haswell", "skylake-avx512", "icelake-server"])
 def test_products_are_right_with_other_sizes_of_registers(processor, tmp_path):
-    """Without AVX-512, with it, and with its products of pairs: three forms of microkernel.py."""
+    """Without AVX-512; with it; with its products of pairs, the only one that takes the wide form."""
     able = torch.cpu.get_capabilities()
     needed = {"haswell": "avx2", "skylake-avx512": "avx512_f", "icelake-server": "avx512_vnni"}
     if not able.get(needed[processor]):

@@ -18,7 +18,7 @@ from mistral_kernels.cpu import encodings, halves, lanes, phases, shared  # noqa
 # Each function once; of the types one of each encoding and each form of scales
 NAMES = [
     *("step", "round rows", "norm rows", "gate rows", "rotate rows"),
-    *(f"product of {kind}" for kind in ("Q5_1", "Q8_0", "Q4_K", "Q6_K")),
+    *(f"product of {kind}" for kind in ("Q5_1", "Q8_0", "Q2_K", "Q4_K", "Q6_K")),
     *("row of Q4_K", "tiles of Q6_K", "plain product of bfloat16", "plain product of float16"),
     *("attention of float16", "storing of float16", "storing of bfloat16"),
 ]
@@ -114,7 +114,7 @@ def test_a_thread_that_waits_says_so_in_the_language_of_the_processor(processor,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["native", "integers"])
+@pytest.mark.parametrize("way", ["native", "integers", "narrow"])
 def test_every_kernel_compiles_for_every_processor(way):
     command = [sys.executable, cpu_targets.__file__, way, *NAMES]
     ended = subprocess.run(command, capture_output=True, text=True)

@@ -27,7 +27,11 @@ from pathlib import Path
 from llvmlite import binding as llvm
 
 _MOST_WORKERS = 4  # 250 MB each
-_SETTINGS = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT")  # that change the code
+# That change the code
+_SETTINGS = (
+    *("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX"),
+    *("NUMBA_OPT", "NUMBA_LOOP_VECTORIZE", "NUMBA_SLP_VECTORIZE"),
+)
 _SLOWEST = ("step", "product")  # begun first: what is left at the end is short
 
 Progress = Callable[[int, int, str], object]

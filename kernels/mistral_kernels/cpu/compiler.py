@@ -19,10 +19,11 @@ from numba.core.compiler_lock import global_compiler_lock
 
 ENTRY = "kernel"  # the symbol of the function in its object code
 
-# LLVM knows x86's instruction that multiplies pairs and adds (lanes.py), but makes two of it where
-# it takes that for faster, unless the processor is one of "fast-dpwssd". Here it is slower: the
-# products do not wait for each other (microkernel.py), and there are twice as many instructions.
-if config.CPU_FEATURES is None and platform.machine() in ("x86_64", "AMD64"):
+# x86 has an instruction that multiplies pairs and adds them to a sum (vpdpwssd). LLVM replaces it
+# by two, which shorten the wait between two products of one sum, unless a processor has the feature
+# "fast-dpwssd". Products here do not wait (microkernel.py), so one instruction is faster. Only
+# processes that compile import this file (worker.py): no other numba code is affected.
+if config.CPU_FEATURES is None and platform.machine().lower() in ("x86_64", "amd64"):
     config.CPU_FEATURES = f"{get_host_cpu_features()},+fast-dpwssd"
 
 _OPTIONS = dict(

@@ -1,9 +1,9 @@
 """How numba gets vectors: a type for them, and helpers that write their operations in LLVM IR.
 
-Everything else in this package is numba code, or an operation of lanes.py, wide.py or shared.py,
-each of which is a few lines in the language of this file: `b` is the builder, which appends
-instructions, and the other values are what the operation gets. LLVM IR names no processor; LLVM
-chooses the instructions.
+Everything else in this package is numba code, or an operation of lanes.py, wide.py, shared.py or
+microkernel.py, in the language of this file: `b` is the builder, which appends instructions, and
+the other values are what the operation gets. LLVM IR names no processor; LLVM chooses the
+instructions.
 """
 
 from collections.abc import Callable
@@ -126,6 +126,12 @@ def looked_up(b: ir.IRBuilder, indices: ir.Value, values: tuple[int, ...]) -> ir
         place = b.zext(b.extract_element(places, lane), I32)
         found = b.insert_element(found, b.extract_element(table, place), lane)
     return b.bitcast(found, indices.type)
+
+
+def low_bytes_of(b: ir.IRBuilder, words: ir.Value) -> ir.Value:
+    """The lower byte of each int16, which is signed, widened."""
+    eight = constant(8, words.type)
+    return b.ashr(b.shl(words, eight), eight)
 
 
 def function_of(b: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:

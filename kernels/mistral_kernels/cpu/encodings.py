@@ -1,4 +1,4 @@
-"""32 columns of a tile in each encoding (tiles.py): their sum with activations, or their values.
+"""32 columns in each encoding (tiles.py): of a tile, times a row of activations; of two, unpacked.
 
 The sums do not unpack weights to their values. Bits 4 to 7 of a lane are 16 times a nibble, so the
 sum is divided by 16, not each of its terms; int32 has room, 31 * 256 * 32767 * 8 < 2^31. A vector

@@ -5,7 +5,8 @@ side by side, so that a vector of 32 int16 holds a pair of columns of 16 rows:
 
     16 vectors   the pairs of columns: lanes 2r and 2r + 1 are row r
     scales       float32 [4, 16]: d of the first and of the last 16 columns, and m of both; a weight
-                 is d q + m. What a type has not, or once for all 32 columns, stays unwritten.
+                 is d q + m. Scales that a type does not have, and the second one if 32 columns
+                 share the first, are not written.
 """
 
 import functools
@@ -115,7 +116,7 @@ def _iq4_xs_scales(tile, g, to):
 
 
 # 16 columns of the next three types have a scale of their own. It is an integer, and the weights
-# are multiplied with it: what is left is one scale for 32 columns.
+# are multiplied by it, so that one scale for 32 columns is left.
 
 
 def _d_of(size: int) -> Callable:

@@ -9,8 +9,8 @@ matter of luck. So this file adds three types and the few operations that the pr
 
 An operation is written in LLVM IR (emit.py). The central one, `pair_products`, becomes vpmaddwd on
 x86 (one instruction for 16 products and 8 sums), or vpdpwssd, which also adds to a third vector;
-and smull + smlal + addp on ARM. Everything that is built from these is plain numba (products.py,
-attention.py). wide.py has words of two tiles.
+and smull + uzp1 + uzp2 + add on ARM. Everything that is built from these is plain numba
+(products.py, attention.py). wide.py has words of two tiles.
 
 An address is an int64. Loads need no alignment beyond that of one value.
 """
@@ -37,6 +37,7 @@ from mistral_kernels.cpu.emit import (
     function_of,
     load,
     looked_up,
+    low_bytes_of,
     operation,
     operator_of,
     pick_of_two,
@@ -99,12 +100,6 @@ def bytes_at(b, address):
 def signed_bytes_at(b, address):
     """8 signed bytes, widened."""
     return b.sext(load(b, address, ir.VectorType(I8, 8), 1), Sums.llvm)
-
-
-@operation(types.void, types.int64, Words)
-def store_words(b, address, value):
-    """Write 16 int16."""
-    b.store(value, pointer(b, address, Words.llvm), align=2)
 
 
 @operation(types.void, types.int64, Floats)
@@ -246,8 +241,7 @@ def table_of(values: tuple[int, ...]) -> Callable:
 @operation(Words, Words)
 def low_bytes(b, words):
     """The lower byte of each lane, which is signed, widened."""
-    up = b.shl(words, constant(8, Words.llvm))
-    return b.ashr(up, constant(8, Words.llvm))
+    return low_bytes_of(b, words)
 
 
 @operation(Words, Words)

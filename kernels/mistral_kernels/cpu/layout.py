@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 MAX_COLUMNS = 32  # tokens of a step
 AT_ONCE = 512  # rows of activations of a product, and tokens of a pass over a prompt
+# Tiles that are multiplied at a time with many rows. Their sums take 256 kB of a thread's stack: it
+# has 512 kB or more, unless `threading.stack_size` or a C library such as musl gives it less.
+TILES_AT_ONCE = 16
 AHEAD = 4096  # bytes that products ask for in advance
 ORDERS = 4 + 2 * MAX_COLUMNS
 VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of plain weights, and of the cache

@@ -4,11 +4,9 @@ from torch import Tensor
 
 from mistral_kernels.cpu import compiled
 from mistral_kernels.cpu.activations import Activations
-from mistral_kernels.cpu.layout import AT_ONCE
+from mistral_kernels.cpu.layout import AT_ONCE, TILES_AT_ONCE
 from mistral_kernels.cpu.pool import share
 from mistral_kernels.cpu.tiles import ROWS, Tiles
-
-_TILES = 16  # of a piece: with 4,096 columns 300 kB of Q4_K, which stay in the second cache
 
 
 def linear(x: Tensor, tiles: Tiles) -> Tensor:
@@ -29,4 +27,4 @@ def multiply(activations: Activations, tiles: Tiles, out: Tensor) -> None:
     sizes = width // 32, n, activations.table
     to = out.data_ptr(), out.stride(0) * out.itemsize
     weights = tiles.data.data_ptr()
-    share(lambda a, b: product(weights, a, b, *sizes, *to), len(tiles.data), _TILES)
+    share(lambda a, b: product(weights, a, b, *sizes, *to), len(tiles.data), TILES_AT_ONCE)

@@ -5,9 +5,10 @@
 Weights and activations are integers (groups.py, activations.py); their sums become float32 once for
 each scale. For every two columns, a vector of weights for each 16 rows and a pair of activations of
 each row are loaded, and each vector is multiplied with each pair. That saves loads, and no product
-has to wait: one takes five cycles, and the next one to the same sum can begin only after it.
+waits for another: AVX-512's takes five cycles, after which the next one to the same sum can begin.
 
-This is IR (emit.py), where Python loops write a product for each row and pair of columns.
+This is IR (emit.py): Python loops write the products of each row, and of each pair of columns if
+one instruction multiplies and adds; otherwise the pairs of columns are a loop.
 """
 
 import functools
@@ -47,15 +48,16 @@ _FLOATS = ir.VectorType(F32, 16)
 class Shape(NamedTuple):
     """What is multiplied at a time."""
 
-    pairs: int  # of tiles: 16 rows of weights
+    pairs: int  # of tiles; a pair is 16 rows of weights
     rows: int  # of activations, at most; 4 if fewer are left
 
 
 def best_shape(group: Group) -> Shape:
     """The most whose sums leave enough registers for the rest.
 
-    AVX-512 has 32 registers of 16 lanes: the sums take half of them, of all parts of a group, since
-    LLVM may mix those. Elsewhere there are 16 of 8 lanes, or 32 of 4.
+    A processor that has AVX-512's products of pairs has 32 registers of 16 lanes. The sums take
+    half of them: those of all parts of a group, since LLVM may interleave the parts. Others have
+    at least 16 registers of 8 lanes or 32 of 4.
     """
     return Shape(2, 8 // len(group.parts)) if _has_wide_products() else Shape(1, 4)
 
@@ -63,9 +65,9 @@ def best_shape(group: Group) -> Shape:
 def microkernel(group: Group, shape: Shape) -> Callable:
     """An operation that adds the products of 32 columns to the sums of some rows.
 
-    Of the operation made, all are addresses: `unpacked` of a group of each pair of tiles; x, d and
-    s those of products.py for the first row, s that of the `sixteens` for two mins; sums of float32
-    [rows, 16], and SUMS_BYTES further those of the next pair of tiles.
+    Its arguments are addresses: unpacked groups, one for each pair of tiles; x, d and s
+    (products.py) of the first row, s that of the `sixteens` for two mins; and sums, float32
+    [rows, 16], with those of the next pair of tiles SUMS_BYTES further.
     """
     pairs, rows = range(shape.pairs), range(shape.rows)
     each = [(p, c) for p in pairs for c in rows]
@@ -98,8 +100,9 @@ def _products(
     """Sums of some pairs of columns: int32 [16] for each pair of tiles and row."""
     each = [(p, c) for p in range(len(tiles)) for c in rows]
     places = {key: cgutils.alloca_once_value(b, constant(0, _SUMS)) for key in each}
-    # A loop, because without one LLVM collects all products of a row first, which are more than
-    # there are registers; but not if one instruction multiplies and adds.
+    # A loop if a product and its addition are two instructions: otherwise LLVM would collect the
+    # products of a whole row first, which are more than the registers. If one does both, all is
+    # written out.
     steps = len(columns) if _has_wide_products() else 1
     bounds = (ir.Constant(I64, n) for n in (columns.start, columns.stop, steps))
     with cgutils.for_range_slice(b, *bounds, I64) as (j, _):
@@ -125,8 +128,10 @@ def _mins(
     rows = range(len(scales))
     if group.mins == 1:
         return [(MINS, [_scalar(b, s, _SCALAR_STEP * c) for c in rows])]
+    if group.mins == 0:
+        return []
     found = []
-    for half, place in enumerate((MINS, LAST_MINS)[: group.mins]):
+    for half, place in enumerate((MINS, LAST_MINS)):
         at = [_at(b, s, 2 * _SCALAR_STEP * c + 4 * half) for c in rows]
         whole = [b.sitofp(splat(b, load(b, a, I32, 4), 16), _FLOATS) for a in at]
         found.append((place, [b.fmul(n, d) for n, d in zip(whole, scales)]))

@@ -42,7 +42,8 @@ def round_row(activations, width, rows, c, first, last):
         biggest = largest(top)
         scale = biggest * np.float32(1 / 32767) + total(check)
         inverse = np.float32(0)
-        if biggest > 0 and biggest < np.float32(np.inf):
+        # Of smaller numbers the inverse would be infinite: they become 0.
+        if biggest > np.float32(1e-34) and biggest < np.float32(np.inf):
             inverse = np.float32(32767) / biggest
         whole = np.int32(0)
         for half in range(2):

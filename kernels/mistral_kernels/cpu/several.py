@@ -1,8 +1,8 @@
 """Products of packed weights with several rows of activations.
 
-Each group of a tile is unpacked once (groups.py) and read by all rows (microkernel.py). The order
-of the loops is that of what has to stay near: 256 columns of a few tiles, unpacked, in the first
-cache; the same columns of all rows, and the sums of all rows, in the second.
+Each group of a tile is unpacked once (groups.py) and read by all rows (microkernel.py). The
+loops are ordered by what they read again: 256 columns of a few tiles, unpacked, stay in the first
+cache; the same columns of all rows, and all sums, in the second.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,9 @@ from mistral_kernels.cpu.lanes import (
     prefetch_near,
     store_floats,
 )
-from mistral_kernels.cpu.layout import AHEAD, MAX_COLUMNS
+from mistral_kernels.cpu.layout import AHEAD, MAX_COLUMNS, TILES_AT_ONCE
 from mistral_kernels.cpu.microkernel import BLOCK, SUMS_BYTES, Shape, best_shape, microkernel
 from mistral_kernels.cpu.rounding import rows_together
-
-_TILES = 16  # whose sums are kept at a time
 
 
 def several(kind: str) -> Callable:
@@ -31,7 +29,7 @@ def several(kind: str) -> Callable:
 
     Of the function made: tile is the address of the first of `count` tiles, out that of its first
     result, and the others are those of products.py; s is the address of the `sixteens` for a type
-    that has two mins. It multiplies up to `_TILES` tiles and returns their number.
+    that has two mins. It multiplies up to `TILES_AT_ONCE` tiles and returns their number.
     """
     group = group_of(kind)
     group_bytes = group.bytes
@@ -39,18 +37,19 @@ def several(kind: str) -> Callable:
     together = 2 * pairs  # tiles that are unpacked at a time
     unpack = _unpack(group, pairs)
     multiply = _multiply(group)
-    sums_memory = local_memory(SUMS_BYTES * _TILES // 2)
+    sums_memory = local_memory(SUMS_BYTES * TILES_AT_ONCE // 2)
     unpacked_memory = local_memory(GROUP_BYTES * pairs * BLOCK)
 
     @part
     def product(tile, count, groups, columns, x, d, s, out, stride):
-        # For few rows, tiles come from memory as fast as they are multiplied: one after the other.
-        tiles = min(count, _TILES if columns > MAX_COLUMNS else together)
+        # A few rows are multiplied as fast as tiles come from memory: no more tiles than are
+        # unpacked together, so that each is read to its end before the next.
+        tiles = min(count, TILES_AT_ONCE if columns > MAX_COLUMNS else together)
         rows = rows_together(columns)
         sums = sums_memory(0)
         unpacked = unpacked_memory(0)
         size = group_bytes * groups
-        for p in range((tiles + 1) // 2):
+        for p in range((tiles + together - 1) // together * pairs):  # with those that are missing
             for at in range(0, 64 * rows, 32):
                 store_floats(sums + SUMS_BYTES * p + at, floats_of(np.float32(0)))
         for g in range(0, groups, BLOCK):
@@ -103,18 +102,19 @@ def _multiply(group: Group) -> Callable:
     s_bytes = 4 * max(1, group.mins)
 
     @part
-    def multiply(unpacked, count, place, rows, x, d, s, sums):
+    def multiply(unpacked, groups, place, rows, x, d, s, sums):
         c = 0
         while c < rows:
-            for i in range(count):
+            taken = most if rows - c >= most else 4
+            for i in range(groups):
                 at = place + BLOCK * c + i
                 for r in range(most, 2 * most):  # the rows after these
                     prefetch_near(x + 64 * (at + BLOCK * r))
                 of_tiles = unpacked + GROUP_BYTES * pairs * i
-                if rows - c >= most:
+                if taken == most:  # always if most is 4: LLVM drops the other branch
                     add_most(of_tiles, x + 64 * at, d + 4 * at, s + s_bytes * at, sums + 64 * c)
                 else:
                     add_four(of_tiles, x + 64 * at, d + 4 * at, s + s_bytes * at, sums + 64 * c)
-            c += most if rows - c >= most else 4
+            c += taken
 
     return multiply

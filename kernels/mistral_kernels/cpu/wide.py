@@ -2,7 +2,8 @@
 
     WideWords   32 lanes of int16: 16 of a left tile, then 16 of a right one
 
-A processor with AVX-512 has registers of this size; elsewhere LLVM makes two instructions of one.
+A processor with AVX-512 has registers of this size; elsewhere LLVM makes two or four instructions
+of one.
 """
 
 import operator
@@ -19,6 +20,7 @@ from mistral_kernels.cpu.emit import (
     constant,
     load,
     looked_up,
+    low_bytes_of,
     operation,
     operator_of,
     pointer,
@@ -58,8 +60,7 @@ def store_wide_words(b, address, value):
 @operation(WideWords, WideWords)
 def wide_low_bytes(b, words):
     """The lower byte of each lane, which is signed, widened."""
-    up = b.shl(words, constant(8, WideWords.llvm))
-    return b.ashr(up, constant(8, WideWords.llvm))
+    return low_bytes_of(b, words)
 
 
 @operation(WideWords, WideWords)
