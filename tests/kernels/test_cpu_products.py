@@ -293,12 +293,14 @@ def test_products_are_right_with_other_sizes_of_registers(processor, tmp_path):
     needed = {"haswell": "avx2", "skylake-avx512": "avx512_f", "icelake-server": "avx512_vnni"}
     if not able.get(needed[processor]):
         pytest.skip(f"needs {needed[processor]}")
-    env = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # also xdist's
+    env |= {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""}
+    env["NUMBA_CACHE_DIR"] = str(tmp_path)
     tests = "within_3e_5 or overflow or own_row or reference_weights"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     ended = subprocess.run(
         [*command, "-k", tests, "-m", "not slow"],
-        env=os.environ | env,
+        env=env,
         capture_output=True,
         text=True,
     )
