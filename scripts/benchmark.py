@@ -19,7 +19,7 @@ from benchmark_parts.warm_up import WarmUp
 import mistral
 from mistral.checkpoints.load import choose_device
 from mistral.files import format_bytes
-from mistral_kernels.engines import has_dependent_launch
+from mistral_kernels.requirements import has_dependent_launch
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -31,6 +31,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--suite", choices=("core", "sweep", "chunks"), default="core", help="default: core"
     )
+    _add_model_arguments(parser)
+    _add_measuring_arguments(parser)
+    args = parser.parse_args()
+    counts = [args.threads, args.prompt_tokens, args.new_tokens, args.repeats, args.time_limit]
+    counts += [args.layers, *(args.contexts or ()), *(args.batches or ()), *(args.chunks or ())]
+    if args.busy < 0 or any(n is not None and n < 1 for n in counts):
+        raise ValueError(
+            "--threads, --prompt-tokens, --new-tokens, --repeats, --layers, --contexts, --batches, "
+            "--chunks and --time-limit must be 1 or more, and --busy 0 or more"
+        )
+    if args.plot:
+        report.require_matplotlib()
+        common.check_output(args.plot)
+    return args
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     parser.add_argument(
         "--dtype", choices=common.DTYPES, help="default: float32 on the CPU, else bfloat16"
@@ -52,6 +69,9 @@ def arguments() -> argparse.Namespace:
         type=common.path,
         help="measure this GGUF file, packed as it is, in place of --size and --format",
     )
+
+
+def _add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engines",
         nargs="+",
@@ -90,18 +110,6 @@ def arguments() -> argparse.Namespace:
         type=common.path,
         help="draw cost a token against context into this file (matplotlib)",
     )
-    args = parser.parse_args()
-    counts = [args.threads, args.prompt_tokens, args.new_tokens, args.repeats, args.time_limit]
-    counts += [args.layers, *(args.contexts or ()), *(args.batches or ()), *(args.chunks or ())]
-    if args.busy < 0 or any(n is not None and n < 1 for n in counts):
-        raise ValueError(
-            "--threads, --prompt-tokens, --new-tokens, --repeats, --layers, --contexts, --batches, "
-            "--chunks and --time-limit must be 1 or more, and --busy 0 or more"
-        )
-    if args.plot:
-        report.require_matplotlib()
-        common.check_output(args.plot)
-    return args
 
 
 def main() -> None:  # noqa: PLR0915

@@ -12,11 +12,8 @@ dependent launch it tries the kernels with it first, and before that in a proces
 """
 
 import gc
-import importlib.util
-import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -24,16 +21,17 @@ from mistral import Decoder, Mistral, NotEnoughMemory
 from mistral.engine.base import Engine
 from mistral.quantization.packed import Packed
 from mistral_kernels.apart import problem_apart
-from mistral_kernels.widths import width_problem
+from mistral_kernels.requirements import (
+    cpu_problem,
+    has_dependent_launch,
+    kernels_problem,
+    machine_problem,
+    no_gpu,
+)
 
 ENGINES = ("auto", "eager", "compile", "kernels", "cpu")
-_MOST_ROWS = 64  # MAX_ROWS of the decode kernels, whose file imports Triton
 _MOST_ROWS_EARLY = 16  # with dependent launch: MAX_BATCH there
-_OLDEST_TRITON = (3, 6)
-_OLDEST_GPU = (8, 0)
 _EARLY = ", dependent launch, which another process has tried first"
-_DEPENDENT_LAUNCH = ((9, 0), (12, 0))  # from this compute capability, up to but not this one
-_DRIVER = Path("/proc/driver/nvidia/version")  # exists on Linux if an NVIDIA driver is loaded
 
 
 def open_engine(
@@ -69,7 +67,7 @@ def open_engine(
     if name == "cpu":
         decoder = _open_cpu(model, sizes, say, progress)
         return decoder, f"engine: cpu ({_threads()}){_cpu_notes(model)}"
-    if model.device.type == "cuda" and _kernels_problem(model, batch_size) is None:
+    if model.device.type == "cuda" and kernels_problem(model, batch_size) is None:
         say("trying the kernels; the first time on a machine, compiling them takes some minutes")
     if name == "kernels":
         decoder, place = _open_kernels(model, sizes)
@@ -93,9 +91,9 @@ def check_engine(
         from mistral.engine.compiled import NO_PACKED
 
         raise ValueError(NO_PACKED)
-    if name == "kernels" and (problem := _machine_problem(device, batch_size)):
+    if name == "kernels" and (problem := machine_problem(device, batch_size)):
         raise ValueError(problem)
-    if name == "cpu" and (problem := _cpu_problem(device)):
+    if name == "cpu" and (problem := cpu_problem(device)):
         raise ValueError(problem)
 
 
@@ -128,7 +126,7 @@ def _open_quick_kernels(model: Mistral, sizes: dict, problems: list[str]) -> tup
     problems  receives why they are without
     """
     batch_size = sizes["batch_size"]
-    problem = _kernels_problem(model, batch_size)
+    problem = kernels_problem(model, batch_size)
     if problem or batch_size > _MOST_ROWS_EARLY or not has_dependent_launch(model.device):
         return _open_kernels(model, sizes)
     if problem := problem_apart(model, batch_size):
@@ -155,12 +153,6 @@ def _check_gpu(device: torch.device, problems: list[str]) -> None:
         ) from error
 
 
-def has_dependent_launch(device: torch.device) -> bool:
-    """Whether kernels may begin on this GPU before the previous kernel of a stream has ended."""
-    oldest, first_without = _DEPENDENT_LAUNCH
-    return oldest <= torch.cuda.get_device_capability(device) < first_without
-
-
 def _open_without_gpu(
     model: Mistral,
     sizes: dict,
@@ -168,7 +160,7 @@ def _open_without_gpu(
     progress: Callable[[int, int, str], object],
 ) -> tuple[Engine, str]:
     """The CPU's engine, or eager, and its line with the problem of the CPU's."""
-    reason = _no_gpu(model.device)
+    reason = no_gpu(model.device)
     regrouped = _regrouped(model)
     try:
         decoder = _open_cpu(model, sizes, say, progress)
@@ -177,75 +169,6 @@ def _open_without_gpu(
         problem = str(error)
     _put_back(model, regrouped)
     return Decoder(model, **sizes), f"engine: eager: {reason}; not cpu: {problem}"
-
-
-def _kernels_problem(model: Mistral, batch_size: int = 1) -> str | None:
-    """Why the kernels cannot run the model, with the remedy; None if they should run."""
-    if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        dtype = str(model.dtype).removeprefix("torch.")
-        return f"the kernels know no {dtype}: load the checkpoint in bfloat16"
-    return _shape_problem(model) or _machine_problem(model.device, batch_size)
-
-
-def _machine_problem(device: torch.device, batch_size: int) -> str | None:
-    """What no model changes: the number of rows, Triton, the GPU."""
-    if batch_size > _MOST_ROWS:
-        return (
-            f"the kernels take at most {_MOST_ROWS} rows at once, not {batch_size}: use fewer rows"
-        )
-    return _triton_problem() or _gpu_problem(device)
-
-
-def _shape_problem(model: Mistral) -> str | None:
-    config = model.config
-    if reason := width_problem(config, "the kernels"):
-        return reason
-    if config.head_dim not in (16, 32, 64, 128, 256):
-        return f"the kernels need a head_dim of 16, 32, 64, 128 or 256, not {config.head_dim}"
-    shared = config.num_attention_heads // config.num_key_value_heads
-    if shared > 16:
-        return f"the kernels take at most 16 query heads to a key/value head, not {shared}"
-    return None
-
-
-def _triton_problem() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton (Linux)"
-    import triton
-
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version < _OLDEST_TRITON:
-        wanted = ".".join(map(str, _OLDEST_TRITON))
-        return (
-            f"Triton {triton.__version__} is too old, {wanted} is needed: install a newer PyTorch"
-        )
-    return None
-
-
-def _gpu_problem(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None  # Triton's interpreter runs them on a CPU, slowly
-        return f"the kernels need an NVIDIA GPU: {_no_gpu(device)}"
-    if torch.version.cuda is None:
-        return "the kernels need an NVIDIA GPU, and this is an AMD one"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST_GPU:
-        return "the kernels need compute capability {}.{} or later, not {}.{}".format(
-            *_OLDEST_GPU, *capability
-        )
-    return None
-
-
-def _no_gpu(device: torch.device) -> str:
-    """Why the model on `device` is not on a GPU."""
-    if torch.cuda.is_available():
-        return f"the model is on {device}"
-    if not _DRIVER.exists():
-        return "no GPU"
-    if torch.version.cuda is None:
-        return "this PyTorch was built without CUDA: install one with it"
-    return f"PyTorch sees no GPU: its CUDA {torch.version.cuda} may need a newer NVIDIA driver"
 
 
 def _open_compiled(model: Mistral, sizes: dict) -> tuple[Engine, str]:
@@ -263,15 +186,6 @@ def _open_compiled(model: Mistral, sizes: dict) -> tuple[Engine, str]:
         raise ValueError(
             f"the compiled step does not run here: {reason}; use another engine"
         ) from error
-
-
-def _cpu_problem(device: torch.device) -> str | None:
-    """Why the CPU engine cannot run on this machine; None if it should."""
-    if device.type != "cpu":
-        return f"the CPU engine needs the model on the CPU, and it is on {device}: --device cpu"
-    if importlib.util.find_spec("numba") is None:
-        return "the CPU engine needs numba: pip install numba"
-    return None
 
 
 def _announced(
@@ -293,7 +207,7 @@ def _open_cpu(
     say: Callable[[str], object],
     progress: Callable[[int, int, str], object],
 ) -> Engine:
-    if problem := _cpu_problem(model.device):
+    if problem := cpu_problem(model.device):
         raise ValueError(problem)
     try:
         from mistral_kernels.cpu import Decoder as CpuDecoder
@@ -328,7 +242,7 @@ def _open_kernels(model: Mistral, sizes: dict, pdl: bool = False) -> tuple[Engin
 
     pdl  with dependent launch, which the GPU must have
     """
-    if problem := _kernels_problem(model, sizes["batch_size"]):
+    if problem := kernels_problem(model, sizes["batch_size"]):
         raise ValueError(problem)
     try:
         from mistral_kernels.decoder import Decoder as KernelsDecoder

@@ -27,7 +27,8 @@ import mistral_kernels
 from mistral.checkpoints.load import choose_device
 from mistral.files import format_bytes
 from mistral.quantization.packed import Packed, TiedOutput
-from mistral_kernels.engines import ENGINES, has_dependent_launch
+from mistral_kernels.engines import ENGINES
+from mistral_kernels.requirements import has_dependent_launch
 
 _EARLY = ", dependent launch"  # in an engine's line
 MATRICES = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv")

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from compile_ahead import TOOLS
 
@@ -57,9 +57,8 @@ class Instruction:
     wait   a bit for each scoreboard that must be clear
     sets   the scoreboard that it occupies until its result is there; 7: none
     frees  the same, until its operands are read
-    kind   "weights", "inputs" (loads), "copy" (to shared memory), "group", "groups left",
-           "barrier" or ""
-    size   bytes of a warp's load, or how many groups of copies may be missing
+    kind   "weights" or "inputs" (loads), "barrier" or ""
+    size   bytes of a warp's load of weights
     """
 
     text: str
@@ -107,7 +106,7 @@ def _instruction(text: str, control: int) -> Instruction:
         if name.startswith(prefixes):
             pipe, occupies = its_pipe, clocks
             break
-    kind, size = _kind(name, text)
+    kind, size = _kind(name)
     return Instruction(
         text=text,
         stall=max(control & 15, 1),
@@ -121,42 +120,24 @@ def _instruction(text: str, control: int) -> Instruction:
     )
 
 
-def _kind(name: str, text: str) -> tuple[str, float]:
+def _kind(name: str) -> tuple[str, float]:
     width = 16 if ".128" in name else 8 if ".64" in name else 4
-    if name.startswith("LDGSTS"):
-        return "copy", 32 * width if width >= 8 else 0  # guards come from L2
-    if name.startswith("LDGDEPBAR"):
-        return "group", 0
-    if name.startswith("DEPBAR"):
-        return "groups left", int(text.rsplit("0x", 1)[-1], 16)
     if name.startswith("LDG"):
         return ("weights", 32 * width) if ".EF" in name else ("inputs", 0)
     return "barrier" if name.startswith("BAR") else "", 0
 
 
 def program(
-    made: Sequence[Instruction],
-    loops: Sequence[tuple[int, int]],
-    rounds: int = 1,
-    ahead: int = 0,
-    share: float = 1.0,
+    made: Sequence[Instruction], loops: Sequence[tuple[int, int]], rounds: int = 1
 ) -> list[Instruction]:
-    """What a warp executes, if the first loop has so many rounds.
-
-    ahead  copies are issued so many rounds before their use, and the last rounds have none
-    share  of the copied bytes that come from memory; the others were copied before
-    """
+    """What a warp executes, if the first loop has so many rounds."""
     made = list(made)
     while made and made[-1].text.startswith(("NOP", "BRA")):
         made.pop()
-    made = [replace(one, size=one.size * share) if one.kind == "copy" else one for one in made]
-    if not loops or rounds == 1:
+    if not loops:
         return made
     start, end = loops[0]
-    body = made[start:end]
-    last = [replace(one, size=0) if one.kind == "copy" else one for one in body]
-    full = max(rounds - ahead, 0)
-    return made[:start] + full * body + (rounds - full) * last + made[end:]
+    return made[:start] + rounds * made[start:end] + made[end:]
 
 
 def resident(registers: int, warps: int, shared: int) -> int:
@@ -182,8 +163,6 @@ class _Warp:
         self.scheduler = number % 4
         self.at = 0
         self.clear = [0.0] * 8  # by scoreboard; the last two are none
-        self.groups: list[float] = []  # when each group of copies is there
-        self.copied = 0.0  # when all copies so far are there
         self.inputs = 0  # loads of them
 
 
@@ -246,8 +225,6 @@ class _Processor:
         one = self._program[warp.at]
         pipe = warp.scheduler, one.pipe
         boards = [warp.clear[i] for i in range(6) if one.wait >> i & 1]
-        if one.kind == "groups left":
-            boards += warp.groups[: max(len(warp.groups) - int(one.size), 0)]
         time = max(now, *boards, self._free[warp.scheduler], self._pipes[pipe])
         if time > now + 1e-9:
             self._push(time, warp)
@@ -264,23 +241,15 @@ class _Processor:
 
     def _result(self, now: float, warp: _Warp, one: Instruction) -> float:
         """When an instruction's result is there."""
-        if one.kind == "group":
-            warp.groups.append(warp.copied)
-        if one.kind not in ("weights", "inputs", "copy"):
+        if one.kind not in ("weights", "inputs"):
             return now + _SHORT
         self._loads = max(self._loads, now) + 4
         if one.kind == "inputs":
             warp.inputs += 1
             is_first = warp.CTA in range(self._residents)
             return self._loads + (_L2 if is_first and warp.inputs <= _INPUTS else _L1)
-        there = self._loads + _L2
-        if one.size:
-            self._memory = max(self._loads, self._memory) + one.size / self._bytes_a_clock
-            there = self._memory + _MEMORY
-        if one.kind == "weights":
-            return there
-        warp.copied = max(warp.copied, there)
-        return now + _SHORT
+        self._memory = max(self._loads, self._memory) + one.size / self._bytes_a_clock
+        return self._memory + _MEMORY
 
     def _meet(self, now: float, warp: _Warp) -> None:
         """Wait for the other warps of the CTA."""

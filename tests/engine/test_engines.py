@@ -16,7 +16,7 @@ import mistral.engine.compiled
 import mistral_kernels.cpu
 from mistral.quantization.packed import PackedLinear
 from mistral.quantization.quantize import KINDS
-from mistral_kernels import engines, open_engine
+from mistral_kernels import engines, open_engine, requirements
 
 
 class WrongLogits(ValueError):
@@ -31,7 +31,7 @@ def no_interpreter(monkeypatch):
 @pytest.fixture
 def no_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(engines, "_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(requirements, "_DRIVER", tmp_path / "none")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.6.0"))
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(engines, "problem_apart", lambda model, batch_size: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
@@ -84,7 +84,7 @@ def test_auto_without_a_gpu_is_the_cpus_engine_or_says_why_not(no_gpu, monkeypat
     assert type(decoder) is mistral.Decoder
     assert note.startswith("engine: eager: no GPU; not cpu: the CPU kernels know no torch.float64")
 
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
     decoder, note = open_engine("auto", model(), **sizes)
     assert type(decoder) is mistral.Decoder
     assert note == ("engine: eager: no GPU; not cpu: the CPU engine needs numba: pip install numba")
@@ -134,7 +134,7 @@ def test_slack_and_room_reach_the_decoder():
 def test_a_gpu_that_is_not_used_and_a_driver_that_is_too_old_are_told(
     no_gpu, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(engines, "_DRIVER", tmp_path)
+    monkeypatch.setattr(requirements, "_DRIVER", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in open_engine("auto", model())[1]
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -210,7 +210,7 @@ def test_auto_goes_on_where_memory_is_short(a_gpu, monkeypatch):
 
 
 def test_auto_goes_on_without_triton(a_gpu, monkeypatch):
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(engines, "_open_compiled", lambda model, sizes: (COMPILED, "there"))
     note = open_engine("auto", model())[1]
     assert (
@@ -262,7 +262,7 @@ def packed():
 
 
 def test_packed_models_are_for_the_kernels_and_slow_kinds_are_told(packed, a_gpu, monkeypatch):
-    assert engines._kernels_problem(packed) is None
+    assert requirements.kernels_problem(packed) is None
     decoder = types.SimpleNamespace(unpacked_kinds=["Q2_K", "Q3_K"])
     monkeypatch.setattr(engines, "_open_kernels", lambda *_, pdl=False: (decoder, "there"))
     for name in ("kernels", "auto"):
@@ -276,15 +276,15 @@ def test_other_dtypes_are_told():
 
 
 def test_the_machine_is_looked_at(a_gpu, monkeypatch):
-    assert engines._kernels_problem(model()) is None
+    assert requirements.kernels_problem(model()) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0 or later, not 7.5" in engines._kernels_problem(model())
+    assert "8.0 or later, not 7.5" in requirements.kernels_problem(model())
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "an AMD one" in engines._kernels_problem(model())
+    assert "an AMD one" in requirements.kernels_problem(model())
     sys.modules["triton"].__version__ = "3.5.1"
-    assert "Triton 3.5.1 is too old, 3.6 is needed" in engines._kernels_problem(model())
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    assert "Triton is not installed" in engines._kernels_problem(model())
+    assert "Triton 3.5.1 is too old, 3.6 is needed" in requirements.kernels_problem(model())
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
+    assert "Triton is not installed" in requirements.kernels_problem(model())
 
 
 def test_without_a_gpu_the_kernels_are_refused(no_gpu):
@@ -305,12 +305,12 @@ def test_what_no_model_changes_is_known_before_there_is_one(no_gpu, monkeypatch)
         engines.check_engine("kernels", cpu, batch_size=65)
     with pytest.raises(ValueError, match="no engine 'fast'"):
         engines.check_engine("fast", cpu)
-    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="Triton is not installed"):
         engines.check_engine("kernels", cpu)
     monkeypatch.undo()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if not torch.cuda.is_available() and engines._triton_problem() is None:
+    if not torch.cuda.is_available() and requirements._triton_problem() is None:
         with pytest.raises(ValueError, match="need an NVIDIA GPU"):
             engines.check_engine("kernels", cpu)
 

@@ -73,7 +73,7 @@ def test_powers_of_two_and_bytes_are_exact():
     assert torch.equal(out[3], ints.view(torch.uint8).float())
 
 
-_looked_up = wide.wide_table_of(tuple(range(-128, 128, 17)))
+_looked_up = lanes.table_of(tuple(range(-128, 128, 17)), wide.WideWords)
 
 
 @numba.njit

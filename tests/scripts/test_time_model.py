@@ -28,9 +28,7 @@ def test_a_control_code_is_read():
     load = time_model._instruction("@!P0 LDG.E.EF.128 R4, desc[UR4][R2.64]", code)
     assert (load.stall, load.sets, load.frees, load.wait) == (4, 2, 7, 0b001001)
     assert (load.kind, load.size, load.pipe) == ("weights", 512, "memory")
-    assert time_model._kind("LDG.E.128", "") == ("inputs", 0)
-    assert time_model._kind("LDGSTS.E.BYPASS.128", "") == ("copy", 512)
-    assert time_model._kind("DEPBAR.LE", "DEPBAR.LE SB0, 0x1a") == ("groups left", 26)
+    assert time_model._kind("LDG.E.128") == ("inputs", 0)
     assert time_model._instruction("I2FP.F32.U32 R1, R2", 0).pipe == "integer"
     assert time_model._instruction("I2F.U16 R1, R2", 0).pipe == "convert"
 
@@ -56,19 +54,10 @@ def test_many_bytes_take_as_long_as_the_memory_needs():
     assert spread == pytest.approx(8 * 600 * 512 / a_clock + time_model._MEMORY, rel=0.02)
 
 
-def test_copies_are_awaited_by_groups():
-    copies = [one("copy", 512), one("group"), *[one("copy", 512)] * 200, one("group")]
-    first = clocks([*copies, one("groups left", 1)])
-    both = clocks([*copies, one("groups left", 0)])
-    assert first == pytest.approx(time_model._MEMORY, rel=0.2)
-    assert both > 5 * first
-
-
-def test_the_last_rounds_copy_nothing():
-    made = [one("copy", 512), one("group"), one("groups left", 0)]
-    rounds = program(made, [(0, 3)], rounds=4, ahead=1, share=0.5)
-    assert [step.size for step in rounds if step.kind == "copy"] == [256, 256, 256, 0]
-    assert len(program(made, [], rounds=4)) == 3
+def test_the_first_loop_has_its_rounds():
+    before, body, after = one("weights", 512), one(), one(wait=0b10)
+    assert program([before, body, after], [(1, 2)], rounds=3) == [before, *[body] * 3, after]
+    assert program([before, body], [], rounds=3) == [before, body]
 
 
 def test_warps_meet_at_a_barrier_and_a_cta_follows_another():

@@ -10,6 +10,7 @@ import numpy as np
 from mistral_kernels.cpu.blocks import IQ4_VALUES
 from mistral_kernels.cpu.compiler import part
 from mistral_kernels.cpu.lanes import (
+    Words,
     as_floats,
     bytes_at,
     high_bytes,
@@ -22,16 +23,16 @@ from mistral_kernels.cpu.lanes import (
     words_of_bytes_at,
 )
 from mistral_kernels.cpu.wide import (
+    WideWords,
     store_wide_words,
     wide_high_bytes,
     wide_low_bytes,
-    wide_table_of,
     wide_words_at,
     wide_words_of_bytes_at,
 )
 
-_iq4_values = table_of(IQ4_VALUES)
-_wide_iq4_values = wide_table_of(IQ4_VALUES)
+_iq4_values = table_of(IQ4_VALUES, Words)
+_wide_iq4_values = table_of(IQ4_VALUES, WideWords)
 
 # ---- 32 columns of each encoding, times one row of activations: int32 sums of 8 rows ----
 # x: the address of 32 int16

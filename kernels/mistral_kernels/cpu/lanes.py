@@ -228,10 +228,10 @@ def local_memory(size: int) -> Callable:
 # ---- Bytes of Words ----
 
 
-def table_of(values: tuple[int, ...]) -> Callable:
-    """An operation: each byte of Words, which is 0 to 15, becomes one of 16 signed bytes."""
+def table_of(values: tuple[int, ...], words: Vector) -> Callable:
+    """An operation: each byte of a vector, which is 0 to 15, becomes one of 16 signed bytes."""
 
-    @operation(Words, Words)
+    @operation(words, words)
     def replaced(b, indices):
         return looked_up(b, indices, values)
 

@@ -7,7 +7,6 @@ of one.
 """
 
 import operator
-from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
@@ -19,7 +18,6 @@ from mistral_kernels.cpu.emit import (
     both,
     constant,
     load,
-    looked_up,
     low_bytes_of,
     operation,
     operator_of,
@@ -67,16 +65,6 @@ def wide_low_bytes(b, words):
 def wide_high_bytes(b, words):
     """The upper byte of each lane, which is signed, widened."""
     return b.ashr(words, constant(8, WideWords.llvm))
-
-
-def wide_table_of(values: tuple[int, ...]) -> Callable:
-    """`table_of` (lanes.py) for WideWords."""
-
-    @operation(WideWords, WideWords)
-    def replaced(b, indices):
-        return looked_up(b, indices, values)
-
-    return replaced
 
 
 operator_of(operator.or_, WideWords, WideWords, ir.IRBuilder.or_)
